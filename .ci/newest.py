@@ -67,8 +67,8 @@ def others() -> Iterator[tuple[str, str, str, str]]:
     locked = pins() | {"torch": []}
     tested = {re.sub(r"[-_.]+", "-", name).lower(): name for name in versions.TESTED}
     for name, pinned in sorted(locked.items()):
-        if version := versions.installed(name):
-            how = versions.outside(tested[name], version) if name in tested else None
+        if version := versions.installed_version(name):
+            how = versions.compare_to_tested(tested[name], version) if name in tested else None
             if version not in pinned and (pinned or how):
                 yield name, version, " or ".join(pinned) or "-", f"{how} than tested" if how else ""
 
@@ -98,7 +98,7 @@ def summary(report: Path) -> str:
     rows = [("package", "installed", "locked", ""), *others()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
-        f"Python {platform.python_version()}, torch {versions.installed('torch')}; versions that differ from the lock:"
+        f"Python {platform.python_version()}, torch {versions.installed_version('torch')}; versions that differ from the lock:"
     ]
     lines += [
         "  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]).rstrip()

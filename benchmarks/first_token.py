@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 import httpx  # noqa: E402
 
 from ktx.cli.arguments import positive  # noqa: E402
-from ktx.cli.bench_child import Child  # noqa: E402
-from ktx.cli.bench_clients import Load, Prompts, Timing, ask, prompts_for  # noqa: E402
+from ktx.cli.bench_child import ServerProcess  # noqa: E402
+from ktx.cli.bench_clients import Load, Prompts, Timing, prompts_for, send_request  # noqa: E402
 from ktx.cli.bench_serve import first_model  # noqa: E402
 from ktx.errors import KtxError  # noqa: E402
 
@@ -57,7 +57,7 @@ class Server:
 
     async def first(self) -> Timing:
         """Sends the long prompt and returns its timing, with one token."""
-        timing = await ask(self.http, self.body(self.args.prompt, 1))
+        timing = await send_request(self.http, self.body(self.args.prompt, 1))
         if timing.error:
             raise KtxError(f"{self.name}: {timing.error}")
         return timing
@@ -71,15 +71,15 @@ class Server:
         timings = [Timing(0.0) for _ in range(self.args.answers)]
         others = [asyncio.create_task(self._answer(timing)) for timing in timings]
         try:
-            while not all(len(timing.pieces) >= MIN_DECODED_TOKENS for timing in timings):
+            while not all(len(timing.chunks) >= MIN_DECODED_TOKENS for timing in timings):
                 if ended := next((task for task in others if task.done()), None):
                     raise KtxError(
                         f"{self.name}: an answer ended before the prompt was sent: {ended.exception() or 'too short'}"
                     )
                 await asyncio.sleep(POLL_INTERVAL_S)
             beside = await self.first()
-            num_before = [len(timing.pieces) for timing in timings]
-            while any(len(t.pieces) <= n for t, n in zip(timings, num_before, strict=True)) and not any(
+            num_before = [len(timing.chunks) for timing in timings]
+            while any(len(t.chunks) <= n for t, n in zip(timings, num_before, strict=True)) and not any(
                 t.done() for t in others
             ):
                 await asyncio.sleep(POLL_INTERVAL_S)  # include the token that waits for the prompt's last step
@@ -90,8 +90,8 @@ class Server:
         if not is_counted:
             return
         gaps = [gap for timing in timings for gap in gaps_of(timing)]
-        self.measurements["alone"].append(alone.first)
-        self.measurements["beside"].append(beside.first)
+        self.measurements["alone"].append(alone.ttft_s)
+        self.measurements["beside"].append(beside.ttft_s)
         self.measurements["gap"].append(max(seconds for end, seconds in gaps if end > beside.start))
         self.measurements["usual"].append(statistics.median(seconds for end, seconds in gaps if end <= beside.start))
 
@@ -113,7 +113,7 @@ class Server:
 
 def gaps_of(timing: Timing) -> list[tuple[float, float]]:
     """Returns the arrival time of each token but the first, and the seconds since the token before it."""
-    times = [moment for moment, _ in timing.pieces]
+    times = [moment for moment, _ in timing.chunks]
     return [(now, now - before) for before, now in zip(times, times[1:], strict=False)]
 
 
@@ -171,7 +171,9 @@ def main() -> int:
     arguments += ["--threads", str(args.threads)] if args.threads else []
     with ExitStack() as stack:
         roots = [Path(folder).resolve() for folder in args.checkout or [ROOT]]
-        lines = asyncio.run(measure([(root.name, stack.enter_context(Child(arguments, root))) for root in roots], args))
+        lines = asyncio.run(
+            measure([(root.name, stack.enter_context(ServerProcess(arguments, root))) for root in roots], args)
+        )
     if args.json:
         print(*map(json.dumps, lines), sep="\n")
         return 0

@@ -114,7 +114,7 @@ class Case:
 
         row, (keys, _, values) = self.row, self.row.columns
         shape = Shape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
-        schedule = kernels.work([row.new] * row.batch, shape, "cuda")
+        schedule = kernels.schedule([row.new] * row.batch, shape, "cuda")
         plans = [schedule.plan(self.sequences, pages) for pages in self.pages]
         return [lambda plan=plan: self._call(kernels, plan) for plan in plans]  # type: ignore[misc]
 
@@ -208,7 +208,7 @@ def measure(row: Row, copy: float, product: float) -> dict[str, Any]:
         "floor": MIN_SHARES.get(row.heads, 0.0) if (row.kind, row.new, row.stored) == ("mla", 1, HALF) else 0.0,
     }
     try:
-        flashinfer = kernels_for(shape, "flashinfer", rope, stored=row.stored)
+        flashinfer = kernels_for(shape, "flashinfer", rope, cache_dtype=row.stored)
     except UsageError as unsupported:
         return results | {"flashinfer": str(unsupported)}
     flashinfer_s = seconds(case.calls(flashinfer))
@@ -238,10 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_attention: torch sees no CUDA device on this machine; there is nothing to measure", file=sys.stderr)
         return 1
-    from ktx.cli.bench import stamp
+    from ktx.cli.bench import run_metadata
 
     copy, product = limits()
-    common = stamp() | {
+    common = run_metadata() | {
         "gpu": torch.cuda.get_device_name(0),
         "copy_gb_s": copy / 1e9,
         "product_tflop_s": product / 1e12,

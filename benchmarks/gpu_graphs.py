@@ -32,13 +32,13 @@ class Bench:
     """A model with an engine's runner, and requests whose prompts are prefilled."""
 
     def __init__(self, args: argparse.Namespace, name: str, **load: Any):
-        from ktx.engine.runner_selection import runner_for
-        from ktx.engine.scheduler import pages_for
+        from ktx.engine.runner_selection import select_runner
+        from ktx.engine.scheduler import num_pages
 
         self.args, self.context = args, args.prompt + args.tokens + 1
         self.model, _ = ktx.load(args.model, args.weights, device="cuda", progress=False, **PLACEMENTS[name], **load)
-        max_batch, self.pages_per_request = max(args.batches), pages_for(self.context)
-        self.runner = runner_for(self.model, max_batch * self.pages_per_request, max_batch)
+        max_batch, self.pages_per_request = max(args.batches), num_pages(self.context)
+        self.runner = select_runner(self.model, max_batch * self.pages_per_request, max_batch)
         self.requests = [self._request(i) for i in range(max_batch)]
         for request in self.requests:
             self._compute([request], args.prompt)
@@ -80,7 +80,7 @@ class Bench:
 
     def line(self, count: int) -> dict[str, Any]:
         """Measures eager steps and graphs with a batch of `count` requests."""
-        from ktx.kernels.check import relative
+        from ktx.kernels.check import relative_error
 
         requests = self.requests[:count]
         self.runner.graphs = None
@@ -99,7 +99,7 @@ class Bench:
             "eager ms": eager_ms,
             "graph ms": graph_ms,
             "times": eager_ms / graph_ms,
-            "error": max(relative(b, a) for a, b in zip(eager, replayed, strict=True)),
+            "error": max(relative_error(b, a) for a, b in zip(eager, replayed, strict=True)),
             "alike": statistics.mean(agreement),
             "capture s": self.capture_s,
         }

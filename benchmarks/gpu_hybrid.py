@@ -29,20 +29,20 @@ WARMUP_TOKENS = 2  # kernels are compiled and buffers allocated
 
 def placement(args: argparse.Namespace, context: int) -> Any:
     """Returns the placement to measure, with the memory model of `ktx plan --vram`."""
-    from ktx.loader.build import measure
+    from ktx.loader.build import measure_footprint
     from ktx.placement.memory_model import EXPERTS
     from ktx.placement.solver import Budget, Placement
 
-    model, _ = measure(args.model, args.weights)
-    budget = Budget(() if args.one == "cpu" else (1 << 40,), 1 << 50, context, chunk=max(args.prompts))
+    model, _ = measure_footprint(args.model, args.weights)
+    budget = Budget(() if args.one == "cpu" else (1 << 40,), 1 << 50, context, chunk_size=max(args.prompts))
     if args.one == "cpu":
-        return Placement(model, budget, ["cpu"] * model.layers)
-    routed = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
+        return Placement(model, budget, ["cpu"] * model.num_layers)
+    routed = frozenset(part.layer for part in model.modules if part.group == EXPERTS and part.layer is not None)
     all_on_gpu = args.one == "gpu"
     return Placement(
         model,
         budget,
-        ["cuda:0"] * model.layers,
+        ["cuda:0"] * model.num_layers,
         routed if all_on_gpu else frozenset(),
         "cuda:0" if all_on_gpu else "cpu",
     )
@@ -112,17 +112,17 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Measures one placement and returns its line."""
     import torch
 
-    from ktx.placement.solver import CONTEXT
+    from ktx.placement.solver import CUDA_CONTEXT_BYTES
 
     plan = placement(args, max(args.prompts) + args.tokens + WARMUP_TOKENS)
-    model, _ = ktx.load(args.model, args.weights, devices=plan.map(), progress=False)
+    model, _ = ktx.load(args.model, args.weights, devices=plan.device_map(), progress=False)
     line: dict[str, Any] = {"placement": args.one, "layers": plan.model.layers}
     line |= figures_of(args, seconds := timed(args, model))
     if args.of:
         line |= extrapolated(args, model, seconds)
     if args.one != "cpu":
         has_gpu = torch.cuda.is_available()
-        line["vram planned"] = plan.total("cuda:0") - CONTEXT
+        line["vram planned"] = plan.total_bytes("cuda:0") - CUDA_CONTEXT_BYTES
         line["vram used"] = torch.cuda.max_memory_allocated() if has_gpu else None
         line["gpu"] = torch.cuda.get_device_name() if has_gpu else "pretended"
     return line

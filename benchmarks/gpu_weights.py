@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from ktx.kernels.check import relative  # noqa: E402
+from ktx.kernels.check import relative_error  # noqa: E402
 from ktx.quant.quantize import random_rows  # noqa: E402
 from ktx.quant.types import QTYPES, QType  # noqa: E402
 from ktx.weights.base import QuantizedTensor  # noqa: E402
@@ -90,7 +90,7 @@ def linear_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copy_gb_s: 
         call_us = microseconds([lambda w=w, x=x: linear.linear(x, w) for w in weights], repeat)  # type: ignore[misc]
         in_fp8 = count > linear.MAX_GEMM_TOKENS and fp8.supports(x, packed)
         yield line("linear", qtype, count, call_us, packed.nbytes, 2 * count * ROWS * COLUMNS, copy_gb_s) | {
-            "error": relative(linear.linear(x, packed), x.double() @ exact.T),
+            "error": relative_error(linear.linear(x, packed), x.double() @ exact.T),
             "bound": MAX_ERROR_FP8 if in_fp8 else MAX_ERROR,
         }
 
@@ -120,7 +120,7 @@ def experts_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copy_gb_s:
         exact = activated @ values[2].T * weights.double().sum(1, keepdim=True)  # all experts have the same weights
         read_bytes = nbytes * (count * TOP if count * TOP <= moe.MAX_GEMV_PAIRS else ids.unique().numel())
         yield line("experts", qtype, count, call_us, read_bytes, 6 * count * TOP * WIDTH * HIDDEN, copy_gb_s) | {
-            "error": relative(moe.experts(x, ids, weights, gate, up, down), exact),
+            "error": relative_error(moe.experts(x, ids, weights, gate, up, down), exact),
             "bound": MAX_ERROR_EXPERTS,
         }
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from ktx.cli.bench import stamp  # noqa: E402
+from ktx.cli.bench import run_metadata  # noqa: E402
 from ktx.hardware import default_threads  # noqa: E402
 from ktx.kernels import cpu  # noqa: E402
-from ktx.kernels.microbench import matrices, pass_bytes, peak, read_bandwidth, seconds, split  # noqa: E402
+from ktx.kernels.microbench import matrices, pass_bytes, peak_gops, read_bandwidth, seconds, split_matrices  # noqa: E402
 from ktx.quant.types import QTYPES, QType  # noqa: E402
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
@@ -34,7 +34,7 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     start = time.perf_counter()
     gate = cpu.pack_experts(weights)
     pack_s = time.perf_counter() - start
-    matrices_alone = split(gate)
+    matrices_alone = split_matrices(gate)
     x = torch.randn(1, HIDDEN)
     results = {"bits": 8 * matrix_nbytes / WIDTH / HIDDEN, "pack_gb_s": gate.nbytes / pack_s / 1e9}
 
@@ -42,11 +42,11 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     gemv_s = seconds(lambda: [cpu.linear(x, matrix) for matrix in matrices_alone], repeat)
     results |= {"linear_1_gb_s": gate.nbytes / gemv_s / 1e9, "linear_1_share": gate.nbytes / gemv_s / 1e9 / read_gb_s}
 
-    peak_gops = peak(qtype, threads)
+    int8_peak_gops = peak_gops(qtype, threads)
     x_prompt = torch.randn(TOKENS, HIDDEN)
     gemm_s = seconds(lambda: [cpu.linear(x_prompt, matrix) for matrix in matrices_alone[:8]], repeat)
     gops = 2 * TOKENS * WIDTH * HIDDEN * len(matrices_alone[:8]) / gemm_s / 1e9
-    results |= {"linear_512_gops": gops, "linear_512_share": gops / peak_gops}
+    results |= {"linear_512_gops": gops, "linear_512_share": gops / int8_peak_gops}
     return results | measure_experts(qtype, gate, count, threads, repeat)
 
 
@@ -72,13 +72,13 @@ def measure_experts(qtype: QType, gate: cpu.Packed, count: int, threads: int, re
         torch.randn(TOKENS, HIDDEN),
         torch.stack([torch.randperm(min(half, 64))[:TOP] for _ in range(TOKENS)]),
     )
-    peak_gops = peak(qtype, threads)
+    int8_peak_gops = peak_gops(qtype, threads)
     gops = 2 * 3 * TOKENS * TOP * WIDTH * HIDDEN / seconds(lambda: layer(x_prompt, chosen_prompt), repeat) / 1e9
     return {
         "experts_1_gb_s": gb_s,
         "experts_1_share": gb_s / read_gb_s,
         "experts_512_gops": gops,
-        "experts_512_share": gops / peak_gops,
+        "experts_512_share": gops / int8_peak_gops,
     }
 
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"{unknown[0]} is not a weight type; available: {' '.join(QTYPES)}")
     cpu.ops.set_threads(args.threads)
-    common = stamp() | {"isa": cpu.ops.isa(), "threads": args.threads}
+    common = run_metadata() | {"isa": cpu.ops.isa(), "threads": args.threads}
     if not args.json:
         print(f"{common['isa']} kernels, {args.threads} threads, {common['machine']}")
         header = f"{'linear, 1 token':>22}{'512 tokens':>19}{'experts, 1 token':>22}{'512 tokens':>19}{'packing':>14}"

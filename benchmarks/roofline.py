@@ -72,12 +72,12 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
     )
     weights, points = microbench.ROWS * microbench.COLUMNS, []
     for count in tokens:
-        matrices = microbench.split(packed, max(1, min(packed.matrices, 1024 // count)))
+        matrices = microbench.split_matrices(packed, max(1, min(packed.matrices, 1024 // count)))
         x, samples = torch.randn(count, microbench.COLUMNS), []
         for _ in range(repeat):
             read, peak = (
                 microbench.read_bandwidth(threads, microbench.MIN_PASS_BYTES // 2).gb_s,
-                microbench.peak(qtype, threads),
+                microbench.peak_gops(qtype, threads),
             )
             call_s = microbench.seconds(
                 lambda matrices=matrices, x=x: [cpu.linear(x, matrix) for matrix in matrices], 1
@@ -100,7 +100,7 @@ def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ktx.cli.bench import stamp
+    from ktx.cli.bench import run_metadata
     from ktx.quant.types import QTYPES
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
@@ -130,7 +130,7 @@ def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
             label=name,
         )
     axes.set(xscale="log", yscale="log", xlabel="operations per packed byte (1 to 512 tokens)", ylabel="GOPS")
-    machine = stamp()
+    machine = run_metadata()
     axes.set_title(f"{machine['machine']}, {threads} threads, {machine['date']}", fontsize=9)
     axes.grid(True, which="both", lw=0.3)
     axes.legend(fontsize=8, loc="lower right")

@@ -312,9 +312,9 @@ def main(argv: list[str] | None = None) -> int:
         help=f"max ratio of the longest first token to the median (default {MAX_TTFT_RATIO:.0f})",
     )
     args = parser.parse_args(argv)
-    from ktx.cli.bench_child import Child
+    from ktx.cli.bench_child import ServerProcess
 
-    server = Child(SERVER)
+    server = ServerProcess(SERVER)
     with server as base:
         assert server.process
         watch, results = asyncio.run(soak(base, psutil.Process(server.process.pid), args))

@@ -15,7 +15,7 @@ import torch
 
 from ktx.errors import UsageError
 
-PRETEND = "KTX_GPU"
+GPU_VARIABLE = "KTX_GPU"
 FAKE_GPU_BYTES = 80 << 30  # memory of a fake GPU
 
 
@@ -30,7 +30,7 @@ class Device:
     name: str
     torch: torch.device
     gpu: bool = False
-    pretended: bool = False
+    fake: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -38,7 +38,7 @@ class Device:
     @property
     def memory(self) -> tuple[int, int]:
         """(total, free) memory of a GPU in bytes."""
-        if self.pretended:
+        if self.fake:
             return FAKE_GPU_BYTES, FAKE_GPU_BYTES
         free, total = torch.cuda.mem_get_info(self.torch)
         return total, free
@@ -50,11 +50,11 @@ CPU = Device("cpu", torch.device("cpu"))
 def gpus() -> list[Device]:
     """The GPUs of this machine, or those that KTX_GPU defines. Raises UsageError for an invalid KTX_GPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested := os.environ.get(PRETEND, ""):
+    if requested := os.environ.get(GPU_VARIABLE, ""):
         match = re.fullmatch(r"(fake|split):([1-9]\d?)", requested)
         if match is None or (match[1] == "split" and not num_gpus):
             raise UsageError(
-                f"{PRETEND}={requested}: set fake:N for N fake GPUs, split:N to present an existing GPU as N, or unset"
+                f"{GPU_VARIABLE}={requested}: set fake:N for N fake GPUs, split:N to present an existing GPU as N, or unset"
                 " it"
             )
         fake = match[1] == "fake"
@@ -63,7 +63,7 @@ def gpus() -> list[Device]:
     return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(num_gpus)]
 
 
-def device_of(name: str, where: str = "") -> Device:
+def parse_device(name: str, location: str = "") -> Device:
     """The device that a rule or an option names.
 
     Args:
@@ -73,7 +73,7 @@ def device_of(name: str, where: str = "") -> Device:
     Raises:
         UsageError: the name is invalid, or this machine does not have the device.
     """
-    prefix = f"{where}: " if where else ""
+    prefix = f"{location}: " if location else ""
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name.strip())
     if match is None:
         raise UsageError(f"{prefix}{name!r} is not a device; use cpu, cuda or cuda:N")

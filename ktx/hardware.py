@@ -82,7 +82,7 @@ def default_threads() -> int:
     return machine().cores
 
 
-def share_of_cpus(number: int, of: int) -> set[int]:
+def cpu_share(number: int, of: int) -> set[int]:
     """The CPUs of process `number` out of `of` processes that share this machine.
 
     Each gets complete, adjacent cores, on one NUMA node where possible. Returns all usable CPUs when there are more
@@ -234,7 +234,7 @@ def format_bytes(nbytes: float) -> str:
     raise AssertionError
 
 
-MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def tune_malloc() -> bool:
@@ -246,7 +246,7 @@ def tune_malloc() -> bool:
     """
     import ctypes
 
-    if any(name in os.environ for name in MALLOC):
+    if any(name in os.environ for name in MALLOC_VARIABLES):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # mallopt(3): M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2

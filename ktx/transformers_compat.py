@@ -16,7 +16,7 @@ CACHE_NAMES = (  # names of the cache parameter of forward
 
 
 @functools.cache
-def usual_cache_name() -> str:
+def default_cache_name() -> str:
     """The installed version's name of the cache in a model's forward and in its output."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -42,24 +42,24 @@ def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
     A wrapper whose forward has no cache parameter gets the installed version's name.
     """
     kind: Any = type(module)
-    return {cache_name(kind) or usual_cache_name(): cache}
+    return {cache_name(kind) or default_cache_name(): cache}
 
 
 def cache_of(output: Any) -> Any:
     """The cache in a model's output; None when it has none."""
-    return getattr(output, usual_cache_name(), None)
+    return getattr(output, default_cache_name(), None)
 
 
-def writer_of_text(config: Any) -> Any:
+def causal_lm_class(config: Any) -> Any:
     """The causal language model class for a configuration; None when transformers has none."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def writes_text(config: Any) -> bool:
+def has_causal_lm(config: Any) -> bool:
     """Whether transformers has a causal language model for a configuration."""
-    return writer_of_text(config) is not None
+    return causal_lm_class(config) is not None
 
 
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
@@ -72,7 +72,7 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    names = [getattr(writer_of_text(config), "__name__", ""), config.model_type]
+    names = [getattr(causal_lm_class(config), "__name__", ""), config.model_type]
     entries: list[Any] = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
 
@@ -84,7 +84,7 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     return rename, [entry for entry in entries if isinstance(entry, WeightConverter)]
 
 
-def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
+def apply_converter(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
     """Converts checkpoint tensors, by source pattern, to the parameter `name`."""
     result: Any = tensors
     patterns = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
@@ -96,7 +96,7 @@ def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: 
     return values[0] if isinstance(values, list) else values
 
 
-def text_part(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     """The language model's configuration within a multimodal one; any other configuration unchanged.
 
     Only when transformers has the language model as a separate class. The output layer is tied when either
@@ -104,7 +104,7 @@ def text_part(config: Any) -> Any:
     An output matrix in the checkpoint is used in any case.
     """
     text_class = getattr(config, "sub_configs", {}).get("text_config")
-    if text_class is None or getattr(writer_of_text(config), "config_class", None) != text_class:
+    if text_class is None or getattr(causal_lm_class(config), "config_class", None) != text_class:
         return config
     text = config.get_text_config()
     text.tie_word_embeddings = any(getattr(c, "tie_word_embeddings", None) for c in (config, text))
@@ -139,7 +139,7 @@ def _collector() -> Any:
     return _active_collector
 
 
-def collects(what: str) -> bool:
+def collects_output(what: str) -> bool:
     """Whether the current forward collects module outputs of kind `what` ("attentions").
 
     An argument or the configuration requests it.
@@ -155,12 +155,12 @@ def collects(what: str) -> bool:
     return collected is not None and what in collected
 
 
-def records() -> bool:
+def collects_any_output() -> bool:
     """Whether the current forward collects module outputs of any kind."""
     return bool(_collector().get())
 
 
-def is_recorder(hook: Any) -> bool:
+def is_output_hook(hook: Any) -> bool:
     """Whether a hook is transformers' output collector, which stays on modules after the first forward that collects.
 
     It does nothing in forwards that do not collect outputs.
@@ -190,7 +190,7 @@ def attention_function(name: str) -> Callable[..., Any]:
     return found
 
 
-def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def to_checkpoint_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function that converts a model's state dict, or a part of it, to the form that `save_pretrained` writes.
 
     Names change, and stacked experts are split.

@@ -183,7 +183,7 @@ def test_what_cannot_be_loaded_is_one_line(words, status):
     assert done.returncode == status and "/nowhere" in done.stderr and "Traceback" not in done.stderr
 
 
-class Recorded(bench.Engine):
+class Recorded(bench.BenchProcess):
     """An engine that writes down when it starts, measures and stops."""
 
     def __init__(self, name: str, log: list[str]):
@@ -205,14 +205,14 @@ class Recorded(bench.Engine):
 
 def test_together_they_alternate_test_by_test():
     log: list[str] = []
-    found = bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, together=True)
+    found = bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, all_fit=True)
     assert [entry for entry in log if "starts" not in entry] == ["a pp1", "b pp1", "a tg1", "b tg1"] * 2
     assert all(len(rows) == 2 for engines in found.values() for rows in engines.values())
 
 
 def test_apart_only_one_is_in_memory():
     log: list[str] = []
-    bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, together=False)
+    bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, all_fit=False)
     up: set[str] = set()
     for entry in log:
         name, what = entry.split()
@@ -230,7 +230,7 @@ def test_room_for_two_is_decided_by_free_memory(model, monkeypatch, free, togeth
 
 def test_an_engine_that_dies_is_an_error_not_a_hang():
     with pytest.raises(KtxError, match=r"toy ended without a result \(exit status 0\)"):
-        bench.Engine("toy", "keyword", []).start()
+        bench.BenchProcess("toy", "keyword", []).start()
 
 
 def test_a_peer_refuses_what_it_cannot_read(tmp_path):
@@ -300,5 +300,5 @@ def test_the_real_peers_read_our_random_models(tmp_path, peer_name, module, pres
 
 def test_depths_and_their_tests():
     assert bench.lengths("0,8192") == [0, 8192]
-    assert bench.parts("pp512") == ("pp", 512, 0)
-    assert bench.parts("tg32@d8192") == ("tg", 32, 8192)
+    assert bench.parse_test("pp512") == ("pp", 512, 0)
+    assert bench.parse_test("tg32@d8192") == ("tg", 32, 8192)

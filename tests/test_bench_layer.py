@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ktx.cli import bench_ftllm, bench_kt_kernel, bench_layer
-from ktx.cli.bench_layer import Layer, truth
-from ktx.kernels.check import relative
+from ktx.cli.bench_layer import MoELayer, reference_output
+from ktx.kernels.check import relative_error
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def test_alone_every_format_has_a_speed_and_an_error(tmp_path):
 
 @pytest.mark.wall_clock
 def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench_layer.PAIRS, "kt-kernel", {"BF16": "BF16"})
+    monkeypatch.setitem(bench_layer.PEER_FORMATS, "kt-kernel", {"BF16": "BF16"})
     (tmp_path / "kt_kernel.py").write_text(FAKE)
     program = (
         "import sys\nfrom ktx.cli import bench_layer\nbench_layer.PAIRS['kt-kernel'] = {'BF16': 'BF16'}\n"
@@ -135,22 +135,22 @@ def test_codes_of_four_bits_are_the_weights():
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float() - 8
     assert packed.shape == (2, 3, 32) and scale.shape == (2, 3, 2)
     values = codes * scale.float().repeat_interleave(32, -1)
-    assert relative(values, w.float()) < 0.12
+    assert relative_error(values, w.float()) < 0.12
 
 
 def test_the_layer_as_a_model_is_the_layer(tmp_path):
     """What ftllm is given: transformers' own Qwen3-MoE of that folder gives the logits that its results are compared with."""
     from transformers import AutoModelForCausalLM
 
-    layer = Layer(4, 2, 256, 256)
+    layer = MoELayer(4, 2, 256, 256)
     tensors = bench_ftllm.write(tmp_path, layer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = [7, 300, 4000]
     with torch.inference_mode():
         logits = model(torch.tensor(ids)[:, None]).logits[:, -1, : bench_ftllm.DIRECTIONS]
-    assert relative(logits, bench_ftllm.exact(layer, tensors, ids)) < 1e-4
+    assert relative_error(logits, bench_ftllm.exact(layer, tensors, ids)) < 1e-4
     x, chosen, shares = layer.call(3)
-    assert truth(tensors["weights"], x, chosen, shares).shape == (3, 256)
+    assert reference_output(tensors["weights"], x, chosen, shares).shape == (3, 256)
 
 
 def test_roofline_draws_a_picture(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from ktx.__main__ import main
 from ktx.cli import bench_serve, serve
 from ktx.cli.arguments import Parser
-from ktx.cli.bench_child import serve_words
+from ktx.cli.bench_child import serve_arguments
 from ktx.cli.bench_clients import Load, Prompts, Timing
 from tests.server.conftest import scripted, serving
 
@@ -93,7 +93,7 @@ def test_figures_of_known_times():
     assert (found["requests"], found["errors"], found["error"], found["seconds"]) == (3, 1, "500 broken", 5.0)
     assert (found["prompt_tokens"], found["cached_tokens"], found["answer_tokens"]) == (20, 8, 7)
     assert (found["ttft_p50"], found["ttft_p99"], found["latency_p50"]) == (1.0, 2.0, 3.0)
-    assert first.gaps == [1.0, 0.5, 0.5] and second.gaps == [0.5, 1.5]
+    assert first.inter_token_s == [1.0, 0.5, 0.5] and second.inter_token_s == [0.5, 1.5]
     assert (found["itl_p50"], found["itl_p99"]) == (0.5, 1.5)
     assert found["decode_tok_s"] == 3.0  # the piece of 2.5 and the two tokens of 3.0
     assert found["prompt_tok_s"] == 4.0 and found["answer_tok_s"] == 1.4 and found["tok_s"] == 5.4
@@ -236,5 +236,5 @@ def test_options_arrive_at_the_server_as_they_were_given(words):
     serve.add_arguments(own)
     given = bench.parse_args(words)
     given.max_batch_size = given.max_batch_size or 4
-    arrived, meant = own.parse_args(serve_words(given)), own.parse_args(words)
+    arrived, meant = own.parse_args(serve_arguments(given)), own.parse_args(words)
     assert isinstance(arrived, argparse.Namespace) and vars(arrived) == vars(meant)

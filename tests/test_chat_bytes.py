@@ -12,7 +12,7 @@ import pytest
 
 from ktx.__main__ import main
 from ktx.chat.conversation import Conversation
-from ktx.chat.reading import clean, lines_of, read_text
+from ktx.chat.reading import lines_of, read_text, replace_surrogates
 from ktx.chat.render import Printer
 from ktx.chat_formats import Text
 from ktx.errors import BadFile
@@ -86,7 +86,11 @@ def test_files(tmp_path):
 
 
 def test_clean():
-    assert clean("a\udcfcb") == "a�b" and clean("\ud83d\ude42 \udc00") == "🙂 �" and clean("é🙂") == "é🙂"
+    assert (
+        replace_surrogates("a\udcfcb") == "a�b"
+        and replace_surrogates("\ud83d\ude42 \udc00") == "🙂 �"
+        and replace_surrogates("é🙂") == "é🙂"
+    )
 
 
 class Said:

@@ -22,7 +22,7 @@ from ktx.kernels import cpu
 from ktx.model.notes import Note
 from ktx.ops.base import Operator
 from ktx.ops.fusion.layer import Layer
-from ktx.ops.guard import current
+from ktx.ops.guard import valid_fast_path
 from ktx.transformers_compat import cache_argument
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
@@ -103,9 +103,9 @@ def test_a_copy_shares_packed_bytes_alone(chat):
     assert not {id(m) for m in other.modules()} & {id(m) for m in chat.modules()}
     mine = {t.data_ptr() for t in [*chat.parameters(), *chat.buffers()]}
     assert not mine & {t.data_ptr() for t in [*other.parameters(), *other.buffers()]}
-    steps = {id(step) for m in chat.modules() for step in getattr(getattr(m, "stretch", None), "steps", ())}
+    steps = {id(step) for m in chat.modules() for step in getattr(getattr(m, "fused_group", None), "steps", ())}
     assert steps and not steps & {
-        id(step) for m in other.modules() for step in getattr(getattr(m, "stretch", None), "steps", ())
+        id(step) for m in other.modules() for step in getattr(getattr(m, "fused_group", None), "steps", ())
     }
 
 
@@ -242,7 +242,7 @@ def test_what_comes_from_no_file_is_written_as_it_is(chat, monkeypatch):
 def as_f32(head):
     from ktx.weights.base import QuantizedTensor
 
-    return QuantizedTensor.of(head.weight)
+    return QuantizedTensor.from_float(head.weight)
 
 
 def test_copies_keep_hooks_and_caches_apart(chat):
@@ -332,7 +332,7 @@ def test_shortcuts_read_memory_that_torch_has_moved(tmp_path):
 
 def test_a_layer_of_its_own_makes_its_shortcuts_anew(chat):
     layer = copy.deepcopy(chat.model.layers[0])
-    assert isinstance(layer, Layer) and current(layer) is not None and layer.stretch is None
+    assert isinstance(layer, Layer) and valid_fast_path(layer) is not None and layer.fused_group is None
     assert all(module.is_ready for module in layer.modules() if isinstance(module, Operator))
 
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 import ktx
 from ktx import demo
 from ktx.demo import corpus, evaluate, export, tokenizer
-from ktx.demo.model import SETTINGS, Trainee, coarse
-from ktx.demo.train import Coarsened, Data, optimizer
-from ktx.kernels.check import in_bf16
+from ktx.demo.model import SETTINGS, Trainee, fake_quantize
+from ktx.demo.train import Data, FakeQuantized, optimizer
+from ktx.kernels.check import multiplies_in_bf16
 
 LIMIT_MB = 24
 RECORDED = 57.43  # perplexity of the BF16 weights on heldout.txt, transformers, float32
@@ -33,7 +33,7 @@ def loaded(request):
 
 @pytest.fixture(scope="module")
 def stock():
-    return evaluate.stock(demo.path())
+    return evaluate.load_reference(demo.path())
 
 
 def test_every_listed_answer_is_right(loaded):
@@ -76,7 +76,7 @@ def test_bf16_has_the_logits_of_transformers(stock):
     ids = words(demo.heldout().read_text(encoding="utf-8")[:1500], return_tensors="pt").input_ids
     with torch.no_grad():
         ours, theirs = model(input_ids=ids).logits, stock[0](input_ids=ids).logits
-    if in_bf16():  # the odd token takes another expert
+    if multiplies_in_bf16():  # the odd token takes another expert
         assert ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median() < 5e-3
     else:
         assert (ours - theirs).abs().max() < 1e-3 * theirs.std()
@@ -211,9 +211,9 @@ def test_balance_favours_idle_experts():
 def test_coarsened_weights_come_back():
     net = small_net()
     before = {name: value.clone() for name, value in net.named_parameters()}
-    with Coarsened(net, active=True):
+    with FakeQuantized(net, active=True):
         inside = net.main.lm_head.weight.clone()
-    assert torch.equal(inside, coarse(before["main.lm_head.weight"]))
+    assert torch.equal(inside, fake_quantize(before["main.lm_head.weight"]))
     assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
 
 

@@ -10,7 +10,7 @@ import pytest
 import ktx
 import ktx.demo
 from ktx.errors import BadFile, UsageError
-from ktx.injection.device_map import arranged, place, spans, split
+from ktx.injection.device_map import format_ranges, merge_options, parse_entry, split_layers
 from ktx.injection.rules import load_rules, parse, rule_folder
 from tests.models.families import FAMILIES, tiny
 
@@ -51,7 +51,7 @@ def written(tmp_path, text):
 
 def test_words_and_ranges_find_their_modules():
     def found(key, path):
-        return bool(place(key, "cpu").pattern.search(path))
+        return bool(parse_entry(key, "cpu").pattern.search(path))
 
     assert found("all", "") and not found("all", "model")
     assert found("experts", "model.layers.3.mlp.experts") and not found("experts", "model.layers.3.mlp.shared_experts")
@@ -61,7 +61,7 @@ def test_words_and_ranges_find_their_modules():
     assert found("experts 3", "model.layers.3.mlp.experts") and not found("experts 3", "model.layers.4.mlp.experts")
     assert not found("experts 3", "model.layers.3.mlp.shared_experts")
     assert found(r"q_.*proj$", "model.layers.0.self_attn.q_a_proj") and not found(r"^q_", "model.layers.0.q_proj")
-    assert spans([7, 0, 2, 1]) == "0-2,7"
+    assert format_ranges([7, 0, 2, 1]) == "0-2,7"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_errors_of_a_map_name_file_and_line(text, line, words):
 def test_a_file_may_name_the_rules_it_places(tmp_path):
     file = written(tmp_path, MAP)
     rules = load_rules(file)
-    assert rules == load_rules("deepseek-v3") and [entry.key for entry in rules.places][:2] == ["all", "layers 1-2"]
-    assert rules.places[0].where == f"{file}:4"
+    assert rules == load_rules("deepseek-v3") and [entry.key for entry in rules.entries][:2] == ["all", "layers 1-2"]
+    assert rules.entries[0].where == f"{file}:4"
     (tmp_path / "other.yaml").write_text("- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n")
     assert len(load_rules(written(tmp_path, "rules: other.yaml\ndevices: {all: cpu}\n"))) == 1
     assert len(load_rules(written(tmp_path, "rules:\n- match: {name: a}\ndevices: {all: cpu}\n"))) == 1
@@ -178,8 +178,8 @@ def test_an_option_counts_more_than_the_file(two, tmp_path):
     assert set(devices(ktx.plan(*DEMO, rules=file, device="cpu")).values()) == {"cpu"}
     found = devices(ktx.plan(*DEMO, rules=file, moe_device="cuda:1"))
     assert found["model.layers.1.mlp.experts"] == "cuda:1" and found["lm_head"] == "cuda:0"
-    first = arranged((), "cuda", devices={"experts": "cuda:1"})[0]
-    assert (first.key, first.device, first.asked) == ("experts", "cuda:1", True)
+    first = merge_options((), "cuda", devices={"experts": "cuda:1"})[0]
+    assert (first.key, first.device, first.explicit) == ("experts", "cuda:1", True)
 
 
 def test_layers_are_shared_out_by_bytes(two):
@@ -195,7 +195,7 @@ def test_layers_are_shared_out_by_bytes(two):
 
 
 def test_a_split_names_every_layer_once():
-    first, second, *rest = split([place("all", "cuda:0,cuda:1,cuda:2")], [0, 0, 1, 2, 2])
+    first, second, *rest = split_layers([parse_entry("all", "cuda:0,cuda:1,cuda:2")], [0, 0, 1, 2, 2])
     assert (first.key, first.device, second.key, second.device) == ("layers 2", "cuda:1", "layers 3-4", "cuda:2")
     assert rest[-1].key == "all" and rest[-1].device == "cuda:0"
     assert {entry.device for entry in rest[:-1]} == {"cuda:2"} and all(entry.implied for entry in rest[:-1])

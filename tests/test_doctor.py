@@ -53,19 +53,19 @@ def test_read_bandwidth_says_what_was_read_beside_the_cache(monkeypatch):
 
 
 def test_versions_that_were_not_tested_are_named(monkeypatch, capsys):
-    before = versions.installed
+    before = versions.installed_version
     others = {"transformers": "9.1", "numpy": "1.2.3"}
-    monkeypatch.setattr(versions, "installed", lambda name: others.get(name) or before(name))
+    monkeypatch.setattr(versions, "installed_version", lambda name: others.get(name) or before(name))
     found = doctor.report(quick=True)
     assert found["versions"]["transformers"] == "9.1"
     assert [line for line in found["warnings"] if "than the versions ktx was tested with" in line] == [
-        f"transformers 9.1 is newer than the versions ktx was tested with ({versions.tested('transformers')}): "
-        f"pip install '{versions.admitted('transformers')}'",
-        f"numpy 1.2.3 is older than the versions ktx was tested with ({versions.tested('numpy')}): pip install '{versions.admitted('numpy')}'",
+        f"transformers 9.1 is newer than the versions ktx was tested with ({versions.tested_range('transformers')}): "
+        f"pip install '{versions.requirement('transformers')}'",
+        f"numpy 1.2.3 is older than the versions ktx was tested with ({versions.tested_range('numpy')}): pip install '{versions.requirement('numpy')}'",
     ]
     doctor.show(found)
     out = capsys.readouterr().out
-    assert f"9.1  (tested: {versions.tested('transformers')})" in out and "! transformers 9.1 is newer" in out
+    assert f"9.1  (tested: {versions.tested_range('transformers')})" in out and "! transformers 9.1 is newer" in out
 
 
 def test_a_lowered_isa_is_reported_with_its_reason():

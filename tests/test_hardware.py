@@ -132,7 +132,7 @@ def test_isas_follow_the_flags():
 
 
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
-    for name in hardware.MALLOC:
+    for name in hardware.MALLOC_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert hardware.tune_malloc()
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")

@@ -17,7 +17,7 @@ import ktx
 import ktx.injection.rules
 import ktx.loader.load
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.kernels.check import in_bf16
+from ktx.kernels.check import multiplies_in_bf16
 from ktx.ops.base import register
 from ktx.ops.experts import Experts
 from tests.gguf_writer import write_gguf
@@ -244,7 +244,7 @@ def test_block_fp8_safetensors(tmp_path):
         else:
             tensors[name] = tensor.clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < (2e-2 if in_bf16() else 1e-4)
+    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < (2e-2 if multiplies_in_bf16() else 1e-4)
 
 
 def test_kimi_k2_is_deepseek_v3_without_remote_code(tmp_path):
@@ -469,8 +469,8 @@ def test_float_weights_become_integers_on_loading(tmp_path, words, linear, exper
     assert used == ({"INT8_128"} if linear == "Q8_0" else {linear})  # 256 columns
     assert layer.mlp.experts.weights["down_proj"].qtype.name == experts
     for step in plan:
-        if step.new in ("Linear", "Experts") and step.memory:
-            assert step.memory == pytest.approx(model.get_submodule(step.path).weight_bytes()[0], rel=0.02)
+        if step.operator in ("Linear", "Experts") and step.memory_bytes:
+            assert step.memory_bytes == pytest.approx(model.get_submodule(step.path).weight_bytes()[0], rel=0.02)
     with torch.inference_mode():
         got, exact = model(input_ids=IDS).logits, original.float()(input_ids=IDS).logits
     assert ((got - exact).norm() / exact.norm()).item() < (0.05 if linear == "Q8_0" else 0.3)

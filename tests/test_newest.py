@@ -57,7 +57,7 @@ def test_the_summary_names_what_broke_and_against_what(tool, tmp_path, monkeypat
         "anyio": "99",
         "torch": "99.0",
     }
-    monkeypatch.setattr(tool.versions, "installed", here.get)
+    monkeypatch.setattr(tool.versions, "installed_version", here.get)
     lines = tool.summary(tmp_path / "report.xml").splitlines()
     table = {line.split()[0]: line.split() for line in lines[2:6]}
     assert set(table) == {"transformers", "huggingface-hub", "anyio", "torch"}  # gguf is the locked one
@@ -81,7 +81,7 @@ def test_the_summary_names_what_broke_and_against_what(tool, tmp_path, monkeypat
 
 def test_with_the_locked_versions_there_is_nothing_to_name(tool, tmp_path, monkeypatch):
     (tmp_path / "report.xml").write_text("<testsuites/>")
-    monkeypatch.setattr(tool.versions, "installed", lambda name: tool.pins().get(name, [None])[0])
+    monkeypatch.setattr(tool.versions, "installed_version", lambda name: tool.pins().get(name, [None])[0])
     assert tool.summary(tmp_path / "report.xml").splitlines()[1:] == [
         "  none",
         "0 passed, 0 failed, 0 errors, 0 skipped",

@@ -57,17 +57,17 @@ def test_a_family_with_rules_has_none(caplog):
         model, _ = ktx.load(demo.path(), demo.gguf(), progress=False)
         with model.ktx.engine(cache_lens=2048, max_batch_size=1):
             assert model.ktx.notes == [] and not [r for r in caplog.records if r.name == "ktx.model.notes"]
-    assert ktx.plan(demo.path(), demo.gguf()).said == []
+    assert ktx.plan(demo.path(), demo.gguf()).model_notes == []
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe", "gpt_oss"])
 def test_shipped_families_have_none(tmp_path, family):
     folder = write_model(tmp_path / "m", family, "Q8_0" if family != "gpt_oss" else "MXFP4")
-    assert ktx.plan(folder, folder / "model.gguf").said == []
+    assert ktx.plan(folder, folder / "model.gguf").model_notes == []
 
 
 def test_a_family_without_a_rule_file_is_told(stranger, caplog):
-    (note,) = [note for note in ktx.plan(stranger).said if note.code == "generic"]
+    (note,) = [note for note in ktx.plan(stranger).model_notes if note.code == "generic"]
     assert "no rule file for granitemoe" in note.text
     with caplog.at_level(logging.WARNING, "ktx.model.notes"):
         model = loaded(stranger)
@@ -75,7 +75,7 @@ def test_a_family_without_a_rule_file_is_told(stranger, caplog):
 
 
 def test_who_chose_the_generic_rules_knows(stranger):
-    assert "generic" not in codes(ktx.plan(stranger, rules="generic").said)
+    assert "generic" not in codes(ktx.plan(stranger, rules="generic").model_notes)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_who_chose_the_generic_rules_knows(stranger):
 )
 def test_modules_that_stay_plain_torch_are_told(qwen, name, count):
     rules = [ktx.Rule(name=name, recursive=False), *load_rules(None, "qwen3_moe")]
-    kept = [note for note in ktx.plan(qwen, qwen / "model.gguf", rules).said if note.code == "kept"]
+    kept = [note for note in ktx.plan(qwen, qwen / "model.gguf", rules).model_notes if note.code == "kept"]
     assert len(kept) == min(count, 1)  # a note a class; routers are small
     if count:
         assert "Linear (" in kept[0].text and "stay plain torch" in kept[0].text and "in f32" in kept[0].text
@@ -123,20 +123,20 @@ def test_a_context_that_is_cut_is_told_as_long_as_it_is(qwen, caplog, options, h
     ],
 )
 def test_an_option_without_effect_is_told(qwen, options, told):
-    found = ktx.plan(qwen, qwen / "model.gguf", **options).said
+    found = ktx.plan(qwen, qwen / "model.gguf", **options).model_notes
     assert codes(found)[0] == "flag" and told in found[0].text
     assert found == loaded(qwen, **options).ktx.notes
 
 
 def test_an_option_with_effect_is_not(stranger):
-    assert "flag" not in codes(ktx.plan(stranger, weight_dtype="int8", moe_dtype="int8", kv_dtype="q8_0").said)
+    assert "flag" not in codes(ktx.plan(stranger, weight_dtype="int8", moe_dtype="int8", kv_dtype="q8_0").model_notes)
 
 
 def test_blocks_that_a_gpu_does_not_keep_are_told(qwen, monkeypatch):
     monkeypatch.setenv("KTX_GPU", "fake:1")
-    found = ktx.plan(qwen, qwen / "model.gguf", kv_dtype="q8_0", device="cuda").said
+    found = ktx.plan(qwen, qwen / "model.gguf", kv_dtype="q8_0", device="cuda").model_notes
     assert found == [Note("flag", "kv_dtype q8_0: layers on a GPU use f16")]
-    assert ktx.plan(qwen, qwen / "model.gguf", kv_dtype="fp8", device="cuda").said == []
+    assert ktx.plan(qwen, qwen / "model.gguf", kv_dtype="fp8", device="cuda").model_notes == []
 
 
 def test_an_instruction_set_that_this_cpu_lacks_is_told(qwen, monkeypatch):
@@ -145,13 +145,13 @@ def test_an_instruction_set_that_this_cpu_lacks_is_told(qwen, monkeypatch):
     )
     monkeypatch.setenv("KTX_ISA", "amx")
     monkeypatch.setenv("KTX_GEMM", "fast")
-    found = [note.text for note in ktx.plan(qwen, qwen / "model.gguf").said]
+    found = [note.text for note in ktx.plan(qwen, qwen / "model.gguf").model_notes]
     assert (
         found[0] == "KTX_ISA=amx: this CPU supports at most avx2, which is used" and "KTX_GEMM=fast: avx2" in found[1]
     )
     monkeypatch.setenv("KTX_ISA", "avx2")
     monkeypatch.setenv("KTX_GEMM", "exact")
-    assert ktx.plan(qwen, qwen / "model.gguf").said == []
+    assert ktx.plan(qwen, qwen / "model.gguf").model_notes == []
 
 
 def test_what_loading_warns_of_is_a_note_too(qwen):
@@ -192,7 +192,7 @@ def test_a_warning_is_heard_although_an_error_follows(qwen, monkeypatch):
 
 
 def test_a_librarys_deprecation_is_no_note_and_is_passed_on():
-    with pytest.warns(DeprecationWarning, match="old"), notes.heard() as found:
+    with pytest.warns(DeprecationWarning, match="old"), notes.capture_warnings() as found:
         warnings.warn("old", DeprecationWarning, stacklevel=1)
         warnings.warn("yours", stacklevel=1)
     assert found == [Note("warning", "yours")]

@@ -88,9 +88,9 @@ def test_no_text_sends_anybody_to_a_strangers_package():
 
 def test_an_extra_of_a_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert versions.install("serve") == "pip install -e '.[serve]'"
+    assert versions.install_command("serve") == "pip install -e '.[serve]'"
     monkeypatch.chdir(tmp_path)
-    assert versions.install("ray") == f"pip install -e '.[ray]' in {ROOT}"
+    assert versions.install_command("ray") == f"pip install -e '.[ray]' in {ROOT}"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_extra_of_a_wheel(monkeypatch, tmp_path, direct_url, wheel):
 
     monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed())
-    assert versions.install("serve") == f"pip install '{wheel}[serve]'"
+    assert versions.install_command("serve") == f"pip install '{wheel}[serve]'"
 
 
 def test_an_extra_of_files_that_nobody_installed(monkeypatch, tmp_path):
@@ -117,7 +117,7 @@ def test_an_extra_of_files_that_nobody_installed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    assert versions.install("serve").startswith("pip install 'dist/ktx_moe-")
+    assert versions.install_command("serve").startswith("pip install 'dist/ktx_moe-")
 
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -171,9 +171,9 @@ def test_bounds_are_what_was_tested(requirement):
     assert lower(requirement.specifier) == oldest
     assert requirement.specifier.contains(newest)
     if name in PRIVATE:
-        assert str(requirement) == str(Requirement(versions.admitted(name))), f"we use private names of {name}"
+        assert str(requirement) == str(Requirement(versions.requirement(name))), f"we use private names of {name}"
     else:
-        assert upper(requirement.specifier) == str(versions.numbers(newest)[0] + 1), "the next major version"
+        assert upper(requirement.specifier) == str(versions.release_components(newest)[0] + 1), "the next major version"
 
 
 def test_nothing_is_tested_that_nobody_asks_for():
@@ -198,7 +198,7 @@ def test_the_lock_is_what_was_tested(python):
             f"make lock: {name} {pin} for {requirement}"
         )
         if requirement.name in versions.TESTED:
-            far = versions.outside(requirement.name, pin.version)
+            far = versions.compare_to_tested(requirement.name, pin.version)
             assert far is None, (
                 f"{name} {pin.version} is {far} than ktx/utils/versions.py says that the suite was run on"
             )
@@ -219,7 +219,7 @@ def test_the_lock_has_all_that_is_installed_with_it():
     while waiting:
         name, extra = waiting.pop()
         if (key := (canonicalize_name(name), extra)) in seen or (
-            key[0] == "triton" and not versions.installed("triton")
+            key[0] == "triton" and not versions.installed_version("triton")
         ):
             continue
         seen.add(key)
@@ -248,9 +248,9 @@ def test_the_lock_has_all_that_is_installed_with_it():
 )
 def test_a_version_outside(monkeypatch, version, said):
     monkeypatch.setitem(versions.TESTED, "transformers", ("5.17", "5.23"))
-    monkeypatch.setattr(versions, "installed", lambda name: version if name == "transformers" else None)
-    assert versions.outside("transformers", version) == said
-    found = versions.untested()
+    monkeypatch.setattr(versions, "installed_version", lambda name: version if name == "transformers" else None)
+    assert versions.compare_to_tested("transformers", version) == said
+    found = versions.untested_warnings()
     assert len(found) == (said is not None)
     if said:
         assert found == [

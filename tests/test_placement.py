@@ -17,13 +17,13 @@ from ktx.cli.plan import write as write_file
 from ktx.errors import DoesNotFit, UsageError
 from ktx.injection.rules import load_rules, rule_folder
 from ktx.kernels.gpu import soa_layout
-from ktx.kernels.gpu.repack_bits import UNDOING
-from ktx.kernels.gpu.repack_from_cpu import STREAMED
-from ktx.loader.build import measure
+from ktx.kernels.gpu.repack_bits import PEAK_TEMPORARY_BYTES
+from ktx.kernels.gpu.repack_from_cpu import STREAM_CHUNK_BYTES
+from ktx.loader.build import measure_footprint
 from ktx.placement import workspace
-from ktx.placement.memory_model import Bytes, Footprint, ModuleMemory, on_cpu, on_gpu
-from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balanced, solve
-from ktx.placement.suggest import changes, fit
+from ktx.placement.memory_model import Footprint, ModuleMemory, WeightBytes, cpu_packed_bytes, gpu_packed_bytes
+from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balance, solve
+from ktx.placement.suggest import fit, suggestions
 from ktx.quant.quantize import random_rows
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
@@ -32,7 +32,7 @@ from tests.models.test_families import load
 from tests.random_model import script, write
 
 GB = 10**9
-FAST = Speeds(200.0, 1000.0, link=25.0, rate=2000.0)
+FAST = Speeds(200.0, 1000.0, link_gb_s=25.0, cpu_gops=2000.0)
 DEMO = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf())]
 
 
@@ -40,12 +40,12 @@ DEMO = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf())]
 def v3(tmp_path_factory) -> Footprint:
     """DeepSeek-V3, Q4_K_M."""
     folder = tmp_path_factory.mktemp("v3")
-    return measure(folder, script("plan_v3").write(folder))[0]
+    return measure_footprint(folder, script("plan_v3").write(folder))[0]
 
 
 @pytest.fixture(scope="module")
 def demo() -> Footprint:
-    return measure(ktx.demo.path(), ktx.demo.gguf())[0]
+    return measure_footprint(ktx.demo.path(), ktx.demo.gguf())[0]
 
 
 @pytest.fixture
@@ -80,22 +80,22 @@ def test_planes_are_as_large_as_is_planned(name):
     qtype, n, k = QTYPES[name], 160, 512
     rows = random_rows(qtype, n, k)
     matrices = QuantizedTensor(rows.expand(3, n, -1), qtype, (3, n, k))
-    assert on_gpu([(qtype, (3, n, k))]) == soa_layout.pack(matrices, device="cpu").nbytes
-    assert on_gpu([(qtype, (n, k))]) * 3 == on_gpu([(qtype, (3, n, k))])
+    assert gpu_packed_bytes([(qtype, (3, n, k))]) == soa_layout.pack(matrices, device="cpu").nbytes
+    assert gpu_packed_bytes([(qtype, (n, k))]) * 3 == gpu_packed_bytes([(qtype, (3, n, k))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
     tiny(family).save_pretrained(tmp_path)
-    found, model = measure(tmp_path)[0], load(tmp_path, None)
-    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
+    found, model = measure_footprint(tmp_path)[0], load(tmp_path, None)
+    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
     cache = PagedCache(model.config, 10, torch.float16)
     cache.batch = BatchMetadata([SequenceSpan(0, 0, 3, [0], 3)])
     with torch.inference_mode():
         model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, position_ids=cache.batch.position_ids)
-    pools = [layer for layer in found.kept if not layer.state]
+    pools = [layer for layer in found.kv_layers if not layer.state_bytes]
     assert sum(layer.nbytes(10 * 64, 1, torch.float16, False) for layer in pools) == cache.nbytes()
-    states = {layer.layer: layer.state for layer in found.kept if layer.state}
+    states = {layer.layer: layer.state_bytes for layer in found.kv_layers if layer.state_bytes}
     layers = cache.state(0).layers if states else []
     assert all(size == held_states(layers[i]) for i, size in states.items())
 
@@ -108,28 +108,30 @@ def held_states(layer) -> int:
 @pytest.mark.parametrize("preset,quant", [("v2lite", "Q4_K_M"), ("v3", "Q8_0"), ("qwen3-30b", "Q4_K_M")])
 def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
     file = write(tmp_path, preset, "--quant", quant)
-    found, model = measure(tmp_path, file)[0], load(tmp_path, file)
-    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
-    assert sum(part.read(1, False) for part in found.parts) == pytest.approx(model.ktx.bytes_per_token, rel=0.02)
+    found, model = measure_footprint(tmp_path, file)[0], load(tmp_path, file)
+    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.read_bytes(1, False) for part in found.modules) == pytest.approx(
+        model.ktx.bytes_per_token, rel=0.02
+    )
 
 
 def test_weights_that_are_made_on_loading_count_as_made():
     options = {"weight_dtype": "int8", "moe_dtype": "int4"}
-    found = measure(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
+    found = measure_footprint(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
     model = load(ktx.demo.path(), ktx.demo.safetensors(), **options)
-    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
 
 
 @pytest.mark.parametrize("kind", ["f16", "f32", "q8_0", "fp8"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
     tiny(family).save_pretrained(tmp_path)
-    found, model = measure(tmp_path)[0], load(tmp_path, None, kv_dtype=kind)
+    found, model = measure_footprint(tmp_path)[0], load(tmp_path, None, kv_dtype=kind)
     cache = PagedCache(model.config, 2 * 3, kind)
     cache.batch = BatchMetadata([SequenceSpan(0, 0, 2, [0], 2)])
     with torch.inference_mode():
         model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, position_ids=cache.batch.position_ids)
-    assert sum(layer.nbytes(130, 2, cache.dtype, False) for layer in found.kept) == cache.nbytes()
+    assert sum(layer.nbytes(130, 2, cache.dtype, False) for layer in found.kv_layers) == cache.nbytes()
 
 
 # ---- choices
@@ -138,7 +140,11 @@ def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
 @pytest.mark.parametrize("context,most", [(8 << 10, 14), (128 << 10, 24)])
 def test_deepseek_v3_beside_the_experts_fits_a_small_gpu(v3, context, most):
     made = fit(v3, Budget((most * GB,), 420 * GB, context))
-    assert made.total("cuda:0") <= most * GB and made.map() == {"all": "cuda:0", "embedding": "cpu", "experts": "cpu"}
+    assert made.total_bytes("cuda:0") <= most * GB and made.device_map() == {
+        "all": "cuda:0",
+        "embedding": "cpu",
+        "experts": "cpu",
+    }
     assert made.bytes[KV]["cuda:0"] == 61 * (512 + 64) * 2 * context
     assert made.bytes["routed experts"][CPU] > 380 * GB
 
@@ -147,50 +153,64 @@ def test_experts_fill_what_is_left_and_no_more(v3):
     budget = Budget((48 * GB,), 420 * GB, 32 << 10)
     made = fit(v3, budget)
     sizes = {part.layer: part.gpu.held for part in v3.parts if part.experts}
-    assert len(made.experts) >= 4 and made.total("cuda:0") <= 48 * GB
+    assert len(made.experts) >= 4 and made.total_bytes("cuda:0") <= 48 * GB
     left = [size for layer, size in sizes.items() if layer not in made.experts]
-    assert made.total("cuda:0") + min(left) > 48 * GB
+    assert made.total_bytes("cuda:0") + min(left) > 48 * GB
     assert max(sizes[layer] for layer in made.experts) <= min(left)  # as many layers as can be
     less = fit(v3, replace(budget, vram=(24 * GB,)))
-    assert less.experts < made.experts and less.reads(CPU) > made.reads(CPU)
+    assert less.experts < made.experts and less.read_bytes_per_token(CPU) > made.read_bytes_per_token(CPU)
 
 
 def test_what_is_left_takes_a_share_of_one_more_layer(v3):
     made = fit(v3, Budget((48 * GB,), 420 * GB, 32 << 10))
-    ((layer, count),) = made.share.items()
+    ((layer, count),) = made.num_gpu_experts.items()
     assert layer not in made.experts and 0 < count < 256
-    assert made.exceeded() == {} and "cuda:0" in replace(made, share={layer: count + 1}).exceeded()
+    assert made.exceeded() == {} and "cuda:0" in replace(made, num_gpu_experts={layer: count + 1}).exceeded()
     path = f"model.layers.{layer}.mlp.experts"
     assert (made.devices[path], made.devices[f"{path}.on_gpu"]) == (CPU, "cuda:0")
-    without = replace(made, share={})
+    without = replace(made, num_gpu_experts={})
     moved = without.bytes["routed experts"][CPU] - made.bytes["routed experts"][CPU]
     assert moved == pytest.approx(made.bytes["routed experts"]["cuda:0"] - without.bytes["routed experts"]["cuda:0"])
     one = next(part for part in v3.parts if part.path == path)
     assert moved == pytest.approx(one.cpu.held * count / 256, abs=256)
-    assert without.reads(CPU) - made.reads(CPU) == pytest.approx(one.read(1, False) * count / 256, abs=256)
+    assert without.read_bytes_per_token(CPU) - made.read_bytes_per_token(CPU) == pytest.approx(
+        one.read(1, False) * count / 256, abs=256
+    )
 
 
 def test_room_to_bring_experts_for_prompts_is_counted_and_given_up_first(v3):
     roomy = fit(v3, Budget((24 * GB,), 420 * GB, 32 << 10))
-    assert roomy.stream and roomy.scratch("cuda:0") - replace(roomy, stream=False).scratch("cuda:0") == 2 * STREAMED
-    need = roomy.total("cuda:0") - roomy.bytes["routed experts"]["cuda:0"] - STREAMED
+    assert (
+        roomy.streams_experts
+        and roomy.workspace_bytes("cuda:0") - replace(roomy, streams_experts=False).workspace_bytes("cuda:0")
+        == 2 * STREAM_CHUNK_BYTES
+    )
+    need = roomy.total_bytes("cuda:0") - roomy.bytes["routed experts"]["cuda:0"] - STREAM_CHUNK_BYTES
     tight = fit(v3, Budget((need,), 420 * GB, 32 << 10))
-    assert not tight.stream and tight.streamed_from(FAST) == 0 < roomy.streamed_from(FAST)
+    assert not tight.streams_experts and tight.min_streamed_tokens(FAST) == 0 < roomy.min_streamed_tokens(FAST)
 
 
 def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
     part = next(part for part in v3.parts if part.experts)
     assert not part.rearranged
-    assert workspace.streamed([replace(part, rearranged=True)]) == workspace.streamed([part]) + UNDOING
+    assert (
+        workspace.streaming_bytes([replace(part, rearranged=True)])
+        == workspace.streaming_bytes([part]) + PEAK_TEMPORARY_BYTES
+    )
 
 
 def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):
     made = fit(v3, Budget((24 * GB,), 420 * GB))
     layer = max((part for part in v3.parts if part.experts), key=lambda part: part.cpu.held / part.weights)
-    alone = 2 * layer.weights * 8 / 256 / (FAST.rate * 1e9)  # seconds of a token on the CPU
-    assert made.streamed_from(FAST) == pytest.approx(layer.cpu.held / (FAST.link * 1e9) / alone, abs=1)
-    assert made.streamed_from(replace(FAST, rate=FAST.rate * 2)) == pytest.approx(2 * made.streamed_from(FAST), abs=2)
-    assert made.streamed_from(replace(FAST, rate=1e-3)) == 64 and made.streamed_from(replace(FAST, rate=0.0)) == 0
+    alone = 2 * layer.weights * 8 / 256 / (FAST.cpu_gops * 1e9)  # seconds of a token on the CPU
+    assert made.min_streamed_tokens(FAST) == pytest.approx(layer.cpu.held / (FAST.link_gb_s * 1e9) / alone, abs=1)
+    assert made.min_streamed_tokens(replace(FAST, cpu_gops=FAST.cpu_gops * 2)) == pytest.approx(
+        2 * made.min_streamed_tokens(FAST), abs=2
+    )
+    assert (
+        made.min_streamed_tokens(replace(FAST, cpu_gops=1e-3)) == 64
+        and made.min_streamed_tokens(replace(FAST, cpu_gops=0.0)) == 0
+    )
 
 
 def test_several_gpus_take_layers_in_turn(v3):
@@ -198,20 +218,24 @@ def test_several_gpus_take_layers_in_turn(v3):
     first = made.layers.count("cuda:0")
     assert made.layers == ["cuda:0"] * first + ["cuda:1"] * (61 - first) and 10 < first < 30
     assert made.devices["lm_head"] == "cuda:1" == made.devices["model.norm"]
-    assert all(made.total(name) <= made.budget.of(name) for name in made.names)
+    assert all(made.total_bytes(name) <= made.budget.bytes_of(name) for name in made.device_names)
     assert {made.devices[f"model.layers.{i}.mlp.experts"] for i in made.experts} == {"cuda:0", "cuda:1"}
 
 
 def test_a_model_that_fits_whole_leaves_nothing_on_the_cpu(v3, demo):
     assert set(fit(demo, Budget((8 * GB,), GB)).devices.values()) == {"cuda:0"}
     made = fit(v3, Budget((80 * GB,) * 6, 8 * GB))
-    assert CPU not in made.devices.values() and made.crossings() == 5
-    assert max(map(made.total, made.budget.gpus)) <= 80 * GB
+    assert CPU not in made.devices.values() and made.transfers_per_token() == 5
+    assert max(map(made.total_bytes, made.budget.gpus)) <= 80 * GB
 
 
 def test_without_a_gpu_everything_is_on_the_cpu(v3):
     made = fit(v3, Budget((), 430 * GB, 8 << 10))
-    assert made.map() == {"all": "cpu"} and made.crossings() == 0 and made.reads(CPU) > 20 * GB
+    assert (
+        made.device_map() == {"all": "cpu"}
+        and made.transfers_per_token() == 0
+        and made.read_bytes_per_token(CPU) > 20 * GB
+    )
 
 
 def test_what_does_not_fit_says_what_would(v3):
@@ -221,7 +245,7 @@ def test_what_does_not_fit_says_what_would(v3):
     ) as error:
         fit(v3, budget)
     said = str(error.value)
-    found = list(changes(solve(v3, budget)))
+    found = list(suggestions(solve(v3, budget)))
     assert all(change in said for change in found) and [change.split()[0] for change in found[:2]] == [
         "--vram",
         "--ctx",
@@ -237,29 +261,29 @@ def test_what_does_not_fit_says_what_would(v3):
 
 def test_too_little_memory_names_memory_a_gpu_or_a_quant(v3):
     budget = Budget((24 * GB,), 300 * GB, 8 << 10)
-    ram, vram, quant = changes(solve(v3, budget))
+    ram, vram, quant = suggestions(solve(v3, budget))
     assert not solve(v3, replace(budget, ram=size(ram.split()[1]))).exceeded()
     assert not solve(v3, replace(budget, vram=(size(vram.split()[1]),))).exceeded()
     assert "bits per weight on cpu (these have 4.8)" in quant
-    both = list(changes(solve(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
+    both = list(suggestions(solve(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
     assert both[0].startswith("--vram 1") and "--ram 4" in both[0]
 
 
 def test_q8_0_and_one_sequence_are_offered_where_they_help(demo):
-    need = solve(demo, Budget((), 1 << 40, 1 << 20, 4)).total(CPU)
-    found = list(changes(solve(demo, Budget((), need - (1 << 28), 1 << 20, 4))))
+    need = solve(demo, Budget((), 1 << 40, 1 << 20, 4)).total_bytes(CPU)
+    found = list(suggestions(solve(demo, Budget((), need - (1 << 28), 1 << 20, 4))))
     assert "--batch 1" in found and "--kv-dtype q8_0" in found
 
 
 def test_weights_are_balanced_by_room():
-    assert balanced([1] * 6, [1, 1]) == [0, 0, 0, 1, 1, 1]
-    assert balanced([1] * 6, [1, 2]) == [0, 0, 1, 1, 1, 1]
-    assert balanced([5, 1, 1, 1], [1, 1]) == [0, 1, 1, 1]
-    assert balanced([3], [1, 1]) == [0] and balanced([0, 0], [1, 1]) == [0, 0]
+    assert balance([1] * 6, [1, 1]) == [0, 0, 0, 1, 1, 1]
+    assert balance([1] * 6, [1, 2]) == [0, 0, 1, 1, 1, 1]
+    assert balance([5, 1, 1, 1], [1, 1]) == [0, 1, 1, 1]
+    assert balance([3], [1, 1]) == [0] and balance([0, 0], [1, 1]) == [0, 0]
 
 
 def part(path, group, layer, held, **more):
-    return ModuleMemory(path, group, layer, Bytes(held, held), Bytes(held, held), held, held, 1, **more)
+    return ModuleMemory(path, group, layer, WeightBytes(held, held), WeightBytes(held, held), held, held, 1, **more)
 
 
 def test_a_token_is_as_slow_as_its_bytes():
@@ -268,12 +292,16 @@ def test_a_token_is_as_slow_as_its_bytes():
         part("model.layers.0.mlp.experts", "routed experts", 0, 80 * GB, experts=8, top=2),
     ]
     made = Placement(Footprint(parts, [], 1000, 1000), Budget((4 * GB,), 99 * GB), ["cuda:0"])
-    assert made.reads(CPU) == 20 * GB and made.reads("cuda:0") == 2 * GB and made.crossings() == 3
-    seconds = made.seconds(Speeds(100.0, 1000.0))
+    assert (
+        made.read_bytes_per_token(CPU) == 20 * GB
+        and made.read_bytes_per_token("cuda:0") == 2 * GB
+        and made.transfers_per_token() == 3
+    )
+    seconds = made.seconds_per_token(Speeds(100.0, 1000.0))
     assert seconds[CPU] == pytest.approx(0.2) and seconds["cuda:0"] == pytest.approx(0.002)
     assert 3 * 15e-6 <= seconds["crossings"] < 1e-3
     several = replace(made, budget=replace(made.budget, batch=3))
-    assert several.reads(CPU) == 60 * GB and several.reads("cuda:0") == 2 * GB
+    assert several.read_bytes_per_token(CPU) == 60 * GB and several.read_bytes_per_token("cuda:0") == 2 * GB
 
 
 # ---- the command
@@ -297,14 +325,18 @@ def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
     plan = ktx.plan(folder, script("plan_v3").write(folder), rules=tmp_path / "v3.yaml")
     assert {step.path: step.device for step in plan if step.tensors} == made.devices
     assert len((tmp_path / "v3.yaml").read_text().splitlines()) < 40
-    shares = {step.path: step.share for step in plan if step.path.endswith(".on_gpu")}
-    assert shares == {f"model.layers.{i}.mlp.experts.on_gpu": count / 256 for i, count in made.share.items()} != {}
+    shares = {step.path: step.fraction for step in plan if step.path.endswith(".on_gpu")}
+    assert (
+        shares
+        == {f"model.layers.{i}.mlp.experts.on_gpu": count / 256 for i, count in made.num_gpu_experts.items()}
+        != {}
+    )
 
 
 def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_path, v3):
     file = tmp_path / "v3.yaml"
     for stream, word in ((True, None), (False, "off")):
-        made = replace(solve(v3, Budget((48 * GB,), 420 * GB)), stream=stream)
+        made = replace(solve(v3, Budget((48 * GB,), 420 * GB)), streams_experts=stream)
         write_file(file, made, str(rule_folder() / "mla-moe.yaml"))
         assert load_rules(file).stream_experts == word
 
@@ -315,7 +347,7 @@ def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):
     file = tmp_path / "sub" / "placed.yaml"
     file.parent.mkdir()
     assert main(["plan", *DEMO, "--rules", str(mine), "--ram", "2G", "--write", str(file)]) == 0
-    assert load_rules(file) == load_rules(mine) and load_rules(file).places[0].device == "cpu"
+    assert load_rules(file) == load_rules(mine) and load_rules(file).entries[0].device == "cpu"
 
 
 def test_json_holds_the_table_and_the_numbers(capsys):
@@ -360,7 +392,7 @@ def test_rules_with_devices_cannot_be_placed_by_budget(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n  device: cuda\n")
     with pytest.raises(UsageError, match="mine.yaml:1: this rule places a module on a GPU itself"):
-        measure(*DEMO[1::2], rules=file)
+        measure_footprint(*DEMO[1::2], rules=file)
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -378,4 +410,4 @@ def test_sizes_are_read_as_people_write_them():
 
 
 def test_packed_bytes_are_the_kernels_own():
-    assert on_cpu([(QTYPES["Q4_K"], (2, 48, 512))]) == 2 * 48 * QTYPES["Q4_K"].row_bytes(512)
+    assert cpu_packed_bytes([(QTYPES["Q4_K"], (2, 48, 512))]) == 2 * 48 * QTYPES["Q4_K"].row_bytes(512)

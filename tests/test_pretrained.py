@@ -36,7 +36,7 @@ import ktx
 import ktx.demo
 from ktx import KtxConfig
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.integrations.from_pretrained import NEEDED, REFUSED
+from ktx.integrations.from_pretrained import REQUIRED_LOCALS, UNSUPPORTED_ARGUMENTS
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
@@ -284,7 +284,7 @@ def test_every_argument_of_from_pretrained_is_known():
         if getattr(node.func.value, "id", "") == "kwargs" and isinstance(node.args[0], ast.Constant)
     }
     named = {argument.arg for argument in (*tree.body[0].args.args, *tree.body[0].args.kwonlyargs)} - {"cls"}
-    assert {"subfolder", "dtype"} <= popped and popped | named <= {*REFUSED, *HEEDED, *NOTHING}
+    assert {"subfolder", "dtype"} <= popped and popped | named <= {*UNSUPPORTED_ARGUMENTS, *HEEDED, *NOTHING}
 
 
 def without(name):
@@ -303,7 +303,7 @@ def without(name):
 
 @pytest.mark.parametrize("name", ["subfolder", "dtype", "trust_remote_code", "generation_config", "cache_dir", "cls"])
 def test_a_version_without_what_is_read_is_said(floats, monkeypatch, name):
-    assert name in NEEDED
+    assert name in REQUIRED_LOCALS
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", without("nothing of it"))
     assert torch.equal(answer(loaded(floats)), answer(load(floats, None, kv_dtype="f32")))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", without(name))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ktx.errors import BadFile, UsageError
-from ktx.injection.rules import Rule, load_rules, parse, rule_folder, shipped
+from ktx.injection.rules import Rule, load_rules, parse, rule_folder, shipped_rules
 
 GOOD = """
 - match: {name: '^a\\.b$', class: torch.nn.Linear}
@@ -146,8 +146,8 @@ def test_a_damaged_rule_file_is_one_line_or_rules(data):
 def test_every_shipped_file_parses_and_is_short():
     from ktx.families import RULE_ALIASES, RULE_FILES
 
-    assert {*RULE_FILES.values(), *RULE_ALIASES.values()} <= set(shipped())
-    for name in shipped():
+    assert {*RULE_FILES.values(), *RULE_ALIASES.values()} <= set(shipped_rules())
+    for name in shipped_rules():
         assert parse((rule_folder() / f"{name}.yaml").read_text(), name)
         assert len((rule_folder() / f"{name}.yaml").read_text().splitlines()) <= 40
 

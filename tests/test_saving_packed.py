@@ -486,9 +486,9 @@ class Floating(Opaque):
     """An operator that implements floats() but not packed_state()."""
 
     def floats(self):
-        from ktx.ops.float_views import plain
+        from ktx.ops.float_views import view_tensor
 
-        return {"weight": plain(self.values)}
+        return {"weight": view_tensor(self.values)}
 
 
 def test_a_type_that_is_not_taken_back(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from ktx.engine.sampler import SamplingParams
 from ktx.errors import SelfTestFailed, UsageError
 from ktx.model import self_test as selftest
 from ktx.ops.base import Operator
-from ktx.ops.experts import of_layers
+from ktx.ops.experts import experts_by_path
 from ktx.ops.linear import Linear
-from ktx.transformers_compat import usual_cache_name
+from ktx.transformers_compat import default_cache_name
 from tests import warm
 from tests.gguf_writer import write_gguf
 from tests.models.families import MOE, tiny
@@ -94,7 +94,7 @@ def linear_of(model, name):
 
 
 def zeroed_projection(model):
-    for part in linear_of(model, "layers.1.mlp.down_proj" if not of_layers(model) else "o_proj").parts:
+    for part in linear_of(model, "layers.1.mlp.down_proj" if not experts_by_path(model) else "o_proj").parts:
         part.data.zero_()
 
 
@@ -187,7 +187,7 @@ def test_a_right_model_is_not_refused(family, tmp_path, monkeypatch):
         seeded(tmp_path, family, quant, seed, monkeypatch)
         for kv_dtype in ("f16", "q8_0"):
             model = load(tmp_path, tmp_path / "model.gguf", kv_dtype=kv_dtype)  # with its self-test
-            assert type(runner_selection.runner_for(model, 2)) is ModelRunner  # and that of pages
+            assert type(runner_selection.select_runner(model, 2)) is ModelRunner  # and that of pages
 
 
 def test_nothing_is_left_behind(folder):
@@ -197,7 +197,7 @@ def test_nothing_is_left_behind(folder):
     model = load(folder, folder / "model.gguf")
     selftest.check(model)
     assert torch.equal(torch.rand(3), drawn)
-    assert not any(any(experts.counted()) for _, experts in of_layers(model))
+    assert not any(any(experts.total_counts()) for _, experts in experts_by_path(model))
     assert not any(
         module._forward_hooks for module in model.modules() if "RotaryEmbedding" not in type(module).__name__
     )
@@ -208,9 +208,9 @@ def test_counts_from_before_stay(tmp_path):
     model = load(folder, folder / "model.gguf")
     with torch.inference_mode():
         model(torch.tensor([[5, 6, 7]]))
-    before = {path: experts.counted().clone() for path, experts in of_layers(model)}
+    before = {path: experts.total_counts().clone() for path, experts in experts_by_path(model)}
     selftest.check(model)
-    assert before and all(torch.equal(experts.counted(), before[path]) for path, experts in of_layers(model))
+    assert before and all(torch.equal(experts.total_counts(), before[path]) for path, experts in experts_by_path(model))
 
 
 def test_two_forwards_of_two_tokens_and_one(folder, monkeypatch):
@@ -228,7 +228,7 @@ def test_one_pair_of_tokens_may_differ():
             asked.append(number)
             return selftest.Fault(f"fault {number}", shown[number] == 2) if shown[number] else None
 
-        return selftest.judged(attempt), len(asked)
+        return selftest.judge(attempt), len(asked)
 
     assert attempts(0, 1, 1, 1, 1) == ("", 1)
     assert attempts(1, 0, 1, 0, 0) == ("", 5)
@@ -247,8 +247,8 @@ def test_one_pair_of_tokens_may_differ():
     ],
 )
 def test_a_difference_counts_beside_what_rounding_does(fars, noises, refused):
-    shown = [selftest.Fault("far", far=far, noise=noise) for far, noise in zip(fars, noises, strict=True)]
-    assert selftest.judged(lambda number: shown[number]) == ("far" if refused else "")
+    shown = [selftest.Fault("far", distance=far, noise=noise) for far, noise in zip(fars, noises, strict=True)]
+    assert selftest.judge(lambda number: shown[number]) == ("far" if refused else "")
 
 
 def test_an_error_of_a_known_family_is_a_fault_and_of_another_its_own_affair(tmp_path, caplog):
@@ -256,7 +256,7 @@ def test_an_error_of_a_known_family_is_a_fault_and_of_another_its_own_affair(tmp
         whole = model.model.forward
 
         def forward(*args, **words):
-            if isinstance(words.get(usual_cache_name()), KVCache):
+            if isinstance(words.get(default_cache_name()), KVCache):
                 raise TypeError("what is a KVCache?")
             return whole(*args, **words)
 
@@ -279,19 +279,19 @@ def test_an_error_of_a_known_family_is_a_fault_and_of_another_its_own_affair(tmp
 
 def test_an_engine_proves_its_pages(folder, monkeypatch):
     model = load(folder, folder / "model.gguf")
-    if not isinstance(runner_selection.runner_for(model, 2), ModelRunner):
+    if not isinstance(runner_selection.select_runner(model, 2), ModelRunner):
         pytest.fail("pages are not read at all")
     span = runner.SequenceSpan
     monkeypatch.setattr(runner, "Span", lambda owner, past, *rest: span(owner, 0, *rest))  # where nothing was before
     if model.config.model_type != "qwen3_next":  # its states go by the owner, its one attending layer by the past
         with pytest.raises(SelfTestFailed, match="through the cache"):
-            runner_selection.runner_for(model, 2)
+            runner_selection.select_runner(model, 2)
     monkeypatch.setattr(runner, "Span", lambda owner, past, count, *rest: span(owner + past, past, count, *rest))
     if model.config.model_type == "qwen3_next":
         with pytest.raises(SelfTestFailed, match="continues after 1 tokens"):
-            runner_selection.runner_for(model, 2)
+            runner_selection.select_runner(model, 2)
     model.ktx.self_test = False
-    assert type(runner_selection.runner_for(model, 2)) is ModelRunner
+    assert type(runner_selection.select_runner(model, 2)) is ModelRunner
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "smollm3"])
@@ -307,7 +307,9 @@ def test_an_engine_makes_the_test_that_loading_left_to_it(family, tmp_path, monk
     pages = ["OnPages"] * known
     for self_test, wanted in ((True, ["NoneType", *pages]), ("engine", pages or ["NoneType"]), (False, [])):
         asked.clear()
-        runner_selection.runner_for(load(tmp_path, tmp_path / "model.gguf" if known else None, self_test=self_test), 2)
+        runner_selection.select_runner(
+            load(tmp_path, tmp_path / "model.gguf" if known else None, self_test=self_test), 2
+        )
         assert asked == wanted
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ktx.cli import verify
-from ktx.ops.experts import of_layers
+from ktx.ops.experts import experts_by_path
 from ktx.ops.router import Router
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
@@ -53,15 +53,15 @@ def test_near_ties_are_counted_and_no_difference(loaded):
     assert summary["ok"] and summary["worst_layer"] < 0.03 and summary["logits_error"] < 0.1
     assert 0 < summary["changed_choices"] == sum(row.get("changed_choices", 0) for row in rows) < summary["choices"]
     plain = verify._record(loaded.model, IDS[:, :64])
-    assert len(plain["choices"]) and not any(module._forward_pre_hooks for _, module in of_layers(loaded.model))
+    assert len(plain["choices"]) and not any(module._forward_pre_hooks for _, module in experts_by_path(loaded.model))
 
 
 def one_expert_is_damaged(model):
     """The one of each layer that is chosen most."""
     with torch.inference_mode():
         model(IDS[:, :64])
-    for _, experts in of_layers(model):
-        weights, most = experts.weights["down_proj"], int(experts.counted()[: experts.total].argmax())
+    for _, experts in experts_by_path(model):
+        weights, most = experts.weights["down_proj"], int(experts.total_counts()[: experts.total_experts].argmax())
         share = weights.nbytes // weights.matrices
         weights.data[most * share : (most + 1) * share] = 0
 
@@ -77,7 +77,7 @@ def choices_are_wrong(model):
     for module in model.modules():
         if isinstance(module, Router):
             whole = module.forward
-            count = of_layers(model)[0][1].total
+            count = experts_by_path(model)[0][1].total_experts
             module.forward = lambda *args, whole=whole, count=count: (
                 lambda made: (made[0], made[1], (made[2] + 1) % count)
             )(whole(*args))

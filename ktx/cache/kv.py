@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
-from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
+from ktx.kernels.gradients import WITHOUT_CACHE, is_recorded, refuse_gradient
 from ktx.quant.types import QTYPES
 
 CPU = torch.device("cpu")
@@ -35,9 +35,9 @@ KV_TYPES: dict[str, KVType] = {
 }
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-ON_GPU: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # GPU kernels do not read Q8_0 blocks
+GPU_STORAGE: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # GPU kernels do not read Q8_0 blocks
 KV_NAMES = ("keys", "values")
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses store other states next to keys
+STANDARD_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses store other states next to keys
 
 
 def kv_type(requested: KVType) -> KVType:
@@ -56,7 +56,7 @@ def kv_type(requested: KVType) -> KVType:
     return KV_TYPES[requested]
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Returns uninitialized memory; large CPU buffers use huge pages where the system has them."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
@@ -64,7 +64,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return cpu.ops.empty_packed(nbytes).view(dtype).view(shape)
 
 
-def capacity(positions: int) -> int:
+def buffer_positions(positions: int) -> int:
     """Returns the number of positions that a buffer for `positions` positions has."""
     return max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
 
@@ -76,7 +76,7 @@ def stored_row(store: KVType, columns: int, model_dtype: torch.dtype, device: to
     if not isinstance(store, str):
         return columns, store or model_dtype
     if device.type != "cpu":
-        return columns, ON_GPU[store]
+        return columns, GPU_STORAGE[store]
     if columns % Q8_0_TYPE.block:
         return columns, torch.float16
     return Q8_0_TYPE.row_bytes(columns), torch.uint8
@@ -96,8 +96,8 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, dtype: KVType = torch.float16):
         self.store_dtype, self.length, self.columns = dtype, 0, (0, 0)
         self.buffers: list[torch.Tensor] = []
-        self.given: dict[int, torch.Tensor] = {}
-        self.lent = False
+        self.assigned: dict[int, torch.Tensor] = {}
+        self.exported = False
         super().__init__()
 
     @classmethod
@@ -110,8 +110,8 @@ class GrowingLayer(DynamicLayer):
             del layer.__dict__[name]
         object.__setattr__(layer, "__class__", cls)
         cls.__init__(layer, dtype)
-        layer.given = given
-        layer.settle()
+        layer.assigned = given
+        layer.apply_assigned()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         values = key_states if value_states is None else value_states
@@ -122,7 +122,7 @@ class GrowingLayer(DynamicLayer):
         self.device, batch, heads = like.device, like.shape[0], like.shape[1]
         rows = [stored_row(self.store_dtype, width, dtype, self.device) for width in columns]
         self.dtype, self.columns = rows[0][1], columns
-        self.buffers = [empty((batch, heads, MIN_CAPACITY, width), kind, self.device) for width, kind in rows]
+        self.buffers = [empty_buffer((batch, heads, MIN_CAPACITY, width), kind, self.device) for width, kind in rows]
         self.is_initialized = True
 
     def update(
@@ -131,7 +131,7 @@ class GrowingLayer(DynamicLayer):
         """Appends [batch, heads, new, columns] and returns everything stored so far. ValueError for another batch size,
         or another number or width of heads.
         """
-        self.settle()
+        self.apply_assigned()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for states, buffer, columns in zip((key_states, value_states), self.buffers, self.columns, strict=True):
@@ -144,23 +144,25 @@ class GrowingLayer(DynamicLayer):
         self.reserve(key_states.shape[2])
         self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            put(states, buffer[:, :, start:end])
+            store_kv(states, buffer[:, :, start:end])
         return self._stored(0), self._stored(1)
 
     def reserve(self, new: int) -> None:
         """Ensures capacity for `new` more positions in `buffers`; the caller writes them and increments `length`."""
-        if self.given:
-            self.settle()
-        if self.lent or self.length + new > self.buffers[0].shape[2]:
+        if self.assigned:
+            self.apply_assigned()
+        if self.exported or self.length + new > self.buffers[0].shape[2]:
             self._grow(self.length + new)
 
-    def settle(self) -> None:
+    def apply_assigned(self) -> None:
         """Stores the tensors that were assigned to `keys` and `values`. UsageError when keys and values differ in
         batch, heads or positions.
         """
-        if not self.given:
+        if not self.assigned:
             return
-        keys, values = (self.given[i] if i in self.given else self._stored(i) if self.buffers else None for i in (0, 1))
+        keys, values = (
+            self.assigned[i] if i in self.assigned else self._stored(i) if self.buffers else None for i in (0, 1)
+        )
         if keys is None or values is None or keys.shape[:3] != values.shape[:3]:
             shapes = [None if states is None else list(states.shape) for states in (keys, values)]
             raise UsageError(
@@ -170,14 +172,14 @@ class GrowingLayer(DynamicLayer):
         if not self.buffers:
             self._allocate(keys, (keys.shape[3], values.shape[3]), keys.dtype)
         model_dtype, self.length, columns = self.buffers[0].dtype, keys.shape[2], list(self.columns)
-        for index, states in self.given.items():
+        for index, states in self.assigned.items():
             columns[index] = states.shape[3]
             width, kind = stored_row(self.store_dtype, states.shape[3], model_dtype, self.device)
-            buffer = empty((*states.shape[:2], capacity(self.length), width), kind, self.device)
-            put(states.to(self.device), buffer[:, :, : self.length])
+            buffer = empty_buffer((*states.shape[:2], buffer_positions(self.length), width), kind, self.device)
+            store_kv(states.to(self.device), buffer[:, :, : self.length])
             self.buffers[index] = buffer
-        self.columns, self.lent = (columns[0], columns[1]), self.lent and len(self.given) < 2
-        self.given = {}
+        self.columns, self.exported = (columns[0], columns[1]), self.exported and len(self.assigned) < 2
+        self.assigned = {}
 
     def fits(
         self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
@@ -185,24 +187,26 @@ class GrowingLayer(DynamicLayer):
         """Whether keys and values of this shape can be appended; an empty layer allocates its buffers for them on
         `device`.
         """
-        if self.given:
-            self.settle()
+        if self.assigned:
+            self.apply_assigned()
         if not self.is_initialized:
             self._allocate(torch.empty(batch, heads, device=device, dtype=torch.float32), columns, dtype)
         keys, values = self.buffers
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
 
-    def keep_floats(self) -> None:
+    def store_floats(self) -> None:
         """Stores floats instead of Q8_0 blocks if the layer is empty, because GPU kernels read no blocks."""
         if not self.is_initialized:
-            self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
+            self.store_dtype = GPU_STORAGE.get(self.store_dtype, self.store_dtype)
 
     def _grow(self, positions: int) -> None:
         """Copies the stored positions into buffers for `positions` positions."""
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = empty((*old.shape[:2], capacity(positions), old.shape[3]), old.dtype, old.device)
+            self.buffers[i] = empty_buffer(
+                (*old.shape[:2], buffer_positions(positions), old.shape[3]), old.dtype, old.device
+            )
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
-        self.lent = False
+        self.exported = False
 
     def _stored(self, which: int) -> torch.Tensor:
         """Returns the stored positions of the keys (0) or values (1)."""
@@ -212,8 +216,8 @@ class GrowingLayer(DynamicLayer):
         """Returns keys or values for a script, [batch, heads, length, columns]; None in an empty layer. UsageError for
         Q8_0.
         """
-        if which in self.given:
-            return self.given[which]
+        if which in self.assigned:
+            return self.assigned[which]
         if not self.buffers:
             return None
         if self.buffers[which].dtype is torch.uint8:
@@ -222,7 +226,7 @@ class GrowingLayer(DynamicLayer):
                 "which cannot be edited in place: read them with layer.floats(), "
                 f"replace them by assigning floats to layer.{KV_NAMES[which]}, or use a cache of another kv_dtype"
             )
-        self.lent = True
+        self.exported = True
         return self._stored(which)
 
     keys = property(lambda self: self._view(0), lambda self, new: self._assign(0, new))  # type: ignore[assignment]
@@ -240,36 +244,36 @@ class GrowingLayer(DynamicLayer):
                 f"not {value.dtype} {list(value.shape)}"
             )
         else:
-            self.given[which] = value
+            self.assigned[which] = value
 
     def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns copies of keys and values [batch, heads, length, columns] in a float type, whatever their storage
         type. UsageError for an empty layer.
         """
-        self.settle()
+        self.apply_assigned()
         if not self.buffers:
             raise UsageError("this cache layer is empty: it has no keys and values yet")
-        keys, values = (values_of(self._stored(i).contiguous()).clone() for i in (0, 1))
+        keys, values = (to_floats(self._stored(i).contiguous()).clone() for i in (0, 1))
         return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.given[0].shape[2] if 0 in self.given else self.length
+        return self.assigned[0].shape[2] if 0 in self.assigned else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes tokens from the end: a negative number says how many, as in transformers 5."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        self.settle()
+        self.apply_assigned()
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self.length, self.given = 0, {}
+        self.length, self.assigned = 0, {}
 
     def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces both buffers by changed ones."""
-        self.settle()
+        self.apply_assigned()
         if self.buffers:
-            self.buffers, self.lent = [change(buffer) for buffer in self.buffers], False
+            self.buffers, self.exported = [change(buffer) for buffer in self.buffers], False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._rearrange(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
@@ -281,26 +285,26 @@ class GrowingLayer(DynamicLayer):
         self._rearrange(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
 
-def put(states: torch.Tensor, stored: torch.Tensor) -> None:
+def store_kv(states: torch.Tensor, stored: torch.Tensor) -> None:
     """Writes keys or values [batch, heads, new, columns] of any float type into a part of a buffer."""
-    refuse("a cache that grows in place", WITHOUT_CACHE, states)
+    refuse_gradient("a cache that grows in place", WITHOUT_CACHE, states)
     if stored.dtype != torch.uint8:
-        stored.copy_(within(states, stored.dtype))
+        stored.copy_(clamp_to(states, stored.dtype))
     else:
         cpu.ops.store_q8_0(states if states.stride(3) == 1 else states.contiguous(), stored)
 
 
-def within(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def clamp_to(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Clamps values to a type's range; for E4M3 a cast of larger ones may give NaN, depending on torch's version."""
     return states.clamp(-E4M3_MAX, E4M3_MAX) if dtype is E4M3 else states
 
 
-def values_of(stored: torch.Tensor) -> torch.Tensor:
+def to_floats(stored: torch.Tensor) -> torch.Tensor:
     """Returns keys or values, as a cache returned them, in a float type."""
     return cpu.ops.load_q8_0(stored) if stored.dtype == torch.uint8 else stored
 
 
-def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
+def growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
     """Returns a cache's layer as one that grows in place; None where the cache has no such layer.
 
     A layer of a stock DynamicCache, which copies the whole past for every token, is converted with its content, which
@@ -319,13 +323,13 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
         or cache.offloading
     ):
         return None
-    if any(states is None or states.dim() != 4 or recorded(states) for states in (layer.keys, layer.values)):
+    if any(states is None or states.dim() != 4 or is_recorded(states) for states in (layer.keys, layer.values)):
         return None
     GrowingLayer.replace(layer, store if isinstance(store, str) else None)
     return layer  # type: ignore[return-value]  # converted in place
 
 
-def as_stock(cache: Any, index: int) -> None:
+def restore_stock_layer(cache: Any, index: int) -> None:
     """Reverts `growing` before autograd records appended tokens: the layer of a stock DynamicCache becomes
     transformers' own again, with the same content.
     """
@@ -337,7 +341,7 @@ def as_stock(cache: Any, index: int) -> None:
         and layer.is_initialized
         and layer.dtype != torch.uint8
     ):
-        layer.settle()
+        layer.apply_assigned()
         keys, values = layer._stored(0), layer._stored(1)
         layer.__dict__.clear()
         object.__setattr__(layer, "__class__", DynamicLayer)
@@ -353,7 +357,7 @@ class KVCache(Cache):
     def __init__(self, config: Any, dtype: KVType = torch.float16):
         dtype = kv_type(dtype)
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[GrowingLayer(dtype) if type(layer) in PLAIN else layer for layer in stock])
+        super().__init__(layers=[GrowingLayer(dtype) if type(layer) in STANDARD_LAYERS else layer for layer in stock])
 
     @property
     def can_crop(self) -> bool:

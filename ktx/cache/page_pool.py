@@ -19,7 +19,7 @@ import numpy as np
 from ktx.errors import UsageError
 
 PAGE_TOKENS = 64  # tokens of a page: one block of the attention kernels
-SNAPSHOTS = 8  # maximum number of recurrent states that are cached; one is tens of megabytes
+MAX_SNAPSHOTS = 8  # maximum number of recurrent states that are cached; one is tens of megabytes
 
 
 def hash_page(parent_hash: bytes, ids: Sequence[int]) -> bytes:
@@ -34,13 +34,13 @@ class PartialPage:
     """A page that is not full: its ids, and the hash `before` of the page before it."""
 
     page: int
-    before: bytes
+    parent_hash: bytes
     ids: tuple[int, ...]
 
     @property
-    def key(self) -> bytes:
+    def hash(self) -> bytes:
         """The hash of its recurrent snapshot."""
-        return hash_page(self.before, self.ids)
+        return hash_page(self.parent_hash, self.ids)
 
 
 class PagePool:
@@ -54,16 +54,16 @@ class PagePool:
         self.ref_counts = [0] * count
         self.hash_of: dict[int, bytes] = {}
         self.page_of_hash: dict[bytes, int] = {}
-        self.idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self.tails: dict[bytes, PartialPage] = {}  # by the hash of the page before them, the latest of each
-        self.tail_of: dict[int, PartialPage] = {}
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.partial_pages: dict[bytes, PartialPage] = {}  # by the hash of the page before them, the latest of each
+        self.partial_of_page: dict[int, PartialPage] = {}
         # recurrent states at the end of a full or partial page, by its hash
         self.snapshots: OrderedDict[bytes, Any] = OrderedDict()
 
     @property
     def available(self) -> int:
         """Pages that `allocate` can return: free and idle ones."""
-        return len(self.free_pages) + len(self.idle)
+        return len(self.free_pages) + len(self.evictable)
 
     @property
     def used(self) -> int:
@@ -79,7 +79,7 @@ class PagePool:
         allocated = []
         for _ in range(count):
             if not self.free_pages:
-                self._evict(next(iter(self.idle)))
+                self._evict(next(iter(self.evictable)))
             page = self.free_pages.pop()
             self.ref_counts[page] = 1
             allocated.append(page)
@@ -87,11 +87,11 @@ class PagePool:
 
     def _evict(self, page: int) -> None:
         """Evicts an idle page from the prefix cache."""
-        del self.idle[page]
-        if page in self.tail_of:
-            partial = self.tail_of.pop(page)
-            del self.tails[partial.before]
-            self.snapshots.pop(partial.key, None)
+        del self.evictable[page]
+        if page in self.partial_of_page:
+            partial = self.partial_of_page.pop(page)
+            del self.partial_pages[partial.parent_hash]
+            self.snapshots.pop(partial.hash, None)
         else:
             page_hash = self.hash_of.pop(page)
             del self.page_of_hash[page_hash]
@@ -101,14 +101,14 @@ class PagePool:
     def cache_partial(self, partial: PartialPage) -> None:
         """Frees a partial page with one user and leaves it in the prefix cache."""
         self.ref_counts[partial.page] -= 1
-        if partial.before in self.tails:
-            self._evict(self.tails[partial.before].page)
-        self.tails[partial.before] = self.tail_of[partial.page] = partial
-        self.idle[partial.page] = None
+        if partial.parent_hash in self.partial_pages:
+            self._evict(self.partial_pages[partial.parent_hash].page)
+        self.partial_pages[partial.parent_hash] = self.partial_of_page[partial.page] = partial
+        self.evictable[partial.page] = None
 
     def reuse_partial(self, partial: PartialPage) -> None:
         """Gives a partial page to a sequence that continues writing it."""
-        del self.idle[partial.page], self.tail_of[partial.page], self.tails[partial.before]
+        del self.evictable[partial.page], self.partial_of_page[partial.page], self.partial_pages[partial.parent_hash]
         self.ref_counts[partial.page] = 1
 
     def find(self, page_hash: bytes) -> int | None:
@@ -117,7 +117,7 @@ class PagePool:
 
     def touch(self, page: int) -> None:
         """Adds a user to a cached page."""
-        self.idle.pop(page, None)
+        self.evictable.pop(page, None)
         self.ref_counts[page] += 1
 
     def register_hash(self, page: int, page_hash: bytes) -> None:
@@ -136,7 +136,7 @@ class PagePool:
             if self.ref_counts[page]:
                 continue
             if page in self.hash_of:
-                self.idle[page] = None
+                self.evictable[page] = None
             else:
                 self.free_pages.append(page)
 
@@ -144,25 +144,25 @@ class PagePool:
         """Caches recurrent states at the end of a page; beyond SNAPSHOTS the oldest one is evicted."""
         self.snapshots[page_hash] = snapshot
         self.snapshots.move_to_end(page_hash)
-        while len(self.snapshots) > SNAPSHOTS:
+        while len(self.snapshots) > MAX_SNAPSHOTS:
             self.snapshots.popitem(last=False)
 
     def reset_prefix_cache(self) -> None:
         """Evicts all pages without users."""
-        for page in list(self.idle):
+        for page in list(self.evictable):
             self._evict(page)
 
-    def check_integrity(self, held: Iterable[Iterable[int]]) -> None:
+    def check_integrity(self, used_pages: Iterable[Iterable[int]]) -> None:
         """Raises AssertionError unless every page is in exactly one state and `held`, the pages of each sequence,
         matches the reference counts.
         """
         ref_counts = [0] * self.count
-        for pages in held:
+        for pages in used_pages:
             for page in pages:
                 ref_counts[page] += 1
         free, idle, used = (
             set(self.free_pages),
-            set(self.idle),
+            set(self.evictable),
             {page for page in range(self.count) if ref_counts[page]},
         )
         assert ref_counts == self.ref_counts, "reference counts do not match the sequences' pages"
@@ -172,9 +172,9 @@ class PagePool:
         assert {page: page_hash for page_hash, page in self.page_of_hash.items()} == self.hash_of, (
             "hashes and pages do not match"
         )
-        assert idle <= set(self.hash_of) | set(self.tail_of), "an idle page is not cached"
-        assert set(self.tail_of) <= idle - set(self.hash_of), "a partial page in the prefix cache is in use"
-        assert {partial.page: partial for partial in self.tails.values()} == self.tail_of, (
+        assert idle <= set(self.hash_of) | set(self.partial_of_page), "an idle page is not cached"
+        assert set(self.partial_of_page) <= idle - set(self.hash_of), "a partial page in the prefix cache is in use"
+        assert {partial.page: partial for partial in self.partial_pages.values()} == self.partial_of_page, (
             "partial pages and their pages do not match"
         )
         assert not free & set(self.hash_of), "a free page is cached"

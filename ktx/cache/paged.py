@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, stored_row, within
-from ktx.cache.page_pool import PAGE_TOKENS, SNAPSHOTS
+from ktx.cache.kv import CPU, E4M3, GPU_STORAGE, STANDARD_LAYERS, KVType, clamp_to, empty_buffer, kv_type, stored_row
+from ktx.cache.page_pool import MAX_SNAPSHOTS, PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.gradients import WITHOUT_CACHE, refuse
+from ktx.kernels.gradients import WITHOUT_CACHE, refuse_gradient
 
 SNAPSHOT_INTERVAL_TOKENS = 4 * PAGE_TOKENS  # prompt tokens between two snapshots of recurrent states
 
@@ -42,7 +42,7 @@ class PageTables:
     pages: torch.Tensor
     slots: torch.Tensor
     plans: dict[Any, Any] = field(default_factory=dict)
-    works: dict[Any, Any] = field(default_factory=dict)
+    token_plans: dict[Any, Any] = field(default_factory=dict)
     scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> PageTables:
@@ -74,7 +74,7 @@ class SequenceSpan:
     shared: bool = False
 
     @property
-    def marks(self) -> list[int]:
+    def snapshot_lengths(self) -> list[int]:
         """Lengths of the sequence at which a recurrent state is copied before the span's end: every
         SNAPSHOT_INTERVAL_TOKENS, and at the end of the prompt's last page.
         """
@@ -89,7 +89,7 @@ class SequenceSpan:
             ),
             end // PAGE_TOKENS * PAGE_TOKENS,
         }
-        return sorted(length for length in lengths if self.past < length < self.past + self.count)[-SNAPSHOTS:]
+        return sorted(length for length in lengths if self.past < length < self.past + self.count)[-MAX_SNAPSHOTS:]
 
     @property
     def lead_tokens(self) -> int:
@@ -152,7 +152,7 @@ class BatchMetadata:
         )
         self._ranges: dict[int, torch.Tensor] = {}
         self._tables = dict(tables or {})
-        self.whole = any(span.full_page_tokens for span in spans)
+        self.has_full_pages = any(span.full_page_tokens for span in spans)
 
     def on(self, device: torch.device) -> PageTables:
         """Returns the page tables on a device; they are transferred once."""
@@ -160,7 +160,7 @@ class BatchMetadata:
             self._tables[device] = PageTables(self.sequences, self.pages, self.slots).to(device)
         return self._tables[device]
 
-    def wide(self, excluded: Sequence[int] = ()) -> list[int]:
+    def full_page_rows(self, excluded: Sequence[int] = ()) -> list[int]:
         """Returns first row and number of rows of each range that holds whole pages of a prompt, see cpu.bf16_rows;
         without those of the spans `excluded`.
         """
@@ -172,7 +172,7 @@ class BatchMetadata:
         return [value for first, count in ranges if count for value in (first, count)]
 
     @cached_property
-    def rest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def remainder(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The tokens outside of whole pages: their rows int64 [n], and `sequences` and `pages` for them alone; None if
         there are none.
         """
@@ -186,7 +186,7 @@ class BatchMetadata:
                     num_tokens += end - begin
         return (torch.cat(token_rows), torch.tensor(rows, device="cpu"), self.pages[span_indices]) if rows else None
 
-    def ranges(self, window: int = 0) -> torch.Tensor | None:
+    def window_ranges(self, window: int = 0) -> torch.Tensor | None:
         """Returns int32 [1, tokens, 2]: the range of keys that each token attends to in its own sequence; None without
         a window, where it is all keys up to its own.
         """
@@ -211,10 +211,10 @@ class PagedLayer(CacheLayerMixin):
         self.owner, self.buffers, self.columns = owner, list[torch.Tensor](), (0, 0)
         self.store_dtype = owner.dtype
 
-    def keep_floats(self) -> None:
+    def store_floats(self) -> None:
         """As GrowingLayer.keep_floats."""
         if not self.buffers:
-            self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
+            self.store_dtype = GPU_STORAGE.get(self.store_dtype, self.store_dtype)
 
     def fits(self, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU) -> bool:
         """Whether keys and values of this shape can be stored; the first ones allocate the pools on `device`."""
@@ -222,7 +222,7 @@ class PagedLayer(CacheLayerMixin):
             self.columns = columns
             for width in columns:
                 row, kind = stored_row(self.store_dtype, width, dtype, device)
-                self.buffers.append(empty((self.owner.pages, heads, PAGE_TOKENS, row), kind, device))
+                self.buffers.append(empty_buffer((self.owner.pages, heads, PAGE_TOKENS, row), kind, device))
         return self.columns == columns and self.buffers[0].shape[1] == heads
 
     def update(
@@ -262,11 +262,11 @@ class PagedLayer(CacheLayerMixin):
 
 def scatter_kv(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Writes [1, heads, tokens, columns] into slots of a pool [pages, heads, PAGE_TOKENS, columns]."""
-    refuse("a cache of pages", WITHOUT_CACHE, states)
+    refuse_gradient("a cache of pages", WITHOUT_CACHE, states)
     if pool.device.type == "cpu" and pool.dtype is not E4M3:
         cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), pool, slots)
     else:
-        pool[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS] = within(states[0].transpose(0, 1), pool.dtype).to(
+        pool[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS] = clamp_to(states[0].transpose(0, 1), pool.dtype).to(
             pool.dtype
         )
 
@@ -281,17 +281,17 @@ class PagedCache(Cache):
         more: number of attention layers in addition to the model's.
     """
 
-    def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, more: int = 0):
+    def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, extra_layers: int = 0):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: BatchMetadata | None = None
         self.states: dict[int, DynamicCache] = {}  # recurrent states by sequence
         # Numbers of tokens that the sequences' states include, without an entry while layers differ; and snapshots
         # within the latest forward.
-        self.known: dict[int, int] = {}
-        self.marked: dict[tuple[int, int], DynamicCache] = {}
+        self.state_lengths: dict[int, int] = {}
+        self.snapshots: dict[tuple[int, int], DynamicCache] = {}
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[PagedLayer(self) if type(layer) in PLAIN else layer for layer in stock])
-        self.layers += [PagedLayer(self) for _ in range(more)]
+        super().__init__(layers=[PagedLayer(self) if type(layer) in STANDARD_LAYERS else layer for layer in stock])
+        self.layers += [PagedLayer(self) for _ in range(extra_layers)]
         kinds = {type(layer).__name__ for layer in self.layers if not isinstance(layer, PagedLayer)}
         if unknown := kinds - {"LinearAttentionLayer"}:
             raise UsageError(
@@ -312,23 +312,23 @@ class PagedCache(Cache):
         if not self.recurrent:
             return
         for span in batch.spans:
-            if self.known.get(span.owner, 0 if span.owner not in self.states else -1) != span.past:
+            if self.state_lengths.get(span.owner, 0 if span.owner not in self.states else -1) != span.past:
                 raise RuntimeError(
                     f"sequence {span.owner} continues after {span.past} tokens, "
-                    f"its recurrent states are those after {self.known.get(span.owner)}"
+                    f"its recurrent states are those after {self.state_lengths.get(span.owner)}"
                 )
-        self.marked.clear()
+        self.snapshots.clear()
         for span in batch.spans:
-            self.known.pop(span.owner, None)
+            self.state_lengths.pop(span.owner, None)
 
     def end(self, batch: BatchMetadata) -> None:
         """Ends a forward that computed all layers; after any other the states stay unknown."""
         if self.recurrent:
-            self.known |= {span.owner: span.past + span.count for span in batch.spans}
+            self.state_lengths |= {span.owner: span.past + span.count for span in batch.spans}
 
-    def mark(self, owner: int, tokens: int, layer: int) -> None:
+    def save_snapshot(self, owner: int, tokens: int, layer: int) -> None:
         """Takes a snapshot of one layer's state of a sequence after `tokens` tokens."""
-        snapshot = self.marked.setdefault((owner, tokens), DynamicCache(config=self.config))
+        snapshot = self.snapshots.setdefault((owner, tokens), DynamicCache(config=self.config))
         snapshot.layers[layer] = copy.deepcopy(self.states[owner].layers[layer])
 
     def state(self, owner: int) -> DynamicCache:
@@ -341,18 +341,22 @@ class PagedCache(Cache):
         """Returns a copy of a sequence's states after `tokens` tokens, at the end of the latest forward or within it;
         None if they are unknown, as after a forward that did not finish.
         """
-        if owner not in self.known:
+        if owner not in self.state_lengths:
             return None
-        return copy.deepcopy(self.states[owner]) if self.known[owner] == tokens else self.marked.get((owner, tokens))
+        return (
+            copy.deepcopy(self.states[owner])
+            if self.state_lengths[owner] == tokens
+            else self.snapshots.get((owner, tokens))
+        )
 
     def restore(self, owner: int, snapshot: DynamicCache, tokens: int) -> None:
         """Sets a sequence's states to a snapshot after `tokens` tokens."""
-        self.states[owner], self.known[owner] = copy.deepcopy(snapshot), tokens
+        self.states[owner], self.state_lengths[owner] = copy.deepcopy(snapshot), tokens
 
-    def forget(self, owner: int) -> None:
+    def free(self, owner: int) -> None:
         """Frees a sequence's states."""
         self.states.pop(owner, None)
-        self.known.pop(owner, None)
+        self.state_lengths.pop(owner, None)
 
     def nbytes(self, host: bool = False) -> int:
         """Returns the bytes of the allocated pools; `host`: of those in CPU memory."""
@@ -362,7 +366,7 @@ class PagedCache(Cache):
         )
 
 
-def paged(cache: Any, index: int) -> PagedLayer | None:
+def paged_layer(cache: Any, index: int) -> PagedLayer | None:
     """Returns a layer of a PagedCache; None for any other cache."""
     return cache.layers[index] if type(cache) is PagedCache else None  # type: ignore[return-value]
 

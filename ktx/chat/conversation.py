@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ktx.chat.reading import clean
+from ktx.chat.reading import replace_surrogates
 from ktx.chat_formats import Text
 from ktx.engine.chat_session import Session
 from ktx.engine.request import Finished
@@ -42,7 +42,7 @@ class Conversation:
     last: Finished | None = None
 
     def __post_init__(self) -> None:
-        self.system = clean(self.system)
+        self.system = replace_surrogates(self.system)
 
     def messages(self) -> list[dict[str, str]]:
         """Returns the system message and the turns."""
@@ -52,11 +52,11 @@ class Conversation:
         """Submits a new message and yields the output's events. The message is not stored when the prompt is
         refused.
         """
-        self.turns.append({"role": "user", "content": clean(text)})
+        self.turns.append({"role": "user", "content": replace_surrogates(text)})
         try:
-            prompt = self.session.prompt(self.messages(), self.force_think)
+            prompt = self.session.render(self.messages(), self.force_think)
             output = ""
-            for event in self.session.answer(prompt, self.sampling):
+            for event in self.session.stream(prompt, self.sampling):
                 if isinstance(event, Finished):
                     self.last = event
                 elif event.kind == "answer":
@@ -70,7 +70,7 @@ class Conversation:
     def clear(self) -> None:
         """Removes all turns and empties the engine's prefix cache."""
         self.turns, self.last = [], None
-        self.session.forget()
+        self.session.reset()
 
     def undo(self) -> str | None:
         """Removes the last question and its answer and returns the question; None if there is none."""
@@ -120,6 +120,6 @@ class Conversation:
         if not valid:
             raise BadFile(f"{path}: is not a saved chat: roles must be {', '.join(ROLES)} and contents must be text")
         self.clear()
-        self.system = clean(system)
-        self.turns = [{"role": t["role"], "content": clean(t["content"])} for t in turns]
+        self.system = replace_surrogates(system)
+        self.turns = [{"role": t["role"], "content": replace_surrogates(t["content"])} for t in turns]
         return len(self.turns)

@@ -60,7 +60,7 @@ def lines_of(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
             if "\0" in line:
                 warn(f"! line {number} is skipped: it contains {NUL_TEXT}")
                 continue
-            text = clean(line)
+            text = replace_surrogates(line)
             if text != line:
                 warn(f"! line {number}: bytes that are not {encoding.upper()} were replaced by {REPLACEMENT_CHARACTER}")
             yield text
@@ -69,7 +69,7 @@ def lines_of(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
             stream.detach()  # otherwise its end would close the byte stream, which it does not own
 
 
-def clean(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replaces lone surrogates, which no tokenizer accepts and no file can store: Python decodes invalid bytes to
     them.
     """

@@ -66,14 +66,14 @@ def stats_line(last: Finished, engine: Any, bandwidth: float | None) -> str:
     usage, model = last.usage, engine.model
     context_left = engine.context - usage.prompt - usage.answer
     fields = [
-        f"prompt {usage.prompt - usage.cached} tok {usage.prompt_speed:.1f} tok/s",
-        f"answer {usage.answer} tok {usage.answer_speed:.1f} tok/s",
+        f"prompt {usage.prompt - usage.cached} tok {usage.prompt_tokens_per_s:.1f} tok/s",
+        f"answer {usage.answer} tok {usage.output_tokens_per_s:.1f} tok/s",
         f"first token {usage.first_token_seconds:.2f} s",
         f"cached {usage.cached}",
         f"context left {context_left}",
     ]
-    if usage.answer_speed:
-        gb_per_s = model.ktx.bytes_per_token * usage.answer_speed / 1e9
+    if usage.output_tokens_per_s:
+        gb_per_s = model.ktx.bytes_per_token * usage.output_tokens_per_s / 1e9
         bandwidth_share = f" ({gb_per_s / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
         fields.append(f"weights at {gb_per_s:.1f} GB/s{bandwidth_share}")
     if last.reason == "length":
@@ -83,7 +83,7 @@ def stats_line(last: Finished, engine: Any, bandwidth: float | None) -> str:
     return " · ".join(fields)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Prints a message that is not part of an answer to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

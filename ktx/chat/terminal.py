@@ -13,7 +13,7 @@ from typing import Any
 
 from ktx.chat.conversation import CHAT_PARAMETERS, Conversation
 from ktx.chat.reading import lines_of, read_text
-from ktx.chat.render import Printer, note, stats_line
+from ktx.chat.render import Printer, print_note, stats_line
 from ktx.errors import BadFile, KtxError, UsageError, did_you_mean
 
 BLOCK_QUOTES = '"""'
@@ -45,9 +45,9 @@ class Chat:
 
     # ---- turns
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         """Runs one turn: prints the answer, then its statistics. Ctrl-C cancels the answer and the chat continues."""
-        with self.stoppable():
+        with self.cancel_on_interrupt():
             finished = self.printer.show(self.conversation.send(text))
         if finished is not None:
             self.report(stats_line(finished, self.engine, self.bandwidth))
@@ -59,10 +59,10 @@ class Chat:
         if self.printer.out.isatty():
             self.printer.dim(f"[{line}]")
         else:
-            note(f"[{line}]")
+            print_note(f"[{line}]")
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
+    def cancel_on_interrupt(self) -> Iterator[None]:
         """Within this context, Ctrl-C cancels the answer; a second Ctrl-C raises KeyboardInterrupt."""
 
         def stop(signum: int, frame: Any) -> None:
@@ -87,9 +87,9 @@ class Chat:
                 if self.conversation.turns or not self.prompt_file:
                     return True
                 text = read_text(self.prompt_file)
-            self.say(text)
+            self.send(text)
         except KtxError as error:
-            note(f"! {error}")
+            print_note(f"! {error}")
         return True
 
     # ---- commands
@@ -107,43 +107,45 @@ class Chat:
 
     def do_help(self, rest: str) -> None:
         width = max(map(len, COMMANDS))
-        note("\n".join(f"{name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
-        note(f"{BLOCK_QUOTES.ljust(width)}  begins and ends a message of several lines; pasted text is one message")
+        print_note("\n".join(f"{name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
+        print_note(
+            f"{BLOCK_QUOTES.ljust(width)}  begins and ends a message of several lines; pasted text is one message"
+        )
 
     def do_exit(self, rest: str) -> bool:
         return False
 
     def do_clear(self, rest: str) -> None:
         self.conversation.clear()
-        note("the conversation is empty")
+        print_note("the conversation is empty")
 
     def do_undo(self, rest: str) -> None:
         question = self.conversation.undo()
-        note("nothing to undo" if question is None else f"removed: {question[:60]}")
+        print_note("nothing to undo" if question is None else f"removed: {question[:60]}")
 
     def do_retry(self, rest: str) -> None:
         question = self.conversation.undo()
         if question is None:
             raise UsageError("there is no question to answer again")
-        self.say(question)
+        self.send(question)
 
     def do_system(self, rest: str) -> None:
         if rest:
             self.conversation.system = rest
-        note(f"system: {self.conversation.system or '(none)'}")
+        print_note(f"system: {self.conversation.system or '(none)'}")
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ").partition(" ")
         if value:
-            note(self.conversation.set(name, value.strip()))
+            print_note(self.conversation.set(name, value.strip()))
         else:
             settings = vars(self.conversation.sampling)
-            note("\n".join(f"{name} = {settings[name]}" for name in CHAT_PARAMETERS))
+            print_note("\n".join(f"{name} = {settings[name]}" for name in CHAT_PARAMETERS))
 
     def do_read(self, rest: str) -> None:
         if not rest:
             raise UsageError("/read needs a file name")
-        self.say(read_text(rest))
+        self.send(read_text(rest))
 
     def do_save(self, rest: str) -> None:
         if not rest:
@@ -152,20 +154,20 @@ class Chat:
             self.conversation.save(Path(rest).expanduser())
         except OSError as error:
             raise BadFile(f"{rest}: cannot be written: {error.strerror}") from error
-        note(f"saved {len(self.conversation.turns)} messages to {rest}")
+        print_note(f"saved {len(self.conversation.turns)} messages to {rest}")
 
     def do_load(self, rest: str) -> None:
         if not rest:
             raise UsageError("/load needs a file name")
-        note(f"loaded {self.conversation.load(Path(rest).expanduser())} messages")
+        print_note(f"loaded {self.conversation.load(Path(rest).expanduser())} messages")
 
     def do_fold(self, rest: str) -> None:
         self.printer.fold = not self.printer.fold
-        note(f"reasoning is {'folded' if self.printer.fold else 'visible'}")
+        print_note(f"reasoning is {'folded' if self.printer.fold else 'visible'}")
 
     def do_stats(self, rest: str) -> None:
         last = self.conversation.last
-        note(stats_line(last, self.engine, self.bandwidth) if last else "no answer yet")
+        print_note(stats_line(last, self.engine, self.bandwidth) if last else "no answer yet")
 
     # ---- input
 
@@ -181,7 +183,7 @@ class Chat:
                 if interrupted:
                     return
                 interrupted = True
-                note("(Ctrl-C again or /exit leaves)")
+                print_note("(Ctrl-C again or /exit leaves)")
                 continue
             interrupted = False
             if not self.turn(text):
@@ -189,7 +191,7 @@ class Chat:
 
     def piped(self, stream: Any) -> None:
         """Processes each line of a stream as a turn; a block between two lines with three quotes is one turn."""
-        for text in blocks(lines_of(stream, note)):
+        for text in blocks(lines_of(stream, print_note)):
             if text.strip() and not self.turn(text):
                 return
 

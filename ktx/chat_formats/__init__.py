@@ -3,14 +3,14 @@ and messages are converted for the chat template.
 """
 
 from ktx.chat_formats.calls import new_id
-from ktx.chat_formats.events import CallArguments, CallEnd, CallStart, Event, Text, merged
+from ktx.chat_formats.events import CallArguments, CallEnd, CallStart, Event, Text, merge_events
 from ktx.chat_formats.grammar import forced_call_grammar
-from ktx.chat_formats.messages import for_template
+from ktx.chat_formats.messages import to_template_messages
 from ktx.chat_formats.parser import Parser
-from ktx.chat_formats.registry import DIALECTS, CallFormat, ChatFormat, dialect_for, opened
+from ktx.chat_formats.registry import CHAT_FORMATS, CallFormat, ChatFormat, chat_format_for, ends_in_reasoning
 
 __all__ = [
-    "DIALECTS",
+    "CHAT_FORMATS",
     "CallArguments",
     "CallEnd",
     "CallStart",
@@ -19,10 +19,10 @@ __all__ = [
     "CallFormat",
     "Parser",
     "Text",
-    "dialect_for",
-    "for_template",
+    "chat_format_for",
+    "to_template_messages",
     "forced_call_grammar",
-    "merged",
+    "merge_events",
     "new_id",
-    "opened",
+    "ends_in_reasoning",
 ]

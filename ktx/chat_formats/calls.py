@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ktx.chat_formats.events import CallArguments, CallEnd, CallStart, Event
-from ktx.chat_formats.json_repair import Value, collect, strict
-from ktx.chat_formats.reader import Broken, Marks, TextReader
+from ktx.chat_formats.json_repair import JsonValue, read_value, repair_json
+from ktx.chat_formats.reader import Marks, NotACall, TextReader
 
 _ID_CHARS = string.ascii_letters + string.digits
 _PREFIX = "functions."
@@ -22,7 +22,7 @@ def new_id() -> str:
     return "call_" + "".join(secrets.choice(_ID_CHARS) for _ in range(24))
 
 
-def schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns function name -> JSON schema of its arguments; a tool is OpenAI's {"type", "function"} or the function
     alone.
     """
@@ -31,7 +31,7 @@ def schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: dict(schema) if isinstance(schema, Mapping) else {} for name, schema in parameters.items()}
 
 
-class Calls:
+class CallEvents:
     """Creates the events of calls.
 
     Args:
@@ -40,17 +40,17 @@ class Calls:
     """
 
     def __init__(self, tools: Iterable[Mapping[str, Any]], ids: Callable[[], str] = new_id):
-        self.schemas, self.ids = schemas(tools), ids
+        self.schemas, self.ids = parameter_schemas(tools), ids
         self.index, self.open = -1, False
 
     def begin(self, name: str, id: str = "") -> CallStart:
         """Starts a call; without `id` it gets a new one. Broken beyond the maximum number of calls."""
         if self.index + 1 >= MAX_CALLS:
-            raise Broken
+            raise NotACall
         self.index, self.open = self.index + 1, True
-        return CallStart(self.index, id or self.ids(), self.known(name))
+        return CallStart(self.index, id or self.ids(), self.resolve_name(name))
 
-    def put(self, text: str) -> CallArguments:
+    def arguments(self, text: str) -> CallArguments:
         """Returns a fragment of the current call's arguments."""
         return CallArguments(self.index, text)
 
@@ -59,13 +59,13 @@ class Calls:
         self.open = False
         return CallEnd(self.index)
 
-    def whole(self, name: str, arguments: str = "{}", id: str = "") -> Iterator[Event]:
+    def complete_call(self, name: str, arguments: str = "{}", id: str = "") -> Iterator[Event]:
         """Yields the events of a complete call."""
         yield self.begin(name, id)
-        yield self.put(arguments)
+        yield self.arguments(arguments)
         yield self.end()
 
-    def known(self, name: str) -> str:
+    def resolve_name(self, name: str) -> str:
         """Returns the function's name as the request has it: models write functions.name for name, and vice versa."""
         if name in self.schemas:
             return name
@@ -79,11 +79,11 @@ def object_text(text: str) -> str:
     """
     if text.startswith('"'):
         inner = json.loads(text).strip()
-        text = "" if not inner else strict(inner) or "no object"
+        text = "" if not inner else repair_json(inner) or "no object"
     if text in ("", "null"):
         return "{}"
     if not text.startswith("{"):
-        raise Broken
+        raise NotACall
     return text
 
 
@@ -91,31 +91,31 @@ def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
     """Yields the next object in pieces; brackets left open before `ends` or the stream's end are closed. Broken
     otherwise.
     """
-    value = Value(source)
+    value = JsonValue(source)
     yield from value.pieces()
     if value.done:
         return
-    mark = yield from source.comes(ends)
-    if not value.closable or not (mark or (yield from source.char()) == ""):
-        raise Broken
+    mark = yield from source.peek_mark(ends)
+    if not value.closable or not (mark or (yield from source.peek_char()) == ""):
+        raise NotACall
     yield value.closing()
 
 
 def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
     """Yields the arguments as the text of one object: in pieces if they are an object."""
-    char = yield from source.char()
+    char = yield from source.peek_char()
     if char == "{":
         yield from stream_object(source, ends)
-    elif char == "" or (yield from source.comes(ends)):
+    elif char == "" or (yield from source.peek_mark(ends)):
         yield "{}"
     else:
-        text = yield from collect(source)
+        text = yield from read_value(source)
         if text is None:
-            raise Broken
+            raise NotACall
         yield object_text(text)
 
 
-def stream_call(source: TextReader, calls: Calls, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
+def stream_call(source: TextReader, calls: CallEvents, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
     """Yields the events of a call whose name is known; the reader is at its arguments."""
     started = False
     for piece in read_arguments(source, ends):
@@ -125,5 +125,5 @@ def stream_call(source: TextReader, calls: Calls, ends: Marks, name: str, id: st
         if not started:
             started = True
             yield calls.begin(name, id)
-        yield calls.put(piece)
+        yield calls.arguments(piece)
     yield calls.end()

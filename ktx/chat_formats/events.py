@@ -43,7 +43,7 @@ class CallEnd:
 Event = Text | CallStart | CallArguments | CallEnd
 
 
-def merged(events: Iterable[Event]) -> list[Event]:
+def merge_events(events: Iterable[Event]) -> list[Event]:
     """Joins neighboring events of the same text or call, so that the result does not depend on how the stream was
     split.
     """

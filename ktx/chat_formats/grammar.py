@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ktx.chat_formats.calls import schemas
+from ktx.chat_formats.calls import parameter_schemas
 from ktx.chat_formats.registry import CallFormat, ChatFormat
-from ktx.chat_formats.schema import kinds, property_schema
+from ktx.chat_formats.schema import allowed_types, property_schema
 
 # fixed separators, because free white space lets a model emit spaces without end
 _JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -67,7 +67,7 @@ class Lark:
 
 
 def forced_call_grammar(
-    dialect: ChatFormat,
+    chat_format: ChatFormat,
     tools: Iterable[Mapping[str, Any]],
     names: Iterable[str] | None = None,
     parallel: bool = True,
@@ -88,9 +88,9 @@ def forced_call_grammar(
         ValueError: nothing can be called.
         KeyError: no tool has one of the names.
     """
-    call_format, parameters = dialect.format, schemas(tools)
+    call_format, parameters = chat_format.call_format, parameter_schemas(tools)
     if call_format is None:
-        raise ValueError(f"the chat format {dialect.name} has no tool calls")
+        raise ValueError(f"the chat format {chat_format.name} has no tool calls")
     selected = {name: parameters[name] for name in (parameters if names is None else names)}
     if not selected:
         raise ValueError("no functions to call")
@@ -98,17 +98,17 @@ def forced_call_grammar(
     before, call, between, after = _STYLES[call_format.style](lark, call_format)
     any_call = lark.rule(" | ".join(call(name, schema) for name, schema in selected.items()))
     further_calls = f" ({lark.words(between)} {any_call})*" if parallel and between is not None else ""
-    reasoning = _reasoning(lark, dialect) if thinking else ""
+    reasoning = _reasoning(lark, chat_format) if thinking else ""
     return lark.text(f"{reasoning} {lark.words(before)} {any_call}{further_calls} {lark.words(after)}".strip())
 
 
 def _reasoning(lark: Lark, chat_format: ChatFormat) -> str:
     """Returns an expression for the reasoning up to the end of its block."""
-    call_format = chat_format.format
+    call_format = chat_format.call_format
     assert call_format is not None
-    close_mark = chat_format.think[1] or "<|end|>"
+    close_mark = chat_format.reasoning_marks[1] or "<|end|>"
     before, after = (
-        ("<|channel|>analysis<|message|>", "<|start|>assistant") if not chat_format.think[1] else ("", "\n\n")
+        ("<|channel|>analysis<|message|>", "<|start|>assistant") if not chat_format.reasoning_marks[1] else ("", "\n\n")
     )
     body = lark.free(close_mark, (*call_format.starts, *call_format.sections))
     return f"{lark.words(before)} {body} {lark.words(after)}".strip()
@@ -188,16 +188,16 @@ def _harmony(lark: Lark, call_format: CallFormat) -> Style:
 
 def _tags(lark: Lark, call_format: CallFormat) -> Style:
     """Calls with arguments between tags."""
-    line, quote = ("\n", "") if call_format.lines else ("", '"')
-    name_is = "=" if call_format.lines else ' name="'
-    quote_string = quote + (' string="{}"' if call_format.typed else "")
+    line, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
+    name_is = "=" if call_format.values_on_lines else ' name="'
+    quote_string = quote + (' string="{}"' if call_format.typed_parameters else "")
     parameter = (
         call_format.tag_parameter[0] + name_is,
         quote_string + ">" + line,
         line + call_format.tag_parameter[1] + "\n",
     )
     head = call_format.tag_call[0] + name_is, quote + ">\n", call_format.tag_call[1]
-    if call_format.lines:
+    if call_format.values_on_lines:
         call = _tagged_calls(
             lark, call_format, ("<tool_call>\n" + head[0], head[1], head[2] + "\n</tool_call>"), parameter
         )
@@ -231,7 +231,7 @@ def _tagged_calls(
         parts = [lark.words(head[0] + name + head[1])]
         for key in schema.get("properties") or {}:
             kind = property_schema(schema, key)
-            opening = parameter[1].replace("{}", "true" if "string" in kinds(kind) else "false")
+            opening = parameter[1].replace("{}", "true" if "string" in allowed_types(kind) else "false")
             value = _value(lark, kind, schema, parameter[2], free)
             one = f"{lark.words(parameter[0] + key + opening)} {value}"
             parts.append(one if key in (schema.get("required") or ()) else f"({one})?")
@@ -242,7 +242,7 @@ def _tagged_calls(
 
 def _value(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
     """Returns an expression for a value and its closing tag."""
-    allowed = kinds(schema)
+    allowed = allowed_types(schema)
     if "string" not in allowed:
         return f"{lark.json(schema, root)} {lark.words(close)}"
     values = schema.get("enum") if isinstance(schema, Mapping) else None
@@ -261,7 +261,7 @@ def _pythonic(lark: Lark, call_format: CallFormat) -> Style:
 
         def argument(key: str) -> str:
             value = property_schema(schema, key)
-            words = '("True" | "False")' if kinds(value) == {"boolean"} else lark.json(value, schema)
+            words = '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.json(value, schema)
             return f"{_quoted(key + '=')} {words}"
 
         comma = _quoted(", ")

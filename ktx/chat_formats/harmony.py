@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ktx.chat_formats.calls import Calls, stream_call
+from ktx.chat_formats.calls import CallEvents, stream_call
 from ktx.chat_formats.events import Event
-from ktx.chat_formats.reader import SPACE, Broken, TextReader, marks_of
+from ktx.chat_formats.reader import WHITESPACE, NotACall, TextReader, marks_of
 from ktx.chat_formats.registry import CallFormat
 
 if TYPE_CHECKING:
@@ -35,35 +35,37 @@ class Harmony:
     """Reads all messages of an output; text outside of messages is content too."""
 
     def __init__(self, parser: Parser):
-        self.parser, self.source, self.output = parser, parser.source, parser.output
+        self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:
         """Yields the events of the output."""
         source, output = self.source, self.output
-        yield from output.show((yield from source.space()))
-        inside = not output.fresh  # inside a message's text: no header begins
-        if not inside and (yield from source.comes(marks_of("to=functions."))):  # the mark before it is in the prompt
+        yield from output.emit((yield from source.read_whitespace()))
+        inside = not output.after_mark  # inside a message's text: no header begins
+        if not inside and (
+            yield from source.peek_mark(marks_of("to=functions."))
+        ):  # the mark before it is in the prompt
             yield from self.parser.call("", self.message)
         while True:
-            text, mark = source.until(_MARKS)
-            yield from output.show(text)
+            text, mark = source.read_until(_MARKS)
+            yield from output.emit(text)
             if mark in (START, CHANNEL):
                 yield from self.parser.call(mark, self.message)
-            elif mark and (mark != MESSAGE or output.fresh):  # a <|message|> without a header
-                yield from output.turn("answer", SPACE)
+            elif mark and (mark != MESSAGE or output.after_mark):  # a <|message|> without a header
+                yield from output.switch_kind("answer", WHITESPACE)
             elif mark:
-                yield from output.show(mark)
-            elif source.ended:
+                yield from output.emit(mark)
+            elif source.finished:
                 break
             else:
                 yield None
-        yield from output.rest()
+        yield from output.flush()
 
     def message(
-        self, source: TextReader, calls: Calls, call_format: CallFormat | None, mark: str
+        self, source: TextReader, calls: CallEvents, call_format: CallFormat | None, mark: str
     ) -> Iterator[Event | None]:
         """Reads a header, and a call's arguments after it if it has a recipient; otherwise `read` reads the text."""
-        text, end_mark = yield from source.upto(_HEADER_ENDS, MAX_HEADER_CHARS)
+        text, end_mark = yield from source.read_short_until(_HEADER_ENDS, MAX_HEADER_CHARS)
         text = mark + text
         channel, recipient = _KIND.search(text), _RECIPIENT.search(text)
         name = recipient.group(1) if recipient and recipient.group(1) not in _NO_FUNCTION else ""
@@ -72,11 +74,11 @@ class Harmony:
             or not (channel or name or text.strip() == START + "assistant")
             or (name and not call_format)
         ):
-            raise Broken
-        source.at += len(end_mark)
-        yield from self.output.turn("think" if channel and channel.group(1) == "analysis" else "answer")
+            raise NotACall
+        source.pos += len(end_mark)
+        yield from self.output.switch_kind("think" if channel and channel.group(1) == "analysis" else "answer")
         if not name:
-            source.release()
+            source.end_call()
             return
-        yield from source.space()
+        yield from source.read_whitespace()
         yield from stream_call(source, calls, _ARGUMENT_ENDS, name)

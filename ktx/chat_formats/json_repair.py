@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ktx.chat_formats.reader import TextReader, Wait
+from ktx.chat_formats.reader import Step, TextReader
 
 MAX_DEPTH = 128  # maximum nesting: arguments are not deeper, and a client's JSON reader must be able to parse them
 MAX_WORD_CHARS = 1000  # maximum characters of a number or bare word
@@ -48,7 +48,7 @@ _CLOSE = {"{": "}", "[": "]"}
 ITEM, ITEM_OR_END, KEY, KEY_OR_END, COLON, NEXT = "item", "item or ]", "key", "key or }", ":", ", or end"
 
 
-class Value:
+class JsonValue:
     """One value, read from `source` in pieces; `done` when it is complete."""
 
     def __init__(self, source: TextReader):
@@ -66,7 +66,7 @@ class Value:
             if self.out:
                 yield "".join(self.out)
                 self.out.clear()
-            if self.done or self.stuck or self.source.ended:
+            if self.done or self.stuck or self.source.finished:
                 return
             yield None
 
@@ -85,7 +85,7 @@ class Value:
         """Reads as much as the buffer holds."""
         source = self.source
         while not (self.done or self.stuck):
-            position = source.at
+            position = source.pos
             if position >= len(source.text):
                 break
             if self._quote:
@@ -94,21 +94,21 @@ class Value:
                 self._bare()
             else:
                 self._token()
-            if source.at == position and not source.ended and (self._quote or self._word):
+            if source.pos == position and not source.finished and (self._quote or self._word):
                 return  # an incomplete escape or word
-        if source.ended and self._word and not self.stuck:
+        if source.finished and self._word and not self.stuck:
             self._finish_word()
 
     def _token(self) -> None:
         """Reads one token."""
-        match = _TOKEN.match(self.source.text, self.source.at)
+        match = _TOKEN.match(self.source.text, self.source.pos)
         if match is None:
             self._irregular_token()
             return
         text = match.group()
         kind = match.lastgroup
         if kind == "word" and len(text) > MAX_WORD_CHARS:
-            self.source.at += MAX_WORD_CHARS + 1  # the position that `_bare` reaches
+            self.source.pos += MAX_WORD_CHARS + 1  # the position that `_bare` reaches
             self.stuck = True
             return
         if kind == "mark":
@@ -131,29 +131,29 @@ class Value:
         else:
             self.stuck = True
             return
-        self.source.at = match.end()
+        self.source.pos = match.end()
 
     def _irregular_token(self) -> None:
         """Handles text that is not a complete JSON token: the start of a string, an incomplete or bare word, or an
         error.
         """
-        char = self.source.text[self.source.at]
+        char = self.source.text[self.source.pos]
         if self._expected in (COLON, NEXT):
             self.stuck = True
         elif char in "\"'":
             self._emit('"')
             self._quote = char
-            self.source.at += 1
+            self.source.pos += 1
         else:
             self._bare()
 
     def _string(self) -> None:
         """Reads a part of a string."""
-        source, position = self.source, self.source.at
+        source, position = self.source, self.source.pos
         match = _PLAIN[self._quote].match(source.text, position)
         if match:
             self.out.append(_CONTROLS.sub(_escaped, match.group()))
-            source.at = match.end()
+            source.pos = match.end()
             return
         char = source.text[position]
         if char == "\\":
@@ -163,9 +163,9 @@ class Value:
             controls_or_quotes = _QUOTES.match(source.text, position)
             assert controls_or_quotes is not None
             self.out.append(_escaped(controls_or_quotes))
-            source.at = controls_or_quotes.end()
+            source.pos = controls_or_quotes.end()
         else:
-            source.at += 1
+            source.pos += 1
             self.out.append('"')
             self._quote = ""
             if self._expected in (KEY, KEY_OR_END):
@@ -176,32 +176,32 @@ class Value:
     def _escape(self) -> None:
         """Reads an escape sequence."""
         source = self.source
-        text = source.text[source.at : source.at + 6]
-        if re.fullmatch(r"\\(u[0-9a-fA-F]{0,3})?", text) and len(text) < 6 and source.at + 6 > len(source.text):
-            if not source.ended:
+        text = source.text[source.pos : source.pos + 6]
+        if re.fullmatch(r"\\(u[0-9a-fA-F]{0,3})?", text) and len(text) < 6 and source.pos + 6 > len(source.text):
+            if not source.finished:
                 return
             self.stuck = True
         elif re.match(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})', text):
             length = 6 if text[1] == "u" else 2
             self.out.append(text[:length])
-            source.at += length
+            source.pos += length
         elif text[1] == "'":
             self.out.append("'")
-            source.at += 2
+            source.pos += 2
         else:  # \d, \(, a backslash before a line break: the backslash itself is meant
             self.out.append("\\\\")
-            source.at += 1
+            source.pos += 1
 
     def _bare(self) -> None:
         """Reads a number or word, up to a character that cannot belong to it."""
         source = self.source
-        match = _WORD.match(source.text, source.at, source.at + MAX_WORD_CHARS + 1 - len(self._word))
+        match = _WORD.match(source.text, source.pos, source.pos + MAX_WORD_CHARS + 1 - len(self._word))
         if match:
             self._word += match.group()
-            source.at = match.end()
+            source.pos = match.end()
         if len(self._word) > MAX_WORD_CHARS or not self._word:
             self.stuck = True
-        elif source.at < len(source.text):
+        elif source.pos < len(source.text):
             self._finish_word()
 
     def _finish_word(self) -> None:
@@ -239,7 +239,7 @@ class Value:
         else:
             self.stuck = True
             return
-        self.source.at += 1
+        self.source.pos += 1
 
     def _emit(self, text: str) -> None:
         """Emits text after a held comma."""
@@ -269,21 +269,21 @@ def _scalar(word: str) -> str | None:
     return json.dumps(number) if math.isfinite(number) else None
 
 
-def strict(text: str) -> str | None:
+def repair_json(text: str) -> str | None:
     """Returns the single JSON value of `text`, repaired; None if it is not one."""
     source = TextReader()
     source.feed(text.strip())
-    source.ended = True
-    value = Value(source)
+    source.finished = True
+    value = JsonValue(source)
     out = "".join(piece for piece in value.pieces() if piece)
     if value.done:
-        return out if source.at == len(source.text) else None
-    return out + value.closing() if value.closable and value.closers and source.at == len(source.text) else None
+        return out if source.pos == len(source.text) else None
+    return out + value.closing() if value.closable and value.closers and source.pos == len(source.text) else None
 
 
-def collect(source: TextReader) -> Wait[str | None]:
+def read_value(source: TextReader) -> Step[str | None]:
     """Reads one value and returns its text; None if it is not one."""
-    value, out = Value(source), list[str]()
+    value, out = JsonValue(source), list[str]()
     for piece in value.pieces():
         if piece is None:
             yield

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ktx.chat_formats.json_repair import strict
+from ktx.chat_formats.json_repair import repair_json
 from ktx.chat_formats.registry import ChatFormat
 
 _NAMED_ID = re.compile(r"functions\..+:\d+")
@@ -17,11 +17,11 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 Message = dict[str, Any]
 
 
-def for_template(messages: Iterable[Mapping[str, Any]], chat_format: ChatFormat) -> list[Message]:
+def to_template_messages(messages: Iterable[Mapping[str, Any]], chat_format: ChatFormat) -> list[Message]:
     """Returns converted messages; ValueError when one contains anything but text."""
     history = _History(chat_format)
     converted = [history.message(message) for message in messages]
-    return _split_calls(converted) if chat_format.one_call else converted
+    return _split_calls(converted) if chat_format.single_call else converted
 
 
 class _History:
@@ -36,7 +36,7 @@ class _History:
     def message(self, message: Mapping[str, Any]) -> Message:
         """Converts one message."""
         role = message.get("role")
-        converted: Message = {"role": role, "content": text_of(message.get("content"))}
+        converted: Message = {"role": role, "content": message_text(message.get("content"))}
         if role == "developer" and not self.chat_format.developer:
             converted["role"] = "system"
         if message.get("name"):
@@ -51,12 +51,12 @@ class _History:
         """Adds the reasoning and the calls of an assistant message."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
-            converted["reasoning_content"] = text_of(reasoning)
-            if self.chat_format.thinking_key:
-                converted[self.chat_format.thinking_key] = converted["reasoning_content"]
+            converted["reasoning_content"] = message_text(reasoning)
+            if self.chat_format.reasoning_key:
+                converted[self.chat_format.reasoning_key] = converted["reasoning_content"]
         if message.get("tool_calls"):
             converted["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-            converted["content"] = converted["content"] or (None if self.chat_format.argument_text else "")
+            converted["content"] = converted["content"] or (None if self.chat_format.arguments_as_text else "")
 
     def _call(self, call: Mapping[str, Any]) -> Message:
         """Converts one call."""
@@ -65,7 +65,7 @@ class _History:
         self.ids[call_id], self.names[call_id] = self._id(call_id, name), name
         arguments = function.get("arguments")
         converted_arguments = (
-            _arguments_text(arguments) if self.chat_format.argument_text else _arguments_object(arguments)
+            _arguments_text(arguments) if self.chat_format.arguments_as_text else _arguments_object(arguments)
         )
         return {
             "id": self.ids[call_id],
@@ -76,9 +76,9 @@ class _History:
     def _id(self, call_id: str, name: str) -> str:
         """Returns the id in the family's form; an id of another form gets a new one, always the same."""
         self.count += 1
-        if self.chat_format.ids == "named" and not _NAMED_ID.fullmatch(call_id):
+        if self.chat_format.id_style == "named" and not _NAMED_ID.fullmatch(call_id):
             return f"functions.{name}:{self.count - 1}"
-        if self.chat_format.ids == "short" and not _SHORT_ID.fullmatch(call_id):
+        if self.chat_format.id_style == "short" and not _SHORT_ID.fullmatch(call_id):
             return hashlib.sha256(call_id.encode()).hexdigest()[:9]
         return call_id
 
@@ -91,7 +91,7 @@ class _History:
             converted["name"] = name
 
 
-def text_of(content: Any) -> str:
+def message_text(content: Any) -> str:
     """Returns a message's text: a string, or parts that are all text. ValueError for another part."""
     if content is None:
         return ""
@@ -119,7 +119,7 @@ def _arguments_text(arguments: Any) -> str:
 def _arguments_object(arguments: Any) -> dict[str, Any]:
     """Returns arguments as an object. Anything else becomes the only argument, because templates call items()."""
     if isinstance(arguments, str) and arguments.strip():
-        text = strict(arguments)
+        text = repair_json(arguments)
         arguments = json.loads(text) if text is not None else arguments
     if isinstance(arguments, Mapping):
         return dict(arguments)

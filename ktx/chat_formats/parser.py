@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from ktx.chat_formats.bare_calls import read_bare
-from ktx.chat_formats.calls import MAX_CALLS, Calls, new_id
+from ktx.chat_formats.calls import MAX_CALLS, CallEvents, new_id
 from ktx.chat_formats.events import CallEnd, CallStart, Event, Text
 from ktx.chat_formats.harmony import Harmony
-from ktx.chat_formats.reader import Broken, TextReader, marks_of
+from ktx.chat_formats.reader import NotACall, TextReader, marks_of
 from ktx.chat_formats.registry import CallFormat, ChatFormat
 from ktx.chat_formats.tagged_calls import read_marked
 from ktx.chat_formats.whitespace import WhitespaceFilter
@@ -42,29 +42,29 @@ class Parser:
 
     def __init__(
         self,
-        dialect: ChatFormat,
+        chat_format: ChatFormat,
         tools: Iterable[Mapping[str, Any]] = (),
         thinking: bool = False,
         parse_calls: bool | None = None,
         ids: Callable[[], str] = new_id,
-        said: str = "",
+        prefill_text: str = "",
     ):
-        self.dialect, tools = dialect, list(tools)
+        self.chat_format, tools = chat_format, list(tools)
         self.parse_calls: bool = bool(tools) if parse_calls is None else parse_calls
-        self.format: CallFormat | None = dialect.format if self.parse_calls else None
-        self.source, self.calls = TextReader(), Calls(tools, ids)
-        self.output = WhitespaceFilter("think" if thinking else "answer", said)
-        self._reasoning_seen = thinking or bool(said)  # whether there was reasoning, or none can follow
-        self._at_line_start = said.endswith("\n")  # the output begins at the start of a line
+        self.call_format: CallFormat | None = chat_format.call_format if self.parse_calls else None
+        self.reader, self.calls = TextReader(), CallEvents(tools, ids)
+        self.output = WhitespaceFilter("think" if thinking else "answer", prefill_text)
+        self._reasoning_seen = thinking or bool(prefill_text)  # whether there was reasoning, or none can follow
+        self._at_line_start = prefill_text.endswith("\n")  # the output begins at the start of a line
         self._reread_chars, self._num_broken = MAX_REREAD_CHARS, 0
         self.open_call = False  # after finish(cut=True): the stream ended inside a call
         self._set_marks()
-        harmony = dialect.format is not None and dialect.format.style == "harmony"
+        harmony = chat_format.call_format is not None and chat_format.call_format.style == "harmony"
         self._events = Harmony(self).read() if harmony else self._read()
 
     def feed(self, text: str) -> list[Event]:
         """Appends text and returns the events that are certain."""
-        self.source.feed(text)
+        self.reader.feed(text)
         return list(self._ready())
 
     def finish(self, cut: bool = False) -> list[Event]:
@@ -72,7 +72,7 @@ class Parser:
         if cut and self.calls.open:
             self.open_call = True
             return []
-        self.source.ended, self.source.cut = True, cut
+        self.reader.finished, self.reader.cut = True, cut
         return list(self._ready())
 
     def _ready(self) -> Iterator[Event]:
@@ -85,108 +85,108 @@ class Parser:
     def _read(self) -> Iterator[Event | None]:
         """Yields the events of an output."""
         while mark := (yield from self._read_text()):
-            if mark in self.dialect.think:
+            if mark in self.chat_format.reasoning_marks:
                 yield from self._read_reasoning(mark)
-            elif self.format and mark in self.format.ends + ("```",):
-                if self.output.behind_call:
+            elif self.call_format and mark in self.call_format.ends + ("```",):
+                if self.output.after_call_only:
                     self.output.end_mark()
                 else:
-                    yield from self.output.show(mark)
-            elif self.format and mark in self.format.sections + ("```json",):
-                self.output.wait(mark)
+                    yield from self.output.emit(mark)
+            elif self.call_format and mark in self.call_format.sections + ("```json",):
+                self.output.hold_mark(mark)
             else:
                 yield from self.call(mark, read_bare if mark[-1] in BARE else read_marked)
-        yield from self.output.rest()
+        yield from self.output.flush()
 
     def _read_text(self) -> Generator[Event | None, None, str]:
         """Emits text and returns the mark after it, empty at the end."""
-        source = self.source
+        source = self.reader
         while True:
-            thinking = self.output.kind == "think" and not self.dialect.calls_in_thought
-            if self._bare and not thinking and (self.output.fresh or self._at_line_start):
+            thinking = self.output.kind == "think" and not self.chat_format.calls_in_reasoning
+            if self._bare and not thinking and (self.output.after_mark or self._at_line_start):
                 self._at_line_start = False
-                yield from self.output.show((yield from source.space()))
-                char = yield from source.char()
+                yield from self.output.emit((yield from source.read_whitespace()))
+                char = yield from source.peek_char()
                 if char in BARE and char:
-                    source.at += 1
+                    source.pos += 1
                     return char
-            marks_behind = self._marks_behind if self.output.behind_call else self._marks
-            text, mark = source.until(marks_of(*self.dialect.think) if thinking else marks_behind)
-            yield from self.output.show(text)
+            marks_behind = self._marks_behind if self.output.after_call_only else self._marks
+            text, mark = source.read_until(marks_of(*self.chat_format.reasoning_marks) if thinking else marks_behind)
+            yield from self.output.emit(text)
             if mark[:1] == "\n":
-                yield from self.output.show("\n")
-            if mark or (source.ended and source.at >= len(source.text)):
+                yield from self.output.emit("\n")
+            if mark or (source.finished and source.pos >= len(source.text)):
                 return mark
-            if not source.ended:
+            if not source.finished:
                 yield None
 
     def _set_marks(self) -> None:
         """Sets the marks to search for: in text, and after a call, where a mark may end it."""
-        call_format, self._bare = self.format, False
-        self._marks = self._marks_behind = marks_of(*self.dialect.think)
+        call_format, self._bare = self.call_format, False
+        self._marks = self._marks_behind = marks_of(*self.chat_format.reasoning_marks)
         if call_format is not None:
             self._bare = call_format.style in ("bare", "pythonic")
             bare = ("\n{", "\n[", "```json") if self._bare else ()
-            self._marks = marks_of(*self.dialect.think, *call_format.starts, *call_format.sections, *bare)
+            self._marks = marks_of(*self.chat_format.reasoning_marks, *call_format.starts, *call_format.sections, *bare)
             self._marks_behind = marks_of(*self._marks.all, *call_format.ends, *(bare and ("```",)))
 
     def _read_reasoning(self, mark: str) -> Iterator[Event]:
         """Opens or closes the reasoning block, or emits a mark that is part of the text."""
-        output, opens = self.output, mark == self.dialect.think[0]
+        output, opens = self.output, mark == self.chat_format.reasoning_marks[0]
         if opens and output.kind == "answer":
-            is_mark = output.fresh or (not self._reasoning_seen and output.last == "\n")
+            is_mark = output.after_mark or (not self._reasoning_seen and output.last == "\n")
         elif opens:
-            is_mark = output.fresh
+            is_mark = output.after_mark
         elif output.kind == "answer":
-            is_mark = output.fresh or not self._reasoning_seen
+            is_mark = output.after_mark or not self._reasoning_seen
         else:
             is_mark = True
         if not is_mark:
-            yield from output.show(mark)
+            yield from output.emit(mark)
             return
-        stray_close = not opens and output.kind == "answer" and not output.fresh
+        stray_close = not opens and output.kind == "answer" and not output.after_mark
         self._reasoning_seen = True
         if stray_close:  # the mark is dropped, the text around it stays as it is
             return
-        yield from output.turn("think" if opens else "answer")
+        yield from output.switch_kind("think" if opens else "answer")
 
     def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
         """Runs `reader` on the text after `mark` and yields its events; emits the text itself when that is not a
         call.
         """
-        source = self.source
-        source.keep(len(mark.lstrip("\n")))
+        source = self.reader
+        source.start_call(len(mark.lstrip("\n")))
         layout = ""
         try:
-            for event in reader(source, self.calls, self.format, mark):
+            for event in reader(source, self.calls, self.call_format, mark):
                 if isinstance(event, CallStart):
                     if source.cut:  # the call began at the end of a cut stream
                         self.calls.index, self.calls.open = self.calls.index - 1, False
-                        raise Broken
-                    layout = self.output.drop()
+                        raise NotACall
+                    layout = self.output.drop_pending()
                 elif isinstance(event, Text):  # white space after a call
-                    yield from self.output.show(event.text)
+                    yield from self.output.emit(event.text)
                     continue
                 yield event
                 if isinstance(event, CallEnd):
-                    source.release()
+                    source.end_call()
                     self.output.after_call(layout)
                     layout = ""
-        except Broken:
-            yield from self.output.show(layout)
+        except NotACall:
+            yield from self.output.emit(layout)
             yield from self._emit_broken_call()
-        source.release()
+        source.end_call()
 
     def _emit_broken_call(self) -> Iterator[Event]:
         """Emits the text of a broken call. The text within it is read again, because it may contain a call."""
-        raw, lead = self.source.raw(), self.source.lead
+        raw, lead = self.reader.recorded_text(), self.reader.lead
         self.calls.open = False
         self._num_broken += 1
         if self._num_broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MAX_CALLS:
-            self.format = None
+            self.call_format = None
             self._set_marks()
         if raw and len(raw) - lead <= self._reread_chars:
             self._reread_chars -= len(raw) - lead
-            self.source.again(raw)
+            self.reader.rewind(raw)
             raw = raw[:lead]
-        yield from self.output.show(raw)
+        yield from self.output.emit(raw)

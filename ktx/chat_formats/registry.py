@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ktx.families import CHAT_FORMATS
+from ktx.families import CHAT_FORMAT_NAMES
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class CallFormat:
     id_mark: str = ""  # between a call's name and its id
     tag_call: tuple[str, str] = ("", "")  # <function=name> ... </function>: open, close
     tag_parameter: tuple[str, str] = ("", "")  # <parameter=key>value</parameter>
-    typed: bool = False  # a parameter's tag marks strings: string="true"
-    lines: bool = False  # a parameter's value is on lines of its own: one line break at each side is layout
+    typed_parameters: bool = False  # a parameter's tag marks strings: string="true"
+    values_on_lines: bool = False  # a parameter's value is on lines of its own: one line break at each side is layout
     pair_key: tuple[str, str] = ("", "")  # <arg_key>key</arg_key><arg_value>value</arg_value>
     pair_value: tuple[str, str] = ("", "")
     named_ids: bool = False  # a call's name is its id: functions.name:0
@@ -31,25 +31,27 @@ class ChatFormat:
     """The chat format of one model family."""
 
     name: str
-    format: CallFormat | None = None
-    think: tuple[str, str] = ("<think>", "</think>")
+    call_format: CallFormat | None = None
+    reasoning_marks: tuple[str, str] = ("<think>", "</think>")
     # calls may begin without closing the reasoning block, if their marks are control tokens
-    calls_in_thought: bool = False
-    prompt_opens: bool = False  # the generation prompt ends inside the reasoning block by default
+    calls_in_reasoning: bool = False
+    prompt_opens_reasoning: bool = False  # the generation prompt ends inside the reasoning block by default
     marks: tuple[str, ...] = field(default=(), compare=False)  # the family's chat template contains all of them
     # the form of messages that its chat template expects
-    argument_text: bool = False  # arguments are JSON text instead of an object, and empty content with calls is None
+    arguments_as_text: bool = (
+        False  # arguments are JSON text instead of an object, and empty content with calls is None
+    )
     developer: bool = False  # supports the role "developer"
-    thinking_key: str = ""  # a key for reasoning in addition to reasoning_content
-    ids: str = ""  # "named": functions.name:0; "short": nine letters and digits
-    one_call: bool = False  # does not support several calls in one message
+    reasoning_key: str = ""  # a key for reasoning in addition to reasoning_content
+    id_style: str = ""  # "named": functions.name:0; "short": nine letters and digits
+    single_call: bool = False  # does not support several calls in one message
 
     @property
-    def written(self) -> tuple[str, ...]:
+    def all_marks(self) -> tuple[str, ...]:
         """All marks around reasoning and calls."""
-        call_format = self.format
+        call_format = self.call_format
         if call_format is None:
-            return tuple(mark for mark in self.think if mark)
+            return tuple(mark for mark in self.reasoning_marks if mark)
         calls = (
             *call_format.starts,
             *call_format.ends,
@@ -58,7 +60,7 @@ class ChatFormat:
             call_format.id_mark,
         )
         tags = (*call_format.tag_call, *call_format.tag_parameter, *call_format.pair_key, *call_format.pair_value)
-        return tuple(mark for mark in (*self.think, *calls, *tags) if mark)
+        return tuple(mark for mark in (*self.reasoning_marks, *calls, *tags) if mark)
 
 
 _TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -73,7 +75,7 @@ TAGS = CallFormat(
     "tags",
     ("<tool_call>", "<function="),
     ("</tool_call>", "</function>"),
-    lines=True,
+    values_on_lines=True,
     tag_call=_FUNCTION,
     tag_parameter=_PARAMETER,
 )
@@ -93,7 +95,7 @@ DSML = CallFormat(
     ("<｜DSML｜function_calls>",),
     tag_call=("<｜DSML｜invoke", "</｜DSML｜invoke>"),
     tag_parameter=("<｜DSML｜parameter", "</｜DSML｜parameter>"),
-    typed=True,
+    typed_parameters=True,
 )
 DEEPSEEK_V3 = CallFormat(
     "fenced", _TURN[:1], (_TURN[2], "<｜tool▁calls▁end｜>"), ("<｜tool▁calls▁begin｜>",), separators=(_TURN[1],)
@@ -128,57 +130,59 @@ _ROWS = (
         ("", ""),
         marks=("<|channel|>",),
         developer=True,
-        thinking_key="thinking",
-        one_call=True,
+        reasoning_key="thinking",
+        single_call=True,
     ),
     ChatFormat(
         "kimi-k2",
         KIMI,
-        calls_in_thought=True,
+        calls_in_reasoning=True,
         marks=("<|tool_call_argument_begin|>",),
-        ids="named",
+        id_style="named",
     ),
-    ChatFormat("minimax-m2", MINIMAX, prompt_opens=True, marks=("minimax:tool_call",)),
+    ChatFormat("minimax-m2", MINIMAX, prompt_opens_reasoning=True, marks=("minimax:tool_call",)),
     ChatFormat("glm-4.5", PAIRS, marks=("<arg_key>",)),
     ChatFormat("qwen3-coder", TAGS, marks=("<function=", "<parameter=")),
     ChatFormat("deepseek-v3.2", DSML, marks=("｜DSML｜",)),
     ChatFormat(
         "deepseek-r1",
         DEEPSEEK_V3,
-        prompt_opens=True,
+        prompt_opens_reasoning=True,
         marks=("<｜tool▁calls▁begin｜>", "```json", "<｜Assistant｜><think>"),
-        argument_text=True,
+        arguments_as_text=True,
     ),
     ChatFormat(
         "deepseek-v3",
         DEEPSEEK_V3,
         marks=("<｜tool▁calls▁begin｜>", "```json"),
-        argument_text=True,
+        arguments_as_text=True,
     ),
     ChatFormat(
         "deepseek-v3.1",
         DEEPSEEK_V31,
         marks=("<｜tool▁call▁begin｜>",),
-        argument_text=True,
+        arguments_as_text=True,
     ),
-    ChatFormat("mistral-named", MISTRAL_NAMED, ("[THINK]", "[/THINK]"), marks=("[TOOL_CALLS]", "[ARGS]"), ids="short"),
+    ChatFormat(
+        "mistral-named", MISTRAL_NAMED, ("[THINK]", "[/THINK]"), marks=("[TOOL_CALLS]", "[ARGS]"), id_style="short"
+    ),
     ChatFormat(
         "mistral",
         MISTRAL_LIST,
         ("[THINK]", "[/THINK]"),
         marks=("[TOOL_CALLS]",),
-        ids="short",
+        id_style="short",
     ),
     ChatFormat("llama-4", LLAMA_4, marks=("<|python_start|>",)),
-    ChatFormat("llama-3", LLAMA_3, marks=("<|python_tag|>",), one_call=True),
-    ChatFormat("llama-3", LLAMA_3, marks=("<|start_header_id|>", '"parameters"'), one_call=True),
+    ChatFormat("llama-3", LLAMA_3, marks=("<|python_tag|>",), single_call=True),
+    ChatFormat("llama-3", LLAMA_3, marks=("<|start_header_id|>", '"parameters"'), single_call=True),
     ChatFormat("qwen3", HERMES, marks=_TOOL_CALL[:1]),
     ChatFormat("plain"),
 )
-DIALECTS: dict[str, ChatFormat] = {row.name: row for row in reversed(_ROWS)}
+CHAT_FORMATS: dict[str, ChatFormat] = {row.name: row for row in reversed(_ROWS)}
 
 
-def dialect_for(chat_template: str | None, model_type: str | None = None) -> ChatFormat:
+def chat_format_for(chat_template: str | None, model_type: str | None = None) -> ChatFormat:
     """Returns the format whose marks the template contains, else the model type's, else "plain", which has reasoning
     only.
     """
@@ -186,10 +190,10 @@ def dialect_for(chat_template: str | None, model_type: str | None = None) -> Cha
         for row in _ROWS:
             if row.marks and all(mark in chat_template for mark in row.marks):
                 return row
-    return DIALECTS[CHAT_FORMATS.get(model_type or "", "plain")]
+    return CHAT_FORMATS[CHAT_FORMAT_NAMES.get(model_type or "", "plain")]
 
 
-def opened(prompt: str, chat_format: ChatFormat) -> bool:
+def ends_in_reasoning(prompt: str, chat_format: ChatFormat) -> bool:
     """Whether a rendered prompt ends inside the reasoning block."""
-    open_mark = chat_format.think[0]
+    open_mark = chat_format.reasoning_marks[0]
     return bool(open_mark) and prompt.rstrip().endswith(open_mark)

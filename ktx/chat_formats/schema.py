@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ktx.chat_formats.json_repair import strict
+from ktx.chat_formats.json_repair import repair_json
 
 _ALL = frozenset(("string", "integer", "number", "boolean", "null", "object", "array"))
 _KINDS: dict[type, frozenset[str]] = {
@@ -42,7 +42,7 @@ def _resolve_ref(schema: Any, root: Mapping[str, Any]) -> Any:
     return True
 
 
-def kinds(schema: Any, depth: int = 4) -> frozenset[str]:
+def allowed_types(schema: Any, depth: int = 4) -> frozenset[str]:
     """Returns the JSON types that a schema allows."""
     if not isinstance(schema, Mapping):
         return frozenset(("string",)) if schema is False else _ALL  # False: an undefined argument is not converted
@@ -61,23 +61,23 @@ def kinds(schema: Any, depth: int = 4) -> frozenset[str]:
         allowed &= frozenset().union(*(_KINDS.get(type(value), _ALL) for value in values))
     for keyword in ("anyOf", "oneOf") if depth else ():
         if isinstance(schema.get(keyword), list):
-            allowed &= frozenset().union(*(kinds(part, depth - 1) for part in schema[keyword]))
+            allowed &= frozenset().union(*(allowed_types(part, depth - 1) for part in schema[keyword]))
     if depth and isinstance(schema.get("allOf"), list):
-        allowed = allowed.intersection(*(kinds(part, depth - 1) for part in schema["allOf"]))
+        allowed = allowed.intersection(*(allowed_types(part, depth - 1) for part in schema["allOf"]))
     return allowed | {"integer"} if "number" in allowed else allowed
 
 
-def only_string(schema: Any) -> bool:
+def is_string_only(schema: Any) -> bool:
     """Whether a value can only be a string, so that it can be streamed before its end is known."""
-    return kinds(schema) <= {"string"}
+    return allowed_types(schema) <= {"string"}
 
 
-def convert(text: str, schema: Any) -> str:
+def to_json(text: str, schema: Any) -> str:
     """Returns the JSON text of one argument."""
-    allowed = kinds(schema)
+    allowed = allowed_types(schema)
     if allowed - {"string"}:
         stripped = text.strip()
-        json_text = strict(stripped) if stripped else None
+        json_text = repair_json(stripped) if stripped else None
         if stripped.lower() in ("true", "false", "null", "none"):
             json_text = {"none": "null"}.get(stripped.lower(), stripped.lower())
         if json_text is not None and json_text[0] != '"' and _has_type(json_text, allowed):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ktx.chat_formats.calls import Calls, stream_call
+from ktx.chat_formats.calls import CallEvents, stream_call
 from ktx.chat_formats.events import Event, Text
 from ktx.chat_formats.objects import ObjectCall, read_list
-from ktx.chat_formats.reader import Broken, Marks, TextReader, Wait, marks_of
+from ktx.chat_formats.reader import Marks, NotACall, Step, TextReader, marks_of
 from ktx.chat_formats.registry import CallFormat
 from ktx.chat_formats.tags import TagCall
 
@@ -21,29 +21,29 @@ _CALL_TYPES = ("function", "tool")  # DeepSeek writes a call's type before its n
 _MODEL_ID = re.compile(r"(?:functions\.)?(.+?):\d+")
 
 
-def read_marked(source: TextReader, calls: Calls, call_format: CallFormat, mark: str) -> Iterator[Event | None]:
+def read_marked(source: TextReader, calls: CallEvents, call_format: CallFormat, mark: str) -> Iterator[Event | None]:
     """Reads one call or a list of calls after `mark`."""
     if call_format.tag_call[0] and mark.startswith(call_format.tag_call[0]):
-        source.at -= len(mark)
+        source.pos -= len(mark)
     fenced = yield from _fence(source)
     yield from _read(source, calls, call_format)
     if fenced:
         yield from _fence(source)
 
 
-def _read(source: TextReader, calls: Calls, call_format: CallFormat) -> Iterator[Event | None]:
+def _read(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
     """Reads calls in the syntax that the next text shows."""
     ends = marks_of(*call_format.ends, *call_format.starts, *call_format.sections, *call_format.tag_call[1:], "```")
-    char = yield from source.char()
+    char = yield from source.peek_char()
     if char == "{":
         yield from _objects(source, calls, ends)
-    elif char == "[" and not (yield from source.comes(marks_of(call_format.id_mark, *call_format.separators))):
+    elif char == "[" and not (yield from source.peek_mark(marks_of(call_format.id_mark, *call_format.separators))):
         yield from read_list(source, calls, ends)
-    elif (yield from source.accept(marks_of(call_format.tag_call[0]))):
+    elif (yield from source.accept_mark(marks_of(call_format.tag_call[0]))):
         name = yield from _tag_name(source)
-        source.begun()
-        yield from source.space()
-        if (yield from source.char()) == "{":
+        source.mark_lead()
+        yield from source.read_whitespace()
+        if (yield from source.peek_char()) == "{":
             yield from stream_call(source, calls, ends, name)
         else:
             yield from TagCall(source, calls, call_format, name).read()
@@ -51,23 +51,23 @@ def _read(source: TextReader, calls: Calls, call_format: CallFormat) -> Iterator
         yield from _named(source, calls, call_format)
 
 
-def _objects(source: TextReader, calls: Calls, ends: Marks) -> Iterator[Event | None]:
+def _objects(source: TextReader, calls: CallEvents, ends: Marks) -> Iterator[Event | None]:
     """Reads {...} and further objects before the end mark, each a call. Other text after them is left as text."""
     while True:
         yield from ObjectCall(source, calls, ends, True).read()
         yield from _spare_brackets(source)
-        source.keep()  # the calls so far are complete
-        space = yield from source.space()
-        if (char := (yield from source.char())) and char in ",;":
-            source.at += 1
-            space = yield from source.space()
-        if (yield from source.char()) != "{":
+        source.start_call()  # the calls so far are complete
+        space = yield from source.read_whitespace()
+        if (char := (yield from source.peek_char())) and char in ",;":
+            source.pos += 1
+            space = yield from source.read_whitespace()
+        if (yield from source.peek_char()) != "{":
             if space:
                 yield Text(space)
             break
 
 
-def _named(source: TextReader, calls: Calls, call_format: CallFormat) -> Iterator[Event | None]:
+def _named(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
     """Reads name<separator>{...}, with marks or only line breaks between."""
     ends = marks_of(*call_format.ends, *call_format.starts, *call_format.sections, "```")
     stops = marks_of(
@@ -80,58 +80,58 @@ def _named(source: TextReader, calls: Calls, call_format: CallFormat) -> Iterato
         *call_format.ends,
         *call_format.starts,
     )
-    text, mark = yield from source.upto(stops, MAX_HEADER_CHARS)
-    yield from source.space()
-    if text.strip() in _CALL_TYPES and (yield from source.accept(marks_of(*call_format.separators))):
-        yield from source.space()
-        text, mark = yield from source.upto(stops, MAX_HEADER_CHARS)
-        yield from source.space()
+    text, mark = yield from source.read_short_until(stops, MAX_HEADER_CHARS)
+    yield from source.read_whitespace()
+    if text.strip() in _CALL_TYPES and (yield from source.accept_mark(marks_of(*call_format.separators))):
+        yield from source.read_whitespace()
+        text, mark = yield from source.read_short_until(stops, MAX_HEADER_CHARS)
+        yield from source.read_whitespace()
     name, call_id = text.strip(), ""
     if not _NAME.fullmatch(name):
-        raise Broken
+        raise NotACall
     if call_format.named_ids:
         match = _MODEL_ID.fullmatch(name)
         name, call_id = (match.group(1), name) if match else (name, "")
     if mark and mark == call_format.id_mark:
-        source.at += len(mark)
-        text, mark = yield from source.upto(stops, MAX_HEADER_CHARS)
+        source.pos += len(mark)
+        text, mark = yield from source.read_short_until(stops, MAX_HEADER_CHARS)
         call_id = text.strip()
-    separator = yield from source.accept(marks_of(*call_format.separators))
+    separator = yield from source.accept_mark(marks_of(*call_format.separators))
     fenced = yield from _fence(source)
-    if (yield from source.comes(marks_of(call_format.pair_key[0]))):
+    if (yield from source.peek_mark(marks_of(call_format.pair_key[0]))):
         yield from TagCall(source, calls, call_format, name).read()
         return
-    if not (separator or fenced) and (yield from source.char()) != "{":  # a name without arguments, or text
-        ended = yield from source.comes(marks_of(*call_format.ends))
-        if not ended and calls.known(name) not in calls.schemas:
-            raise Broken
-        if not ended and (yield from source.char()) and not (yield from source.comes(ends)):
-            raise Broken
+    if not (separator or fenced) and (yield from source.peek_char()) != "{":  # a name without arguments, or text
+        ended = yield from source.peek_mark(marks_of(*call_format.ends))
+        if not ended and calls.resolve_name(name) not in calls.schemas:
+            raise NotACall
+        if not ended and (yield from source.peek_char()) and not (yield from source.peek_mark(ends)):
+            raise NotACall
     yield from stream_call(source, calls, ends, name, call_id)
     if fenced:
         yield from _fence(source)
 
 
-def _tag_name(source: TextReader) -> Wait[str]:
+def _tag_name(source: TextReader) -> Step[str]:
     """Reads the name and the end of <function=name> or <invoke name="name">."""
-    text, mark = yield from source.upto(marks_of(">"), MAX_HEADER_CHARS)
-    source.at += len(mark)
+    text, mark = yield from source.read_short_until(marks_of(">"), MAX_HEADER_CHARS)
+    source.pos += len(mark)
     name = re.sub(r"^\s*(?:name)?\s*=?", "", text).strip().strip("\"'").strip()
     if not mark or not _NAME.fullmatch(name):
-        raise Broken
+        raise NotACall
     return name
 
 
-def _fence(source: TextReader) -> Wait[bool]:
+def _fence(source: TextReader) -> Step[bool]:
     """Reads white space, and the fence of a Markdown code block if there is one; returns whether there was."""
-    yield from source.space()
-    if not (yield from source.accept(marks_of("```json", "```"))):
+    yield from source.read_whitespace()
+    if not (yield from source.accept_mark(marks_of("```json", "```"))):
         return False
-    yield from source.space()
+    yield from source.read_whitespace()
     return True
 
 
-def _spare_brackets(source: TextReader) -> Wait[None]:
+def _spare_brackets(source: TextReader) -> Step[None]:
     """Skips closing brackets without an opening one."""
-    while (yield from source.char()) in ("}", "]"):
-        source.at += 1
+    while (yield from source.peek_char()) in ("}", "]"):
+        source.pos += 1

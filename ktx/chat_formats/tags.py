@@ -8,11 +8,11 @@ import json
 import re
 from collections.abc import Iterator
 
-from ktx.chat_formats.calls import Calls
+from ktx.chat_formats.calls import CallEvents
 from ktx.chat_formats.events import Event
-from ktx.chat_formats.reader import Broken, TextReader, Wait, marks_of
+from ktx.chat_formats.reader import NotACall, Step, TextReader, marks_of
 from ktx.chat_formats.registry import CallFormat
-from ktx.chat_formats.schema import convert, only_string, property_schema
+from ktx.chat_formats.schema import is_string_only, property_schema, to_json
 
 MAX_TAG_CHARS = 200  # maximum characters of an opening tag
 _STRING = re.compile(r"""\bstring\s*=\s*["']?true\b""")
@@ -22,15 +22,15 @@ _ATTRIBUTE = re.compile(r"""\s*(?:(?:name)?\s*=)?\s*["']?([^"'<>]*)["']?""")
 class TagCall:
     """The arguments of one call in tags. A string is streamed, any other value is emitted at its end."""
 
-    def __init__(self, source: TextReader, calls: Calls, call_format: CallFormat, name: str):
+    def __init__(self, source: TextReader, calls: CallEvents, call_format: CallFormat, name: str):
         self.source, self.calls, self.format, self.name = source, calls, call_format, name
-        self.schema = calls.schemas.get(calls.known(name))
-        self.opens = call_format.pair_key[0] or call_format.tag_parameter[0]
-        self.close = call_format.pair_value[1] or call_format.tag_parameter[1]
+        self.schema = calls.schemas.get(calls.resolve_name(name))
+        self.open_mark = call_format.pair_key[0] or call_format.tag_parameter[0]
+        self.close_mark = call_format.pair_value[1] or call_format.tag_parameter[1]
         ends = (call_format.tag_call[1], *call_format.ends)
         self.ends = marks_of(*ends)
         # A closing tag is one only where the call continues or ends after it; elsewhere it is part of the value.
-        self._follow = marks_of(self.opens, self.close, *ends)
+        self._follow = marks_of(self.open_mark, self.close_mark, *ends)
         self._call_ends = marks_of(*ends, *call_format.starts, *call_format.sections)
         self._keys: set[str] = set()
         self._next_key, self._done = "", False
@@ -39,39 +39,39 @@ class TagCall:
     def read(self) -> Iterator[Event | None]:
         """Yields the events of the call, from after the name to its end. Broken when it is not one."""
         while not self._done:
-            yield from self.source.space()
+            yield from self.source.read_whitespace()
             if self._next_key:
                 yield from self._parameter()
-            elif (yield from self.source.accept(marks_of(self.opens))):
+            elif (yield from self.source.accept_mark(marks_of(self.open_mark))):
                 self._next_key, _ = yield from self._key()
                 yield from self._parameter()
-            elif (yield from self.source.accept(marks_of(self.close))):
+            elif (yield from self.source.accept_mark(marks_of(self.close_mark))):
                 pass  # a repeated closing tag
-            elif (yield from self.source.accept(self.ends)) or (yield from self.source.char()) == "":
+            elif (yield from self.source.accept_mark(self.ends)) or (yield from self.source.peek_char()) == "":
                 break
             else:
-                raise Broken
+                raise NotACall
         if not self._keys:
             yield self.calls.begin(self.name)
-        yield self.calls.put("}" if self._keys else "{}")
+        yield self.calls.arguments("}" if self._keys else "{}")
         yield self.calls.end()
 
     def _parameter(self) -> Iterator[Event | None]:
         """Reads one argument, whose opening tag was read."""
         key, self._next_key = self._next_key, ""
         if self.format.pair_key[0]:
-            yield from self.source.space()
-            if not (yield from self.source.accept(marks_of(self.format.pair_value[0]))):
-                raise Broken
+            yield from self.source.read_whitespace()
+            if not (yield from self.source.accept_mark(marks_of(self.format.pair_value[0]))):
+                raise NotACall
         if not key:
-            raise Broken
+            raise NotACall
         schema = {"type": "string"} if self._is_string else property_schema(self.schema, key)
         lead = json.dumps(key, ensure_ascii=False) + ": "
-        if only_string(schema):
+        if is_string_only(schema):
             yield from self._lead(key, lead + '"')
             for piece in self._value():
-                yield None if piece is None else self.calls.put(json.dumps(piece, ensure_ascii=False)[1:-1])
-            yield self.calls.put('"')
+                yield None if piece is None else self.calls.arguments(json.dumps(piece, ensure_ascii=False)[1:-1])
+            yield self.calls.arguments('"')
             return
         value: list[str] = []
         for piece in self._value():
@@ -79,38 +79,40 @@ class TagCall:
                 yield None
             else:
                 value.append(piece)
-        yield from self._lead(key, lead + convert("".join(value), schema))
+        yield from self._lead(key, lead + to_json("".join(value), schema))
 
     def _lead(self, key: str, text: str) -> Iterator[Event]:
         """Emits the text before a value; starts the call with the first one."""
         if not self._keys:
             yield self.calls.begin(self.name)
-        yield self.calls.put((", " if self._keys else "{") + text)
+        yield self.calls.arguments((", " if self._keys else "{") + text)
         self._keys.add(key)
 
-    def _key(self) -> Wait[tuple[str, str]]:
+    def _key(self) -> Step[tuple[str, str]]:
         """Returns the key of an opening tag, empty when it has none, and the text that was read."""
         close_mark = self.format.pair_key[1] or ">"
-        text, mark = yield from self.source.upto(marks_of(close_mark, self.format.pair_value[0], "<"), MAX_TAG_CHARS)
+        text, mark = yield from self.source.read_short_until(
+            marks_of(close_mark, self.format.pair_value[0], "<"), MAX_TAG_CHARS
+        )
         if not mark or mark == "<":
             return "", text
         key = text
         if mark == close_mark:
-            self.source.at += len(mark)
+            self.source.pos += len(mark)
             text += mark
         if close_mark == ">":
-            self._is_string = self.format.typed and bool(_STRING.search(key))
+            self._is_string = self.format.typed_parameters and bool(_STRING.search(key))
             match = _ATTRIBUTE.match(key)
             key = match.group(1) if match else ""
         return key.strip(), text
 
     def _value(self) -> Iterator[str | None]:
         """Yields the value's text up to the closing tag, without the line breaks that are layout; None to wait."""
-        source, own_lines, first = self.source, self.format.lines, self.format.lines
+        source, own_lines, first = self.source, self.format.values_on_lines, self.format.values_on_lines
         closing = self._follow
         line_break = ""  # a line break, which is layout if the value ends after it
         while True:
-            text, mark = source.until(closing)
+            text, mark = source.read_until(closing)
             if first and text:
                 text, first = text.removeprefix("\n"), False
             text = line_break + text
@@ -123,23 +125,23 @@ class TagCall:
                     return
                 yield line_break + mark + more
                 first, line_break = False, ""
-            elif source.ended:
-                raise Broken
+            elif source.finished:
+                raise NotACall
             else:
                 yield None
 
-    def _after(self, mark: str) -> Wait[str | None]:
+    def _after(self, mark: str) -> Step[str | None]:
         """Returns None if `mark` ends the value, else the text after it that still belongs to the value."""
         source = self.source
         # an opening tag without a closing tag before it ends the value only if it names a missing argument
-        if mark == self.opens:
+        if mark == self.open_mark:
             key, raw = yield from self._key()
             known = property_schema({**(self.schema or {}), "additionalProperties": None}, key) is not None
             self._next_key = key if key and known and key not in self._keys else ""
             return None if self._next_key else raw
-        space = yield from source.space()
-        ends = yield from source.comes(self._follow if mark == self.close else self._call_ends)
-        if not ends and (yield from source.char()):
+        space = yield from source.read_whitespace()
+        ends = yield from source.peek_mark(self._follow if mark == self.close_mark else self._call_ends)
+        if not ends and (yield from source.peek_char()):
             return space
-        self._done = mark != self.close
+        self._done = mark != self.close_mark
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ktx.chat_formats.events import Text
-from ktx.chat_formats.reader import SPACE
+from ktx.chat_formats.reader import WHITESPACE
 
 
 class WhitespaceFilter:
@@ -22,20 +22,20 @@ class WhitespaceFilter:
         said: text in the prompt that the output continues.
     """
 
-    def __init__(self, kind: str, said: str = ""):
+    def __init__(self, kind: str, prefill_text: str = ""):
         self.kind = kind
         self.pending: list[str] = []
-        self.fresh = not said  # no text was emitted since a mark
+        self.after_mark = not prefill_text  # no text was emitted since a mark
         self.leading = "\n"  # characters that are layout after that mark
-        self.last = said[-1:] or "\n"  # the character before the next text
-        self._has_content = bool(said) and kind == "answer"  # whether there is content before calls
+        self.last = prefill_text[-1:] or "\n"  # the character before the next text
+        self._has_content = bool(prefill_text) and kind == "answer"  # whether there is content before calls
         self._gap = ""  # white space around calls since the last content
         self._num_outside = 0  # characters of `_gap` that are known to be outside of a call's own marks
         self._call_last = False  # whether a call came last
 
-    def show(self, text: str) -> Iterator[Text]:
+    def emit(self, text: str) -> Iterator[Text]:
         """Emits text, and holds trailing white space."""
-        if self.fresh and not self.pending:
+        if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)
             if self._call_last:
                 self._gap += text[: len(text) - len(stripped)]
@@ -43,56 +43,56 @@ class WhitespaceFilter:
         if not text:
             return
         self.last = text[-1]
-        body = text.rstrip(SPACE)
+        body = text.rstrip(WHITESPACE)
         if body:
             body = "".join(self.pending) + body
             if self.kind == "answer":
                 body = (self._gap if self._has_content else "") + body
                 self._has_content, self._gap = True, ""
-            self.pending, self.fresh, self._call_last = [], False, False
+            self.pending, self.after_mark, self._call_last = [], False, False
             yield Text(body, self.kind)
-            text = text[len(text.rstrip(SPACE)) :]
+            text = text[len(text.rstrip(WHITESPACE)) :]
         if text:
             self.pending.append(text)
 
-    def wait(self, mark: str) -> None:
+    def hold_mark(self, mark: str) -> None:
         """Holds a mark that is layout if a call follows."""
         self.pending.append(mark)
         self.last = "\n"
 
-    def drop(self) -> str:
+    def drop_pending(self) -> str:
         """Drops held text, because a call follows, and returns it for the case that the call is broken."""
         layout, self.pending = "".join(self.pending), []
         return layout
 
-    def turn(self, kind: str, leading: str = "\n") -> Iterator[Text]:
+    def switch_kind(self, kind: str, leading: str = "\n") -> Iterator[Text]:
         """Starts text of another kind after a mark of reasoning; characters in `leading` are layout before it."""
-        if any(piece.strip(SPACE) for piece in self.pending):
-            yield from self.rest()
-        self.kind, self.pending, self.fresh, self.leading, self.last = kind, [], True, leading, "\n"
+        if any(piece.strip(WHITESPACE) for piece in self.pending):
+            yield from self.flush()
+        self.kind, self.pending, self.after_mark, self.leading, self.last = kind, [], True, leading, "\n"
         self._call_last = False
 
     def after_call(self, layout: str) -> None:
         """Records the end of a call; `layout` is the text that `drop` returned before it."""
-        self._gap += layout[: len(layout) - len(layout.lstrip(SPACE))]
+        self._gap += layout[: len(layout) - len(layout.lstrip(WHITESPACE))]
         self._num_outside = len(self._gap)
-        self.pending, self.fresh, self.leading, self.last = [], True, SPACE, "\n"
+        self.pending, self.after_mark, self.leading, self.last = [], True, WHITESPACE, "\n"
         self._call_last = True
 
     def end_mark(self) -> None:
         """Records a mark after a call that ends it: white space before the mark belongs to the call."""
         self._gap = self._gap[: self._num_outside]
 
-    def rest(self) -> Iterator[Text]:
+    def flush(self) -> Iterator[Text]:
         """Emits the held text at the end."""
         text, self.pending = "".join(self.pending), []
         if text:
             if self.kind == "answer":
-                text = (self._gap if self._has_content and text.strip(SPACE) else "") + text
+                text = (self._gap if self._has_content and text.strip(WHITESPACE) else "") + text
                 self._gap = ""
             yield Text(text, self.kind)
 
     @property
-    def behind_call(self) -> bool:
+    def after_call_only(self) -> bool:
         """Whether no text follows the last call yet."""
-        return self.fresh and self.leading == SPACE
+        return self.after_mark and self.leading == WHITESPACE

@@ -96,7 +96,7 @@ def _negated(name: str) -> str:
     return f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}"
 
 
-class Inner(argparse._SubParsersAction):
+class SubCommands(argparse._SubParsersAction):
     """Subparsers that reject options given before the subcommand's name, because argparse would lose them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -106,7 +106,7 @@ class Inner(argparse._SubParsersAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-class Settings(argparse.Action):
+class ConfigFile(argparse.Action):
     """Action of --config FILE, which reads options by their names from YAML.
 
     Options on the command line, before or after --config, take precedence over the file.
@@ -165,7 +165,7 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
-def natural(text: str) -> int:
+def non_negative(text: str) -> int:
     return _at_least(0, text)
 
 
@@ -221,7 +221,7 @@ def tokens(text: str) -> int:
     return positive(text[:-1]) * 1024 if text[-1:] in ("k", "K") else positive(text)
 
 
-def counts(text: str) -> list[int]:
+def int_list(text: str) -> list[int]:
     """Parses positive integers separated by commas: 512,2048."""
     return [positive(part) for part in text.split(",")]
 
@@ -269,7 +269,7 @@ def speculation_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def batched_option(group: argparse._ArgumentGroup, default: str) -> None:
+def chunk_size_option(group: argparse._ArgumentGroup, default: str) -> None:
     """Adds --max-num-batched-tokens under its two names; `default` describes the default in the help text."""
     group.add_argument(
         "--max-num-batched-tokens",
@@ -281,9 +281,9 @@ def batched_option(group: argparse._ArgumentGroup, default: str) -> None:
     )
 
 
-def step_options(group: argparse._ArgumentGroup) -> None:
+def batching_options(group: argparse._ArgumentGroup) -> None:
     """Adds an engine's --max-num-batched-tokens and --max-itl-ms."""
-    batched_option(group, "2048, up to 8192 after a long context, fewer if memory is short")
+    chunk_size_option(group, "2048, up to 8192 after a long context, fewer if memory is short")
     group.add_argument(
         "--max-itl-ms",
         type=positive,
@@ -304,7 +304,7 @@ def graphs_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def lora_option(parser: argparse.ArgumentParser, meant: str) -> argparse._ArgumentGroup:
+def lora_option(parser: argparse.ArgumentParser, when_repeated: str) -> argparse._ArgumentGroup:
     """Adds --lora and vLLM's name for it in a group, which is returned.
 
     Args:
@@ -318,7 +318,7 @@ def lora_option(parser: argparse.ArgumentParser, meant: str) -> argparse._Argume
         action="append",
         metavar="[NAME=]PATH[=SCALE]",
         help="LoRA adapter: a PEFT folder with adapter_config.json, or a llama.cpp GGUF file;"
-        f" may be repeated: {meant}",
+        f" may be repeated: {when_repeated}",
     )
     return group
 
@@ -417,7 +417,7 @@ def placement_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gpu-experts",
-        type=natural,
+        type=non_negative,
         metavar="N",
         help="routed experts per layer to place on the layer's GPU; the others stay on the CPU and both compute in"
         " parallel (default: the rule file's number, else 0)",
@@ -450,7 +450,7 @@ def module_device(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def placed(args: argparse.Namespace) -> dict[str, Any]:
+def placement_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the placement arguments of ktx.load and ktx.plan."""
     return {
         "device": args.device,
@@ -461,7 +461,7 @@ def placed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, Any]:
+def load_arguments(args: argparse.Namespace, engine: bool = False) -> dict[str, Any]:
     """Returns the arguments of ktx.load, except the model itself, from the options above.
 
     Args:
@@ -478,7 +478,7 @@ def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, An
         "stream_experts": args.stream_experts,
         "self_test": False if args.no_self_test else "engine" if engine else True,
         "lora": getattr(args, "lora", None),
-        **placed(args),
+        **placement_kwargs(args),
     }
 
 
@@ -493,7 +493,7 @@ def options_of(*add_functions: AddArguments) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.option_strings}
 
 
-def refuse(args: argparse.Namespace, options: Mapping[str, argparse.Action], reason: str) -> None:
+def reject_options(args: argparse.Namespace, options: Mapping[str, argparse.Action], reason: str) -> None:
     """Rejects options that this run of the command does not use.
 
     Args:
@@ -509,7 +509,7 @@ def refuse(args: argparse.Namespace, options: Mapping[str, argparse.Action], rea
             raise UsageError(f"{option} {reason}")
 
 
-def named_model(args: argparse.Namespace) -> bool:
+def infer_model(args: argparse.Namespace) -> bool:
     """Sets `args.model` from --weights where --model is not given.
 
     Returns:
@@ -524,7 +524,7 @@ def named_model(args: argparse.Namespace) -> bool:
     path = Path(args.weights).expanduser()
     if not path.exists():
         raise BadFile(f"{args.weights}: no such file or folder; `ktx download` fetches a model from a hub")
-    path = path if (path / "config.json").exists() else gguf_in(path)
+    path = path if (path / "config.json").exists() else first_gguf(path)
     if is_gguf(path) or (path / "config.json").exists():
         args.model = str(path)
         return True
@@ -533,14 +533,14 @@ def named_model(args: argparse.Namespace) -> bool:
     )
 
 
-def gguf_in(path: Path) -> Path:
+def first_gguf(path: Path) -> Path:
     """Returns the first GGUF file of a folder, or `path` itself if it is no folder or has none."""
     return next(iter(ggufs_in(path)), path) if path.is_dir() else path
 
 
 def require_model(args: argparse.Namespace) -> None:
     """Raises UsageError when neither --model nor --weights is given."""
-    if not named_model(args):
+    if not infer_model(args):
         raise UsageError(
             "no model is given: give --model DIR (a Hugging Face folder or hub id), or --weights FILE.gguf"
         )

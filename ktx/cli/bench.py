@@ -16,17 +16,17 @@ from typing import Any
 
 from ktx.cli import bench_serve
 from ktx.cli.arguments import (
-    Inner,
+    SubCommands,
     debug_option,
+    first_gguf,
     flag,
-    gguf_in,
-    load_options,
+    load_arguments,
     lora_option,
     model_options,
-    natural,
+    non_negative,
     options_of,
     positive,
-    refuse,
+    reject_options,
     require_model,
 )
 from ktx.errors import KtxError, UsageError
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flag(parser, "--json", help="print JSON lines instead of a table")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
-    subcommands = parser.add_subparsers(dest="bench", metavar="COMMAND", action=Inner, parser_class=type(parser))
+    subcommands = parser.add_subparsers(dest="bench", metavar="COMMAND", action=SubCommands, parser_class=type(parser))
     serve = subcommands.add_parser(
         "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
     )
@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     debug_option(serve)
 
 
-class Engine:
+class BenchProcess:
     """An engine in a child process, which is started when it is first needed.
 
     Its protocol is JSON lines: a test on its standard input, the measurement on its standard output.
@@ -171,14 +171,14 @@ def run(args: argparse.Namespace) -> int:
         other_options = {
             name: action for name, action in options_of(add_arguments).items() if name not in LAYER_OPTIONS
         }
-        refuse(args, other_options, "has no effect with --layer, which measures no model")
+        reject_options(args, other_options, "has no effect with --layer, which measures no model")
         try:
-            args.layer = bench_layer.Layer.read(args.layer)
+            args.layer = bench_layer.MoELayer.read(args.layer)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"--layer {error}") from None
         args.threads = args.threads or default_threads()
         return bench_layer.run(args)
-    refuse(args, {"formats": options_of(add_arguments)["formats"]}, "needs --layer")
+    reject_options(args, {"formats": options_of(add_arguments)["formats"]}, "needs --layer")
     if args.peer == "kt-kernel":
         raise UsageError("--peer kt-kernel runs no complete model on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
     require_model(args)
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     if not kinds:
         raise UsageError("-p 0 and -n 0 leave nothing to measure: give one of them a number of tokens")
     tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
-    ktx_engine = Engine("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
+    ktx_engine = BenchProcess("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
     peer_tests, best_alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
     rounds: Rounds = {}
     facts = ktx_engine.start()
@@ -212,18 +212,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bool) -> Rounds:
+def alternate(engines: list[BenchProcess], tests: list[str], repeat: int, all_fit: bool) -> Rounds:
     """Measures every test on every engine, `repeat` times.
 
     Args:
         together: all engines fit in memory: they alternate test by test; else one engine at a time is loaded.
     """
-    order = [(e, t) for t in tests for e in engines] if together else [(e, t) for e in engines for t in tests]
+    order = [(e, t) for t in tests for e in engines] if all_fit else [(e, t) for e in engines for t in tests]
     rounds: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
     for _ in range(repeat):
         for engine, test in order:
             for other in engines:
-                if other is not engine and not together:
+                if other is not engine and not all_fit:
                     other.stop()
             rounds[test][engine.name].append(engine.measure(test))
     return rounds
@@ -231,13 +231,13 @@ def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bo
 
 def lengths(text: str) -> list[int]:
     """Parses numbers of tokens separated by commas, without duplicates; 0 is allowed: 0,8192."""
-    counts = [natural(part) for part in text.split(",")]
+    counts = [non_negative(part) for part in text.split(",")]
     if max(counts) > MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_TOKENS} tokens, found {max(counts)}")
     return list(dict.fromkeys(counts))
 
 
-def parts(test: str) -> tuple[str, int, int]:
+def parse_test(test: str) -> tuple[str, int, int]:
     """Parses a test into kind, tokens and depth: "tg32@d8192" is ("tg", 32, 8192)."""
     kind, _, depth = test.partition("@d")
     return kind[:2], int(kind[2:]), int(depth or 0)
@@ -253,12 +253,12 @@ def _ktx_arguments(args: argparse.Namespace) -> list[str]:
     arguments = ["--model", str(args.model), "--threads", str(args.threads)]
     arguments += ["--weights", str(args.weights)] if args.weights else []
     arguments += ["--rules", str(args.rules)] if args.rules else []
-    return [*arguments, "--options", json.dumps(load_options(args))]
+    return [*arguments, "--options", json.dumps(load_arguments(args))]
 
 
 def _gguf(args: argparse.Namespace) -> Path:
     """Returns the path of the weights for the peer; raises UsageError if the peer cannot read them."""
-    path = gguf_in(Path(args.weights or args.model).expanduser())
+    path = first_gguf(Path(args.weights or args.model).expanduser())
     if args.peer == "ftllm" and path.is_dir():
         return path
     if not is_gguf(path) or not path.exists():
@@ -266,8 +266,8 @@ def _gguf(args: argparse.Namespace) -> Path:
     return path
 
 
-def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> Engine:
-    context = max(count + depth for _, count, depth in map(parts, tests)) + 16
+def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> BenchProcess:
+    context = max(count + depth for _, count, depth in map(parse_test, tests)) + 16
     arguments = [
         "--engine",
         args.peer,
@@ -283,10 +283,12 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
         str(context),
     ]
     name = f"{args.peer} (repack {'on' if repack else 'off'}, -ub {ubatch})"
-    return Engine(name, "ktx.cli.bench_llama_cpp", arguments, more_than=0 if ubatch == UBATCHES[0] else UBATCHES[0])
+    return BenchProcess(
+        name, "ktx.cli.bench_llama_cpp", arguments, more_than=0 if ubatch == UBATCHES[0] else UBATCHES[0]
+    )
 
 
-def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
+def _peers(args: argparse.Namespace, tests: list[str]) -> list[BenchProcess]:
     """Returns the peer in each configuration to try."""
     if args.peer in REPACKERS:
         return [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
@@ -295,7 +297,7 @@ def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
     if not (folder / "config.json").exists():
         raise UsageError(f"{args.model}: ftllm needs the model's folder (config.json, tokenizer) in --model")
     return [
-        Engine(
+        BenchProcess(
             "ftllm",
             "ktx.cli.bench_ftllm",
             ["--weights", str(path), "--model", str(folder), "--threads", str(args.threads)],
@@ -303,25 +305,27 @@ def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
     ]
 
 
-def _best_peers(args: argparse.Namespace, tests: list[str]) -> tuple[dict[Engine | None, list[str]], dict[str, float]]:
+def _best_peers(
+    args: argparse.Namespace, tests: list[str]
+) -> tuple[dict[BenchProcess | None, list[str]], dict[str, float]]:
     """Measures the peer in each configuration, alone in memory.
 
     Returns:
         The tests of each configuration that was best for some, and the best speed of each test.
     """
-    speeds: dict[Engine, dict[str, float]] = {}
+    speeds: dict[BenchProcess, dict[str, float]] = {}
     for engine in _peers(args, tests):
         own_tests = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
         speeds[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own_tests}
         engine.stop()
-    best: dict[Engine | None, list[str]] = {}
+    best: dict[BenchProcess | None, list[str]] = {}
     for test in tests:
         best.setdefault(max(speeds, key=lambda engine: speeds[engine].get(test, 0.0)), []).append(test)
     return best, {test: max(figures.get(test, 0.0) for figures in speeds.values()) for test in tests}
 
 
 def _is_prompt(test: str, more_than: int) -> bool:
-    kind, count, _ = parts(test)
+    kind, count, _ = parse_test(test)
     return kind == "pp" and count > more_than
 
 
@@ -354,7 +358,7 @@ def _lines(
     """Returns the records of one test: ktx's, then the peer's."""
     common = (
         {"test": test}
-        | stamp()
+        | run_metadata()
         | {"threads": args.threads, "rounds": args.repeat, "model": str(args.weights or args.model)}
     )
     lines = []
@@ -376,7 +380,7 @@ def _lines(
     return lines
 
 
-def stamp() -> dict[str, str]:
+def run_metadata() -> dict[str, str]:
     """Returns date, commit and machine of a measurement."""
     from ktx.hardware import machine
 

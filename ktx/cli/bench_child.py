@@ -16,17 +16,17 @@ from pathlib import Path
 import httpx
 
 from ktx.cli.arguments import model_options
-from ktx.cli.serve import running_options
+from ktx.cli.serve import engine_options
 from ktx.errors import KtxError
 
 MAX_LOG_LINES = 20  # last lines of the child's log, for the error when it ends
 
 
-def serve_words(args: argparse.Namespace) -> list[str]:
+def serve_arguments(args: argparse.Namespace) -> list[str]:
     """Returns the `ktx serve` arguments for the model and engine options that differ from its defaults."""
     parser = argparse.ArgumentParser(add_help=False)
     model_options(parser)
-    running_options(parser)
+    engine_options(parser)
     arguments = list[str]()
     for action in parser._actions:
         value = getattr(args, action.dest)
@@ -35,7 +35,7 @@ def serve_words(args: argparse.Namespace) -> list[str]:
     return arguments
 
 
-class Child:
+class ServerProcess:
     """A `ktx serve` process; as a context manager it returns the server's base URL once the model is loaded.
 
     Entering raises KtxError with the last lines of the log, and the exit status, if the process ends instead.

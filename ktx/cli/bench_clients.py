@@ -31,7 +31,7 @@ class Timing:
 
     start: float
     end: float = 0.0
-    pieces: list[tuple[float, int]] = field(default_factory=list)
+    chunks: list[tuple[float, int]] = field(default_factory=list)
     prompt: int = 0
     cached: int = 0
     answer: int = 0
@@ -49,21 +49,21 @@ class Timing:
         usage, choices = event.get("usage") or {}, event.get("choices") or ()
         num_tokens = usage.get("completion_tokens", self.answer + any(choice.get("text") for choice in choices))
         if choices and num_tokens > self.answer:
-            self.pieces.append((now, num_tokens - self.answer))
+            self.chunks.append((now, num_tokens - self.answer))
         self.answer = max(num_tokens, self.answer)
         self.finished |= any(choice.get("finish_reason") for choice in choices)
         self.prompt = usage.get("prompt_tokens", self.prompt)
         self.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", self.cached)
 
     @property
-    def first(self) -> float:
+    def ttft_s(self) -> float:
         """Seconds from the request to its first token (TTFT)."""
-        return self.pieces[0][0] - self.start
+        return self.chunks[0][0] - self.start
 
     @property
-    def gaps(self) -> list[float]:
+    def inter_token_s(self) -> list[float]:
         """Inter-token latencies in seconds; the tokens of one event share the time since the event before it."""
-        pairs = zip(self.pieces, self.pieces[1:], strict=False)
+        pairs = zip(self.chunks, self.chunks[1:], strict=False)
         return [(now - previous) / count for (previous, _), (now, count) in pairs for _ in range(count)]
 
 
@@ -145,7 +145,7 @@ async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts
         text = " ".join(random.Random(num_words).choices(WORDS, k=num_words))
         response = await http.post("/v1/completions", json={"model": load.model, "prompt": text, "max_tokens": 1})
         if response.status_code != 200:
-            raise KtxError(f"{http.base_url}: {response.status_code} {text_of(response)}")
+            raise KtxError(f"{http.base_url}: {response.status_code} {error_text(response)}")
         usage = response.json().get("usage") or {}
         if "prompt_tokens" not in usage:
             raise KtxError(
@@ -158,7 +158,7 @@ async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts
     return Prompts(None, seed, tokens_per_word, counts[0] - CALIBRATION_WORDS[0] * tokens_per_word)
 
 
-def text_of(response: httpx.Response) -> str:
+def error_text(response: httpx.Response) -> str:
     """Returns the error message of an unsuccessful response."""
     try:
         return _error_message(response.json())[:300]
@@ -166,21 +166,21 @@ def text_of(response: httpx.Response) -> str:
         return response.text[:300]
 
 
-async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
+async def send_request(http: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
     """Sends one request and reads its stream to the end. A failure is recorded in the timing's `error`."""
     timing = Timing(time.perf_counter())
     try:
         async with http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 await response.aread()
-                timing.error = f"{response.status_code} {text_of(response)}"
+                timing.error = f"{response.status_code} {error_text(response)}"
             else:
                 async for line in response.aiter_lines():
                     timing.read(line, time.perf_counter())
     except (httpx.HTTPError, ValueError) as error:
         timing.error = f"{type(error).__name__}: {error}".removesuffix(": ")
     timing.end = time.perf_counter()
-    if not timing.error and not (timing.finished and timing.pieces):
+    if not timing.error and not (timing.finished and timing.chunks):
         timing.error = "the stream ended before the answer was complete"
     return timing
 
@@ -191,7 +191,7 @@ async def run_level(http: httpx.AsyncClient, load: Load, prompts: Sequence[Any],
 
     async def client() -> None:
         for index, prompt in queue:
-            timings.append(await ask(http, load.body(prompt, index)))
+            timings.append(await send_request(http, load.body(prompt, index)))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return timings

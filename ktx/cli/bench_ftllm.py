@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ktx.cli.bench import parts, token_ids
-from ktx.cli.bench_layer import CHECKED, ENOUGH, Layer, serve, truth
-from ktx.kernels.check import relative
+from ktx.cli.bench import parse_test, token_ids
+from ktx.cli.bench_layer import CHECKED_TOKENS, MIN_SECONDS, MoELayer, reference_output, serve_tests
+from ktx.kernels.check import relative_error
 
 VOCABULARY, DIRECTIONS, HEAD_DIM = 4096, 256, 64
 EMBEDDING_SCALE = 2.0**-12  # small against the experts' outputs of about 1
@@ -74,7 +74,7 @@ def install_stub(name: str) -> None:
 def main() -> int:
     """Measures a model, or writes the one-layer model of --layer and measures it in each requested format."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layer", type=Layer.read)
+    parser.add_argument("--layer", type=MoELayer.read)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights")
     parser.add_argument("--model")
@@ -102,13 +102,15 @@ def main() -> int:
         def build(name: str) -> Callable[[int], dict[str, float]]:
             return load_layer(llm, folder, args.layer, tensors, name)
 
-        serve({"ready": True, "version": importlib.metadata.version("ftllm"), "formats": ["int8", "int4g"]}, build, out)
+        serve_tests(
+            {"ready": True, "version": importlib.metadata.version("ftllm"), "formats": ["int8", "int4g"]}, build, out
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
-def write(folder: Path, layer: Layer) -> dict[str, Any]:
+def write(folder: Path, layer: MoELayer) -> dict[str, Any]:
     """Writes the one-layer model to a Hugging Face folder in bf16.
 
     Returns:
@@ -224,7 +226,7 @@ def run_model_tests(llm: Any, args: argparse.Namespace, out: Any) -> int:
     print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
     for index, line in enumerate(sys.stdin):
         test = json.loads(line)["test"]
-        kind, count, depth = parts(test)
+        kind, count, depth = parse_test(test)
         if kind == "pp" and depth:
             print(
                 json.dumps({"error": f"ftllm: {test}: prefill after a context is not measured", "exit": 2}),
@@ -243,7 +245,7 @@ def run_model_tests(llm: Any, args: argparse.Namespace, out: Any) -> int:
 
 
 def load_layer(
-    llm: Any, folder: Path, layer: Layer, tensors: dict[str, Any], name: str
+    llm: Any, folder: Path, layer: MoELayer, tensors: dict[str, Any], name: str
 ) -> Callable[[int], dict[str, float]]:
     """Loads the one-layer model with its experts in one of ftllm's types; returns a function that measures it."""
     import torch
@@ -253,19 +255,19 @@ def load_layer(
     def measure(tokens: int) -> dict[str, float]:
         rng = torch.Generator().manual_seed(tokens)
         times: list[float] = []
-        while len(times) < 2 or sum(times) < ENOUGH:  # a new prompt each time, because ftllm has a prefix cache
+        while len(times) < 2 or sum(times) < MIN_SECONDS:  # a new prompt each time, because ftllm has a prefix cache
             ids = torch.randint(5, VOCABULARY - 5, (max(tokens, 4),), generator=rng).tolist()
             token_times = model.token_times(ids, 2 if tokens > 1 else ANSWER_TOKENS)
             times.append(token_times[0] if tokens > 1 else (token_times[-1] - token_times[0]) / (len(token_times) - 1))
-        ids = torch.randint(5, VOCABULARY - 5, (CHECKED // 8,), generator=rng).tolist()
+        ids = torch.randint(5, VOCABULARY - 5, (CHECKED_TOKENS // 8,), generator=rng).tolist()
         logits = torch.tensor([model.logits([i], VOCABULARY)[:DIRECTIONS] for i in ids])
         time.sleep(SETTLE_S)
-        return {"ms": min(times[1:]) * 1e3, "relative_error": relative(logits, exact(layer, tensors, ids))}
+        return {"ms": min(times[1:]) * 1e3, "relative_error": relative_error(logits, exact(layer, tensors, ids))}
 
     return measure
 
 
-def exact(layer: Layer, tensors: dict[str, Any], ids: list[int]) -> Any:
+def exact(layer: MoELayer, tensors: dict[str, Any], ids: list[int]) -> Any:
     """Computes the one-layer model's logits of single tokens in float32."""
     import torch
 
@@ -277,7 +279,7 @@ def exact(layer: Layer, tensors: dict[str, Any], ids: list[int]) -> Any:
     routing_weights, chosen = (
         (normed @ tensors["model.layers.0.mlp.gate.weight"].float().T).softmax(-1).topk(layer.top, -1)
     )
-    y = truth(tensors["weights"], normed, chosen, routing_weights / routing_weights.sum(-1, keepdim=True))
+    y = reference_output(tensors["weights"], normed, chosen, routing_weights / routing_weights.sum(-1, keepdim=True))
     return norm(x + y) @ tensors["lm_head.weight"][:DIRECTIONS].float().T
 
 

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ktx.cli.bench_layer import CHECKED, Layer, engine_arguments, milliseconds, serve, truth
-from ktx.kernels.check import relative
+from ktx.cli.bench_layer import CHECKED_TOKENS, MoELayer, milliseconds, parse_engine_args, reference_output, serve_tests
+from ktx.kernels.check import relative_error
 
 ROUND = 32  # numbers of tokens are rounded up to this: its kernels write whole tiles
 GROUP_SIZE = 32  # weights per scale of RAWINT4
@@ -26,8 +26,8 @@ CLASSES = {
 
 def main() -> int:
     """Builds layers from the same weights as ktx and measures them."""
-    args = engine_arguments()
-    layer: Layer = args.layer
+    args = parse_engine_args()
+    layer: MoELayer = args.layer
     out = os.fdopen(os.dup(1), "w")  # the wheel prints to standard output
     os.dup2(2, 1)
     try:
@@ -55,12 +55,12 @@ def main() -> int:
         return best
 
     version = f"{kt_kernel.__version__} {kt_kernel.__cpu_variant__}"
-    serve({"ready": True, "version": version, "formats": [*CLASSES, "RAWINT4", "LLAMAFILE"]}, build, out)
+    serve_tests({"ready": True, "version": version, "formats": [*CLASSES, "RAWINT4", "LLAMAFILE"]}, build, out)
     return 0
 
 
 def build_layer(
-    ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str
+    ext: Any, workers: Any, layer: MoELayer, weights: list[Any], name: str
 ) -> Callable[[int], dict[str, float]]:
     """Builds a layer in one of kt-kernel's formats and returns a function that measures it with a number of tokens."""
     import torch
@@ -117,8 +117,8 @@ def build_layer(
             workers.sync()
 
         forward()
-        checked = slice(0, CHECKED)
-        error = relative(result[checked], truth(weights, x[checked], ids[checked], shares[checked]))
+        checked = slice(0, CHECKED_TOKENS)
+        error = relative_error(result[checked], reference_output(weights, x[checked], ids[checked], shares[checked]))
         return {"ms": milliseconds(forward), "relative_error": error}
 
     return measure

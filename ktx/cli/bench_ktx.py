@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ktx.cli.bench import parts, token_ids
+from ktx.cli.bench import parse_test, token_ids
 
 FRESH_MIB = 1024  # new memory that the first-write test touches
 ERROR_ROWS = 256  # rows of a matrix whose products are compared
@@ -104,7 +104,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
     import torch
 
     from ktx.kernels import cpu
-    from ktx.kernels.check import relative
+    from ktx.kernels.check import relative_error
 
     errors: dict[str, float] = {}
     for packed in packed_matrices(model):
@@ -119,7 +119,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
         rows = matrix.rows(torch.arange(min(n, ERROR_ROWS))).double()
         x = torch.randn(64, packed.k, generator=torch.Generator().manual_seed(3))
         product = torch.cat([cpu.linear(chunk, matrix) for chunk in x.split(together)])[:, : len(rows)]
-        errors[packed.qtype.name] = relative(product, x.double() @ rows.T)
+        errors[packed.qtype.name] = relative_error(product, x.double() @ rows.T)
     return errors
 
 
@@ -236,7 +236,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import read_bandwidth
 
-    kind, count, depth = parts(test)
+    kind, count, depth = parse_test(test)
     threads, vocabulary = model.ktx.threads, model.config.vocab_size
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else read_bandwidth(threads).gb_s
     ids = token_ids(count, vocabulary)

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.cli.bench import Engine, stamp
+from ktx.cli.bench import BenchProcess, run_metadata
 from ktx.errors import UsageError, did_you_mean
-from ktx.kernels.check import relative
+from ktx.kernels.check import relative_error
 
-PAIRS = {  # peer -> its format -> ktx's format of as many bits
+PEER_FORMATS = {  # peer -> its format -> ktx's format of as many bits
     "kt-kernel": {"AMXINT8": "int8", "AMXINT4": "int4", "RAWINT4": "int4g32", "LLAMAFILE": "Q4_K", "BF16": "BF16"},
     "ftllm": {"int8": "int8", "int4g": "int4g32"},
 }
@@ -33,12 +33,12 @@ FORMATS = {  # name -> (type of gate and up, type of down)
     "Q8_0": ("Q8_0", "Q8_0"),
     "BF16": ("BF16", "BF16"),
 }
-ENOUGH = 0.4  # minimum seconds of a measurement
-CHECKED = 64  # tokens whose output is compared
+MIN_SECONDS = 0.4  # minimum seconds of a measurement
+CHECKED_TOKENS = 64  # tokens whose output is compared
 
 
 @dataclass(frozen=True)
-class Layer:
+class MoELayer:
     """Dimensions of an MoE layer: experts, experts per token, hidden size, rows of an expert's gate and up."""
 
     experts: int
@@ -47,7 +47,7 @@ class Layer:
     width: int
 
     @classmethod
-    def read(cls, text: str) -> Layer:
+    def read(cls, text: str) -> MoELayer:
         """Parses "64,8,2048,1536": experts, experts per token, hidden size, width of an expert."""
         try:
             numbers = [int(part) for part in text.split(",")]
@@ -94,7 +94,7 @@ class Layer:
         return x, ids, shares / shares.sum(-1, keepdim=True)
 
 
-def truth(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
+def reference_output(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
     """Computes the layer in float32: the sum over the chosen experts of share * down(silu(gate x) * up x)."""
     import torch
 
@@ -112,13 +112,15 @@ def milliseconds(call: Callable[[], object]) -> float:
     """Returns the mean milliseconds of a call, over at least ENOUGH seconds."""
     call()
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < ENOUGH or count < 2:
+    while time.perf_counter() - start < MIN_SECONDS or count < 2:
         call()
         count += 1
     return (time.perf_counter() - start) / count * 1e3
 
 
-def serve(facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None) -> None:
+def serve_tests(
+    facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None
+) -> None:
     """Runs the engine's side of the protocol until standard input ends, then exits.
 
     Args:
@@ -141,13 +143,13 @@ def serve(facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str
 
 def run(args: argparse.Namespace) -> int:
     """Measures each format with each number of tokens, alternating ktx and the peer, and prints a table."""
-    layer: Layer = args.layer
+    layer: MoELayer = args.layer
     if not any(args.prompt):
         raise UsageError("-p 0 leaves nothing to measure: give --layer a number of tokens")
     arguments = ["--layer", str(layer), "--threads", str(args.threads)]
-    format_pairs = PAIRS.get(args.peer or "", {})
+    format_pairs = PEER_FORMATS.get(args.peer or "", {})
     if args.peer and not format_pairs:
-        raise UsageError(f"--layer does not support --peer {args.peer}: give {' or '.join(PAIRS)}")
+        raise UsageError(f"--layer does not support --peer {args.peer}: give {' or '.join(PEER_FORMATS)}")
     rows = list(format_pairs.items()) if args.peer else [("", name) for name in FORMATS]
     if args.formats:
         requested, known = args.formats.split(","), [name for _, name in rows]
@@ -157,15 +159,15 @@ def run(args: argparse.Namespace) -> int:
                     f"--formats {name}: unknown format{did_you_mean(name, known)}; available: {' '.join(known)}"
                 )
         rows = [row for row in rows if row[1] in requested]
-    ktx_engine = Engine("ktx", __name__, arguments)
-    peer = Engine(args.peer, MODULES[args.peer], arguments) if args.peer else None
+    ktx_engine = BenchProcess("ktx", __name__, arguments)
+    peer = BenchProcess(args.peer, MODULES[args.peer], arguments) if args.peer else None
     lines = []
     try:
         facts = ktx_engine.start()
         peer_facts = peer.start() if peer else {}
         print(
             f"{layer.experts} experts, {layer.top} per token, {layer.hidden} x {layer.width};"
-            f" {stamp()['machine']}, {args.threads} threads; ktx {facts['isa']}"
+            f" {run_metadata()['machine']}, {args.threads} threads; ktx {facts['isa']}"
             + (f"; {args.peer} {peer_facts['version']}" if peer else "")
         )
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
@@ -183,9 +185,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(
-    layer: Layer,
-    ktx_engine: Engine,
-    peer: Engine | None,
+    layer: MoELayer,
+    ktx_engine: BenchProcess,
+    peer: BenchProcess | None,
     name: str,
     peer_format: str,
     tokens: int,
@@ -205,7 +207,7 @@ def _row(
                 "gops": layer.operations * tokens / ms / 1e6,
                 "relative_error": measurements[engine.name][0]["relative_error"],
             }
-            | stamp()
+            | run_metadata()
             | {"threads": args.threads, "rounds": args.repeat}
         )
     if peer:
@@ -220,18 +222,18 @@ def _row(
     return lines
 
 
-def engine_arguments() -> argparse.Namespace:
+def parse_engine_args() -> argparse.Namespace:
     """Parses the arguments of an engine's process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layer", type=Layer.read, required=True)
+    parser.add_argument("--layer", type=MoELayer.read, required=True)
     parser.add_argument("--threads", type=int, required=True)
     return parser.parse_args()
 
 
 def main() -> int:
     """The process that runs ktx's kernels."""
-    args = engine_arguments()
-    layer: Layer = args.layer
+    args = parse_engine_args()
+    layer: MoELayer = args.layer
     import torch
 
     from ktx.kernels import cpu
@@ -266,13 +268,13 @@ def main() -> int:
         def measure(tokens: int) -> dict[str, float]:
             x, ids, shares = layer.call(tokens)
             out = cpu.experts(x, ids, shares, gate, up, down)
-            checked = slice(0, CHECKED)
-            error = relative(out[checked], truth(weights, x[checked], ids[checked], shares[checked]))
+            checked = slice(0, CHECKED_TOKENS)
+            error = relative_error(out[checked], reference_output(weights, x[checked], ids[checked], shares[checked]))
             return {"ms": milliseconds(lambda: cpu.experts(x, ids, shares, gate, up, down)), "relative_error": error}
 
         return measure
 
-    serve({"ready": True, "isa": cpu.ops.isa(), "formats": list(FORMATS)}, build)
+    serve_tests({"ready": True, "isa": cpu.ops.isa(), "formats": list(FORMATS)}, build)
     return 0
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from ktx.cli.bench import parts, token_ids
+from ktx.cli.bench import parse_test, token_ids
 
 
 class LlamaCpp:
@@ -146,7 +146,7 @@ def main() -> int:
 
 def measure(engine: LlamaCpp, test: str) -> float:
     """Returns the tokens per second of one test, with no more in the KV cache than its depth."""
-    kind, count, depth = parts(test)
+    kind, count, depth = parse_test(test)
     engine.clear()
     prompt, ids = (
         token_ids(depth if kind == "pp" else depth or 4, engine.vocabulary),

@@ -11,8 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ktx.cli.arguments import counts, flag, model_options, positive
-from ktx.cli.serve import running_options
+from ktx.cli.arguments import flag, int_list, model_options, positive
+from ktx.cli.serve import engine_options
 from ktx.errors import KtxError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--concurrency",
         "-c",
-        type=counts,
+        type=int_list,
         default=[1, 2, 4, 8],
         metavar="N[,N]",
         help="levels to measure: numbers of concurrent clients (default 1,2,4,8)",
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-model", metavar="NAME", help="model to request from that server (default: the first of /v1/models)"
     )
     model_options(parser)
-    running_options(parser, batch="the largest number of clients")
+    engine_options(parser, batch="the largest number of clients")
     output = parser.add_argument_group("output")
     flag(output, "--json", help="print JSON lines instead of a table")
     output.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
@@ -95,13 +95,13 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import asyncio
 
-    from ktx.cli.bench_child import Child, serve_words
+    from ktx.cli.bench_child import ServerProcess, serve_arguments
 
     if args.url:
         lines = asyncio.run(measure(args.url.rstrip("/").removesuffix("/v1"), args))
     else:
         args.max_batch_size = args.max_batch_size or max(args.concurrency)
-        with Child(serve_words(args)) as base:
+        with ServerProcess(serve_arguments(args)) as base:
             lines = asyncio.run(measure(base, args))
     report(lines, args)
     return 1 if any(line["errors"] == line["requests"] for line in lines) else 0
@@ -130,7 +130,7 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
     """
     import httpx
 
-    from ktx.cli.bench_clients import Load, ask, prompts_for
+    from ktx.cli.bench_clients import Load, prompts_for, send_request
 
     key = args.api_key or next(iter(os.environ.get("KTX_API_KEY", "").split()), "")
     headers = {"authorization": f"Bearer {key}"} if key and args.url else {}
@@ -142,7 +142,7 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
             prompts = await prompts_for(http, load, time.time_ns() if args.seed is None else args.seed)
         except (httpx.HTTPError, ValueError) as error:
             raise KtxError(f"{base}: no OpenAI-compatible server answers: {type(error).__name__}: {error}") from error
-        await ask(http, load.body(prompts.make(load, 1, -1)[0], 0))  # warm-up: the first request is slower
+        await send_request(http, load.body(prompts.make(load, 1, -1)[0], 0))  # warm-up: the first request is slower
         lines = [await level_line(http, load, prompts, level, args) for level in range(len(args.concurrency))]
     for name, speed in (("ratio", "tok_s"), ("decode_ratio", "decode_tok_s")):
         for line in lines:
@@ -153,7 +153,7 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
 
 async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: argparse.Namespace) -> Line:
     """Runs a level and returns its parameters and results."""
-    from ktx.cli.bench import stamp
+    from ktx.cli.bench import run_metadata
     from ktx.cli.bench_clients import run_level
 
     concurrency = args.concurrency[level]
@@ -161,7 +161,7 @@ async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: 
     timings = await run_level(http, load, prompts.make(load, count, level), concurrency)
     return {
         "test": f"serve p{load.prompt_tokens} n{load.answer_tokens} c{concurrency}",
-        **stamp(),
+        **run_metadata(),
         "server": args.url or "ktx serve",
         "model": load.model,
         "shared_prefix": load.shared_prefix,
@@ -173,11 +173,11 @@ async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: 
 
 async def first_model(http: Any) -> str:
     """Returns the name of the server's first model; raises KtxError with the server's message if it refuses."""
-    from ktx.cli.bench_clients import text_of
+    from ktx.cli.bench_clients import error_text
 
     response = await http.get("/v1/models")
     if response.status_code != 200:
-        raise KtxError(f"{response.url}: {response.status_code} {text_of(response)}")
+        raise KtxError(f"{response.url}: {response.status_code} {error_text(response)}")
     names = [model.get("id") for model in response.json().get("data") or ()]
     if not names:
         raise KtxError(f"{response.url}: lists no model; give --served-model")
@@ -196,8 +196,8 @@ def figures(timings: list[Timing], concurrency: int) -> Line:
         sum(timing.answer for timing in succeeded),
     )
     samples = {
-        "ttft": [timing.first for timing in succeeded],
-        "itl": [gap for timing in succeeded for gap in timing.gaps],
+        "ttft": [timing.ttft_s for timing in succeeded],
+        "itl": [gap for timing in succeeded for gap in timing.inter_token_s],
         "latency": [timing.end - timing.start for timing in succeeded],
     }
     quantiles = {f"{name}_p{q}": quantile(values, q) for name, values in samples.items() for q in (50, 99)}
@@ -231,7 +231,7 @@ def decode_speed(timings: list[Timing], clients: int) -> float | None:
 
     A client is decoding between the first and the last token of an answer. None when they never all were.
     """
-    changes = [(timing.pieces[0][0], 1) for timing in timings] + [(timing.pieces[-1][0], -1) for timing in timings]
+    changes = [(timing.chunks[0][0], 1) for timing in timings] + [(timing.chunks[-1][0], -1) for timing in timings]
     num_decoding, seconds, spans = 0, 0.0, list[tuple[float, float]]()
     changes.sort()
     for (start, change), (end, _) in zip(changes, changes[1:], strict=False):
@@ -239,7 +239,7 @@ def decode_speed(timings: list[Timing], clients: int) -> float | None:
         if num_decoding == clients and end > start:
             spans.append((start, end))
             seconds += end - start
-    chunks = [chunk for timing in timings for chunk in timing.pieces]
+    chunks = [chunk for timing in timings for chunk in timing.chunks]
     tokens = sum(count for time_s, count in chunks if any(start < time_s <= end for start, end in spans))
     return tokens / seconds if tokens else None
 

@@ -7,15 +7,15 @@ import sys
 from typing import Any
 
 from ktx.cli.arguments import (
+    batching_options,
     flag,
     graphs_option,
-    load_options,
+    infer_model,
+    load_arguments,
     lora_option,
     model_options,
-    named_model,
     positive,
     speculation_options,
-    step_options,
     threads_option,
 )
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lora_option(parser, "the sum of all adapters is applied")
     group = parser.add_argument_group("running")
     threads_option(group)
-    step_options(group)
+    batching_options(group)
     group.add_argument(
         "--max-context",
         type=positive,
@@ -103,13 +103,13 @@ def run(args: argparse.Namespace) -> int:
     """Loads the model and chats; returns exit status 0 unless an error occurs before the first turn."""
     from ktx.chat.conversation import Conversation
     from ktx.chat.reading import read_text
-    from ktx.chat.render import Printer, note
+    from ktx.chat.render import Printer, print_note
     from ktx.chat.terminal import Chat, has_terminal
     from ktx.engine.chat_session import Session
 
     check_sampling(args)
-    if not named_model(args):
-        _use_demo_model(args, note)
+    if not infer_model(args):
+        _use_demo_model(args, print_note)
     import ktx
 
     model, tokenizer = ktx.load(
@@ -118,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
         args.rules,
         threads=args.threads,
         mtp=args.speculative == "mtp",
-        **load_options(args, engine=True),
+        **load_arguments(args, engine=True),
     )
-    note(loaded_line(model, args.model))
+    print_note(loaded_line(model, args.model))
     model_limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_CONTEXT
     context = args.max_context or min(model_limit, DEFAULT_MAX_CONTEXT)
     engine_options = {
@@ -134,13 +134,13 @@ def run(args: argparse.Namespace) -> int:
         conversation = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
         chat = Chat(conversation, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:
-            chat.say(args.prompt)
+            chat.send(args.prompt)
         elif has_terminal():
             chat.bandwidth = _bandwidth()
-            note("/help lists the commands, Ctrl-C stops an answer, /exit ends the chat")
+            print_note("/help lists the commands, Ctrl-C stops an answer, /exit ends the chat")
             chat.interactive()
         elif args.prompt_file and sys.stdin.isatty():
-            chat.say(read_text(args.prompt_file))
+            chat.send(read_text(args.prompt_file))
         else:
             chat.piped(sys.stdin)
     return 0

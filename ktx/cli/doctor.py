@@ -12,15 +12,15 @@ from typing import Any
 from ktx.cli.arguments import flag
 from ktx.errors import KtxError, UsageError
 from ktx.utils import versions
-from ktx.utils.versions import install
+from ktx.utils.versions import install_command
 
 SUMMARY = "report the machine, the selected kernels, and missing packages and how to install them"
 # package -> what needs it, and how to install it
 OPTIONAL = {
     "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
-    "ray": ("several replicas: ktx serve --ray", install("ray")),
-    "modelscope_hub": ("ktx download --hub modelscope", install("modelscope")),
+    "ray": ("several replicas: ktx serve --ray", install_command("ray")),
+    "modelscope_hub": ("ktx download --hub modelscope", install_command("modelscope")),
     "triton": ("GPU kernels", "pip install triton (Linux with a CUDA GPU)"),
     "flashinfer": ("paged MLA on the GPU", "pip install flashinfer-python (CUDA GPU)"),
 }
@@ -66,9 +66,9 @@ def report(quick: bool) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "ktx": _own_version(),
-            **{name: versions.installed(name) or "missing" for name in versions.TESTED},
+            **{name: versions.installed_version(name) or "missing" for name in versions.TESTED},
         },
-        "tested versions": {name: versions.tested(name) for name in versions.TESTED},
+        "tested versions": {name: versions.tested_range(name) for name in versions.TESTED},
         "missing": {
             name: {"for": purpose, "remedy": remedy}
             for name, (purpose, remedy) in OPTIONAL.items()
@@ -76,7 +76,7 @@ def report(quick: bool) -> dict[str, Any]:
         },
     }
     report_data |= _kernels_or_error(quick)
-    report_data["warnings"] = [*versions.untested(), *_warnings(info, report_data)]
+    report_data["warnings"] = [*versions.untested_warnings(), *_warnings(info, report_data)]
     return report_data
 
 
@@ -95,7 +95,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
 
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import free_read_bandwidth
-    from ktx.ops.base import SHIPPED
+    from ktx.ops.base import OPERATORS
     from ktx.quant.types import QTYPES
 
     isa, threads = ops.isa(), ops.threads()
@@ -110,7 +110,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
     section: dict[str, Any] = {
         "kernels": kernels,
         "gpu": _gpu(torch),
-        "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}"),
+        "operators": dict.fromkeys(OPERATORS, f"cpu, {isa}"),
     }
     int_types = [q.name for q in QTYPES.values() if not q.is_float]
     section["weight types"] = {
@@ -153,7 +153,7 @@ def _isas(flags: frozenset[str]) -> str:
 def _own_version() -> str:
     import ktx
 
-    installed = versions.installed(versions.DISTRIBUTION)
+    installed = versions.installed_version(versions.DISTRIBUTION)
     return installed or f"{ktx.__version__} (not installed, run from a checkout)"
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from ktx.cli.arguments import flag
 from ktx.errors import DoesNotFit, UsageError
 from ktx.hardware import format_bytes
-from ktx.hub.file_selection import SPLIT, AmbiguousQuant, File, FileSelection, Quantization, choose
-from ktx.hub.listing import Hub, Plan
+from ktx.hub.file_selection import SPLIT, AmbiguousQuant, File, FileSelection, Quantization, select_files
+from ktx.hub.listing import DownloadPlan, Hub
 
 SUMMARY = "download a model from a hub"
 EPILOG = (
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{repo}:{tag} and --include both select files; give one of them")
     hub = _hub(args.hub)
     target = Path(args.to).expanduser().resolve() if args.to else None
-    listing = hub.look(repo, args.revision)
+    listing = hub.list_repo(repo, args.revision)
     try:
-        selection = choose(repo, listing.files, tag, args.include, args.exclude)
+        selection = select_files(repo, listing.files, tag, args.include, args.exclude)
     except AmbiguousQuant as error:
         print_quantizations(error.found)
         name = error.found[0].name
@@ -100,10 +100,10 @@ def _hub(name: str) -> Hub:
     return HuggingFace()
 
 
-def check_disk(plan: Plan) -> None:
+def check_disk(plan: DownloadPlan) -> None:
     """Raises DoesNotFit when the disk has less free space than the bytes that remain to be downloaded."""
-    existing_folder = next(folder for folder in (plan.place, *plan.place.parents) if folder.exists())
-    need, free = plan.total - plan.began, shutil.disk_usage(existing_folder).free
+    existing_folder = next(folder for folder in (plan.target_folder, *plan.target_folder.parents) if folder.exists())
+    need, free = plan.total_bytes - plan.downloaded_bytes, shutil.disk_usage(existing_folder).free
     if need > free:
         raise DoesNotFit(
             f"{format_bytes(need)} remain to be downloaded, but {format_bytes(free)} are free on the disk of"
@@ -133,7 +133,7 @@ def print_quantizations(quantizations: Sequence[Quantization]) -> None:
     _console(sys.stderr).print(table)
 
 
-def print_files(selection: FileSelection, plan: Plan) -> None:
+def print_files(selection: FileSelection, plan: DownloadPlan) -> None:
     """Prints the files and their sizes, the parts of a split file in one row, then the totals."""
     missing = set(plan.files)
     table = _table("file", "size", "")
@@ -146,10 +146,12 @@ def print_files(selection: FileSelection, plan: Plan) -> None:
         table.add_row(name, format_bytes(sum(file.size for file in group)), status)
     console = _console(sys.stdout)
     console.print(table)
-    resumed = f", of which {format_bytes(plan.began)} are already downloaded" if plan.began else ""
+    resumed = (
+        f", of which {format_bytes(plan.downloaded_bytes)} are already downloaded" if plan.downloaded_bytes else ""
+    )
     console.print(
         f"{format_bytes(sum(file.size for file in selection.files))} in total,"
-        f" {format_bytes(plan.total)} to download{resumed}"
+        f" {format_bytes(plan.total_bytes)} to download{resumed}"
     )
     if selection.pickles:
         names = ", ".join(file.path for file in selection.pickles[:3]) + (" ..." if len(selection.pickles) > 3 else "")
@@ -183,7 +185,7 @@ def _console(stream: Any) -> Any:
 
 
 @contextmanager
-def progress(plan: Plan) -> Iterator[Callable[[int], None]]:
+def progress(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     """Shows the download's progress: a bar on a terminal, else a line at every 10 %.
 
     Yields a function that takes the number of bytes that have arrived. On Ctrl-C it prints how to resume.
@@ -197,34 +199,34 @@ def progress(plan: Plan) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bar(plan: Plan) -> Iterator[Callable[[int], None]]:
+def _bar(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("downloading", total=plan.total, completed=plan.began)
+        task = bar.add_task("downloading", total=plan.total_bytes, completed=plan.downloaded_bytes)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
 @contextmanager
-def _lines(plan: Plan) -> Iterator[Callable[[int], None]]:
+def _lines(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     import threading
     import time
 
-    start_s, lock, done_bytes = time.monotonic(), threading.Lock(), plan.began
-    printed_tenths = 10 * done_bytes // max(1, plan.total)
+    start_s, lock, done_bytes = time.monotonic(), threading.Lock(), plan.downloaded_bytes
+    printed_tenths = 10 * done_bytes // max(1, plan.total_bytes)
 
     def advance(nbytes: int) -> None:
         nonlocal done_bytes, printed_tenths
         with lock:
             done_bytes += nbytes
-            if (tenths := 10 * done_bytes // max(1, plan.total)) > printed_tenths:
+            if (tenths := 10 * done_bytes // max(1, plan.total_bytes)) > printed_tenths:
                 printed_tenths = tenths
-                bytes_per_s = (done_bytes - plan.began) / max(1e-9, time.monotonic() - start_s)
-                left_s = (plan.total - done_bytes) / max(1.0, bytes_per_s)
+                bytes_per_s = (done_bytes - plan.downloaded_bytes) / max(1e-9, time.monotonic() - start_s)
+                left_s = (plan.total_bytes - done_bytes) / max(1.0, bytes_per_s)
                 print(
-                    f"downloaded {format_bytes(done_bytes)} of {format_bytes(plan.total)},"
+                    f"downloaded {format_bytes(done_bytes)} of {format_bytes(plan.total_bytes)},"
                     f" {bytes_per_s / 1e9:.3f} GB/s, {left_s:.0f} s left",
                     file=sys.stderr,
                     flush=True,

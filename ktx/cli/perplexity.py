@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ktx.cli.arguments import load_options, lora_option, model_options, named_model, options_of, refuse
+from ktx.cli.arguments import infer_model, load_arguments, lora_option, model_options, options_of, reject_options
 from ktx.errors import BadFile, UsageError
 
 MAX_REFERENCE_BYTES = 1 << 33  # of the reference model's log-probabilities, which stay in memory
@@ -22,12 +22,12 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.perplexity)
     if args.window < 2:
         raise UsageError(f"--window {args.window}: a window needs at least 2 tokens")
-    if not named_model(args):
+    if not infer_model(args):
         if args.against:
             raise UsageError(
                 "--against needs --model or --weights; the demo model is always compared with its own BF16 weights"
             )
-        refuse(
+        reject_options(
             args,
             options_of(model_options, adapters_option),
             "needs --model or --weights; the demo model is measured in every format without other options",
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     import ktx
 
     def load(weights: str | None) -> tuple[Any, Any]:
-        return ktx.load(args.model, weights, args.rules, **load_options(args))
+        return ktx.load(args.model, weights, args.rules, **load_arguments(args))
 
     reference = None
     if args.against:
@@ -151,10 +151,10 @@ def _measure_demo(args: argparse.Namespace, text: str) -> None:
     The reference is the model's BF16 weights in transformers.
     """
     from ktx import demo
-    from ktx.demo.evaluate import stock
+    from ktx.demo.evaluate import load_reference
 
     folder = demo.path()
-    reference = Reference(*stock(folder), text, args)
+    reference = Reference(*load_reference(folder), text, args)
     rows = []
     for name, load in formats(folder):
         model, tokenizer = load()

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ktx.cli.arguments import (
-    batched_option,
+    chunk_size_option,
     flag,
-    load_options,
+    load_arguments,
     lora_option,
     model_options,
     options_of,
-    placed,
+    placement_kwargs,
     positive,
     rate,
-    refuse,
+    reject_options,
     require_model,
     size,
     sizes,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx", type=tokens, default=8192, metavar="N", help="context length per sequence: 8192 or 32K (default 8K)"
     )
     group.add_argument("--batch", type=positive, default=1, metavar="N", help="number of sequences (default 1)")
-    batched_option(group, "the largest that ktx serve uses for --ctx tokens, 2048 to 8192")
+    chunk_size_option(group, "the largest that ktx serve uses for --ctx tokens, 2048 to 8192")
     group.add_argument(
         "--cpu-bandwidth",
         type=rate,
@@ -77,28 +77,29 @@ def run(args: argparse.Namespace) -> int:
     require_model(args)
     options = options_of(add_arguments)
     if args.vram or args.ram:
-        refuse(
+        reject_options(
             args,
             {name: options[name] for name in PLAN_OPTIONS},
             "has no effect on a placement by budget (--vram, --ram): leave it out",
         )
         return by_budget(args)
-    refuse(
+    reject_options(
         args,
         {name: options[name] for name in BUDGET_OPTIONS},
         "needs a placement by budget: give --vram, --ram or both",
     )
     import ktx
 
-    load_kwargs = load_options(args)
+    load_kwargs = load_arguments(args)
     load_kwargs = {name: load_kwargs[name] for name in inspect.signature(ktx.plan).parameters if name in load_kwargs}
     plan = ktx.plan(args.model, args.weights, args.rules, **load_kwargs)
-    notes_shown = [note for note in plan.said if note.code != "weights"]  # the table has these
+    notes_shown = [note for note in plan.model_notes if note.code != "weights"]  # the table has these
     if args.json:
         rows = [
-            {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
+            {"module": s.path, "operator": s.operator, "device": s.device, "type": s.types, "bytes": s.nbytes}
+            for s in plan
         ]
-        notes = [note._asdict() for note in plan.said]
+        notes = [note._asdict() for note in plan.model_notes]
         adapters = {name: {str(device): n for device, n in sizes.items()} for name, sizes in plan.adapters.items()}
         output = {"modules": rows, "sum": plan.totals(), "adapters": adapters, "notes": notes}
         print(json.dumps(output, indent=1))
@@ -110,20 +111,20 @@ def run(args: argparse.Namespace) -> int:
 
 def by_budget(args: argparse.Namespace) -> int:
     """Chooses a placement, prints its memory and estimated speed, and writes it to --write if given."""
-    if given := [f"--{name.replace('_', '-')}" for name, value in placed(args).items() if value]:
+    if given := [f"--{name.replace('_', '-')}" for name, value in placement_kwargs(args).items() if value]:
         raise UsageError(f"{given[0]} places modules, but --vram and --ram choose the placement: give one or the other")
     from ktx.cache.kv import kv_type
-    from ktx.engine.budget import longest_step
+    from ktx.engine.budget import max_step_tokens
     from ktx.hardware import memory
-    from ktx.loader.build import measure
+    from ktx.loader.build import measure_footprint
     from ktx.placement import solver
     from ktx.placement.suggest import fit
 
-    model, rules = measure(
+    model, rules = measure_footprint(
         args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts
     )
     kv_dtype = kv_type(args.kv_dtype) or kv_type("f16")
-    chunk_size = args.chunk_size or longest_step(args.ctx)
+    chunk_size = args.chunk_size or max_step_tokens(args.ctx)
     ram = args.ram or memory()[1]
     budget = solver.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kv_dtype, chunk_size)
     placement, speeds = fit(model, budget), _speeds(args)
@@ -169,16 +170,16 @@ def table(placement: Any) -> list[str]:
     """Returns the lines of the memory table: groups of modules by device, their sum and the budget."""
     from ktx.hardware import format_bytes
 
-    columns = placement.names
+    columns = placement.device_names
     rows = [("", *columns)]
     for group, device_bytes in placement.bytes.items():
         if any(device_bytes.values()):
             rows.append(
                 (group, *(format_bytes(device_bytes[name]) if device_bytes.get(name) else "" for name in columns))
             )
-    rows.append(("sum", *(format_bytes(placement.total(name)) for name in columns)))
-    rows.append(("budget", *(format_bytes(placement.budget.of(name)) for name in columns)))
-    rows.append(("read per token", *(format_bytes(placement.reads(name)) for name in columns)))
+    rows.append(("sum", *(format_bytes(placement.total_bytes(name)) for name in columns)))
+    rows.append(("budget", *(format_bytes(placement.budget.bytes_of(name)) for name in columns)))
+    rows.append(("read per token", *(format_bytes(placement.read_bytes_per_token(name)) for name in columns)))
     first, widths = max(len(row[0]) for row in rows), [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
@@ -187,27 +188,27 @@ def table(placement: Any) -> list[str]:
 
 
 def _estimate(placement: Any, speeds: Any) -> list[str]:
-    budget, seconds = placement.budget, placement.seconds(speeds)
-    lines = [f"{key}: {device}" for key, device in placement.map().items()]
-    lines += [f"gpu_experts, {key}: {count}" for key, count in placement.shares().items()]
-    count = placement.crossings()
+    budget, seconds = placement.budget, placement.seconds_per_token(speeds)
+    lines = [f"{key}: {device}" for key, device in placement.device_map().items()]
+    lines += [f"gpu_experts, {key}: {count}" for key, count in placement.gpu_experts_map().items()]
+    count = placement.transfers_per_token()
     transfers = f", {count} device transfers {1e3 * seconds['crossings']:.1f} ms" if count else ""
     rates = {
-        name: (speeds.cpu, speeds.cpu_from) if name == "cpu" else (speeds.gpu, speeds.gpu_from)
-        for name in placement.names
+        name: (speeds.cpu_gb_s, speeds.cpu_from) if name == "cpu" else (speeds.gpu_gb_s, speeds.gpu_from)
+        for name in placement.device_names
     }
     devices = ", ".join(
         f"{name} {1e3 * seconds[name]:.1f} ms at {rates[name][0]:.0f} GB/s ({rates[name][1]})"
-        for name in placement.names
+        for name in placement.device_names
     )
     what = "one token" if budget.batch == 1 else f"one token of each of {budget.batch} sequences"
     rate = budget.batch / sum(seconds.values())
     lines += ["", f"{what} at context {budget.context}: {devices}{transfers}", f"at most {rate:.1f} tokens/s"]
-    if min_tokens := placement.streamed_from(speeds):
-        link = f"{speeds.link:.0f} GB/s ({speeds.link_from})"
+    if min_tokens := placement.min_streamed_tokens(speeds):
+        link = f"{speeds.link_gb_s:.0f} GB/s ({speeds.link_from})"
         lines.append(
             f"prompts of at least {min_tokens} tokens: experts are copied to their GPU at {link};"
-            f" shorter ones: computed on the CPU at {speeds.rate:.0f} GOPS (measured)"
+            f" shorter ones: computed on the CPU at {speeds.cpu_gops:.0f} GOPS (measured)"
         )
     return lines
 
@@ -229,16 +230,16 @@ def write(path: Path, placement: Any, base: str) -> None:
     is_shipped = Path(base).resolve().parent == rule_folder().resolve()
     budget = placement.budget
     usage = ", ".join(
-        f"{name} {format_bytes(placement.total(name))} of {format_bytes(budget.of(name))}" for name in placement.names
+        f"{name} {format_bytes(placement.total_bytes(name))} of {format_bytes(budget.bytes_of(name))}" for name in placement.device_names
     )
     lines = [
         f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {usage}",
         yaml.safe_dump({"rules": Path(base).stem if is_shipped else str(Path(base).resolve())}, width=1000).rstrip(),
-        yaml.safe_dump({"devices": placement.map()}, sort_keys=False, width=1000).rstrip(),
+        yaml.safe_dump({"devices": placement.device_map()}, sort_keys=False, width=1000).rstrip(),
     ]
-    if placement.share:
-        lines.append(yaml.safe_dump({"gpu_experts": placement.shares()}, sort_keys=False).rstrip())
-    if budget.vram and not placement.stream:
+    if placement.num_gpu_experts:
+        lines.append(yaml.safe_dump({"gpu_experts": placement.gpu_experts_map()}, sort_keys=False).rstrip())
+    if budget.vram and not placement.streams_experts:
         lines.append("stream_experts: 'off'")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,20 +13,20 @@ from typing import Any
 
 from ktx.cli import serve_ray
 from ktx.cli.arguments import (
-    Settings,
+    ConfigFile,
+    batching_options,
     flag,
     graphs_option,
-    load_options,
+    infer_model,
+    load_arguments,
     lora_option,
     model_options,
-    named_model,
     positive,
     speculation_options,
-    step_options,
     threads_option,
 )
 from ktx.errors import BadFile, UsageError
-from ktx.utils.versions import install
+from ktx.utils.versions import install_command
 
 SUMMARY = "serve a model over HTTP"
 EPILOG = (
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
         "--config",
-        action=Settings,
+        action=ConfigFile,
         metavar="FILE",
         help="YAML file that maps names of these options to values; options on the command line take precedence",
     )
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let clients load adapters under DIR, and unload any adapter, through vLLM's endpoints"
         " /v1/load_lora_adapter and /v1/unload_lora_adapter (default: these endpoints are disabled)",
     )
-    running_options(parser)
+    engine_options(parser)
     output = parser.add_argument_group("answers")
     output.add_argument(
         "--max-new-tokens",
@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(log, "--hide-input", default=True, help="keep prompts out of the log; false logs them (default true)")
 
 
-def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
+def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
     """Adds the engine's options, for the commands that start a server.
 
     Args:
@@ -156,7 +156,7 @@ def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> No
         metavar="N",
         help=f"max number of requests computed in one batch; further requests wait (default {batch})",
     )
-    step_options(group)
+    batching_options(group)
     group.add_argument(
         "--cache-lens",
         type=positive,
@@ -218,21 +218,21 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal arrives, then returns exit status 0."""
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"ktx serve needs {', '.join(missing)}: {install('serve')}")
+        raise UsageError(f"ktx serve needs {', '.join(missing)}: {install_command('serve')}")
     from ktx.server.auth import AccessPolicy
     from ktx.server.gc_tuning import freeze_gc
-    from ktx.server.log import set_up
+    from ktx.server.log import configure_logging
 
     keys = keys_of(args)
     check_exposure(args, keys)
     check_settings(args)
     serve_ray.check(args)
-    set_up(args.log_level, args.log_format)
+    configure_logging(args.log_level, args.log_format)
     from ktx.server.app import make_app
     from ktx.server.run import listen, serve
     from ktx.server.state import ServerState
 
-    has_model = named_model(args)
+    has_model = infer_model(args)
     names = tuple(args.model_name or [_model_name(args.model) if has_model else "ktx-demo"])
     if not has_model:
         import ktx.demo
@@ -281,9 +281,9 @@ def adapter_names(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[str
         return ()
     if args.backend_type == "scripted":
         raise UsageError("--lora: --backend-type scripted computes no model")
-    from ktx.model.lora import wishes
+    from ktx.model.lora import parse_adapters
 
-    adapters = tuple(adapter.name for adapter in wishes(args.lora))
+    adapters = tuple(adapter.name for adapter in parse_adapters(args.lora))
     if duplicate := next((name for name in adapters if name in names), None):
         raise UsageError(f"--lora: {duplicate!r} is the model's name; give another one: NAME=DIR")
     return adapters
@@ -374,7 +374,7 @@ def _engine(args: argparse.Namespace, state: Any) -> Any:
         threads=args.threads,
         progress=state.progress,
         mtp=args.speculative == "mtp",
-        **load_options(args, engine=True),
+        **load_arguments(args, engine=True),
     )
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads

@@ -9,9 +9,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from ktx.cli.arguments import flag, placed, positive
+from ktx.cli.arguments import flag, placement_kwargs, positive
 from ktx.errors import UsageError
-from ktx.utils.versions import install
+from ktx.utils.versions import install_command
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _missing() -> str:
-    return f"ktx serve --ray needs Ray Serve: {install('ray')}"
+    return f"ktx serve --ray needs Ray Serve: {install_command('ray')}"
 
 
 def check(args: argparse.Namespace) -> None:
@@ -78,9 +78,9 @@ def serve_replicas(
         settings: the `ServerSettings` of each replica.
         make: creates an engine from the options and the state that receives its loading progress.
     """
-    from ktx.replicas import prepare
+    from ktx.replicas import configure_ray_env
 
-    prepare(own=args.ray_address is None)
+    configure_ray_env(own_cluster=args.ray_address is None)
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from ktx.cache.page_pool import PAGE_TOKENS
@@ -160,7 +160,7 @@ def memory_bytes(args: argparse.Namespace) -> int:
         args.dtype,
         args.moe_dtype,
         lora=args.lora,
-        **placed(args),
+        **placement_kwargs(args),
     )
     plan.check()
     return memory_needed(plan)

@@ -10,12 +10,12 @@ from typing import Any
 
 from ktx.cli.arguments import (
     flag,
-    load_options,
+    load_arguments,
     lora_option,
     model_options,
     options_of,
     positive,
-    refuse,
+    reject_options,
     require_model,
 )
 
@@ -70,10 +70,12 @@ def run(args: argparse.Namespace) -> int:
     if args.perplexity:
         from ktx.cli import perplexity
 
-        refuse(args, {"prompt": options["prompt"]}, "has no effect with --perplexity, which uses the text of its FILE")
+        reject_options(
+            args, {"prompt": options["prompt"]}, "has no effect with --perplexity, which uses the text of its FILE"
+        )
         return perplexity.run(args)
-    refuse(args, {name: options[name] for name in ("against", "window")}, "needs --perplexity FILE")
-    refuse(
+    reject_options(args, {name: options[name] for name in ("against", "window")}, "needs --perplexity FILE")
+    reject_options(
         args,
         {"lora": options["lora"]},
         "needs --perplexity FILE: the layer-by-layer comparison runs without adapters",
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     import ktx
     from ktx.model import self_test
 
-    load_kwargs = load_options(args) | {"self_test": False}  # it runs below, after the layers' errors are printed
+    load_kwargs = load_arguments(args) | {"self_test": False}  # it runs below, after the layers' errors are printed
     model, tokenizer = ktx.load(args.model, args.weights, args.rules, **load_kwargs)
     ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens or DEFAULT_TOKENS]])
     rows, summary = compare(model, args, ids)
@@ -115,14 +117,14 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     """
     import torch
 
-    from ktx.kernels.check import IN_BF16, in_bf16
+    from ktx.kernels.check import BF16_EXACT_TYPES, multiplies_in_bf16
     from ktx.weights.base import open_weights
 
     source = open_weights(args.weights or args.model, model.config)
     recorded = _record(model, ids)
     reference = _Reference(model, source, args)
     matrices = {spec.qtype for step in model.ktx.plan for spec in step.specs if len(spec.shape) > 1}
-    in_bf16_products = in_bf16() and any(qtype.name in IN_BF16 for qtype in matrices)
+    in_bf16_products = multiplies_in_bf16() and any(qtype.name in BF16_EXACT_TYPES for qtype in matrices)
     quantized_types = {args.dtype, args.moe_dtype} - {None, "auto"}
     is_exact = all(qtype.is_float for qtype in matrices) and not quantized_types
     bound = MAX_ERROR_QUANTIZED if not is_exact else MAX_ERROR_BF16 if in_bf16_products else MAX_ERROR_FLOAT
@@ -284,11 +286,11 @@ class _Reference:
 
         import torch
 
-        from ktx.loader.meta_model import read_config, skeleton
+        from ktx.loader.meta_model import build_meta_model, read_config
 
         config = copy.deepcopy(read_config(args.model, args.trust_remote_code))
         config.num_experts_per_tok = getattr(model.config, "num_experts_per_tok", None)
-        self.model, self.source = skeleton(config, torch.float32, args.trust_remote_code), source
+        self.model, self.source = build_meta_model(config, torch.float32, args.trust_remote_code), source
         self.model.config._attn_implementation = "eager"
         self.tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         for module in self.model.modules():  # rotary tables are not in the checkpoint

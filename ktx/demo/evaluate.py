@@ -44,7 +44,7 @@ class Report:
         )
 
 
-def stock(folder: Path) -> tuple[Any, Any]:
+def load_reference(folder: Path) -> tuple[Any, Any]:
     """Loads the model and tokenizer with plain transformers in float32, as the reference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -69,7 +69,7 @@ def packed(mix: str, folder: Path) -> tuple[Any, Any]:
 
 
 FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
-    "transformers": stock,
+    "transformers": load_reference,
     "BF16": lambda folder: packed("BF16", folder),
     "Q8_0": lambda folder: packed("Q8_0", folder),
     "Q4_K_M": lambda folder: packed("Q4_K_M", folder),

@@ -125,7 +125,7 @@ def weighted_loss(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tens
 
 
 @torch.no_grad()
-def coarse(weight: torch.Tensor, block: int = 32, levels: int = 15) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, block: int = 32, levels: int = 15) -> torch.Tensor:
     """Fake-quantizes a weight to 4-bit blocks; the last phase of training runs on it, so that Q4_K_M loses little."""
     blocks = weight.reshape(-1, block)
     low, high = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True).clamp_min(0)

@@ -15,7 +15,7 @@ import torch
 
 from ktx import demo
 from ktx.demo import corpus, tokenizer
-from ktx.demo.model import Trainee, coarse, config
+from ktx.demo.model import Trainee, config, fake_quantize
 
 QUESTION_WEIGHT = 0.1  # low, but above 0, so that the model also learns how users ask
 
@@ -110,7 +110,7 @@ def coarse_step(progress: float, step: int) -> bool:
     return progress > 0.93 or (progress > 0.7 and step % 2 == 0)
 
 
-class Coarsened:
+class FakeQuantized:
     """Context in which every matrix is fake-quantized to 4 bits.
 
     The gradients are applied to the exact weights (straight-through estimator).
@@ -122,7 +122,7 @@ class Coarsened:
     def __enter__(self) -> None:
         self.exact = [value.data for value in self.weights]
         for value in self.weights:
-            value.data = coarse(value.data)
+            value.data = fake_quantize(value.data)
 
     def __exit__(self, *_: object) -> None:
         for value, exact in zip(self.weights, self.exact, strict=True):
@@ -148,7 +148,7 @@ def steps(
         ids, weight = (
             part.to(device) for part in data.batch(*shape(progress, step, args.tokens), chat_share(progress))
         )
-        with Coarsened(net, coarse_step(progress, step)), torch.autocast(device, torch.bfloat16):
+        with FakeQuantized(net, coarse_step(progress, step)), torch.autocast(device, torch.bfloat16):
             main, mtp = net.losses(ids, weight, with_mtp=step % 3 == 0)
             (main + 0.3 * mtp).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

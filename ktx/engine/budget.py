@@ -23,7 +23,7 @@ MAX_ITL_MS = 500  # default target of the inter-token latency
 MAX_GROWTH = 2.0
 
 
-def longest_step(context: int) -> int:
+def max_step_tokens(context: int) -> int:
     """Returns the number of tokens in the largest step of a request with `context` tokens, where memory suffices."""
     return max(STEP_TOKENS, min(MAX_STEP_TOKENS, context // PAST_DIVISOR))
 
@@ -59,41 +59,46 @@ class StepBudget:
     def __init__(
         self,
         step: int = STEP_TOKENS,
-        longest: int = MAX_STEP_TOKENS,
-        seconds: float = MAX_ITL_MS / 1000,
-        least: int = PAGE_TOKENS,
+        max_tokens: int = MAX_STEP_TOKENS,
+        target_s: float = MAX_ITL_MS / 1000,
+        min_tokens: int = PAGE_TOKENS,
     ):
-        self.step, self.longest, self.seconds, self.least = step, longest, seconds, least
-        self.fitting = float(least)
+        self.step, self.max_tokens, self.target_s, self.min_tokens = step, max_tokens, target_s, min_tokens
+        self.fitting_tokens = float(min_tokens)
         self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded
         self.warned = False
 
-    def tokens(self, past: int = 0, answers: bool = False) -> int:
+    def tokens(self, past: int = 0, decoding: bool = False) -> int:
         """Returns the prompt tokens for a step whose oldest prompt has `past` computed tokens; `answers`: whether the
         step also decodes.
         """
-        limit = max(self.step, min(self.longest, past // PAST_DIVISOR))
-        return min(limit, max(self.least, int(self.fitting) // PAGE_TOKENS * PAGE_TOKENS)) if answers else limit
+        limit = max(self.step, min(self.max_tokens, past // PAST_DIVISOR))
+        return (
+            min(limit, max(self.min_tokens, int(self.fitting_tokens) // PAGE_TOKENS * PAGE_TOKENS))
+            if decoding
+            else limit
+        )
 
-    def took(self, tokens: int, answers: bool, seconds: float) -> None:
+    def record(self, tokens: int, decoding: bool, seconds: float) -> None:
         """Records that a step with `tokens` prompt tokens took `seconds`; `answers`: whether it also decoded."""
         if not tokens or seconds <= 0:
             return
-        self.latest[answers] = StepTiming(tokens, seconds)
-        if not answers:
+        self.latest[decoding] = StepTiming(tokens, seconds)
+        if not decoding:
             return
-        fitting_tokens = tokens * self.seconds / seconds
+        fitting_tokens = tokens * self.target_s / seconds
         # A quick step at the end of a prompt, with few tokens, is no evidence that more tokens fit.
-        if seconds > self.seconds or 2 * tokens >= self.tokens(self.longest * PAST_DIVISOR, True):
-            self.fitting = max(
-                float(self.least), min(fitting_tokens, MAX_GROWTH * max(self.fitting, tokens), float(self.longest))
+        if seconds > self.target_s or 2 * tokens >= self.tokens(self.max_tokens * PAST_DIVISOR, True):
+            self.fitting_tokens = max(
+                float(self.min_tokens),
+                min(fitting_tokens, MAX_GROWTH * max(self.fitting_tokens, tokens), float(self.max_tokens)),
             )
-        if seconds > self.seconds and self.least <= tokens < 2 * self.least and not self.warned:
+        if seconds > self.target_s and self.min_tokens <= tokens < 2 * self.min_tokens and not self.warned:
             self.warned = True
             log.warning(
                 "a step with %d prompt tokens and decode tokens takes %.1f s, more than the %.1f s of --max-itl-ms; "
                 "steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts",
                 tokens,
                 seconds,
-                self.seconds,
+                self.target_s,
             )

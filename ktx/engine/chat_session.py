@@ -23,7 +23,7 @@ class Session:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.prompts = PromptRenderer(self.engine.tokenizer, self.engine.model.config.model_type)
+        self.renderer = PromptRenderer(self.engine.tokenizer, self.engine.model.config.model_type)
 
     def cancel(self) -> None:
         """Ends the running output; text that was streamed stays."""
@@ -31,16 +31,16 @@ class Session:
         if self.request is not None:
             self.engine.cancel(self.request)
 
-    def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> RenderedPrompt:
+    def render(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> RenderedPrompt:
         """Renders a conversation with the generation prompt. `force_think`: opens the reasoning block where the
         template does not.
         """
-        return self.prompts.render(messages, force_think=force_think)
+        return self.renderer.render(messages, force_think=force_think)
 
-    def answer(self, prompt: RenderedPrompt, sampling: SamplingParams) -> Iterator[Text | Finished]:
+    def stream(self, prompt: RenderedPrompt, sampling: SamplingParams) -> Iterator[Text | Finished]:
         """Submits a prompt and yields text as it arrives, reasoning apart from content, then Finished."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.cancelled, parser = False, Parser(self.prompts.dialect, thinking=prompt.thinking)
+        self.cancelled, parser = False, Parser(self.renderer.chat_format, thinking=prompt.thinking)
         self.request = self.engine.submit(prompt.ids, sampling, events.put)
         try:
             while True:
@@ -55,9 +55,9 @@ class Session:
             self.engine.cancel(self.request)
             self.request = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Empties the engine's prefix cache."""
-        self.engine.clear()
+        self.engine.reset_prefix_cache()
 
 
 def _texts(events: Sequence[Any]) -> Iterator[Text]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
-from ktx.ops.lora import Use
+from ktx.ops.lora import AdapterUse
 
 if TYPE_CHECKING:
     from ktx.engine.engine import Engine
 
 
-Lora = str | Use | Sequence[str | Use] | None  # adapters by name, or with a factor; None: the adapters in use
+Lora = (
+    str | AdapterUse | Sequence[str | AdapterUse] | None
+)  # adapters by name, or with a factor; None: the adapters in use
 
 
 def generate(
@@ -34,7 +36,7 @@ def generate(
     requests: list[Request] = []
     try:
         for i, prompt in enumerate(prompts):
-            requests.append(engine.submit(engine.ids(prompt), sampling, _with_index(events, i), lora=lora))
+            requests.append(engine.submit(engine.tokenize(prompt), sampling, _with_index(events, i), lora=lora))
         num_running = len(requests)
         while num_running:
             index, event = events.get()

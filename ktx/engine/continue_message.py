@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ktx.chat_formats import ChatFormat, opened
+from ktx.chat_formats import ChatFormat, ends_in_reasoning
 from ktx.errors import UsageError
 
 Message = Mapping[str, Any]
@@ -62,7 +62,7 @@ def _split_reasoning(message: Message, chat_format: ChatFormat) -> tuple[str, st
     begun.
     """
     reasoning, content = message.get("reasoning_content") or "", message["content"] or ""
-    open_mark, close_mark = chat_format.think
+    open_mark, close_mark = chat_format.reasoning_marks
     if open_mark and not reasoning and content.lstrip().startswith(open_mark):
         reasoning, found_close, content = content.lstrip()[len(open_mark) :].lstrip("\n").partition(close_mark)
         if not found_close:
@@ -85,7 +85,7 @@ def _with_sentinel(
         if thinking
         else closed_reasoning and closed_reasoning[:insert_at] + sentinel + closed_reasoning[insert_at:]
     )
-    keys = ("reasoning_content", chat_format.thinking_key) if reasoning else ()
+    keys = ("reasoning_content", chat_format.reasoning_key) if reasoning else ()
     content = "" if thinking else prefill_text + sentinel
     return {**message, "content": content} | {key: reasoning for key in keys if key}
 
@@ -115,8 +115,8 @@ def _append_reasoning(
     """Returns a prompt that ends inside the reasoning block, or after it if `closed_reasoning` is given: for templates
     that do not render a message's reasoning.
     """
-    text, (open_mark, close_mark) = render(history, True), chat_format.think
-    if not opened(text, chat_format):
+    text, (open_mark, close_mark) = render(history, True), chat_format.reasoning_marks
+    if not ends_in_reasoning(text, chat_format):
         if not open_mark or open_mark not in template or text.rstrip().endswith(close_mark):
             raise UsageError("the model's chat template renders no reasoning here: leave it out of the last message")
         text += open_mark + ("\n" if f"{open_mark}\\n" in template else "")

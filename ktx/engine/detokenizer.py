@@ -19,7 +19,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, hidden: Container[int] = ()):
         self.tokenizer, self.hidden, self.ids = tokenizer, hidden, list[int]()
-        self.start, self.shown = 0, 0  # decoding starts at `start`; tokens before `shown` have been emitted
+        self.start, self.emitted = 0, 0  # decoding starts at `start`; tokens before `shown` have been emitted
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -29,16 +29,16 @@ class Detokenizer:
         if token in self.hidden:
             return ""
         self.ids.append(token)
-        emitted_text, text = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        emitted_text, text = self._decode(self.ids[self.start : self.emitted]), self._decode(self.ids[self.start :])
         if text.endswith("�") or len(text) <= len(emitted_text):
             return ""
-        self.start, self.shown = self.shown, len(self.ids)
+        self.start, self.emitted = self.emitted, len(self.ids)
         return text[len(emitted_text) :]
 
     def flush(self) -> str:
         """Returns the text that was held back; call it after the last token."""
-        emitted_text, text = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        self.start = self.shown = len(self.ids)
+        emitted_text, text = self._decode(self.ids[self.start : self.emitted]), self._decode(self.ids[self.start :])
+        self.start = self.emitted = len(self.ids)
         return text[len(emitted_text) :]
 
 
@@ -48,26 +48,26 @@ class StopChecker:
     """
 
     def __init__(self, stop: Iterable[str] = (), include: bool = False):
-        self.stop, self.include, self.held = [s for s in stop if s], include, ""
+        self.stop, self.include, self.pending = [s for s in stop if s], include, ""
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
         """Returns the text that is safe to emit; nothing more after a stop string."""
         if self.found is not None:
             return ""
-        self.held += piece
-        hits = [(self.held.find(stop), stop) for stop in self.stop if stop in self.held]
+        self.pending += piece
+        hits = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
         if hits:
             end, self.found = min(hits)
             end += len(self.found) if self.include else 0
         else:
-            end = len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0)
-        emitted, self.held = self.held[:end], self.held[end:]
+            end = len(self.pending) - max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+        emitted, self.pending = self.pending[:end], self.pending[end:]
         return emitted
 
     def flush(self) -> str:
         """Returns the text that was held back; call it after the last piece."""
-        rest, self.held = self.held, ""
+        rest, self.pending = self.pending, ""
         return "" if self.found is not None else rest
 
 

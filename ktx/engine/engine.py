@@ -18,21 +18,21 @@ import torch
 from ktx.cache.page_pool import PAGE_TOKENS, PagePool
 from ktx.engine.budget import ACTIVATION_MEMORY_SHARE, MAX_ITL_MS, MAX_STEP_TOKENS, STEP_TOKENS, StepBudget
 from ktx.engine.client import Listener, Lora, generate
-from ktx.engine.notes import ENGINES, notes_of
+from ktx.engine.notes import ENGINES, engine_notes
 from ktx.engine.output_state import OutputState
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import ForwardCancelled, ModelRunner
-from ktx.engine.runner_selection import runner_for
+from ktx.engine.runner_selection import select_runner
 from ktx.engine.sampler import SamplingParams
-from ktx.engine.scheduler import ScheduledChunk, Scheduler, pages_for
-from ktx.engine.speculation import KINDS, MAX_DRAFT_TOKENS, PromptLookup, SpeculativeDecoder
+from ktx.engine.scheduler import ScheduledChunk, Scheduler, num_pages
+from ktx.engine.speculation import DRAFTERS, MAX_DRAFT_TOKENS, PromptLookup, SpeculativeDecoder
 from ktx.engine.stats import EngineStats
 from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, did_you_mean
 from ktx.hardware import memory
-from ktx.model.lora import check_memory, fitted, read
-from ktx.model.notes import tell
-from ktx.ops.lora import Use, Uses
-from ktx.weights.lora import Wish
+from ktx.model.lora import check_memory, match_modules, read
+from ktx.model.notes import add_notes
+from ktx.ops.lora import AdapterUse, AdapterUses
+from ktx.weights.lora import AdapterSpec
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT_TOKENS = 1 << 15
@@ -84,10 +84,10 @@ class Options:
             raise UsageError(f"prefix_cache_gb is {self.prefix_cache_gb}, it must be more than 0")
         if self.prefix_cache_dir is not None and not self.prefix_cache:
             raise UsageError("prefix_cache_dir stores the pages of the prefix cache, which is off")
-        if self.speculative is not None and self.speculative not in KINDS:
+        if self.speculative is not None and self.speculative not in DRAFTERS:
             raise UsageError(
-                f"speculative {self.speculative!r} is not a drafter{did_you_mean(self.speculative, KINDS)}; "
-                f"give one of {' '.join(KINDS)}"
+                f"speculative {self.speculative!r} is not a drafter{did_you_mean(self.speculative, DRAFTERS)}; "
+                f"give one of {' '.join(DRAFTERS)}"
             )
 
 
@@ -103,34 +103,36 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
-        pages = runner.pages if runner else pages_for(self.options.cache_lens)
+        pages = runner.pages if runner else num_pages(self.options.cache_lens)
         limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
         self.context = min(self.options.max_context or limit, limit, pages * PAGE_TOKENS)
-        self.stop_ids = stop_ids(model, tokenizer)
-        self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
-        self.runner.shared = self.options.prefix_cache
+        self.stop_ids = end_token_ids(model, tokenizer)
+        self.runner = runner or select_runner(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
+        self.runner.shares_recurrent_states = self.options.prefix_cache
         self.speculation = self._build_speculation()
         self._check_memory()
         self.runner.capture(self.context)
         self.budget = self._build_budget()
         self.store = self._open_store()
-        self.activity = EngineStats(model)
+        self.stats = EngineStats(model)
         self.scheduler = self._build_scheduler(pages)
-        self.answers: dict[Request, OutputState] = {}
+        self.outputs: dict[Request, OutputState] = {}
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
-        self.submitted = 0
-        self.leaving: set[str] = set()  # adapters that were unloaded while unfinished requests still use them
+        self.num_submitted = 0
+        self.unloading_adapters: set[str] = (
+            set()
+        )  # adapters that were unloaded while unfinished requests still use them
         self.steps = 0
         self.failure = ""  # why the engine has stopped for good; empty while it runs
-        self.restarts = 0
+        self.num_restarts = 0
         self.closed = False
         # called on the engine's thread with the last event of each request
         self.on_finished: Callable[[Finished], None] | None = None
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
         self.process = os.getpid()
-        tell(getattr(getattr(model, "ktx", None), "notes", []), notes_of(self, limit), ENGINES)
+        add_notes(getattr(getattr(model, "ktx", None), "notes", []), engine_notes(self, limit), ENGINES)
 
     def _build_scheduler(self, pages: int) -> Scheduler:
         return Scheduler(
@@ -139,17 +141,21 @@ class Engine:
             self.budget,
             self.options.prefix_cache and self.runner.supports_prefix_cache,
             self.runner.recurrent,
-            self.runner.forget,
-            self.runner.resume,
+            self.runner.free,
+            self.runner.restore,
             self.runner.snapshot,
-            self.runner.two_forms,
+            self.runner.page_aligned_numerics,
             self.store,
-            self.runner.grain,
+            self.runner.granularity,
         )
 
     def _build_budget(self) -> StepBudget:
         """Returns the step budget that the free memory allows. DoesNotFit when a configured `chunk_size` needs more."""
-        granularity, requested, seconds = self.runner.grain, self.options.chunk_size, self.options.max_itl_ms / 1000
+        granularity, requested, seconds = (
+            self.runner.granularity,
+            self.options.chunk_size,
+            self.options.max_itl_ms / 1000,
+        )
         max_tokens = self.runner.largest_step(
             requested or MAX_STEP_TOKENS, 1.0 if requested else ACTIVATION_MEMORY_SHARE
         )
@@ -210,7 +216,7 @@ class Engine:
                 "lower --cache_lens (for ktx chat: --max-context)"
             ) from error
         finally:
-            self.runner.forget(probe)
+            self.runner.free(probe)
         need = self.runner.nbytes()
         if need > free:
             raise DoesNotFit(
@@ -225,7 +231,7 @@ class Engine:
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        sink: Callable[[Event], None],
+        on_event: Callable[[Event], None],
         constraint: Any = None,
         salt: bytes = b"",
         lora: Lora = None,
@@ -246,25 +252,29 @@ class Engine:
             Overloaded: the engine has stopped.
         """
         self._check_process()
-        sampling = self.checked(prompt, sampling)
+        sampling = self.check_request(prompt, sampling)
         with self.lock:
             if self.closed or self.failure:
                 raise Overloaded(self.failure or "the engine is closed")
-            if len(self.answers) >= self.options.max_queue + self.options.max_batch_size:
-                raise QueueFull(f"{len(self.answers)} requests are waiting or running; try again later")
+            if len(self.outputs) >= self.options.max_queue + self.options.max_batch_size:
+                raise QueueFull(f"{len(self.outputs)} requests are waiting or running; try again later")
             # under the lock, so that no adapter is unloaded before the request is registered
             adapters = self._adapters(lora)
             digest = self.runner.adapters.digest(adapters)
-            request = Request(list(prompt), sampling, sink, digest + salt, constraint, adapters)
-            self.submitted += 1
-            request.id = self.submitted
-            self.answers[request] = OutputState(request, self.tokenizer, self.stop_ids, self.context)
+            request = Request(list(prompt), sampling, on_event, digest + salt, constraint, adapters)
+            self.num_submitted += 1
+            request.id = self.num_submitted
+            self.outputs[request] = OutputState(request, self.tokenizer, self.stop_ids, self.context)
         self.inbox.put(lambda: self.scheduler.add(request))
         return request
 
-    def _adapters(self, lora: Lora) -> Uses:
+    def _adapters(self, lora: Lora) -> AdapterUses:
         adapters = self.runner.adapters
-        return adapters.in_use if lora is None else adapters.checked([lora] if isinstance(lora, str | Use) else lora)
+        return (
+            adapters.in_use
+            if lora is None
+            else adapters.resolve([lora] if isinstance(lora, str | AdapterUse) else lora)
+        )
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0, replace: bool = False) -> str:
         """As `model.ktx.load_lora`, while requests run: the caller's thread reads and packs the adapter, which is
@@ -282,17 +292,17 @@ class Engine:
         Raises:
             DoesNotFit: memory is short.
         """
-        file = read(Wish.of(path).named(name, scale))
-        modules = fitted(self.model, file)
+        file = read(AdapterSpec.parse(path).with_name(name, scale))
+        modules = match_modules(self.model, file)
         check_memory(modules)
         adapters, adapter = self.runner.adapters, file.adapter
-        packed = adapters.packed(modules)
+        packed = adapters.pack(modules)
 
         def attach() -> None:
             with self.lock:
                 if replace and adapter.name in adapters.known:
                     self._unload(adapter.name)
-                adapters.hang(adapter, packed)
+                adapters.attach(adapter, packed)
 
         self.between_steps(attach)
         return adapter.name
@@ -313,13 +323,13 @@ class Engine:
         if not self._adapter_in_use(name):
             return adapters.drop(name)
         other = adapters.retire(name)
-        for request in self.answers:
+        for request in self.outputs:
             request.lora = tuple(use._replace(name=other) if use.name == name else use for use in request.lora)
-        self.leaving.add(other)
+        self.unloading_adapters.add(other)
 
     def _adapter_in_use(self, name: str) -> bool:
         """Whether an unfinished request uses an adapter."""
-        return any(use.name == name for request in self.answers for use in request.lora)
+        return any(use.name == name for request in self.outputs for use in request.lora)
 
     def between_steps(self, function: Callable[[], None]) -> None:
         """Calls `function` on the engine's thread after the current step, and waits for it. Overloaded when that thread
@@ -343,7 +353,7 @@ class Engine:
                 return
         raise Overloaded(self.failure or "the engine is closed")
 
-    def checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+    def check_request(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
         """Returns the sampling parameters with max_new_tokens limited to the capacity left in the context. UsageError
         when the prompt is empty or holds an unknown token id, ContextExceeded when no capacity is left.
         """
@@ -374,7 +384,7 @@ class Engine:
         """
         return generate(self, prompts, sampling or SamplingParams(), lora)
 
-    def listen(
+    def stream(
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
@@ -385,18 +395,18 @@ class Engine:
         """Queues one prompt, whose events arrive on the running event loop: `async with engine.listen(prompt) as
         events: async for event in events`. For the arguments see `submit`.
         """
-        return Listener(self, self.ids(prompt), sampling or SamplingParams(), constraint, salt, lora)
+        return Listener(self, self.tokenize(prompt), sampling or SamplingParams(), constraint, salt, lora)
 
-    def ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+    def tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """Returns token ids; tokenizes text."""
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
 
     @property
-    def stuck(self) -> bool:
+    def stalled(self) -> bool:
         """Whether requests are unfinished and no layer has finished for STALL_TIMEOUT_S seconds."""
-        return bool(self.answers) and time.monotonic() - self.runner.last_progress > STALL_TIMEOUT_S
+        return bool(self.outputs) and time.monotonic() - self.runner.last_progress > STALL_TIMEOUT_S
 
-    def clear(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Empties the prefix cache; pages of unfinished requests stay."""
         self.inbox.put(lambda: self.scheduler.pages.reset_prefix_cache())
 
@@ -412,7 +422,7 @@ class Engine:
             return
         with self.lock:
             self.closed = True
-        for request in list(self.answers):
+        for request in list(self.outputs):
             request.cancelled = True
         self.inbox.put(None)
         self.thread.join(timeout=60)
@@ -420,7 +430,7 @@ class Engine:
             self.speculation.drafter.close()
         if self.store is not None:
             self.store.close()
-        self.runner.adapters.rest()
+        self.runner.adapters.end_steps()
 
     def _check_process(self) -> None:
         """Raises UsageError in a forked child, because the engine's thread exists only in the parent process."""
@@ -448,16 +458,16 @@ class Engine:
                 log.exception("the engine's thread failed")
                 if not self._restart(error):
                     break
-        for output in list(self.answers.values()):
+        for output in list(self.outputs.values()):
             self._finish(output, "cancelled")
 
     def _restart(self, error: BaseException) -> bool:
         """Fails all unfinished requests and restarts with empty pages. Returns False after MAX_RESTARTS restarts."""
-        self.restarts += 1
+        self.num_restarts += 1
         with self.lock:
-            if self.restarts > MAX_RESTARTS:
+            if self.num_restarts > MAX_RESTARTS:
                 self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
-            failed = list(self.answers.values())
+            failed = list(self.outputs.values())
         self.scheduler = self._build_scheduler(self.scheduler.pages.count)
         self.runner.clear()
         for output in failed:
@@ -485,7 +495,7 @@ class Engine:
         """Schedules and runs one forward and processes its logits."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
-                self._finish(self.answers[request], "cancelled")
+                self._finish(self.outputs[request], "cancelled")
         chunks = self.scheduler.schedule()
         if not chunks:
             return
@@ -495,7 +505,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.started = chunk.request.started or now
         try:
-            with self.activity.forward(*self.runner.reads(chunks)):
+            with self.stats.forward(*self.runner.count_forwards(chunks)):
                 start = time.perf_counter()
                 logits = self.runner.run(chunks)
         except ForwardCancelled:
@@ -503,8 +513,8 @@ class Engine:
         except Exception as error:
             self._isolate_failure(chunks, error)
         else:
-            num_prompt_tokens = sum(chunk.count for chunk in chunks if not chunk.answers)
-            self.budget.took(num_prompt_tokens, any(chunk.answers for chunk in chunks), time.perf_counter() - start)
+            num_prompt_tokens = sum(chunk.count for chunk in chunks if not chunk.is_decode)
+            self.budget.record(num_prompt_tokens, any(chunk.is_decode for chunk in chunks), time.perf_counter() - start)
             results = [(chunk, self._process_logits(chunk, logits[chunk.request])) for chunk in chunks]
             if self.speculation is not None:
                 self._draft(self.speculation, results, num_drafted, now)
@@ -523,7 +533,7 @@ class Engine:
         """
         for chunk, num_kept in results:
             if num_drafted[chunk.request]:
-                speculation.checked(chunk.request, num_drafted[chunk.request], num_kept - 1)
+                speculation.record_verified(chunk.request, num_drafted[chunk.request], num_kept - 1)
         max_drafts = {
             chunk.request: min(
                 chunk.request.sampling.max_new_tokens - chunk.request.num_output,
@@ -531,10 +541,10 @@ class Engine:
             )
             - 1
             for chunk, _ in results
-            if chunk.request in self.answers and chunk.request.num_uncomputed == 1 and not chunk.request.isolated
+            if chunk.request in self.outputs and chunk.request.num_uncomputed == 1 and not chunk.request.isolated
         }
         try:
-            kept_results = [(chunk, num_kept if chunk.request in self.answers else 0) for chunk, num_kept in results]
+            kept_results = [(chunk, num_kept if chunk.request in self.outputs else 0) for chunk, num_kept in results]
             speculation.prepare(kept_results, max_drafts, time.perf_counter() - start)
         except Exception:
             log.exception("computing draft tokens failed; speculative decoding is off from now on")
@@ -542,9 +552,9 @@ class Engine:
 
     def _process_logits(self, chunk: ScheduledChunk, logits: torch.Tensor) -> int:
         """Processes the logits of a chunk and returns how many of its tokens stay in the cache."""
-        request, output = chunk.request, self.answers[chunk.request]
+        request, output = chunk.request, self.outputs[chunk.request]
         num_output_before = request.num_output
-        self.activity.prompt_tokens += chunk.prompt
+        self.stats.prompt_tokens += chunk.num_prompt_tokens
         try:
             num_kept, reason = output.process_logits(chunk, logits)
         except UsageError as error:  # its grammar exceeds the parser's limits
@@ -555,7 +565,7 @@ class Engine:
             self._finish(output, "error", error=f"{type(error).__name__}: {error}")
             return 0
         request.isolated = False
-        self.activity.answer_tokens += request.num_output - num_output_before
+        self.stats.answer_tokens += request.num_output - num_output_before
         self.scheduler.commit(request, num_kept)
         if reason:
             self._finish(output, reason)
@@ -571,24 +581,24 @@ class Engine:
             for chunk in chunks:
                 chunk.request.isolated = True
         else:
-            self._finish(self.answers[chunks[0].request], "error", error=f"{type(error).__name__}: {error}")
+            self._finish(self.outputs[chunks[0].request], "error", error=f"{type(error).__name__}: {error}")
 
     def _finish(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
-        self.scheduler.drop(output.request)
+        self.scheduler.remove(output.request)
         self._send_finished(output, reason, error, client_error)
 
     def _send_finished(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
         with self.lock:
-            self.answers.pop(output.request, None)
-            for name in [adapter for adapter in self.leaving if not self._adapter_in_use(adapter)]:
+            self.outputs.pop(output.request, None)
+            for name in [adapter for adapter in self.unloading_adapters if not self._adapter_in_use(adapter)]:
                 self.runner.adapters.drop(name)
-                self.leaving.discard(name)
+                self.unloading_adapters.discard(name)
         finished = output.finish(reason, error, client_error)
         if self.on_finished is not None:
             output.request.context.run(self.on_finished, finished)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Returns the token ids that end an output, from the generation config, the model's config and the tokenizer."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config, tokenizer):

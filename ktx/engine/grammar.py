@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.utils.fork_handlers import Lock
+from ktx.utils.fork_handlers import ForkSafeLock
 
 # of a schema; "bytes" also limits a regular expression or Lark text
 SCHEMA_LIMITS = {"bytes": 256 << 10, "depth": 64, "members": 2000}
@@ -23,7 +23,7 @@ MAX_PARSER_ITEMS = 10_000
 JSON_WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def rules_of_schema(schema: Any) -> str:
+def schema_grammar(schema: Any) -> str:
     """Returns a Lark grammar of one JSON value that matches a schema (True: any object). UsageError for a schema that
     is too large or has external references.
     """
@@ -50,14 +50,14 @@ def check_schema(schema: Any) -> None:
     _check_size(json.dumps(schema), "the JSON schema")
 
 
-def rules_of_regex(pattern: str) -> str:
+def regex_grammar(pattern: str) -> str:
     """Returns a Lark grammar of text that a regular expression matches in full."""
     _check_size(pattern, "the regular expression")
     escaped = pattern.replace("/", r"\/").replace("\n", r"\n")
     return f"%llguidance {{}}\nstart: /{escaped}/\n"
 
 
-def rules_of_choice(texts: Sequence[str]) -> str:
+def choice_grammar(texts: Sequence[str]) -> str:
     """Returns a Lark grammar that allows one of several texts."""
     return f"%llguidance {{}}\nstart: {' | '.join(json.dumps(text, ensure_ascii=False) for text in texts)}\n"
 
@@ -83,7 +83,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Sequence[int]):
         self.tokenizer, self.vocabulary, self.stop_ids = tokenizer, vocabulary, sorted(stop_ids)
-        self.lock = Lock()
+        self.lock = ForkSafeLock()
         self._tokenizer_tables: Any = None
 
     def _get_tokenizer_tables(self) -> Any:
@@ -101,7 +101,7 @@ class GrammarCompiler:
                     raise UsageError(f"this model's tokenizer cannot follow a grammar: {error}") from error
             return self._tokenizer_tables
 
-    def constraint(self, rules: str, after: str = "") -> GrammarMatcher:
+    def compile(self, rules: str, after: str = "") -> GrammarMatcher:
         """Compiles a grammar for one output.
 
         Args:

@@ -29,7 +29,7 @@ from ktx.kernels import cpu
 from ktx.kernels.gpu.attention_backend import plans_on_host
 from ktx.ops.device_hooks import ToDevice, is_rotary
 from ktx.ops.gpu import offload, streams
-from ktx.ops.gpu.padding import Padding, padded
+from ktx.ops.gpu.padding import Padding, with_padding
 from ktx.ops.guard import Guard
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
@@ -60,14 +60,14 @@ class CudaGraph:
         """Runs the function twice: the first run compiles kernels and allocates memory that has to outlive the
         graph's.
         """
-        with torch.cuda.device(self.device), streams.captured() as host_function_ids:
+        with torch.cuda.device(self.device), streams.collect_graph_functions() as host_function_ids:
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 function()
             stream.synchronize()
-            offload.check(self.model)
-            weakref.finalize(self, streams.forget, host_function_ids)
+            offload.raise_offload_errors(self.model)
+            weakref.finalize(self, streams.unregister, host_function_ids)
             # Other threads may continue operations that a global capture forbids, such as allocating memory.
             with torch.cuda.graph(self.graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 function()
@@ -112,7 +112,7 @@ class Inputs:
     """
 
     def __init__(self, device: Device, max_requests: int, width: int, spare: int):
-        pinned = device.gpu and not device.pretended
+        pinned = device.gpu and not device.fake
         self.spare, self.count = spare, torch.zeros(1, dtype=torch.int64)
         self.host_numbers = torch.zeros(len(ROW_FIELDS), max_requests, dtype=torch.int64, pin_memory=pinned)
         self.host_pages = torch.full((max_requests, width), spare, dtype=torch.int32, pin_memory=pinned)
@@ -168,7 +168,7 @@ class DecodeStep:
         self.tables.plans.clear()  # a schedule is valid for the lengths of one step
         self.cache.batch = self.batch
         try:
-            with cpu.bf16_rows(self.size), padded(self.padding):
+            with cpu.bf16_rows(self.size), with_padding(self.padding):
                 out = self.model(
                     **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.model_inputs
                 )
@@ -186,7 +186,7 @@ class Graphs:
     """
 
     def __init__(self, model: Any, cache: PagedCache, max_requests: int, context: int, spare: int):
-        device = gpu_of(model)
+        device = first_gpu(model)
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
         self.width = min(-(-context // PAGE_TOKENS), spare)
@@ -195,13 +195,13 @@ class Graphs:
         lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.logits = torch.empty(max_requests, lm_head.out_features, dtype=model.dtype, device=device.torch)
         self.hidden: torch.Tensor | None = None
-        if not placed(model)[embedding].gpu:
+        if not module_devices(model)[embedding].gpu:
             shape = 1, max_requests, embedding.embedding_dim
             self.hidden = torch.empty(shape, dtype=model.dtype, device=device.torch)
         self.graphs: dict[int, Graph] = {}
         # Graphs hold addresses, so the steps' tensors must live as long as the graphs.
         self.steps: dict[int, DecodeStep] = {}
-        self.guard = guard(model)
+        self.guard = replay_guard(model)
         self.replays = 0
 
     @torch.inference_mode()
@@ -210,12 +210,12 @@ class Graphs:
         if not self.guard.holds():
             log.info("no CUDA graphs: a module has hooks or was replaced, which a replay would not call")
             return
-        started, pool = time.perf_counter(), None if self.device.pretended else torch.cuda.graph_pool_handle()
+        started, pool = time.perf_counter(), None if self.device.fake else torch.cuda.graph_pool_handle()
         bytes_before = self._reserved_bytes()
-        for size in _with_progress(sizes_up_to(self.max_requests)):
+        for size in _with_progress(capture_sizes(self.max_requests)):
             self._fill([], size)
             self.steps[size] = DecodeStep(self, size)
-            graph: Graph = EagerReplay() if self.device.pretended else CudaGraph(self.model, self.device.torch, pool)
+            graph: Graph = EagerReplay() if self.device.fake else CudaGraph(self.model, self.device.torch, pool)
             graph.capture(self.steps[size])
             self.graphs[size] = graph
         sizes = ", ".join(map(str, sorted(self.graphs)))
@@ -226,7 +226,7 @@ class Graphs:
 
     def _reserved_bytes(self) -> int:
         """Returns the bytes that torch has reserved on the device."""
-        return 0 if self.device.pretended else torch.cuda.memory_reserved(self.device.torch)
+        return 0 if self.device.fake else torch.cuda.memory_reserved(self.device.torch)
 
     def step(self, tokens: Sequence[Token]) -> torch.Tensor | None:
         """Returns logits [tokens, vocabulary] on the device, valid until the next step; None when no graph fits this
@@ -248,7 +248,7 @@ class Graphs:
             self.hidden[:, :size].copy_(self.model.get_input_embeddings()(ids[None]))
 
 
-def sizes_up_to(max_requests: int) -> list[int]:
+def capture_sizes(max_requests: int) -> list[int]:
     """Returns the numbers of requests that steps are captured for, largest first: the maximum and the powers of two
     below it.
     """
@@ -266,27 +266,31 @@ def _with_progress(sizes: Sequence[int]) -> Iterator[int]:
     yield from track(sizes, "capturing CUDA graphs", console=Console(stderr=True), transient=True)
 
 
-def placed(model: Any) -> dict[torch.nn.Module, Device]:
+def module_devices(model: Any) -> dict[torch.nn.Module, Device]:
     """Returns the devices of modules, without those that a forward does not call."""
     modules, devices = dict(model.named_modules()), model.ktx.plan.devices
     return {modules[path]: device for path, device in devices.items() if path in modules}
 
 
-def gpu_of(model: Any) -> Device | None:
+def first_gpu(model: Any) -> Device | None:
     """Returns the first GPU that modules are on; None for a model on the CPU."""
     return next((device for device in model.ktx.plan.devices.values() if device.gpu), None)
 
 
-def handed_over(model: Any) -> dict[torch.nn.Module, Any]:
+def offloaded_experts(model: Any) -> dict[torch.nn.Module, Any]:
     """Returns experts in CPU memory -> their offload, whose calls a graph can contain."""
-    blocks = [module for module in model.modules() if getattr(module, "handover", None) is not None]
-    return {block.experts: block.handover for block in blocks}
+    blocks = [module for module in model.modules() if getattr(module, "offload", None) is not None]
+    return {block.experts: block.offload for block in blocks}
 
 
 def unsupported_reason(model: Any) -> str:
     """Returns why decode steps of a model on a GPU cannot be captured; empty if they can."""
-    gpu, devices, names = gpu_of(model), placed(model), {module: path for path, module in model.named_modules()}
-    modules, offloads, embedding = dict(model.named_modules()), handed_over(model), model.get_input_embeddings()
+    gpu, devices, names = (
+        first_gpu(model),
+        module_devices(model),
+        {module: path for path, module in model.named_modules()},
+    )
+    modules, offloads, embedding = dict(model.named_modules()), offloaded_experts(model), model.get_input_embeddings()
     tables = [module for module in names if is_rotary(module)]
     for module in [*(modules[step.path] for step in model.ktx.plan if step.path in modules), *tables]:
         allowed = (gpu, CPU) if module is embedding else (gpu,)
@@ -297,7 +301,7 @@ def unsupported_reason(model: Any) -> str:
             return f"the tables of {names[module]} depend on a sequence's length"
     if any(plans_on_host(getattr(module, "backend", "triton")) for module in names):
         return "FlashInfer, which a rule selects as backend, plans on the CPU"
-    fake = gpu is None or gpu.pretended
+    fake = gpu is None or gpu.fake
     if not fake and any(
         isinstance(expert_offload.stream, streams.ThreadStream) for expert_offload in offloads.values()
     ):
@@ -305,14 +309,14 @@ def unsupported_reason(model: Any) -> str:
     return ""
 
 
-def guard(model: Any) -> Guard:
+def replay_guard(model: Any) -> Guard:
     """Returns a guard of the modules that a replay does not call: it holds as long as they are the same and have no
     hooks.
     """
-    called_modules = {*handed_over(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
+    called_modules = {*offloaded_experts(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
     replayed_modules = [module for module in model.modules() if module not in called_modules]
     replay_guard = Guard(
-        (), replayed_modules, (module.copied() for module in replayed_modules if isinstance(module, RMSNorm))
+        (), replayed_modules, (module.copied_weight() for module in replayed_modules if isinstance(module, RMSNorm))
     )
     replay_guard.children.append((model._modules, tuple(model._modules.values())))
     replay_guard.hooks = [

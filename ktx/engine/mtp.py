@@ -93,7 +93,7 @@ class MTPDrafter:
         batch = self.cache.batch = BatchMetadata(spans)
         embeds = self.body.embed_tokens(torch.tensor([following]))
         try:
-            with cpu.bf16_rows(batch.tokens, batch.wide()):
+            with cpu.bf16_rows(batch.tokens, batch.full_page_rows()):
                 states = self.model.mtp(
                     embeds,
                     hidden[None].to(embeds.dtype),

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 ENGINES = ("serial", "context")  # codes of the engine's notes
 
 
-def notes_of(engine: Engine, limit: int) -> list[Note]:
+def engine_notes(engine: Engine, limit: int) -> list[Note]:
     """Returns an engine's notes. `limit`: the model's maximum context in tokens."""
     notes, runner = [], engine.runner
-    if runner.reason:
+    if runner.sequential_reason:
         no_prefix_cache = ", without a prefix cache" if engine.options.prefix_cache else ""
-        notes.append(Note("serial", f"requests are computed one after another{no_prefix_cache}: {runner.reason}"))
+        notes.append(
+            Note("serial", f"requests are computed one after another{no_prefix_cache}: {runner.sequential_reason}")
+        )
     if runner.unsupported_reason:
         notes.append(Note("flag", f"no CUDA graphs, kernels are launched one by one: {runner.unsupported_reason}"))
     if engine.context < limit:

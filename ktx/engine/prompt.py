@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.chat_formats import ChatFormat, dialect_for, for_template, opened
+from ktx.chat_formats import ChatFormat, chat_format_for, ends_in_reasoning, to_template_messages
 from ktx.engine.continue_message import render_continuation
-from ktx.engine.template import DEFAULT, check_templates, chosen, named_templates
+from ktx.engine.template import DEFAULT, check_templates, named_templates, select_template
 from ktx.errors import UsageError
 
 MAX_TEXT_CHARS = 64 << 20
@@ -58,8 +58,8 @@ class PromptRenderer:
         tokenizer_source = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
         source = "--chat-template" if template else tokenizer_source
         check_templates(self.templates, source, getattr(tokenizer, "special_tokens_map", {}))
-        self.dialect: ChatFormat = dialect_for("\n".join(self.templates.values()), model_type)
-        self.writes_tools: set[str | None] = set()  # templates that have rendered tools
+        self.chat_format: ChatFormat = chat_format_for("\n".join(self.templates.values()), model_type)
+        self.templates_with_tools: set[str | None] = set()  # templates that have rendered tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         names = [
             str(token)
@@ -67,8 +67,8 @@ class PromptRenderer:
             if len(str(token)) > 1 and (token.special or _MARK.fullmatch(str(token)))
         ]
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
-        self.silent = frozenset(self._textless_tokens(added))
-        self.controls = re.compile(
+        self.textless_ids = frozenset(self._textless_tokens(added))
+        self.control_pattern = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
 
@@ -76,9 +76,9 @@ class PromptRenderer:
         """Returns the special tokens without text in an output: all but the marks of reasoning and calls, which the
         parser reads.
         """
-        if self.dialect.format is not None and self.dialect.format.style == "harmony":
+        if self.chat_format.call_format is not None and self.chat_format.call_format.style == "harmony":
             return set()  # all special tokens are marks
-        marks = self.dialect.written
+        marks = self.chat_format.all_marks
         return {
             token_id
             for token_id, special_token in added.items()
@@ -95,11 +95,11 @@ class PromptRenderer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
-        words: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         force_think: bool = False,
-        answer: bool = True,
-        proceed: bool = False,
-        name: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_name: str | None = None,
     ) -> RenderedPrompt:
         """Renders a conversation.
 
@@ -115,8 +115,8 @@ class PromptRenderer:
         Raises:
             UsageError: the template refuses the messages, or the last message cannot be continued.
         """
-        template = chosen(self.templates, bool(tools), name)
-        template_messages = for_template(messages, self.dialect)
+        template = select_template(self.templates, bool(tools), template_name)
+        template_messages = to_template_messages(messages, self.chat_format)
         separator, sentinel = self._unused_characters(template_messages, tools)
         template_messages = [
             {
@@ -129,25 +129,29 @@ class PromptRenderer:
         ]
         escaped_tools = [self._escape_special_tokens(tool, separator, ()) for tool in tools]
 
-        def render_text(messages: Sequence[Mapping[str, Any]], answer: bool, tools: list[Any] = escaped_tools) -> str:
-            text = self._apply_template(template, messages, tools, dict(words or {}), answer)
+        def render_text(
+            messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: list[Any] = escaped_tools
+        ) -> str:
+            text = self._apply_template(template, messages, tools, dict(template_kwargs or {}), add_generation_prompt)
             if len(text) > MAX_TEXT_CHARS:
                 raise UsageError(f"the prompt has {len(text)} characters, the limit is {MAX_TEXT_CHARS}")
             return text
 
-        tools_not_rendered = bool(tools) and not self._renders_tools(render_text, template_messages, answer, template)
-        if proceed:
+        tools_not_rendered = bool(tools) and not self._renders_tools(
+            render_text, template_messages, add_generation_prompt, template
+        )
+        if continue_final_message:
             text, prefill_text, thinking = render_continuation(
-                render_text, template_messages, self.dialect, str(template), sentinel
+                render_text, template_messages, self.chat_format, str(template), sentinel
             )
             prefill_text = prefill_text.replace(separator, "")
             return RenderedPrompt(
                 text.replace(separator, ""), self._tokenize(text, separator), thinking, prefill_text, tools_not_rendered
             )
-        text, open_mark = render_text(template_messages, answer), self.dialect.think[0]
-        if answer and force_think and open_mark and not opened(text, self.dialect):
+        text, open_mark = render_text(template_messages, add_generation_prompt), self.chat_format.reasoning_marks[0]
+        if add_generation_prompt and force_think and open_mark and not ends_in_reasoning(text, self.chat_format):
             text += f"{open_mark}\n"
-        thinking = bool(answer and opened(text, self.dialect))
+        thinking = bool(add_generation_prompt and ends_in_reasoning(text, self.chat_format))
         return RenderedPrompt(
             text.replace(separator, ""),
             self._tokenize(text, separator),
@@ -159,14 +163,14 @@ class PromptRenderer:
         self, render_text: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
     ) -> bool:
         """Whether the template renders tools: without them the prompt differs, or there is none."""
-        if template not in self.writes_tools:
+        if template not in self.templates_with_tools:
             with_tools = render_text(messages, answer)
             try:
                 if render_text(messages, answer, []) == with_tools:
                     return False
             except UsageError:  # a template that requires tools
                 pass
-            self.writes_tools.add(template)
+            self.templates_with_tools.add(template)
         return True
 
     def _apply_template(
@@ -213,7 +217,7 @@ class PromptRenderer:
 
     def _allowed_tokens(self, message: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the control tokens that a message may contain: an assistant message keeps its reasoning marks."""
-        return self.dialect.think if message.get("role") == "assistant" else ()
+        return self.chat_format.reasoning_marks if message.get("role") == "assistant" else ()
 
     def _escape_special_tokens(self, value: Any, separator: str, allowed: Sequence[str]) -> Any:
         """Puts a separator inside each control token in a value's texts, so that it is tokenized as text."""
@@ -222,7 +226,7 @@ class PromptRenderer:
             def split_token(found: re.Match[str]) -> str:
                 return found[0] if found[0] in allowed else found[0][0] + separator + found[0][1:]
 
-            return self.controls.sub(split_token, value.replace(separator, ""))
+            return self.control_pattern.sub(split_token, value.replace(separator, ""))
         if isinstance(value, Mapping):
             return {key: self._escape_special_tokens(item, separator, allowed) for key, item in value.items()}
         return (

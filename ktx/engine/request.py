@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ktx.engine.sampler import SampledToken, SamplingParams
-from ktx.ops.lora import Uses
+from ktx.ops.lora import AdapterUses
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -19,14 +19,14 @@ class TokenEvent:
     """An output token and the text that it completes: empty while a character or possible stop string is incomplete."""
 
     text: str
-    choice: SampledToken
+    token: SampledToken
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
     """With `SamplingParams.echo`, before the output: the prompt's tokens, of which the first has no log-probability."""
 
-    choices: list[SampledToken]
+    tokens: list[SampledToken]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Usage:
     accepted: int = 0
 
     @property
-    def prompt_speed(self) -> float:
+    def prompt_tokens_per_s(self) -> float:
         """Computed prompt tokens per second."""
         seconds = self.first_token_seconds - self.queued_seconds
         return (self.prompt - self.cached) / seconds if seconds > 0 else 0.0
 
     @property
-    def answer_speed(self) -> float:
+    def output_tokens_per_s(self) -> float:
         """Output tokens per second after the first."""
         seconds = self.seconds - self.first_token_seconds
         return (self.answer - 1) / seconds if self.answer > 1 and seconds > 0 else 0.0
@@ -77,7 +77,7 @@ class Finished:
     usage: Usage
     stop: str | int | None = None
     error: str = ""
-    choice: SampledToken | None = None
+    end_token: SampledToken | None = None
     client_error: bool = False
 
 
@@ -98,7 +98,7 @@ class Request:
     on_event: Callable[[Event], None]
     salt: bytes = b""
     constraint: Any = None  # a GrammarMatcher, see ktx.engine.grammar
-    lora: Uses = ()  # the LoRA adapters to apply
+    lora: AdapterUses = ()  # the LoRA adapters to apply
     id: int = 0  # in the order of arrival
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)

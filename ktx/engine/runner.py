@@ -14,17 +14,17 @@ from ktx.cache.kv import KVCache
 from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.engine.budget import MIN_STEP_TOKENS
-from ktx.engine.graphs import Graphs, Token, gpu_of, unsupported_reason
+from ktx.engine.graphs import Graphs, Token, first_gpu, unsupported_reason
 from ktx.engine.request import Request
 from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
 from ktx.hardware import memory
 from ktx.kernels import cpu
-from ktx.model.lora import Adapters, Step
+from ktx.model.lora import Adapters, StepAdapters
 from ktx.ops.gpu import offload
 from ktx.ops.mla import MLA
-from ktx.placement.workspace import step_bytes
+from ktx.placement.workspace import decode_step_bytes
 from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
 
 log = logging.getLogger("ktx.engine")
@@ -50,24 +50,26 @@ class ModelRunner:
     """
 
     supports_prefix_cache = True  # whether a sequence can reuse pages of another one
-    two_forms = False  # whether whole pages of a prompt are computed with other kernels than single tokens
+    page_aligned_numerics = False  # whether whole pages of a prompt are computed with other kernels than single tokens
     # Chunks of a prompt end at multiples of so many tokens, so that results do not depend on how the prompt is split.
-    grain = PAGE_TOKENS
+    granularity = PAGE_TOKENS
     recurrent = False
-    shared = False  # whether sequences reuse recurrent states of other ones; the engine sets it
-    captured = 0
-    reason = ""  # why requests are computed one after another, if they are
+    shares_recurrent_states = False  # whether sequences reuse recurrent states of other ones; the engine sets it
+    max_captured_requests = 0
+    sequential_reason = ""  # why requests are computed one after another, if they are
     unsupported_reason = ""  # why steps are not captured although that was requested
     graphs: Graphs | None = None
 
-    def __init__(self, model: Any, pages: int, captured: int = 0):
-        self.model, self.pages, self.adapters = model, pages, adapters_of(model)
-        self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
-        if captured and gpu_of(model) is not None:
+    def __init__(self, model: Any, pages: int, max_captured_requests: int = 0):
+        self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
+        self.page_aligned_numerics = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
+        if max_captured_requests and first_gpu(model) is not None:
             self.unsupported_reason = unsupported_reason(model)
-            self.captured = 0 if self.unsupported_reason else captured
-        spare = int(self.captured > 0)  # a page for a graph's rows without a request
-        self.cache = PagedCache(model.config, pages + spare, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
+            self.max_captured_requests = 0 if self.unsupported_reason else max_captured_requests
+        spare = int(self.max_captured_requests > 0)  # a page for a graph's rows without a request
+        self.cache = PagedCache(
+            model.config, pages + spare, model.ktx.kv_dtype, extra_layers=int(hasattr(model, "mtp"))
+        )
         self.recurrent = self.cache.recurrent
         self.last_progress = time.monotonic()
 
@@ -75,16 +77,16 @@ class ModelRunner:
         """Captures CUDA graphs of decode steps with up to `context` tokens a request, after the KV cache is allocated.
         A failure is logged and costs only speed.
         """
-        if not self.captured:
+        if not self.max_captured_requests:
             return
         try:
             # graphs are for steps without adapters; other steps launch kernel by kernel
             with self.adapters.step([], []):
-                self.graphs = Graphs(self.model, self.cache, self.captured, context, self.pages)
+                self.graphs = Graphs(self.model, self.cache, self.max_captured_requests, context, self.pages)
                 self.graphs.capture()
         except Exception as error:
             self.graphs = None
-            offload.give_up(self.model)
+            offload.reset_offloads(self.model)
             log.warning(
                 "capturing CUDA graphs failed, steps launch kernel by kernel "
                 "(--no-cuda-graphs disables the attempt): %s: %s",
@@ -98,7 +100,7 @@ class ModelRunner:
 
         It is `max_tokens`, halved until the step fits, but at least MIN_STEP_TOKENS.
         """
-        for device, bytes_per_token in step_bytes(self.model).items():
+        for device, bytes_per_token in decode_step_bytes(self.model).items():
             free_bytes = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
             while max_tokens > MIN_STEP_TOKENS and max_tokens * bytes_per_token > memory_share * free_bytes:
                 max_tokens = max(MIN_STEP_TOKENS, max_tokens // 2)
@@ -135,8 +137,8 @@ class ModelRunner:
                 p.start,
                 p.count,
                 p.request.pages,
-                p.prompt,
-                self.shared and not p.request.sampling.echo,
+                p.num_prompt_tokens,
+                self.shares_recurrent_states and not p.request.sampling.echo,
             )
             for p in chunks
         ]
@@ -150,7 +152,7 @@ class ModelRunner:
         echoes = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
         try:
             self.cache.begin(batch)
-            with cpu.bf16_rows(batch.tokens, batch.wide(echoes)), self.adapters.step(*adapted(chunks)):
+            with cpu.bf16_rows(batch.tokens, batch.full_page_rows(echoes)), self.adapters.step(*chunk_adapters(chunks)):
                 out = self.model(
                     input_ids=ids,
                     position_ids=batch.position_ids,
@@ -164,7 +166,7 @@ class ModelRunner:
         self.cache.end(batch)
         return {chunk.request: logits for chunk, logits in zip(chunks, found, strict=True)}
 
-    def reads(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
+    def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
         """Returns the number of forwards that `run` makes for the chunks, of their tokens, and of the forwards that
         compute logits.
         """
@@ -187,9 +189,9 @@ class ModelRunner:
         """
         return chunk.start + chunk.count if self.recurrent else chunk.count
 
-    def forget(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Frees the request's recurrent states."""
-        self.cache.forget(request.id)
+        self.cache.free(request.id)
 
     def snapshot(self, request: Request, tokens: int) -> Any:
         """Returns a copy of the recurrent layers' states after a request's first `tokens` tokens; None if there is
@@ -197,15 +199,15 @@ class ModelRunner:
         """
         return self.cache.snapshot(request.id, tokens)
 
-    def resume(self, request: Request, snapshot: Any) -> None:
+    def restore(self, request: Request, snapshot: Any) -> None:
         """Restores a snapshot of the recurrent layers' states for a request."""
         self.cache.restore(request.id, snapshot, request.num_computed)
 
     def clear(self) -> None:
         """Frees all recurrent states."""
         self.cache.states.clear()
-        self.cache.known.clear()
-        self.cache.marked.clear()
+        self.cache.state_lengths.clear()
+        self.cache.snapshots.clear()
 
     def nbytes(self) -> int:
         """Returns the bytes of CPU memory that the KV cache takes when it is full."""
@@ -221,11 +223,11 @@ class SequentialRunner(ModelRunner):
     """
 
     supports_prefix_cache = False
-    grain = 4 * PAGE_TOKENS
+    granularity = 4 * PAGE_TOKENS
     in_chunks = True
 
     def __init__(self, model: Any, pages: int):
-        self.model, self.pages, self.adapters = model, pages, adapters_of(model)
+        self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
         self.recurrent = True  # a forward that began to write cannot be rolled back
         self.caches: dict[int, Any] = {}
         self.own_cache = keeps_own_cache(model)
@@ -257,13 +259,17 @@ class SequentialRunner(ModelRunner):
         A prompt is computed `grain` tokens at once, because a family's own code may sum in another order for another
         number of tokens. Output tokens that are recomputed come one by one, as they came before.
         """
-        prompt_end = chunk.start + chunk.prompt
+        prompt_end = chunk.start + chunk.num_prompt_tokens
         decode_steps = [(start, 1) for start in range(prompt_end, chunk.start + chunk.count)]
-        if not chunk.prompt or (not self.in_chunks and prompt_end < len(chunk.request.prompt)):
+        if not chunk.num_prompt_tokens or (not self.in_chunks and prompt_end < len(chunk.request.prompt)):
             return decode_steps
         if not self.in_chunks:
             return [(0, prompt_end), *decode_steps]
-        cuts = [chunk.start, *range((chunk.start // self.grain + 1) * self.grain, prompt_end, self.grain), prompt_end]
+        cuts = [
+            chunk.start,
+            *range((chunk.start // self.granularity + 1) * self.granularity, prompt_end, self.granularity),
+            prompt_end,
+        ]
         return [*((start, end - start) for start, end in pairwise(cuts)), *decode_steps]
 
     def _forward_chunk(self, chunk: ScheduledChunk, start: int, count: int) -> torch.Tensor:
@@ -289,11 +295,11 @@ class SequentialRunner(ModelRunner):
         logits = to_cpu(self.model, out.logits)[0]
         return logits[len(logits) - rows :]
 
-    def reads(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
+    def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
         forwards = sum(len(self._split(chunk)) for chunk in chunks)
         return forwards, sum(chunk.count for chunk in chunks), forwards
 
-    def forget(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         self.caches.pop(request.id, None)
 
     def clear(self) -> None:
@@ -303,13 +309,13 @@ class SequentialRunner(ModelRunner):
         return 0
 
 
-def adapters_of(model: Any) -> Adapters:
+def lora_adapters(model: Any) -> Adapters:
     """Returns a model's LoRA adapters; none for a model that ktx did not load."""
     adapters: Adapters = getattr(getattr(model, "ktx", None), "adapters", None) or Adapters()
     return adapters
 
 
-def adapted(chunks: Sequence[ScheduledChunk]) -> tuple[Step, Step]:
+def chunk_adapters(chunks: Sequence[ScheduledChunk]) -> tuple[StepAdapters, StepAdapters]:
     """Returns the adapters of a step's tokens, and those of the tokens whose logits are needed."""
     tokens = [(chunk.count, chunk.request.lora) for chunk in chunks]
     return tokens, [(num_logits(chunk), chunk.request.lora) for chunk in chunks]
@@ -320,7 +326,7 @@ def to_cpu(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor
     that the GPU offloaded to the CPU, if there was one.
     """
     logits = logits.to("cpu", copy=copy)
-    offload.check(model)
+    offload.raise_offload_errors(model)
     return logits
 
 

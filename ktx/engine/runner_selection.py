@@ -20,7 +20,7 @@ from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
 from ktx.families import RULE_FILES
-from ktx.model.self_test import NEAR_HALF, Cached, Fault, away, check, judged, undisturbed
+from ktx.model.self_test import MAX_DISTANCE_HALF, CachedForward, Fault, check, judge, relative_distance, restore_state
 from ktx.ops.recurrent import Recurrent
 from ktx.utils.torch_defaults import torch_defaults
 
@@ -29,7 +29,7 @@ CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in each of three fo
 
 
 @torch_defaults()
-def runner_for(model: Any, pages: int, captured: int = 0) -> ModelRunner:
+def select_runner(model: Any, pages: int, captured: int = 0) -> ModelRunner:
     """Returns the runner that the model's modules allow.
 
     Args:
@@ -44,13 +44,13 @@ def runner_for(model: Any, pages: int, captured: int = 0) -> ModelRunner:
     known_family = model.config.model_type in RULE_FILES
     reason = _unsupported_layer(model) or ("" if known_family else _mismatch(ModelRunner(model, 2)))
     if known_family and not reason and model.ktx.self_test:
-        check(model, OnPages(ModelRunner(model, 1)))
+        check(model, PagedForward(ModelRunner(model, 1)))
     elif model.ktx.self_test == "engine":
         check(model)
     if not reason:
         return ModelRunner(model, pages, captured)
     runner = SequentialRunner(model, pages) if known_family else _sequential_runner(model, pages)
-    runner.reason = reason
+    runner.sequential_reason = reason
     return runner
 
 
@@ -86,8 +86,8 @@ def _mismatch(runner: ModelRunner) -> str:
     """Returns what is wrong with the logits of two sequences whose tokens are computed in CHUNKS; empty if they equal
     those of whole sequences.
     """
-    with undisturbed(runner.model):
-        return judged(lambda number: _trial(runner, number))
+    with restore_state(runner.model):
+        return judge(lambda number: _trial(runner, number))
 
 
 def _trial(runner: ModelRunner, number: int) -> Fault | None:
@@ -106,7 +106,7 @@ def _trial(runner: ModelRunner, number: int) -> Fault | None:
         return Fault(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", True)
     finally:
         for request in requests:
-            runner.forget(request)
+            runner.free(request)
 
 
 def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
@@ -123,15 +123,17 @@ def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
         for chunk in chunks:
             chunk.request.num_computed += chunk.count
     for request in requests:
-        expected = Cached(runner.model)(request.ids, 0)[-1]  # with a cache of the same type, whose rounding is no fault
-        rel_error = away(found[request][-1], expected)
+        expected = CachedForward(runner.model)(request.ids, 0)[
+            -1
+        ]  # with a cache of the same type, whose rounding is no fault
+        rel_error = relative_distance(found[request][-1], expected)
         # The past of another sequence changes all of the logits; small errors were checked when the model was loaded.
-        if not rel_error <= NEAR_HALF:
+        if not rel_error <= MAX_DISTANCE_HALF:
             return Fault(f"logits are {rel_error:.1%} away from those of the whole sequence")
     return None
 
 
-class OnPages:
+class PagedForward:
     """Forwards of one sequence on a runner's pages, in the form that ktx.model.self_test calls."""
 
     def __init__(self, runner: ModelRunner):
@@ -145,4 +147,4 @@ class OnPages:
         try:
             return self.runner.run([ScheduledChunk(request, past, len(ids) - past)])[request]
         finally:
-            self.runner.forget(request)
+            self.runner.free(request)

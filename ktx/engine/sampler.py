@@ -124,7 +124,7 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed % (1 << 64))
         self.seen: torch.Tensor | None = None  # bool [vocabulary]: occurs in the prompt or the output
-        self.count: torch.Tensor | None = None  # f32 [vocabulary]: occurrences in the output
+        self.output_counts: torch.Tensor | None = None  # f32 [vocabulary]: occurrences in the output
         self.output_ids: list[int] = []  # the output, where penalties apply to a part of it
 
     def sample(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> SampledToken:
@@ -133,8 +133,8 @@ class Sampler:
         """
         logits = logits.float()
         token = self._sample_id(self._adjusted(logits, mask))
-        if self.count is not None and self.seen is not None:
-            self.count[token] += 1
+        if self.output_counts is not None and self.seen is not None:
+            self.output_counts[token] += 1
             self.seen[token] = True
             self.output_ids.append(token)
         return self.with_logprobs(logits, token)
@@ -164,12 +164,12 @@ class Sampler:
         1909.05858); presence and frequency penalties apply to the output alone, as OpenAI's.
         """
         s = self.sampling
-        if self.seen is None or self.count is None or s.repeat_last_n >= 0:
-            self.seen, self.count = self._window(len(logits))
+        if self.seen is None or self.output_counts is None or s.repeat_last_n >= 0:
+            self.seen, self.output_counts = self._window(len(logits))
         if s.repetition_penalty != 1:
             values = logits[self.seen]
             logits[self.seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-        logits -= s.frequency_penalty * self.count + s.presence_penalty * (self.count > 0)
+        logits -= s.frequency_penalty * self.output_counts + s.presence_penalty * (self.output_counts > 0)
 
     def _window(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns which tokens occur among the latest `repeat_last_n`, bool [vocabulary], and the output's occurrences

@@ -38,12 +38,12 @@ class ScheduledChunk:
         return (self.request.ids + self.request.draft)[self.start : self.start + self.count]
 
     @property
-    def prompt(self) -> int:
+    def num_prompt_tokens(self) -> int:
         """How many of the tokens, the first ones, belong to the prompt."""
         return max(0, min(self.count, len(self.request.prompt) - self.start))
 
     @property
-    def answers(self) -> bool:
+    def is_decode(self) -> bool:
         """Whether the chunk starts at the request's latest token: its forward samples the next one and verifies the
         draft.
         """
@@ -57,7 +57,7 @@ def common_prefix_len(first: Sequence[int], second: Sequence[int]) -> int:
     )
 
 
-def pages_for(tokens: int) -> int:
+def num_pages(tokens: int) -> int:
     """Returns the number of pages for `tokens` tokens."""
     return -(-tokens // PAGE_TOKENS)
 
@@ -98,18 +98,23 @@ class Scheduler:
         pages: PagePool,
         max_batch: int,
         budget: StepBudget,
-        share: bool = True,
+        prefix_caching: bool = True,
         recurrent: bool = False,
         on_free: Callable[[Request], None] = lambda request: None,
         on_restore: Callable[[Request, Any], None] = lambda request, snapshot: None,
         on_snapshot: Callable[[Request, int], Any] = lambda request, tokens: None,
-        two_forms: bool = False,
+        page_aligned_numerics: bool = False,
         store: PageStore | None = None,
-        grain: int = PAGE_TOKENS,
+        granularity: int = PAGE_TOKENS,
     ):
-        self.pages, self.max_batch, self.budget, self.grain = pages, max_batch, budget, grain
-        self.share, self.recurrent, self.on_free, self.on_restore = share, recurrent, on_free, on_restore
-        self.on_snapshot, self.page_aligned_numerics, self.store = on_snapshot, two_forms, store
+        self.pages, self.max_batch, self.budget, self.granularity = pages, max_batch, budget, granularity
+        self.prefix_caching, self.recurrent, self.on_free, self.on_restore = (
+            prefix_caching,
+            recurrent,
+            on_free,
+            on_restore,
+        )
+        self.on_snapshot, self.page_aligned_numerics, self.store = on_snapshot, page_aligned_numerics, store
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pages_in_flight: dict[bytes, Request] = {}  # hashes of pages that a running request is about to compute
@@ -123,7 +128,7 @@ class Scheduler:
         self._update_hashes(request)
         self.waiting.append(request)
 
-    def drop(self, request: Request) -> None:
+    def remove(self, request: Request) -> None:
         """Removes a request from its queue; its pages stay in the prefix cache."""
         for queue in (self.waiting, self.running):
             if request in queue:
@@ -144,7 +149,7 @@ class Scheduler:
             self.pages.free(request.pages[page_index + 1 :])
             self.pages.cache_partial(partial)
             if self.recurrent:
-                self.pages.save_snapshot(partial.key, snapshot)
+                self.pages.save_snapshot(partial.hash, snapshot)
             del request.pages[page_index:]
         self.pages.free(request.pages)
         request.pages, request.num_computed, request.draft = [], 0, []
@@ -196,7 +201,7 @@ class Scheduler:
             return
         oldest, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
         budget_left = self.budget.tokens(oldest.num_computed, bool(chunks))
-        min_tokens = min(budget_left, self.grain)
+        min_tokens = min(budget_left, self.granularity)
         budget_others = (
             budget_left - oldest.num_uncomputed
             if oldest.num_uncomputed < budget_left
@@ -234,12 +239,12 @@ class Scheduler:
         if self.budget.step >= PAGE_TOKENS and (
             end < prompt // PAGE_TOKENS * PAGE_TOKENS or (self.recurrent and end < prompt)
         ):
-            end = end // self.grain * self.grain
+            end = end // self.granularity * self.granularity
         return max(0, end - request.num_computed)
 
     def _allocate(self, request: Request, tokens: int) -> bool:
         """Allocates pages for `tokens` tokens of a request; False when there are none."""
-        allocated = self.pages.allocate(max(0, pages_for(tokens) - len(request.pages)))
+        allocated = self.pages.allocate(max(0, num_pages(tokens) - len(request.pages)))
         request.pages += allocated or []
         return allocated is not None
 
@@ -295,11 +300,11 @@ class Scheduler:
             if page is None or not self.pages.ref_counts[page]:
                 break
             num_shared += 1
-        return pages_for(len(request.ids) + 1) - num_shared
+        return num_pages(len(request.ids) + 1) - num_shared
 
     def _cacheable(self, request: Request) -> bool:
         """Whether the prefix cache applies: with `echo` all logits of the prompt are needed."""
-        return self.share and not request.sampling.echo
+        return self.prefix_caching and not request.sampling.echo
 
     def _update_hashes(self, request: Request) -> None:
         """Appends the hashes of the request's new full pages."""
@@ -363,7 +368,7 @@ class Scheduler:
         page_index = len(request.pages)
         if not self._cacheable(request) or request.num_computed != page_index * PAGE_TOKENS:
             return False
-        partial = self.pages.tails.get(self._parent_hash(request, page_index))
+        partial = self.pages.partial_pages.get(self._parent_hash(request, page_index))
         if partial is None:
             return False
         num_common = common_prefix_len(partial.ids, request.ids[request.num_computed : -1])
@@ -373,14 +378,14 @@ class Scheduler:
         if (
             not num_common
             or (exact_only and num_common < len(partial.ids))
-            or (self.recurrent and partial.key not in self.pages.snapshots)
+            or (self.recurrent and partial.hash not in self.pages.snapshots)
         ):
             return False
         self.pages.reuse_partial(partial)
         request.pages.append(partial.page)
         request.num_computed += num_common
         if self.recurrent:
-            self.on_restore(request, self.pages.snapshots.pop(partial.key))
+            self.on_restore(request, self.pages.snapshots.pop(partial.hash))
         return True
 
     def _restore_snapshot(self, request: Request) -> None:

@@ -16,7 +16,7 @@ import torch
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Request
 from ktx.engine.runner import Logits, ModelRunner, num_logits
-from ktx.engine.scheduler import ScheduledChunk, pages_for
+from ktx.engine.scheduler import ScheduledChunk, num_pages
 from ktx.errors import BadFile
 from ktx.model.lora import Adapters
 
@@ -62,7 +62,7 @@ class ScriptedRunner(ModelRunner):
         index = position - len(request.prompt)
         return output[index] if index < len(output) else self.end
 
-    def forget(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         self.answers.pop(request.id, None)
 
     def clear(self) -> None:
@@ -113,5 +113,5 @@ def scripted_engine(
         vocab_size=vocabulary, max_position_embeddings=context, model_type="scripted", eos_token_id=end
     )
     model = SimpleNamespace(config=config, generation_config=None)
-    runner = ScriptedRunner(script, vocabulary, end, pages_for(options.cache_lens), seconds)
+    runner = ScriptedRunner(script, vocabulary, end, num_pages(options.cache_lens), seconds)
     return Engine(model, tokenizer, options, runner)

@@ -18,7 +18,7 @@ import numpy as np
 from ktx.engine.request import Request
 from ktx.engine.scheduler import ScheduledChunk
 
-KINDS = ("mtp", "prompt_lookup")
+DRAFTERS = ("mtp", "prompt_lookup")
 MAX_DRAFT_TOKENS = 8  # default number of draft tokens of a request in one step
 DECAY = 0.98  # weight of a measurement relative to that of one forward later
 DEFAULT_MARGINAL_COST = 0.3  # cost of one more token, as a share of a forward, before it is measured
@@ -50,7 +50,7 @@ class ForwardCostModel:
     def __init__(self) -> None:
         self.weight = self.tokens = self.squares = self.seconds = self.products = 0.0
 
-    def took(self, tokens: int, seconds: float) -> None:
+    def record(self, tokens: int, seconds: float) -> None:
         """Records that a forward with `tokens` tokens took `seconds`."""
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         old = (self.weight, self.tokens, self.squares, self.seconds, self.products)
@@ -105,10 +105,15 @@ class SpeculativeDecoder:
     """Decides after each forward how many tokens each request drafts, and has the drafter propose them."""
 
     def __init__(self, drafter: Drafter, max_tokens: int = MAX_DRAFT_TOKENS):
-        self.drafter, self.max_tokens, self.pace, self.draft_seconds = drafter, max_tokens, ForwardCostModel(), 0.0
+        self.drafter, self.max_tokens, self.cost_model, self.draft_seconds = (
+            drafter,
+            max_tokens,
+            ForwardCostModel(),
+            0.0,
+        )
         self.acceptance: WeakKeyDictionary[Request, tuple[float, float]] = WeakKeyDictionary()
 
-    def checked(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+    def record_verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """Records that a forward verified `num_drafted` draft tokens, of which the first `num_accepted` were accepted.
         Tokens after the first rejected one are no evidence.
         """
@@ -130,15 +135,15 @@ class SpeculativeDecoder:
             max_drafts: the requests that may draft, with the maximum number of draft tokens that each can use.
             seconds: duration of the forward that computed `results`.
         """
-        if not any(chunk.prompt for chunk, _ in results):
-            self.pace.took(sum(chunk.count for chunk, _ in results), seconds + self.draft_seconds)
+        if not any(chunk.num_prompt_tokens for chunk, _ in results):
+            self.cost_model.record(sum(chunk.count for chunk, _ in results), seconds + self.draft_seconds)
         start = time.perf_counter()
         acceptance_rates = [
             accepted / verified
             for accepted, verified in (self.acceptance.get(request, ACCEPTANCE_PRIOR) for request in max_drafts)
         ]
         counts = choose_draft_lengths(
-            self.pace, acceptance_rates, [min(self.max_tokens, limit) for limit in max_drafts.values()]
+            self.cost_model, acceptance_rates, [min(self.max_tokens, limit) for limit in max_drafts.values()]
         )
         drafts = self.drafter.draft(results, dict(zip(max_drafts, counts, strict=True)))
         for request, draft in drafts.items():
@@ -158,13 +163,13 @@ class PromptLookup:
         self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Returns up to `max_drafts[request]` draft tokens for each request."""
-        return {request: self.found(request, count) for request, count in max_drafts.items() if count}
+        return {request: self.lookup(request, count) for request, count in max_drafts.items() if count}
 
     def close(self) -> None:
         """Drops the requests' texts."""
         self._texts.clear()
 
-    def found(self, request: Request, max_tokens: int) -> list[int]:
+    def lookup(self, request: Request, max_tokens: int) -> list[int]:
         """Returns the tokens after the latest earlier occurrence of the longest n-gram that has one."""
         text = self._texts.setdefault(request, bytearray())
         text += np.asarray(request.ids[len(text) // ID_BYTES :], dtype="<i4").tobytes()

@@ -12,7 +12,7 @@ from torch import nn
 
 from ktx.injection.inject import layer_of
 from ktx.kernels.cpu import ExpertStats
-from ktx.ops.experts import of_layers
+from ktx.ops.experts import experts_by_path
 from ktx.ops.weight_traffic import WeightTraffic
 
 
@@ -28,7 +28,7 @@ class StatsSnapshot:
     seconds: float
     expert_bytes: int
     expert_seconds: float
-    gpu_wait_seconds: float
+    gpu_wait_s: float
     node_seconds: tuple[float, ...]
     layers: dict[int, tuple[int, ...]]
     prompt_tokens: int  # computed, without those from the prefix cache
@@ -42,14 +42,14 @@ class EngineStats:
 
     def __init__(self, model: Any):
         is_module = isinstance(model, nn.Module)
-        self.reads = WeightTraffic.of(model) if is_module else WeightTraffic()
-        modules = of_layers(model) if is_module else []
+        self.weight_traffic = WeightTraffic.of(model) if is_module else WeightTraffic()
+        modules = experts_by_path(model) if is_module else []
         layers = [layer_of(path) for path, _ in modules]
         self.experts = [
             (index if layer is None else layer, module)
             for index, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
-        self.before = [(module.counted(), module.waited) for _, module in self.experts]
+        self.before = [(module.total_counts(), module.wait_s) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
         self.prompt_tokens = self.answer_tokens = 0
 
@@ -63,20 +63,20 @@ class EngineStats:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-        self.nbytes += self.reads.bytes(forwards, tokens, heads)
+        self.nbytes += self.weight_traffic.bytes(forwards, tokens, heads)
 
     def snapshot(self) -> StatsSnapshot:
         """Returns the counters up to now."""
         pairs = list(zip(self.experts, self.before, strict=True))
-        experts = [ExpertStats.read(module.counted() - start) for (_, module), (start, _) in pairs]
-        waited_s = sum(module.waited - start for (_, module), (_, start) in pairs)
+        experts = [ExpertStats.read(module.total_counts() - start) for (_, module), (start, _) in pairs]
+        waited_s = sum(module.wait_s - start for (_, module), (_, start) in pairs)
         expert_bytes = sum(stats.nbytes for stats in experts)
         return StatsSnapshot(
             nbytes=self.nbytes + expert_bytes,
             seconds=self.seconds,
             expert_bytes=expert_bytes,
             expert_seconds=sum(stats.seconds for stats in experts),
-            gpu_wait_seconds=waited_s,
+            gpu_wait_s=waited_s,
             node_seconds=tuple(map(sum, zip(*(stats.node_seconds for stats in experts), strict=True))),
             layers={layer: stats.activations for (layer, _), stats in zip(self.experts, experts, strict=True)},
             prompt_tokens=self.prompt_tokens,

@@ -44,7 +44,7 @@ def _type_error(template: Any) -> str:
     )
 
 
-def chosen(templates: Mapping[str, str], tools: bool, name: str | None = None) -> str | None:
+def select_template(templates: Mapping[str, str], tools: bool, name: str | None = None) -> str | None:
     """Returns the template of a request; None where the model has none.
 
     Args:

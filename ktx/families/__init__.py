@@ -41,7 +41,7 @@ FUSABLE_ATTENTION = frozenset(name for family in FAMILIES for name in family.att
 HALF_TABLES = frozenset(name for family in FAMILIES if family.half_tables for name in family.attention)
 MLA_PAIRING: dict[str, Pairing] = _merged(*(family.mla for family in FAMILIES))
 ROUTERS: dict[str, RoutingSpec] = _merged(*(family.routers for family in FAMILIES))
-CHAT_FORMATS = _merged(
+CHAT_FORMAT_NAMES = _merged(
     *(dict.fromkeys((*family.model_types, *family.chat_model_types), family.chat) for family in FAMILIES if family.chat)
 )
 GGUF_MODEL_TYPES: dict[str, tuple[str, ...]] = {}

@@ -57,12 +57,12 @@ class FileSelection:
     """The files to download, and the pickle files that are skipped."""
 
     weights: list[File] = field(default_factory=list)
-    beside: list[File] = field(default_factory=list)
+    other_files: list[File] = field(default_factory=list)
     pickles: list[File] = field(default_factory=list)
 
     @property
     def files(self) -> list[File]:
-        return self.weights + self.beside
+        return self.weights + self.other_files
 
 
 class AmbiguousQuant(UsageError):
@@ -73,7 +73,7 @@ class AmbiguousQuant(UsageError):
         self.found = found
 
 
-def choose(
+def select_files(
     repo: str, files: Sequence[File], tag: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> FileSelection:
     """Selects the files to download.
@@ -95,26 +95,26 @@ def choose(
             raise BadFile(
                 f"{repo}: lists the file {file.path!r}, which is outside of the repository; nothing downloaded"
             )
-    allowed = [file for file in files if not fits(file, exclude)]
+    allowed = [file for file in files if not matches(file, exclude)]
     included_suffixes = {PurePosixPath(glob).suffix.lower() for glob in include}
     pickles = [file for file in allowed if file.kind in PICKLE_SUFFIXES and file.kind not in included_suffixes]
     safe = [file for file in allowed if file not in pickles]
     for glob in [*include, *exclude]:
-        if not any(fits(file, [glob]) for file in files):
+        if not any(matches(file, [glob]) for file in files):
             warnings.warn(f"{repo}: {glob} matches no file", stacklevel=2)
     if include:
-        selected = [file for file in safe if fits(file, include)]
+        selected = [file for file in safe if matches(file, include)]
         if not selected:
             raise UsageError(f"{repo}: no file matches {' or '.join(include)}; it contains {_first_names(files)}")
     else:
         selected = _weights(repo, safe, pickles, tag)
     weights = [file for file in selected if file.kind in WEIGHT_SUFFIXES]
-    beside = {file for file in safe if weights and "/" not in file.path and fits(file, OTHER_FILES)}
+    beside = {file for file in safe if weights and "/" not in file.path and matches(file, OTHER_FILES)}
     others = {file for file in selected if file not in weights}
     return FileSelection(weights, sorted(others | beside, key=lambda file: file.path), pickles)
 
 
-def fits(file: File, globs: Sequence[str]) -> bool:
+def matches(file: File, globs: Sequence[str]) -> bool:
     """Whether a glob matches the file's path or its name; a glob that ends with / matches everything in that folder."""
     names = (file.path, PurePosixPath(file.path).name)
     return any(fnmatchcase(name, glob + "*" if glob.endswith("/") else glob) for glob in globs for name in names)
@@ -122,7 +122,7 @@ def fits(file: File, globs: Sequence[str]) -> bool:
 
 def _weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str) -> list[File]:
     """The weights when no glob is given: quantization `tag`, else safetensors, else the only GGUF model."""
-    found, tensors = quantisations(files), _safetensors(files)
+    found, tensors = list_quantizations(files), _safetensors(files)
     if tag:
         return list(_tagged(repo, found, tag).files)
     if tensors:
@@ -149,7 +149,7 @@ def _safetensors(files: Sequence[File]) -> list[File]:
     return [file for file in top if file.path.startswith("model")] or top or tensors
 
 
-def quantisations(files: Sequence[File]) -> list[Quantization]:
+def list_quantizations(files: Sequence[File]) -> list[Quantization]:
     """The GGUF models of a repository, smallest first."""
     groups: dict[str, list[File]] = {}
     for file in files:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.hub.file_selection import File
-from ktx.hub.listing import Listing, Plan
+from ktx.hub.listing import DownloadPlan, Listing
 
 WORKERS = 4  # concurrent downloads
 CHUNK_BYTES = 1 << 20  # bytes written at once; an interrupted download loses at most this much
@@ -40,19 +40,19 @@ class HuggingFace:
         self.endpoint, self.largest = constants.ENDPOINT, constants.MAX_HTTP_DOWNLOAD_SIZE
         self.cache = Path(constants.HF_HUB_CACHE)
 
-    def look(self, repo: str, revision: str | None) -> Listing:
+    def list_repo(self, repo: str, revision: str | None) -> Listing:
         from huggingface_hub import HfApi
 
         try:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
         except Exception as error:  # the hub client's errors have no common base but Exception
-            raise self.told(error, repo, revision) from error
+            raise self.to_ktx_error(error, repo, revision) from error
         files = tuple(
             File(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None) for one in info.siblings or ()
         )
         return Listing(repo, revision, info.sha or revision or "main", files)
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
+    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
         place = to or self.cache
         if to is not None and not to.exists():  # a dry run of the library would create the folder
             self._check_access(listing, wanted[-1])
@@ -65,10 +65,15 @@ class HuggingFace:
             }
         files = tuple(file for file in wanted if file.path in missing)
         parts = (_partial_path(self._target(listing, file, to), file) for file in files if self._is_ours(file))
-        return Plan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
+        return DownloadPlan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
-        self, listing: Listing, wanted: Sequence[File], plan: Plan, to: Path | None, advance: Callable[[int], None]
+        self,
+        listing: Listing,
+        wanted: Sequence[File],
+        plan: DownloadPlan,
+        to: Path | None,
+        advance: Callable[[int], None],
     ) -> Path:
         from huggingface_hub.utils import enable_progress_bars
 
@@ -81,9 +86,9 @@ class HuggingFace:
         except KtxError:
             raise
         except Exception as error:
-            raise self.told(error, listing.repo, listing.revision) from error
+            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
         # With the branch's name and not the commit, because the library stores the name for later offline use.
-        folder = Path(self._snapshot(listing, listing.asked, wanted, to))
+        folder = Path(self._snapshot(listing, listing.requested_revision, wanted, to))
         advance(sum(file.size for file in plan.files if file not in large))
         return folder
 
@@ -110,7 +115,7 @@ class HuggingFace:
                 listing.repo, revision=revision, allow_patterns=names, local_dir=to, dry_run=dry_run
             )
         except Exception as error:
-            raise self.told(error, listing.repo, listing.revision) from error
+            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
 
     def _check_access(self, listing: Listing, file: File) -> None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -118,7 +123,7 @@ class HuggingFace:
         try:
             get_hf_file_metadata(hf_hub_url(listing.repo, file.path, revision=listing.revision))
         except Exception as error:
-            raise self.told(error, listing.repo, listing.revision) from error
+            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
 
     def _fetch(
         self, listing: Listing, file: File, to: Path | None, advance: Callable[[int], None], stop: threading.Event
@@ -139,7 +144,7 @@ class HuggingFace:
             if raw.seek(0, os.SEEK_END) > file.size:
                 raw.truncate(0)
             while True:
-                growing = Growing(raw, advance, stop)
+                growing = ResumableFile(raw, advance, stop)
                 resumed_bytes = growing.tell()
                 http_get(
                     hf_hub_url(listing.repo, file.path, revision=listing.revision),
@@ -162,7 +167,7 @@ class HuggingFace:
         if to is not None:
             write_download_metadata(to, file.path, listing.revision, str(file.sha256))
 
-    def told(self, error: Exception, repo: str, revision: str | None) -> KtxError:
+    def to_ktx_error(self, error: Exception, repo: str, revision: str | None) -> KtxError:
         """Converts an error of the library to a KtxError with a remedy."""
         from huggingface_hub import errors, get_token
 
@@ -198,7 +203,7 @@ class HuggingFace:
         )
 
 
-class Growing:
+class ResumableFile:
     """A file for `http_get` that hashes its content, reports progress, and rejects writes after `stop` is set."""
 
     def __init__(self, file: Any, advance: Callable[[int], None], stop: threading.Event):

@@ -15,21 +15,21 @@ class Listing:
     """The files of a repository at one revision."""
 
     repo: str
-    asked: str | None  # the branch, tag or commit that the user requested
+    requested_revision: str | None  # the branch, tag or commit that the user requested
     revision: str  # what it resolves to: a commit if the hub has commits
     files: tuple[File, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """The selected files that are not on disk yet."""
 
     files: tuple[File, ...]
-    place: Path  # the target folder, which may not exist yet
-    began: int  # bytes of `files` that an interrupted download has already stored
+    target_folder: Path  # the target folder, which may not exist yet
+    downloaded_bytes: int  # bytes of `files` that an interrupted download has already stored
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
         """The size of `files` in bytes."""
         return sum(file.size for file in self.files)
 
@@ -37,16 +37,21 @@ class Plan:
 class Hub(Protocol):
     """A hub client; each method raises a KtxError with a remedy."""
 
-    def look(self, repo: str, revision: str | None) -> Listing:
+    def list_repo(self, repo: str, revision: str | None) -> Listing:
         """Lists the files of a repository; the default branch when `revision` is None."""
         ...
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
+    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
         """Plans the download of the `wanted` files to folder `to`, or to the hub's cache when it is None."""
         ...
 
     def fetch(
-        self, listing: Listing, wanted: Sequence[File], plan: Plan, to: Path | None, advance: Callable[[int], None]
+        self,
+        listing: Listing,
+        wanted: Sequence[File],
+        plan: DownloadPlan,
+        to: Path | None,
+        advance: Callable[[int], None],
     ) -> Path:
         """Downloads the planned files and returns the folder that contains all wanted files.
 

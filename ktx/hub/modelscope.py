@@ -10,8 +10,8 @@ from typing import Any
 
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.hub.file_selection import File
-from ktx.hub.listing import Listing, Plan
-from ktx.utils.versions import install
+from ktx.hub.listing import DownloadPlan, Listing
+from ktx.utils.versions import install_command
 
 
 class ModelScope:
@@ -25,26 +25,31 @@ class ModelScope:
         try:
             from modelscope_hub import HubApi, get_default_config
         except ImportError as error:
-            raise UsageError(f"--hub modelscope needs its client: {install('modelscope')}") from error
+            raise UsageError(f"--hub modelscope needs its client: {install_command('modelscope')}") from error
         logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self.api, self.cache = HubApi(), Path(get_default_config().cache_dir)
 
-    def look(self, repo: str, revision: str | None) -> Listing:
+    def list_repo(self, repo: str, revision: str | None) -> Listing:
         try:
             found = self.api.list_repo_files(repo, "model", revision=revision)
         except Exception as error:  # the client also raises its libraries' errors
-            raise self.told(error, repo) from error
+            raise self.to_ktx_error(error, repo) from error
         files = tuple(File(one.path, one.size, one.sha256) for one in found if not one.is_dir)
         return Listing(repo, revision, revision or "master", files)
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
+    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
         place = to or self.cache
         files = tuple(file for file in wanted if to is None or not _is_complete(to / file.path, file))
         parts = [place / f"{file.path}.incomplete" for file in files if to is not None]
-        return Plan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
+        return DownloadPlan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
-        self, listing: Listing, wanted: Sequence[File], plan: Plan, to: Path | None, advance: Callable[[int], None]
+        self,
+        listing: Listing,
+        wanted: Sequence[File],
+        plan: DownloadPlan,
+        to: Path | None,
+        advance: Callable[[int], None],
     ) -> Path:
         from modelscope_hub import ProgressCallback
 
@@ -65,9 +70,9 @@ class ModelScope:
                 )
             )
         except Exception as error:
-            raise self.told(error, listing.repo) from error
+            raise self.to_ktx_error(error, listing.repo) from error
 
-    def told(self, error: Exception, repo: str) -> KtxError:
+    def to_ktx_error(self, error: Exception, repo: str) -> KtxError:
         """Converts an error of the client to a KtxError with a remedy."""
         import modelscope_hub.errors as errors
 

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 
 from ktx.errors import UsageError
 
-WORDS = {
+MODULE_NAMES = {
     "all": r"^$",  # the model: every module that no other entry places
     "embedding": r"(?:^|\.)embed_tokens$",
     "output": r"^lm_head$",
     "experts": r"(?:^|\.)experts$",
     "shared_experts": r"(?:^|\.)shared_experts?(?:_gate)?$",
 }
-RANGES = {"layers": r"(?:^|\.)layers\.(?:%s)$", "experts": r"(?:^|\.)layers\.(?:%s)\.(?:.+\.)?experts$"}
-LAST = ("output", r"^(?:model\.)?norm$")  # modules that follow the last layer
-DEVICE = re.compile(r"cpu|cuda(?::\d{1,3})?")
+LAYER_RANGES = {"layers": r"(?:^|\.)layers\.(?:%s)$", "experts": r"(?:^|\.)layers\.(?:%s)\.(?:.+\.)?experts$"}
+AFTER_LAST_LAYER = ("output", r"^(?:model\.)?norm$")  # modules that follow the last layer
+DEVICE_PATTERN = re.compile(r"cpu|cuda(?::\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class PlacementEntry:
     pattern: re.Pattern[str]
     device: str
     where: str
-    asked: bool = False  # set by an option: a missing GPU is an error, not a warning
+    explicit: bool = False  # set by an option: a missing GPU is an error, not a warning
     implied: bool = False  # written by no user: no warning if it matches no module
-    experts: int | None = None
+    num_gpu_experts: int | None = None
 
     @property
-    def several(self) -> list[str]:
+    def split_devices(self) -> list[str]:
         """The GPUs among which layers are split; empty for a single device."""
         return self.device.split(",") if "," in self.device else []
 
 
-def place(
-    key: str, device: str | Sequence[str], where: str = "devices", asked: bool = False, implied: bool = False
+def parse_entry(
+    key: str, device: str | Sequence[str], where: str = "devices", explicit: bool = False, implied: bool = False
 ) -> PlacementEntry:
     """Parses an entry of a device map.
 
@@ -68,7 +68,7 @@ def place(
     device_text = device if isinstance(device, str) else ",".join(device)
     names = [name.strip() for name in device_text.split(",")]
     for name in names:
-        if not DEVICE.fullmatch(name):
+        if not DEVICE_PATTERN.fullmatch(name):
             raise UsageError(f"{where}: {name!r} is not a device; use cpu, cuda or cuda:N")
     if len(names) > 1:
         if key != "all":
@@ -77,10 +77,10 @@ def place(
             raise UsageError(
                 f"{where}: layers are split among different GPUs, for example cuda:0,cuda:1; found {device_text!r}"
             )
-    return PlacementEntry(key, _pattern(key, where), ",".join(names), where, asked, implied)
+    return PlacementEntry(key, _pattern(key, where), ",".join(names), where, explicit, implied)
 
 
-def share(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry:
+def parse_gpu_experts(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry:
     """Parses an entry that puts `count` routed experts per layer on the layer's GPU.
 
     Args:
@@ -95,10 +95,10 @@ def share(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry
         raise UsageError(f"{where}: must be a number of experts per layer, 0 or more; found {count!r}")
     prefix, _, layer_list = key.partition(" ")
     key = "experts" if key == "all" else f"experts {layer_list}" if prefix == "layers" and layer_list else key
-    return PlacementEntry(key, _pattern(key, where), "", where, experts=count)
+    return PlacementEntry(key, _pattern(key, where), "", where, num_gpu_experts=count)
 
 
-def streaming(value: object, where: str = "stream_experts") -> int | None:
+def parse_stream_experts(value: object, where: str = "stream_experts") -> int | None:
     """Parses `stream_experts`, the min number of tokens from which the CPU's experts are streamed to the GPU.
 
     Returns:
@@ -118,18 +118,20 @@ def streaming(value: object, where: str = "stream_experts") -> int | None:
 def _pattern(key: str, where: str) -> re.Pattern[str]:
     """Returns the regular expression of a key. Raises UsageError for an invalid key."""
     prefix, _, layer_list = key.partition(" ")
-    if prefix in RANGES and layer_list:
-        return re.compile(RANGES[prefix] % "|".join(map(str, _numbers(key, layer_list, where))))
+    if prefix in LAYER_RANGES and layer_list:
+        return re.compile(LAYER_RANGES[prefix] % "|".join(map(str, _numbers(key, layer_list, where))))
     if not key:
-        raise UsageError(f"{where}: an entry of devices needs a key: a regular expression, or one of {' '.join(WORDS)}")
+        raise UsageError(
+            f"{where}: an entry of devices needs a key: a regular expression, or one of {' '.join(MODULE_NAMES)}"
+        )
     if re.search(r"\s", key):
         raise UsageError(
-            f"{where}: {key!r} does not name modules: use one of {' '.join(WORDS)},"
-            f" {' or '.join(RANGES)} with layer numbers (layers 0-29), or a regular expression on paths,"
+            f"{where}: {key!r} does not name modules: use one of {' '.join(MODULE_NAMES)},"
+            f" {' or '.join(LAYER_RANGES)} with layer numbers (layers 0-29), or a regular expression on paths,"
             " which have no spaces"
         )
     try:
-        return re.compile(WORDS.get(key, key))
+        return re.compile(MODULE_NAMES.get(key, key))
     except re.error as error:
         raise UsageError(f"{where}: {key!r} is not a regular expression: {error}") from None
 
@@ -145,7 +147,7 @@ def _numbers(key: str, layer_list: str, where: str) -> list[int]:
     return layers
 
 
-def spans(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """Formats layers as a key names them, such as "0-2,7"."""
     ranges: list[list[int]] = []
     for layer in sorted(numbers):
@@ -156,7 +158,7 @@ def spans(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def arranged(
+def merge_options(
     file: Sequence[PlacementEntry],
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
@@ -176,25 +178,27 @@ def arranged(
     Raises:
         UsageError: an option is invalid.
     """
-    entries = [place(key, value, f"devices, {key}", asked=True) for key, value in (devices or {}).items()]
+    entries = [parse_entry(key, value, f"devices, {key}", explicit=True) for key, value in (devices or {}).items()]
     if gpu_experts is not None:
-        entries.append(share("all", gpu_experts))
+        entries.append(parse_gpu_experts("all", gpu_experts))
     else:
-        entries += [entry for entry in file if entry.experts is not None]
-    file = [entry for entry in file if entry.experts is None]
+        entries += [entry for entry in file if entry.num_gpu_experts is not None]
+    file = [entry for entry in file if entry.num_gpu_experts is None]
     if moe_device is not None:
-        entries.append(place("experts", "cpu" if moe_device == "numa" else moe_device, "moe_device", asked=True))
+        entries.append(
+            parse_entry("experts", "cpu" if moe_device == "numa" else moe_device, "moe_device", explicit=True)
+        )
     if shared_device is not None:
-        entries.append(place("shared_experts", shared_device, "shared_device", asked=True))
+        entries.append(parse_entry("shared_experts", shared_device, "shared_device", explicit=True))
     if device is None:
         return [*entries, *file]
-    all_entry = place("all", device, "device", asked=True)
+    all_entry = parse_entry("all", device, "device", explicit=True)
     if all_entry.device != "cpu" and moe_device is None:
-        entries.append(place("experts", "cpu", implied=True))
+        entries.append(parse_entry("experts", "cpu", implied=True))
     return [*entries, all_entry]
 
 
-def split(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
+def split_layers(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
     """Returns the map with a single device per entry.
 
     Args:
@@ -203,14 +207,20 @@ def split(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[Place
     """
     entries: list[PlacementEntry] = []
     for entry in places:
-        several = entry.several
+        several = entry.split_devices
         if several:
             for gpu_index, device in enumerate(several[1:], 1):
                 gpu_layers = [layer for layer, layer_gpu in enumerate(layers) if layer_gpu == gpu_index]
                 if gpu_layers:
                     entries.append(
-                        replace(place(f"layers {spans(gpu_layers)}", device, entry.where), asked=entry.asked)
+                        replace(
+                            parse_entry(f"layers {format_ranges(gpu_layers)}", device, entry.where),
+                            explicit=entry.explicit,
+                        )
                     )
-            entries += [replace(place(key, several[-1], entry.where, implied=True), asked=entry.asked) for key in LAST]
+            entries += [
+                replace(parse_entry(key, several[-1], entry.where, implied=True), explicit=entry.explicit)
+                for key in AFTER_LAST_LAYER
+            ]
         entries.append(replace(entry, device=several[0]) if several else entry)
     return entries

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.devices import CPU, Device, device_of, gpus
+from ktx.devices import CPU, Device, gpus, parse_device
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.hardware import format_bytes
-from ktx.injection.device_map import PlacementEntry, spans
+from ktx.injection.device_map import PlacementEntry, format_ranges
 from ktx.injection.rules import Rule, Rules
 from ktx.ops.base import Context, Operator, on_gpu, resolve, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
-from ktx.weights.accounting import Reads, Unread, line, unread
+from ktx.weights.accounting import Reads, UnreadTensors, summary_line, unread_tensors
 from ktx.weights.base import TensorSpec, WeightSource
 
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -36,33 +36,33 @@ class Step:
     """A module of the new tree that was replaced or has weights of its own."""
 
     path: str
-    old: str
-    new: str  # operator class, or "" if the module is not replaced
+    old_class: str
+    operator: str  # operator class, or "" if the module is not replaced
     rule: Rule | None
     device: str
     tensors: list[str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     specs: list[TensorSpec] = field(default_factory=list)
-    target: str | None = None  # quantized type of float weights (ktx.ops.base.LOAD_TIME_QUANT)
-    share: Fraction = Fraction(1)  # of the tensors' bytes: a layer's experts may be split between devices
+    quant_target: str | None = None  # quantized type of float weights (ktx.ops.base.LOAD_TIME_QUANT)
+    fraction: Fraction = Fraction(1)  # of the tensors' bytes: a layer's experts may be split between devices
 
     @property
     def nbytes(self) -> int:
         """Bytes in the weight file."""
-        return int(self.share * sum(spec.nbytes for spec in self.specs))
+        return int(self.fraction * sum(spec.nbytes for spec in self.specs))
 
     @property
-    def memory(self) -> int:
+    def memory_bytes(self) -> int:
         """Bytes in memory: an operator stores the file's format, any other module has f32 parameters."""
         return (
-            int(self.share * sum(self.packed(spec) for spec in self.specs))
-            if self.new
+            int(self.fraction * sum(self.packed_bytes(spec) for spec in self.specs))
+            if self.operator
             else sum(4 * prod(spec.shape) for spec in self.specs)
         )
 
-    def packed(self, spec: TensorSpec) -> int:
+    def packed_bytes(self, spec: TensorSpec) -> int:
         """Bytes of a tensor after an operator has packed it."""
-        qtype = target_qtype(spec, self.target) if len(spec.shape) > 1 else None
+        qtype = target_qtype(spec, self.quant_target) if len(spec.shape) > 1 else None
         return spec.nbytes if qtype is None else prod(spec.shape) // qtype.block * qtype.nbytes
 
     @property
@@ -70,7 +70,7 @@ class Step:
         """Names of the weight types, in descending order of their bytes."""
         nbytes: Counter[str] = Counter()
         for spec in self.specs:
-            qtype = target_qtype(spec, self.target) if len(spec.shape) > 1 else None
+            qtype = target_qtype(spec, self.quant_target) if len(spec.shape) > 1 else None
             nbytes[spec.qtype.name + (f">{qtype.name}" if qtype else "")] += spec.nbytes
         return "+".join(name for name, _ in nbytes.most_common())
 
@@ -91,8 +91,8 @@ class Plan(list[Step]):
         self.rules = Rules()  # the rules that were applied
         self.stream_experts: int | str | None = None  # the rule file's (ktx.injection.device_map.streaming)
         self.scheme = ""  # the checkpoint's quantization scheme (ktx.weights.quantization)
-        self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code ignores
-        self.said: list[Any] = []  # notes on the planned model (ktx.model.notes)
+        self.ignored_patterns: Sequence[str] = ()  # patterns of tensors that the modeling code ignores
+        self.model_notes: list[Any] = []  # notes on the planned model (ktx.model.notes)
         self.adapters: dict[str, dict[Device, int]] = {}  # bytes by device of each LoRA adapter
 
     def fill(self, source: WeightSource) -> None:
@@ -112,33 +112,33 @@ class Plan(list[Step]):
         problems: dict[tuple[str, str], list[int]] = {}
         for step in self:
             for name in step.tensors:
-                problem = _shape_error(source.spec(name), step.shapes.get(name)) or source.flaw(name)
+                problem = _shape_error(source.spec(name), step.shapes.get(name)) or source.unreadable_reason(name)
                 if problem:
                     pattern, numbers = _without_layer(name)
                     problems.setdefault((pattern, problem), []).extend(numbers)
         lines = [f"{_with_layers(pattern, layers)} {problem}" for (pattern, problem), layers in problems.items()]
-        lines += [f"no module reads {tensors}" for tensors in self.unread if tensors.refused]
+        lines += [f"no module reads {tensors}" for tensors in self.unread if tensors.rejected]
         if lines:
             raise BadFile(f"{source.path}: does not fit this model: {'; '.join(lines)}")
 
     @cached_property
-    def unread(self) -> list[Unread]:
+    def unread(self) -> list[UnreadTensors]:
         """Tensors of the file that no module reads, by pattern; empty before `fill`."""
         if not hasattr(self, "source"):
             return []
-        read = {key for step in self for name in step.tensors for key in self.source.behind(name)}
+        read = {key for step in self for name in step.tensors for key in self.source.source_tensors(name)}
         modules = {step.path for step in self if step.tensors} | {key.rpartition(".")[0] for key in read}
-        return unread(self.source, Reads(read, modules), self.ignored)
+        return unread_tensors(self.source, Reads(read, modules), self.ignored_patterns)
 
-    def log(self) -> None:
+    def warn_unread(self) -> None:
         """Warns of tensors in the file that no module reads."""
-        if text := line(self.unread):
+        if text := summary_line(self.unread):
             warnings.warn(f"{self.source.path}: {text}", stacklevel=3)
 
     @property
     def notes(self) -> list[str]:
         """Lines on the checkpoint's quantization and on tensors that no module reads."""
-        return [note for note in (self.scheme, line(self.unread)) if note]
+        return [note for note in (self.scheme, summary_line(self.unread)) if note]
 
     def totals(self) -> dict[str, int]:
         """Bytes of weights by device."""
@@ -153,8 +153,8 @@ class Plan(list[Step]):
         rows = [
             (
                 path,
-                step.old,
-                step.new or "(kept)",
+                step.old_class,
+                step.operator or "(kept)",
                 step.device,
                 step.types,
                 format_bytes(step.nbytes) if step.nbytes else "",
@@ -214,7 +214,7 @@ def layer_of(path: str) -> int | None:
 
 def _with_layers(pattern: str, layers: Sequence[int]) -> str:
     """Inverse of `_without_layer` for several layers, written as a range."""
-    return pattern.replace("{}", f"[{spans(layers)}]" if len(layers) > 1 else "".join(map(str, layers)))
+    return pattern.replace("{}", f"[{format_ranges(layers)}]" if len(layers) > 1 else "".join(map(str, layers)))
 
 
 def _fold_layers(plan: Plan) -> Iterator[tuple[str, Step]]:
@@ -223,11 +223,11 @@ def _fold_layers(plan: Plan) -> Iterator[tuple[str, Step]]:
     for step in plan:
         key = (
             _without_layer(step.path)[0],
-            step.old,
-            step.new,
+            step.old_class,
+            step.operator,
             step.device,
             step.rule.where if step.rule else "",
-            step.share,
+            step.fraction,
         )
         groups.setdefault(key, []).append(step)
     for (pattern, *_), steps in groups.items():
@@ -241,9 +241,9 @@ def inject(
     config: Any,
     dtype: torch.dtype,
     kv_dtype: torch.dtype | str | None = None,
-    tell_unmatched: bool = True,
+    warn_unmatched: bool = True,
     targets: Mapping[str, str | None] = MappingProxyType({}),
-    places: Sequence[PlacementEntry] = (),
+    entries: Sequence[PlacementEntry] = (),
 ) -> Plan:
     """Replaces modules of a meta-device model, top down in the new tree, and returns the plan.
 
@@ -261,16 +261,16 @@ def inject(
         UsageError: a rule or an entry of the device map is invalid for this model.
     """
     injector = _Injector(model, rules, config, dtype, kv_dtype)
-    injector.targets, injector.places = targets, [entry for entry in places if entry.experts is None]
-    injector.gpu_expert_entries = [entry for entry in places if entry.experts is not None]
+    injector.targets, injector.entries = targets, [entry for entry in entries if entry.num_gpu_experts is None]
+    injector.gpu_expert_entries = [entry for entry in entries if entry.num_gpu_experts is not None]
     injector.visit("", model, CPU)
-    if tell_unmatched or places:
+    if warn_unmatched or entries:
         injector.warn_unsplit()
-    for i, entry in enumerate(injector.places):
+    for i, entry in enumerate(injector.entries):
         if i not in injector.matched_entries and not entry.implied:
             warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     injector.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in injector.matched_rules]
-    for rule in injector.plan.unmatched if tell_unmatched else ():
+    for rule in injector.plan.unmatched if warn_unmatched else ():
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
         hint = did_you_mean(unknown, sorted(injector.classes)) if unknown and unknown not in injector.classes else ""
@@ -292,7 +292,7 @@ class _Injector:
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.matched_rules = Plan(), set[int]()
         self.targets: Mapping[str, str | None] = {}
-        self.places: Sequence[PlacementEntry] = ()
+        self.entries: Sequence[PlacementEntry] = ()
         self.gpu_expert_entries: Sequence[PlacementEntry] = ()
         self.unsplit: dict[str, int] = {}  # by origin: experts requested on a GPU, 0 once placed
         self.matched_entries, self.warned = set[int](), set[str]()
@@ -326,7 +326,7 @@ class _Injector:
         entry = next((entry for entry in self.gpu_expert_entries if entry.pattern.search(path)), None)
         num_gpu_experts, where = new.gpu_experts, f"{rule.where}: gpu_experts"
         if not num_gpu_experts and entry is not None:
-            num_gpu_experts, where = entry.experts or 0, entry.where
+            num_gpu_experts, where = entry.num_gpu_experts or 0, entry.where
         if not num_gpu_experts:
             return
         self.unsplit.setdefault(where, num_gpu_experts)
@@ -360,16 +360,16 @@ class _Injector:
 
     def device_for(self, path: str, rule: Rule | None, parent_device: Device) -> Device:
         """Returns a module's device: its rule's, else the first matching entry's, else the parent's."""
-        matches = [i for i, entry in enumerate(self.places) if entry.pattern.search(path)]
+        matches = [i for i, entry in enumerate(self.entries) if entry.pattern.search(path)]
         self.matched_entries.update(matches)
         if rule is not None and rule.device:
             return self.device(rule.device.strip(), rule.where)
         if not matches:
             return parent_device
-        entry = self.places[matches[0]]
+        entry = self.entries[matches[0]]
         if entry.device == "cuda" and parent_device.gpu:
             return parent_device
-        return device_of(entry.device, entry.where) if entry.asked else self.device(entry.device, entry.where)
+        return parse_device(entry.device, entry.where) if entry.explicit else self.device(entry.device, entry.where)
 
     def device(self, name: str, where: str) -> Device:
         """Returns the device that a file names; without any GPU the CPU, with a warning once per rule or entry."""
@@ -381,7 +381,7 @@ class _Injector:
                     stacklevel=3,
                 )
             return CPU
-        return device_of(name, where)
+        return parse_device(name, where)
 
     def build_operator(self, path: str, old: nn.Module, rule: Rule, device: Device) -> Operator:
         """Returns the operator that a rule puts in place of `old`."""
@@ -424,8 +424,10 @@ class _Injector:
         if tensors or isinstance(module, Operator):
             operator = type(module).__name__ if rule is not None and rule.replace else ""
             target = module.quant_target if isinstance(module, Operator) else None
-            share = Fraction(module.num_experts, module.total) if isinstance(module, Experts) else Fraction(1)
-            self.plan.append(Step(path, old, operator, rule, str(device), tensors, shapes, target=target, share=share))
+            share = Fraction(module.num_experts, module.total_experts) if isinstance(module, Experts) else Fraction(1)
+            self.plan.append(
+                Step(path, old, operator, rule, str(device), tensors, shapes, quant_target=target, fraction=share)
+            )
 
     def record_below(self, path: str, module: nn.Module, device: Device) -> None:
         """Records the submodules of a module whose rule is not recursive."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PREFIX = "ktransformers."
 # ktx operator -> last part of replace.class in their files, with old spellings; None: the transformers module stays.
-MEANINGS: dict[str | None, str] = {
+CLASSES_BY_OPERATOR: dict[str | None, str] = {
     "Linear": (
         "KTransformersLinear KTransformerLinear KLinearCPUInfer KLinearMarlin KLinearTorch VLinearMarlin "
         "KLinearFP8 KLinearQ8 KLinearIPEXLLM "
@@ -40,7 +40,9 @@ MEANINGS: dict[str | None, str] = {
         "KDeepseekV2Model KQwen2MoeModel KLlamaModel KQwen3MoeModel "
     ),
 }
-OPERATORS: dict[str, str | None] = {name: operator for operator, names in MEANINGS.items() for name in names.split()}
+OPERATORS: dict[str, str | None] = {
+    name: operator for operator, names in CLASSES_BY_OPERATOR.items() for name in names.split()
+}
 CLASSES = {  # last part of match.class -> current transformers class
     "DeepseekV2MoE": "DeepseekV2Moe",
     "DeepseekV3MoE": "DeepseekV3MoE",
@@ -48,10 +50,10 @@ CLASSES = {  # last part of match.class -> current transformers class
     "DeepseekV3YarnRotaryEmbedding": "DeepseekV3RotaryEmbedding",
     "MoEGate": "DeepseekV3TopkRouter",
 }
-MOVED = {"block_sparse_moe": "mlp"}  # modules that transformers 5 renamed
-KEPT = {"absorb_for_prefill"}
+RENAMED_MODULES = {"block_sparse_moe": "mlp"}  # modules that transformers 5 renamed
+SUPPORTED_OPTIONS = {"absorb_for_prefill"}
 DEVICES = ("generate_device", "prefill_device")
-NO_MEANING = {
+IGNORED_OPTIONS = {
     "prefill_device": "weights are on one device; operators choose the kernel by the number of tokens",
     "prefill_op": "operators choose the kernel by the number of tokens",
     "generate_op": "the weight type in the file determines the kernel",
@@ -94,10 +96,10 @@ def _translated(rule: Rule, cls: str | None) -> Rule:
     operator = OPERATORS.get(name)
     kwargs: dict[str, Any] = {}
     for key, value in rule.kwargs.items():
-        if key in KEPT and operator == "MLA":
+        if key in SUPPORTED_OPTIONS and operator == "MLA":
             kwargs[key] = value
-        elif key not in DEVICES[:1] and key not in KEPT:
-            reason = NO_MEANING.get(key, "this operator has no such option")
+        elif key not in DEVICES[:1] and key not in SUPPORTED_OPTIONS:
+            reason = IGNORED_OPTIONS.get(key, "this operator has no such option")
             warnings.warn(f"{rule.where}: {key} has no effect in ktx: {reason}", stacklevel=4)
     device = rule.device or rule.kwargs.get("generate_device")
     if device == "cuda":
@@ -110,6 +112,6 @@ def _moved(pattern: re.Pattern[str] | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     text = pattern.pattern
-    for old, new in MOVED.items():
+    for old, new in RENAMED_MODULES.items():
         text = text.replace(old, new)
     return re.compile(text)

@@ -25,7 +25,7 @@ import yaml
 
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.families import RULE_ALIASES, RULE_FILES
-from ktx.injection.device_map import PlacementEntry, place, share, streaming
+from ktx.injection.device_map import PlacementEntry, parse_entry, parse_gpu_experts, parse_stream_experts
 
 FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # keys of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
@@ -99,7 +99,7 @@ class Rules(list[Rule]):
         self, rules: Iterable[Rule] = (), places: Sequence[PlacementEntry] = (), base: str = "", explicit: bool = True
     ):
         super().__init__(rules)
-        self.places, self.base, self.explicit = list(places), base, explicit
+        self.entries, self.base, self.explicit = list(places), base, explicit
 
 
 class _YamlReader:
@@ -250,7 +250,7 @@ def _device_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry
     entries = []
     for key, value in sections.items():
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        entries.append(place(key, [_device(item, reader) for item in items], reader.at(key_nodes[key])))
+        entries.append(parse_entry(key, [_device(item, reader) for item in items], reader.at(key_nodes[key])))
     return entries
 
 
@@ -260,13 +260,15 @@ def _gpu_expert_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementE
         raise UsageError(f"{reader.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
     sections = reader.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
     return [
-        share(key, reader.value(value, object, "gpu_experts"), f"{reader.at(value)}: gpu_experts")
+        parse_gpu_experts(key, reader.value(value, object, "gpu_experts"), f"{reader.at(value)}: gpu_experts")
         for key, value in sections.items()
     ]
 
 
 def _stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
-    min_tokens = streaming(reader.value(node, object, "stream_experts"), f"{reader.at(node)}: stream_experts")
+    min_tokens = parse_stream_experts(
+        reader.value(node, object, "stream_experts"), f"{reader.at(node)}: stream_experts"
+    )
     return "auto" if min_tokens is None else min_tokens or "off"
 
 
@@ -323,7 +325,7 @@ def rule_folder() -> Path:
     return checkout if checkout.is_dir() else package / "optimize_rules"
 
 
-def shipped() -> list[str]:
+def shipped_rules() -> list[str]:
     """Names of the shipped rule files."""
     return sorted(file.stem for file in rule_folder().glob("*.yaml"))
 
@@ -366,7 +368,7 @@ def _rule_path(rules: object) -> Path:
     if not by_name or not shipped_path.is_file():
         raise BadFile(
             f"{rules}: no such rule file, and no shipped one has this name"
-            f"{did_you_mean(path.stem, [*shipped(), *RULE_ALIASES])}; shipped: {' '.join(shipped())}"
+            f"{did_you_mean(path.stem, [*shipped_rules(), *RULE_ALIASES])}; shipped: {' '.join(shipped_rules())}"
         )
     return shipped_path
 

@@ -19,14 +19,14 @@ from typing import Any
 NAME = "ktx"
 
 
-def computed(module: Any, *args: Any, **kwargs: Any) -> Any:
+def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The function that transformers calls instead of an experts module's forward; see ktx.ops.experts_interface."""
     implementation = importlib.import_module("ktx.ops.experts_interface")  # late: it is a layer above this module
     return implementation.forward(None, module, *args, **kwargs)
 
 
 def _register_experts(table: Any) -> None:
-    table.ALL_EXPERTS_FUNCTIONS.register(NAME, computed)
+    table.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def _register_quantization(table: Any) -> None:

@@ -32,11 +32,11 @@ from ktx.injection.rules import Rule
 from ktx.integrations.experts_interface import NAME
 from ktx.loader import load
 from ktx.loader.meta_model import hub_folder, read_config, read_tokenizer
-from ktx.model.lora import Adapted
+from ktx.model.lora import AdapterArgument
 from ktx.model.self_test import SelfTest
-from ktx.ops.experts import of_layers
-from ktx.transformers_compat import config_dict, text_part, writer_of_text
-from ktx.utils.versions import admitted
+from ktx.ops.experts import experts_by_path
+from ktx.transformers_compat import causal_lm_class, config_dict, text_config
+from ktx.utils.versions import requirement
 from ktx.weights.base import open_weights
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ EMPTY_CHECKPOINT = "ktx.safetensors"  # what transformers loads instead of a che
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "tqdm_class")
 # Local variables with the arguments for finding a checkpoint: in 5.17, in 5.23.
 DOWNLOAD_LOCALS = ("download_kwargs_with_commit", "download_kwargs")
-NEEDED = (  # local variables of from_pretrained in every tested version
+REQUIRED_LOCALS = (  # local variables of from_pretrained in every tested version
     *("cls", "pretrained_model_name_or_path", "subfolder", "dtype", "trust_remote_code", "generation_config"),
     *HUB_ARGUMENTS,
 )
@@ -63,7 +63,7 @@ PLACEMENT_HINT = "use KtxConfig(device=..., moe_device=..., devices=...) for pla
 # Device maps for which accelerate chooses the devices.
 AUTO_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Unsupported arguments of from_pretrained: values that have no effect, and the alternative.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "state_dict": ((None,), "weights are loaded from files: use KtxConfig(weights=...)"),
     "gguf_file": ((None,), "use KtxConfig(weights=FILE)"),
     "variant": ((None,), "use KtxConfig(weights=FILE)"),
@@ -114,7 +114,7 @@ class KtxConfig(QuantizationConfigMixin):
     gpu_experts: int | None = None
     stream_experts: int | str | None = None
     self_test: SelfTest = True
-    lora: Adapted | Sequence[Adapted] | None = None
+    lora: AdapterArgument | Sequence[AdapterArgument] | None = None
     quant_method: str = field(default=NAME, init=False)
 
     def options(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class KtxQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.ktx_config = quantization_config
         self.call = _call()
-        for name, (ignored_values, alternative) in REFUSED.items():
+        for name, (ignored_values, alternative) in UNSUPPORTED_ARGUMENTS.items():
             argument = self.call.get(name)
             if name in self.call and not any(argument is value for value in ignored_values):
                 raise UsageError(f"from_pretrained: {name} has no effect with KtxConfig; {alternative}")
@@ -200,7 +200,7 @@ class KtxQuantizer(HfQuantizer):
         self.attention, self.experts = requested._attn_implementation, requested._experts_implementation
         requested._attn_implementation = requested._experts_implementation = None
         requested.name_or_path = self.name
-        self.config = text_part(requested)
+        self.config = text_config(requested)
         if getattr(self.config, "quantization_config", None) is not None:  # the text part's
             del self.config.quantization_config
         self._check_class()
@@ -224,7 +224,7 @@ class KtxQuantizer(HfQuantizer):
 
     def _check_class(self) -> None:
         """Raises UsageError for a class that is not the configuration's causal LM class, before any download."""
-        requested, expected = self.call["cls"], writer_of_text(self.config)
+        requested, expected = self.call["cls"], causal_lm_class(self.config)
         if self._uses_remote_code() or requested is expected:
             return
         if expected is None:
@@ -309,11 +309,11 @@ class KtxQuantizer(HfQuantizer):
         model.__class__ = type(loaded)
         model.__dict__.clear()
         model.__dict__.update(loaded.__dict__ | own_methods | generation)
-        model.__dict__["ktx"] = loaded.ktx.of(model)
+        model.__dict__["ktx"] = loaded.ktx.for_copy(model)
         model.generation_config.disable_compile = True
         if self.attention is not None:
             model.set_attn_implementation(self.attention)
-        if self.experts is not None and not of_layers(model):
+        if self.experts is not None and not experts_by_path(model):
             model.set_experts_implementation(self.experts)
 
     def _dtype(self) -> torch.dtype | None:
@@ -338,7 +338,7 @@ class KtxQuantizer(HfQuantizer):
 
     def _check_experts(self, loaded: Any) -> None:
         """Raises UsageError for an experts_implementation that ktx's experts would ignore."""
-        if self.experts not in (None, NAME) and (expert_modules := of_layers(loaded)):
+        if self.experts not in (None, NAME) and (expert_modules := experts_by_path(loaded)):
             raise UsageError(
                 f"from_pretrained: experts_implementation={self.experts!r},"
                 f" but {expert_modules[0][0]} is computed by ktx;"
@@ -367,7 +367,7 @@ def _call() -> dict[str, Any]:
             "KtxConfig is an argument of from_pretrained:"
             " AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
         )
-    if missing := [name for name in NEEDED if name not in call_locals]:
+    if missing := [name for name in REQUIRED_LOCALS if name not in call_locals]:
         raise _changed(missing)
     return call_locals
 
@@ -378,7 +378,7 @@ def _changed(missing: Sequence[str]) -> KtxError:
 
     return KtxError(
         f"from_pretrained of transformers {transformers.__version__} has no {', '.join(missing)},"
-        f" which KtxConfig reads; use ktx.load, or pip install '{admitted('transformers')}'"
+        f" which KtxConfig reads; use ktx.load, or pip install '{requirement('transformers')}'"
     )
 
 

@@ -16,7 +16,7 @@ from ktx.weights.base import QuantizedTensor
 UNPACK_CHUNK_WEIGHTS = 1 << 26  # weights that are unpacked at once, in CPU memory
 
 
-def rows_of(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
+def unpack_rows(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
     """Yields the rows of packed weights as a weight file stores them, matrix by matrix.
 
     Args:

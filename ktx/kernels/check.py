@@ -14,7 +14,7 @@ import sys
 # Largest relative RMS errors: of a matrix, of a MoE layer, and of float weights multiplied in f32 and in bf16.
 MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER, MAX_REL_ERROR_FLOAT, MAX_REL_ERROR_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
 MAX_REL_ERRORS_FAST = 1.2e-2, 3e-2  # matrix and MoE layer with KTX_GEMM=fast
-IN_BF16 = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
+BF16_EXACT_TYPES = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
 NOT_TIMED_ISAS = ("scalar", "amxmodel")  # instruction sets whose speed is not measured
 
@@ -213,7 +213,7 @@ def _serve_speeds(threads: int) -> int:
     return 0
 
 
-def in_bf16() -> bool:
+def multiplies_in_bf16() -> bool:
     """Whether the selected instruction set multiplies the types of IN_BF16 in bf16.
 
     It then multiplies keys and values of half precision in bf16 as well.
@@ -230,7 +230,9 @@ def bounds(name: str) -> tuple[float, float]:
 
     if not QTYPES[name].is_float:
         return MAX_REL_ERRORS_FAST if ops.fast_gemm() else (MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER)
-    return (MAX_REL_ERROR_BF16,) * 2 if name in IN_BF16 and in_bf16() else (MAX_REL_ERROR_FLOAT,) * 2
+    return (
+        (MAX_REL_ERROR_BF16,) * 2 if name in BF16_EXACT_TYPES and multiplies_in_bf16() else (MAX_REL_ERROR_FLOAT,) * 2
+    )
 
 
 def measure() -> dict[str, dict[str, object]]:
@@ -241,7 +243,7 @@ def measure() -> dict[str, dict[str, object]]:
     return {"errors": errors, "bounds": {name: bounds(name) for name in QTYPES}}  # type: ignore[dict-item]
 
 
-def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
+def random_matrix(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
     """Returns a random matrix of a type, in the form that a weight source returns it."""
     import torch
 
@@ -253,7 +255,7 @@ def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped
     return QuantizedTensor(random_rows(QTYPES[name], n, k, seed), QTYPES[name], (n, k), scale)
 
 
-def relative(a, b) -> float:  # type: ignore[no-untyped-def]
+def relative_error(a, b) -> float:  # type: ignore[no-untyped-def]
     """Returns the relative error of a with respect to b, in the Frobenius norm."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -264,13 +266,13 @@ def _linear_error(name: str, num_tokens: int, n: int, k: int) -> float:
 
     from ktx.kernels import cpu, reference
 
-    weight = sample(name, n, k)
+    weight = random_matrix(name, n, k)
     x, packed = (
         torch.randn(num_tokens, k, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float32),
         cpu.pack(weight),
     )
     expected = reference.linear(x.double(), weight)
-    return max(relative(cpu.linear(x, packed, wide=wide), expected) for wide in (False, True))
+    return max(relative_error(cpu.linear(x, packed, all_bf16=wide), expected) for wide in (False, True))
 
 
 def _experts_error(name: str) -> float:
@@ -282,7 +284,7 @@ def _experts_error(name: str) -> float:
     generator = torch.Generator().manual_seed(5)
     num_experts, hidden, ff, num_tokens = 4, 256, 512, 9
     matrices = [
-        [sample(name, rows, cols, 10 * expert + i) for expert in range(num_experts)]
+        [random_matrix(name, rows, cols, 10 * expert + i) for expert in range(num_experts)]
         for i, (rows, cols) in enumerate(((ff, hidden), (ff, hidden), (hidden, ff)))
     ]
     x = torch.randn(num_tokens, hidden, generator=generator, dtype=torch.float32)
@@ -297,7 +299,7 @@ def _experts_error(name: str) -> float:
         rows = x[token].double()
         y = (torch.nn.functional.silu(rows @ g.T) * (rows @ u.T)) @ d.T
         expected.index_add_(0, token, y * weights[token, choice, None].double())
-    return relative(actual, expected)
+    return relative_error(actual, expected)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Packed:
     n: int
     k: int
     matrices: int = 1
-    ends: tuple[int, ...] = ()
+    numa_ends: tuple[int, ...] = ()
     origin: Any = field(default=None, init=False, compare=False, repr=False)
 
     def __copy__(self) -> Packed:
@@ -112,7 +112,7 @@ class Packed:
         """Pickles a reference to the weight files; packed bytes are pickled only if the matrix comes from no file."""
         if self.origin is not None:
             return _load_again, self.origin
-        metadata = self.qtype.name, self.n, self.k, self.matrices, self.ends
+        metadata = self.qtype.name, self.n, self.k, self.matrices, self.numa_ends
         return _from_bytes, (for_pickle(self.data.clone()), *metadata, packing())
 
     @property
@@ -124,22 +124,22 @@ class Packed:
         """Returns rows of a single matrix, dequantized exactly: index int64 [count] -> f32 [count, k]."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
 
-    def matrix(self, number: int) -> Packed:
+    def matrix(self, index: int) -> Packed:
         """Returns one of the matrices that `pack_experts` packed.
 
         It is a view where there is one NUMA node, and a copy where several nodes hold shares of the matrix.
         """
         start, shares = 0, []
-        for end in self.ends or (self.nbytes,):
+        for end in self.numa_ends or (self.nbytes,):
             size = (end - start) // self.matrices
-            shares.append(self.data[start + number * size : start + (number + 1) * size])
+            shares.append(self.data[start + index * size : start + (index + 1) * size])
             start = end
         return Packed(shares[0] if len(shares) == 1 else torch.cat(shares), self.qtype, self.n, self.k)
 
 
 def _load_again(origin: Any, name: str, number: int) -> Packed:
     """Unpickles a matrix from the weight files that its origin names."""
-    packed: Packed = origin.taken(name, number)
+    packed: Packed = origin.take(name, number)
     return packed
 
 
@@ -263,11 +263,11 @@ def _node_shares(w: Packed) -> Iterator[tuple[int, int, int]]:
 
 def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
     """Returns a copy of the matrices in which the matrix `index` is replaced."""
-    data = ops.empty_packed(w.nbytes, w.ends)
+    data = ops.empty_packed(w.nbytes, w.numa_ends)
     data.copy_(w.data)
     for start, size, offset in _node_shares(w):
         data[offset + index * size : offset + (index + 1) * size] = expert.data[start : start + size]
-    return Packed(data, w.qtype, w.n, w.k, w.matrices, w.ends)
+    return Packed(data, w.qtype, w.n, w.k, w.matrices, w.numa_ends)
 
 
 def _list_matrices(
@@ -324,7 +324,7 @@ def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
         tokens: number of rows of the calls that this applies to.
         ranges: first, count, first, count, ...
     """
-    previous = rows_told()
+    previous = current_bf16_rows()
     _thread.rows = (tokens, tuple(ranges))
     ops.wide_rows(tokens, ranges)
     try:
@@ -334,18 +334,18 @@ def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
         ops.wide_rows(*previous)
 
 
-def rows_told() -> tuple[int, tuple[int, ...]]:
+def current_bf16_rows() -> tuple[int, tuple[int, ...]]:
     """Returns the arguments of the current `bf16_rows` of this thread, for a thread that computes on its behalf."""
     tokens, ranges = getattr(_thread, "rows", (-1, ()))
     return tokens, ranges
 
 
-def wide_part(first: int, count: int) -> AbstractContextManager[None]:
+def bf16_rows_part(first: int, count: int) -> AbstractContextManager[None]:
     """Selects bf16 for calls with only the rows `first` to `first + count` of a batch.
 
     These rows are multiplied in bf16 if the current `bf16_rows` selects all of them.
     """
-    _, ranges = rows_told()
+    _, ranges = current_bf16_rows()
     inside = any(
         start <= first and first + count <= start + length
         for start, length in zip(ranges[::2], ranges[1::2], strict=True)
@@ -353,7 +353,7 @@ def wide_part(first: int, count: int) -> AbstractContextManager[None]:
     return bf16_rows(count, (0, count) if inside else ())
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, all_bf16: bool = False) -> torch.Tensor:
     """Multiplies by a packed matrix: x [..., k] (f32, f16, bf16) times w [n, k] transposed, plus bias f32 [n].
 
     Args:
@@ -365,13 +365,13 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: b
     Returns:
         [..., n] in x's dtype.
     """
-    gradients.backward_only(x)
-    return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
+    gradients.refuse_forward_mode(x)
+    return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, all_bf16)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """Multiplies x [matrices, tokens, k] by each matrix of w transposed -> [matrices, tokens, n]."""
-    gradients.backward_only(x)
+    gradients.refuse_forward_mode(x)
     return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
 
 

@@ -12,7 +12,7 @@ from weakref import finalize
 import torch
 
 from ktx.kernels.cpu import ops
-from ktx.kernels.gradients import backward_only, refuse
+from ktx.kernels.gradients import refuse_forward_mode, refuse_gradient
 
 
 class FusedStepHandle:
@@ -31,7 +31,7 @@ class FusedStepHandle:
         return FusedStepHandle, (factory, *args)
 
 
-def run(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[torch.Tensor], *args: Any) -> None:
+def run_steps(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[torch.Tensor], *args: Any) -> None:
     """Runs steps one after another on x f32 [B, S, D].
 
     Args:
@@ -44,6 +44,6 @@ def run(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[torch.
     Raises:
         NoGradient: if autograd records x.
     """
-    backward_only(x)
-    refuse("a fused call", "call the modules one by one, or under torch.no_grad()", x)
+    refuse_forward_mode(x)
+    refuse_gradient("a fused call", "call the modules one by one, or under torch.no_grad()", x)
     ops.run_steps(x, outs, [step.step_id for step in steps], *(args or ([],)))

@@ -29,12 +29,12 @@ Tensor = torch.Tensor
 ops: Any = torch.ops.ktx
 
 
-def recorded(*tensors: Tensor | None) -> bool:
+def is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
+def refuse_gradient(what: str, remedy: str, *tensors: Tensor | None) -> None:
     """Raises NoGradient if autograd would record one of the tensors, for an operation without a gradient.
 
     Args:
@@ -42,11 +42,11 @@ def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
         remedy: what the user can do instead.
         tensors: the inputs of the operation.
     """
-    if recorded(*tensors):
+    if is_recorded(*tensors):
         raise NoGradient(f"{what} has no gradient, and one of its inputs requires grad: {remedy}")
 
 
-def backward_only(x: Tensor) -> None:
+def refuse_forward_mode(x: Tensor) -> None:
     """Refuses inputs that the kernels cannot differentiate.
 
     Raises:
@@ -68,9 +68,9 @@ def backward_only(x: Tensor) -> None:
         )
 
 
-def none_on_gpu(what: str, *tensors: Tensor | None) -> None:
+def refuse_gpu_gradient(what: str, *tensors: Tensor | None) -> None:
     """Raises NoGradient if autograd would record one of the inputs of a GPU kernel."""
-    refuse(
+    refuse_gradient(
         f"{what} on a GPU", "put the module on the CPU (device: cpu), or call the model under torch.no_grad()", *tensors
     )
 
@@ -289,7 +289,7 @@ class Experts(torch.autograd.Function):
 
 def experts(*inputs: Any) -> Tensor:
     """Runs ktx::experts with gradients for x and the routing weights."""
-    backward_only(inputs[0])
+    refuse_forward_mode(inputs[0])
     if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return ops.experts(*inputs)  # type: ignore[no-any-return]
     _check_differentiable("experts", inputs, (0, 2))

@@ -17,7 +17,7 @@ import torch
 
 from ktx.hardware import last_level_cache, memory
 from ktx.kernels import cpu
-from ktx.kernels.check import IN_BF16
+from ktx.kernels.check import BF16_EXACT_TYPES
 from ktx.quant.quantize import random_rows
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor
@@ -42,7 +42,7 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Bandwidth:
     """A measured read bandwidth.
 
     Attributes:
@@ -79,13 +79,13 @@ def pass_bytes(min_bytes: int = MIN_PASS_BYTES) -> int:
     return max(min_bytes, min(CACHE_MULTIPLE * last_level_cache(), memory()[1] // 4)) >> 20 << 20
 
 
-def read_bandwidth(threads: int, min_bytes: int = MIN_PASS_BYTES) -> Reading:
+def read_bandwidth(threads: int, min_bytes: int = MIN_PASS_BYTES) -> Bandwidth:
     """Measures reads of `pass_bytes(min_bytes)` bytes from memory."""
     nbytes = pass_bytes(min_bytes)
-    return Reading(cpu.ops.probe_read(threads, nbytes >> 20), nbytes, last_level_cache())
+    return Bandwidth(cpu.ops.probe_read(threads, nbytes >> 20), nbytes, last_level_cache())
 
 
-def free_read_bandwidth(threads: int) -> Reading | None:
+def free_read_bandwidth(threads: int) -> Bandwidth | None:
     """Measures reads of at least 512 MiB, within seconds; None if less than 1 GiB is free."""
     return None if memory()[1] < 1 << 30 else read_bandwidth(threads, 1 << 29)
 
@@ -122,9 +122,9 @@ def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
 
 def prompt_rate(qtype: QType) -> float:
     """Returns the GOPS of experts of a type in a prompt, with as many tokens at once as an expert gets on average."""
-    packed = split(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
+    packed = split_matrices(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
     x = torch.randn(TOKENS_PER_EXPERT, COLUMNS, dtype=torch.float32)
-    elapsed_s = seconds(lambda: [cpu.linear(x, matrix, wide=True) for matrix in packed], 3)
+    elapsed_s = seconds(lambda: [cpu.linear(x, matrix, all_bf16=True) for matrix in packed], 3)
     return 2 * TOKENS_PER_EXPERT * 512 * COLUMNS * len(packed) / elapsed_s / 1e9
 
 
@@ -154,17 +154,17 @@ def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
     return QuantizedTensor(data, qtype, (count, n, k), scale)
 
 
-def peak(qtype: QType, threads: int) -> float:
+def peak_gops(qtype: QType, threads: int) -> float:
     """Returns the peak GOPS of the dot product that multiplies a prompt's tokens by weights of this type.
 
     A multiplication and an addition count as two operations.
     """
-    if qtype.name in IN_BF16 or (not qtype.is_float and cpu.ops.has_wide()):
+    if qtype.name in BF16_EXACT_TYPES or (not qtype.is_float and cpu.ops.has_wide()):
         return cpu.ops.probe_bf16(threads, 0.05)
     return (cpu.ops.probe_fma if qtype.is_float else cpu.ops.probe_int8)(threads, 0.05)
 
 
-def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
+def split_matrices(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
     """Returns each of the first `count` matrices (default: all) as a `Packed` of its own."""
     size = packed.nbytes // packed.matrices
     return [
@@ -173,7 +173,7 @@ def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
     ]
 
 
-def stacked(packed: cpu.Packed) -> cpu.Packed:
+def as_one_matrix(packed: cpu.Packed) -> cpu.Packed:
     """Returns all matrices as one, without a copy because each consists of complete groups of rows."""
     return cpu.Packed(packed.data, packed.qtype, packed.n * packed.matrices, packed.k)
 
@@ -187,7 +187,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     """
     matrix_bytes = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
     packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // matrix_bytes), ROWS, COLUMNS))
-    all_rows, x = stacked(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
+    all_rows, x = as_one_matrix(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
     rounds = []
     for _ in range(repeat):  # limit and result alternate because memory bandwidth changes over time
         read_gb_s = read_bandwidth(threads, MIN_PASS_BYTES // 2).gb_s
@@ -196,11 +196,11 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     share, rate = statistics.median_low(rounds)
     results = {"gemv_gb_s": rate, "gemv_share": share}
     for num_tokens in tokens:
-        part = split(packed, min(packed.matrices, max(1, 512 // num_tokens)))
+        part = split_matrices(packed, min(packed.matrices, max(1, 512 // num_tokens)))
         batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
-        limit_gops = peak(qtype, threads)
+        limit_gops = peak_gops(qtype, threads)
         elapsed_s = seconds(
-            lambda part=part, batch=batch: [cpu.linear(batch, w, wide=True) for w in part],  # type: ignore[misc]
+            lambda part=part, batch=batch: [cpu.linear(batch, w, all_bf16=True) for w in part],  # type: ignore[misc]
             repeat,
         )
         rate = 2 * num_tokens * ROWS * COLUMNS * len(part) / elapsed_s / 1e9

@@ -49,7 +49,7 @@ def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
     name, store, origin = f"{_context.name}#{_context.count}", _context.store, _context.origin
     _context.count += 1
     packed = pack() if store is None else store.get_or_pack(name, pack)
-    return packed if origin is None else origin.known(name, packed)
+    return packed if origin is None else origin.register(name, packed)
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def loading(name: str, store: PackedCache | None, origin: Origin | None) -> Iter
 class Origin(Protocol):
     """The weight files that packed weights were loaded from, for pickles of a model."""
 
-    def known(self, name: str, packed: list[cpu.Packed]) -> list[cpu.Packed]:
+    def register(self, name: str, packed: list[cpu.Packed]) -> list[cpu.Packed]:
         """Sets `origin` of the packed weights of the operator `name` and returns them."""
 
 
@@ -94,7 +94,7 @@ class PackedCache:
         self.entries: dict[str, list[dict[str, Any]]] = {}
         self.size, self.error = 0, ""
         index = _read_index(folder)
-        self.found = index is not None
+        self.is_complete = index is not None
         self.file: Any = None
         self.data: torch.Tensor | None = None
         if index is not None:
@@ -125,10 +125,10 @@ class PackedCache:
 
     def get_or_pack(self, name: str, pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
         """Returns the entry `name`, mapped from disk, or packs it and writes it to the folder."""
-        if self.found and name in self.entries:
+        if self.is_complete and name in self.entries:
             return [self._map(entry) for entry in self.entries[name]]
         packed = pack()
-        if self.found:
+        if self.is_complete:
             return packed
         self.entries[name] = [self._write(matrix) for matrix in packed]
         return packed
@@ -165,7 +165,7 @@ class PackedCache:
             "n": packed.n,
             "k": packed.k,
             "matrices": packed.matrices,
-            "ends": list(packed.ends),
+            "ends": list(packed.numa_ends),
         }
 
     def commit(self) -> str:
@@ -174,7 +174,7 @@ class PackedCache:
         Returns:
             A warning for the user if the weights were not cached, else "".
         """
-        if self.found:
+        if self.is_complete:
             if cpu.ops.nodes() == 1:
                 self._start_promotion()
             return ""
@@ -210,7 +210,7 @@ class PackedCache:
 
     def abort(self) -> None:
         """Removes a folder that was not completed."""
-        if not self.found:
+        if not self.is_complete:
             self.file.close()
             shutil.rmtree(self.partial_folder, ignore_errors=True)
 
@@ -235,7 +235,7 @@ def promote_to_huge_pages(data: torch.Tensor, stop: threading.Event) -> None:
             return
 
 
-def open_store(folder: str | Path, name: str, key: Any, need: int) -> PackedCache:
+def open_cache(folder: str | Path, name: str, key: Any, required_bytes: int) -> PackedCache:
     """Opens the cache of a model below `folder`.
 
     Args:
@@ -246,7 +246,7 @@ def open_store(folder: str | Path, name: str, key: Any, need: int) -> PackedCach
     """
     key_parts = [key, *cpu.packing()]
     digest = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return PackedCache(Path(folder).expanduser() / f"{name}-{digest}", need)
+    return PackedCache(Path(folder).expanduser() / f"{name}-{digest}", required_bytes)
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:

@@ -177,10 +177,10 @@ def attention(
         assert pages is not None
         for (first, queries, keys), page_table in zip(sequences.tolist(), pages, strict=True):
             span = slice(first, first + queries)
-            rope_keys = None if k_rope is None else on_pages(k_rope, page_table, keys)
+            rope_keys = None if k_rope is None else gather_pages(k_rope, page_table, keys)
             rope_queries = None if q_rope is None else q_rope[:, :, span]
             visible_keys = None if ranges is None else ranges[:, span]
-            cached = on_pages(k, page_table, keys), on_pages(v, page_table, keys)
+            cached = gather_pages(k, page_table, keys), gather_pages(v, page_table, keys)
             out[:, span] = attention(
                 q[:, :, span], *cached, visible_keys, None, scale, sinks, softcap, rope_queries, rope_keys
             )
@@ -201,7 +201,7 @@ def attention(
     return (probs @ values).transpose(1, 2).to(q.dtype)
 
 
-def on_pages(pool: torch.Tensor, pages: torch.Tensor, count: int) -> torch.Tensor:
+def gather_pages(pool: torch.Tensor, pages: torch.Tensor, count: int) -> torch.Tensor:
     """Gathers the first `count` positions of a sequence: pool [pages, heads, PAGE, D] -> [1, heads, count, D]."""
     return pool[pages.long()].transpose(0, 1).flatten(1, 2)[None, :, :count]
 
@@ -270,7 +270,7 @@ def to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
     return (x.float() / scale).clamp(-max_value, max_value).to(torch.float8_e4m3fn)
 
 
-def put_rows(rows: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, scale: float = 1.0) -> None:
+def scatter_rows(rows: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, scale: float = 1.0) -> None:
     """Writes rows to their slots of a paged pool, converted to e4m3 if that is the pool's dtype.
 
     Args:
@@ -311,8 +311,8 @@ def store_heads(
     Returns:
         q rotated.
     """
-    put_rows(rope(k, cos, sin, interleaved), k_pool, slots, k_scale)
-    put_rows(v, v_pool, slots, v_scale)
+    scatter_rows(rope(k, cos, sin, interleaved), k_pool, slots, k_scale)
+    scatter_rows(v, v_pool, slots, v_scale)
     return rope(q, cos, sin, interleaved)
 
 
@@ -343,8 +343,8 @@ def store_latent(
         q_rope rotated.
     """
     latent = latent if norm is None else rms_norm(latent, norm, eps)
-    put_rows(latent[:, None], ckv[:, None], slots, kv_scale)
-    put_rows(rope(k_rope[:, None], cos, sin, interleaved), kpe[:, None], slots, kv_scale)
+    scatter_rows(latent[:, None], ckv[:, None], slots, kv_scale)
+    scatter_rows(rope(k_rope[:, None], cos, sin, interleaved), kpe[:, None], slots, kv_scale)
     return rope(q_rope, cos, sin, interleaved)
 
 

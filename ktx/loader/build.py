@@ -16,23 +16,23 @@ from ktx.cache.kv import KVType, kv_type
 from ktx.devices import CPU, gpus
 from ktx.environment import check_environment
 from ktx.errors import BadFile, UsageError
-from ktx.injection.device_map import PlacementEntry, arranged, split, streaming
+from ktx.injection.device_map import PlacementEntry, merge_options, parse_stream_experts, split_layers
 from ktx.injection.inject import Plan, inject
 from ktx.injection.rules import Rule, Rules, load_rules
-from ktx.loader.meta_model import fewer_experts, located, read_config, skeleton
+from ktx.loader.meta_model import build_meta_model, read_config, resolve_model, set_experts_per_token
 from ktx.model import notes
-from ktx.model.lora import Adapted, fitted, read, sizes, wishes
+from ktx.model.lora import AdapterArgument, adapter_bytes, match_modules, parse_adapters, read
 from ktx.ops import expert_deferral
 from ktx.ops import mtp as mtp_layer
-from ktx.ops.base import made_type
+from ktx.ops.base import load_time_type
 from ktx.ops.linear import Linear
 from ktx.placement.memory_model import Footprint, footprint
-from ktx.placement.solver import shares
+from ktx.placement.solver import split_evenly
 from ktx.transformers_compat import config_dict
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource, open_weights
-from ktx.weights.packed import PackedSource, says_packed
-from ktx.weights.quantization import scheme_of
+from ktx.weights.packed import PackedSource, is_packed_config
+from ktx.weights.quantization import check_quantization
 from ktx.weights.safetensors import SafetensorsSource
 
 
@@ -54,28 +54,28 @@ def plan(
     moe_experts: int | None = None,
     defer_experts: int = 0,
     stream_experts: int | str | None = None,
-    lora: Adapted | Sequence[Adapted] | None = None,
+    lora: AdapterArgument | Sequence[AdapterArgument] | None = None,
 ) -> Plan:
     """Returns the plan that `load` would execute, from headers alone; of weights only adapters are read.
 
     Takes the arguments of `load` and raises the same UsageError for options that are invalid.
     """
-    adapter_files = [read(adapter) for adapter in wishes(lora)]
-    streaming(stream_experts)
-    targets = targets_of(weight_dtype, moe_dtype)
+    adapter_files = [read(adapter) for adapter in parse_adapters(lora)]
+    parse_stream_experts(stream_experts)
+    targets = quant_targets(weight_dtype, moe_dtype)
     placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
     cache_dtype = kv_type(kv_dtype)
-    meta_model, result, *_ = prepare(
+    meta_model, result, *_ = prepare_model(
         model, weights, rules, torch.float32, cache_dtype, moe_experts, trust_remote_code, targets, False, placement
     )
-    result.adapters = {file.adapter.name: sizes(fitted(meta_model, file)) for file in adapter_files}
+    result.adapters = {file.adapter.name: adapter_bytes(match_modules(meta_model, file)) for file in adapter_files}
     if defer_experts:
         expert_deferral.install(meta_model, defer_experts)
     return result
 
 
 @torch_defaults()
-def measure(
+def measure_footprint(
     model: str | Path,
     weights: str | Path | None = None,
     rules: Any = None,
@@ -104,12 +104,12 @@ def measure(
             " a placement by budget needs rules that do not"
         )
     unplaced = Rules(base_rules, base=base_rules.base, explicit=base_rules.explicit)
-    targets = targets_of(weight_dtype, moe_dtype)
-    meta_model, plan, source, _ = prepare(
+    targets = quant_targets(weight_dtype, moe_dtype)
+    meta_model, plan, source, _ = prepare_model(
         model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
     )
     plan.check(source)
-    plan.log()
+    plan.warn_unread()
     return footprint(meta_model, plan, source), unplaced
 
 
@@ -125,10 +125,10 @@ def placement_options(
     gpu_experts: int | None,
 ) -> PlacementOptions:
     """Returns a function that puts these options in front of a rule file's device map."""
-    return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
+    return lambda file: merge_options(file, device, moe_device, shared_device, devices, gpu_experts)
 
 
-def targets_of(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
+def quant_targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
     """Returns the quantized type of float weights by operator class.
 
     Args:
@@ -138,13 +138,13 @@ def targets_of(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str
     requested = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
     options = {"Linear": "dtype", "Experts": "moe_dtype"}
     return {
-        name: made_type(type_name, options[name])
+        name: load_time_type(type_name, options[name])
         for name, type_name in requested.items()
         if type_name not in (None, "auto")
     }
 
 
-def prepare(
+def prepare_model(
     model: str | Path,
     weights: str | Path | None,
     rules: Any,
@@ -170,7 +170,7 @@ def prepare(
         UsageError: the rules or the options are invalid.
     """
     check_environment()
-    model = located(model, not weights)
+    model = resolve_model(model, not weights)
     config = copy.deepcopy(read_config(model, trust_remote_code) if config_override is None else config_override)
     weights_path = Path(weights or model).expanduser()
     if not weights_path.exists():
@@ -178,26 +178,26 @@ def prepare(
     base_rules = load_rules(rules, config.model_type)
     source = open_weights(weights_path, config)
     scheme = _scheme(model, weights_path) if isinstance(source, SafetensorsSource) else ""
-    if not weights and says_packed(config) and not isinstance(source, PackedSource):
+    if not weights and is_packed_config(config) and not isinstance(source, PackedSource):
         raise BadFile(
             f"{source.path}: its config.json declares packed weights (quant_method ktx), but its files hold none;"
             " name the weights, or write the model again with save_pretrained"
         )
-    mismatches = source.differences(config)
+    mismatches = source.config_mismatches(config)
     if mismatches:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(mismatches)}")
 
     if moe_experts is not None:
-        fewer_experts(config, moe_experts)
+        set_experts_per_token(config, moe_experts)
 
     def planned(
         rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
     ) -> tuple[nn.Module, Plan]:
-        meta_model = skeleton(config, compute_dtype, trust_remote_code)
+        meta_model = build_meta_model(config, compute_dtype, trust_remote_code)
         if mtp:
-            mtp_layer.append(meta_model, source)
+            mtp_layer.append_layer(meta_model, source)
         plan = inject(meta_model, rules, config, compute_dtype, kv_dtype, warn, targets, entries)
-        plan.scheme, plan.ignored = (
+        plan.scheme, plan.ignored_patterns = (
             scheme,
             tuple(getattr(meta_model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         )
@@ -205,14 +205,14 @@ def prepare(
         plan.fill(source)
         return meta_model, plan
 
-    entries = placement(base_rules.places)
+    entries = placement(base_rules.entries)
     compute_dtype = dtype or _default_dtype(_names_gpu(base_rules, entries))
-    num_gpus = next((len(entry.several) for entry in entries if entry.several), 0)
+    num_gpus = next((len(entry.split_devices) for entry in entries if entry.split_devices), 0)
     if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
         cpu_footprint = footprint(
             *planned([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
         )
-        entries = split(entries, shares(cpu_footprint, num_gpus, entries, base_rules))
+        entries = split_layers(entries, split_evenly(cpu_footprint, num_gpus, entries, base_rules))
     meta_model, plan = planned(base_rules, entries, compute_dtype, base_rules.explicit)
     final_dtype = dtype or _default_dtype(any(device.gpu for device in plan.devices.values()))
     if final_dtype != compute_dtype:  # no module matched the GPU entries, which was warned of already
@@ -220,7 +220,7 @@ def prepare(
             warnings.simplefilter("ignore")
             meta_model, plan = planned(base_rules, entries, final_dtype, False)
     plan.rules, plan.stream_experts = base_rules, base_rules.stream_experts
-    plan.said = notes.notes_of(meta_model, plan, base_rules, targets, kv_dtype)
+    plan.model_notes = notes.collect_notes(meta_model, plan, base_rules, targets, kv_dtype)
     return meta_model, plan, source, final_dtype
 
 
@@ -236,7 +236,14 @@ def _scheme(model: str | Path, weights: Path) -> str:
     ]
     config_folders = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
     configs = [(config_dict(str(folder)), str(folder / "config.json")) for folder in config_folders]
-    return next((line for line in [scheme_of({}, "", *folders), *(scheme_of(*args) for args in configs)] if line), "")
+    return next(
+        (
+            line
+            for line in [check_quantization({}, "", *folders), *(check_quantization(*args) for args in configs)]
+            if line
+        ),
+        "",
+    )
 
 
 def _default_dtype(gpu: bool) -> torch.dtype:
@@ -268,5 +275,5 @@ def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
             continue
         module.tied_to = origin
         if module.placement != plan.devices[origin.rpartition(".")[0]]:  # it needs its own copy there
-            module.copies = True
+            module.has_own_copy = True
             step.tensors.insert(0, origin)

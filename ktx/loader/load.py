@@ -17,34 +17,34 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import FP8, KVType, kv_type
-from ktx.devices import CPU, PRETEND, Device
+from ktx.devices import CPU, GPU_VARIABLE, Device
 from ktx.errors import DoesNotFit, UsageError
 from ktx.hardware import format_bytes, memory, tune_malloc
-from ktx.injection.device_map import streaming
+from ktx.injection.device_map import parse_stream_experts
 from ktx.injection.inject import Plan
 from ktx.injection.rules import Rule
 from ktx.kernels import cpu
-from ktx.kernels.packed_cache import PackedCache, open_store
-from ktx.loader.build import placement_options, prepare, targets_of
+from ktx.kernels.packed_cache import PackedCache, open_cache
+from ktx.loader.build import placement_options, prepare_model, quant_targets
 from ktx.loader.load_weights import ProgressSink, init_missing_buffers, load_weights, progress_bar
-from ktx.loader.meta_model import generation, located, read_tokenizer
+from ktx.loader.meta_model import read_tokenizer, resolve_model, set_generation_config
 from ktx.model import notes
 from ktx.model import self_test as selftest
-from ktx.model.loaded import become
-from ktx.model.lora import Adapted, Adapters, fitted, read, sizes, wishes
-from ktx.model.pickling import Files, Recipe
+from ktx.model.loaded import set_loaded_class
+from ktx.model.lora import AdapterArgument, Adapters, adapter_bytes, match_modules, parse_adapters, read
+from ktx.model.pickling import BuildArguments, WeightFiles
 from ktx.model.self_test import SelfTest
 from ktx.ops import device_hooks, expert_deferral
 from ktx.ops import mtp as mtp_layer
-from ktx.ops.attention_weights import known_implementation
-from ktx.ops.base import COMPUTED, Operator
-from ktx.ops.experts import of_layers
+from ktx.ops.attention_weights import check_implementation
+from ktx.ops.base import COMPUTE_DTYPES, Operator
+from ktx.ops.experts import experts_by_path
 from ktx.ops.fusion import layer
-from ktx.ops.weight_traffic import sizes as own_sizes
-from ktx.placement.solver import RESERVE, SLACK
+from ktx.ops.weight_traffic import module_bytes as own_sizes
+from ktx.placement.solver import RESERVE_BYTES, RESERVE_FRACTION
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
-from ktx.weights.lora import Adapter, Wish
+from ktx.weights.lora import Adapter, AdapterSpec
 
 
 def _no_model() -> None:
@@ -68,13 +68,13 @@ class LoadInfo:
     identity: Any = field(default=None, repr=False)  # plain values that determine the model's results
     self_test: SelfTest = True  # whether an engine runs the self-test too; "engine": only the engine runs it
     notes: list[notes.Note] = field(default_factory=list)  # slow parts, and options that take no effect
-    files: Files | None = field(default=None, repr=False)  # source files of the packed weights
+    files: WeightFiles | None = field(default=None, repr=False)  # source files of the packed weights
     adapters: Adapters = field(default_factory=Adapters, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": _no_model}  # ktx.model.loaded sets it in a copy
 
-    def of(self, model: nn.Module) -> LoadInfo:
+    def for_copy(self, model: nn.Module) -> LoadInfo:
         """Returns a copy of this object that refers to `model`, a copy of the loaded model."""
         return replace(self, model=weakref.ref(model))
 
@@ -108,8 +108,8 @@ class LoadInfo:
             BadFile: the adapter cannot be read, or it does not fit the model.
             UsageError: the adapter is of an unsupported kind, or its name is taken.
         """
-        file = read(Wish.of(path).named(name, scale))
-        self.adapters.add(file.adapter, fitted(self.model(), file))
+        file = read(AdapterSpec.parse(path).with_name(name, scale))
+        self.adapters.add(file.adapter, match_modules(self.model(), file))
         return file.adapter.name
 
     def unload_lora(self, name: str) -> None:
@@ -125,7 +125,7 @@ class LoadInfo:
 
     def activity(self) -> dict[str, cpu.ExpertStats]:
         """Expert statistics since the model was loaded, by module path."""
-        return {path: cpu.ExpertStats.read(module.counted()) for path, module in of_layers(self.model())}
+        return {path: cpu.ExpertStats.read(module.total_counts()) for path, module in experts_by_path(self.model())}
 
     @property
     def load_speed(self) -> float:
@@ -157,7 +157,7 @@ def load(
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
     self_test: SelfTest = True,
-    lora: Adapted | Sequence[Adapted] | None = None,
+    lora: AdapterArgument | Sequence[AdapterArgument] | None = None,
     attn_implementation: str | None = None,
     config: Any = None,
     tokenizer: bool = True,
@@ -202,27 +202,27 @@ def load(
         BadFile, DoesNotFit, UsageError: the model cannot be loaded; raised before any weights are read.
         SelfTestFailed: the two computations of a token differ, or logits are not finite or all equal.
     """
-    known_implementation(attn_implementation)
-    if dtype not in (None, *COMPUTED):
-        raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTED))}")
-    adapter_files = [read(requested) for requested in wishes(lora)]
-    streaming(stream_experts)
-    selftest.asked(self_test)
+    check_implementation(attn_implementation)
+    if dtype not in (None, *COMPUTE_DTYPES):
+        raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTE_DTYPES))}")
+    adapter_files = [read(requested) for requested in parse_adapters(lora)]
+    parse_stream_experts(stream_experts)
+    selftest.check_option(self_test)
     num_threads = cpu.pool_size(threads)
     cpu.ops.set_threads(num_threads)
     kv_dtype = kv_type(kv_dtype)
-    targets = targets_of(weight_dtype, moe_dtype)
+    targets = quant_targets(weight_dtype, moe_dtype)
     placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
-    model = located(model, not weights)
-    with notes.heard() as load_warnings:
-        hf_model, plan, source, dtype = prepare(
+    model = resolve_model(model, not weights)
+    with notes.capture_warnings() as load_warnings:
+        hf_model, plan, source, dtype = prepare_model(
             model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placement, config
         )
     _set_attention(hf_model, attn_implementation)
     plan.check(source)
-    adapters = [(file.adapter, fitted(hf_model, file)) for file in adapter_files]
-    plan.adapters = {adapter.name: sizes(modules) for adapter, modules in adapters}
-    plan.log()
+    adapters = [(file.adapter, match_modules(hf_model, file)) for file in adapter_files]
+    plan.adapters = {adapter.name: adapter_bytes(modules) for adapter, modules in adapters}
+    plan.warn_unread()
     _check_fake_gpus(plan)
     if kv_dtype == FP8:
         _check_fp8(plan)
@@ -231,8 +231,8 @@ def load(
     _resolve_kv_dtype(hf_model, kv_dtype)
     check_memory(plan)
     loaded_tokenizer = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
-    files = Files(
-        Recipe(
+    files = WeightFiles(
+        BuildArguments(
             str(Path(source.path).absolute()),
             copy.deepcopy(hf_model.config),
             plan.rules,
@@ -247,7 +247,7 @@ def load(
         {spec.file for step in plan for spec in step.specs},
     )
     start_s = time.perf_counter()
-    packed_cache = None if cache_dir is None else store_of(cache_dir, plan, source)
+    packed_cache = None if cache_dir is None else open_packed_cache(cache_dir, plan, source)
     with progress_bar(sum(step.nbytes for step in plan), progress) as advance:
         try:
             load_weights(hf_model, plan, source, dtype, num_threads, advance, packed_cache, files)
@@ -260,26 +260,26 @@ def load(
     init_missing_buffers(hf_model, plan)
     for module in reversed(list(hf_model.modules())):  # children before their parents
         if isinstance(module, Operator):
-            module.enliven()
+            module.use_live_parameters()
             module.ready()
             module.is_ready = True
     devices_of = {hf_model.get_submodule(path): place for path, place in plan.devices.items()}
     if mtp:
-        mtp_model = mtp_layer.detach(hf_model)
+        mtp_model = mtp_layer.detach_layer(hf_model)
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
     device_hooks.install(hf_model, devices_of, dtype)
     layer.group_layers(hf_model)
     _stream_experts(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
     tune_malloc()  # only now: loading has returned its temporary memory
-    become(hf_model)
+    set_loaded_class(hf_model)
     weight_sizes = own_sizes(hf_model)
     hf_config: Any = hf_model.config
     info = hf_model.ktx = LoadInfo(
         plan,
         source.path,
         time.perf_counter() - start_s,
-        sum(size.held for size in weight_sizes),
-        sum(size.token for size in weight_sizes),
+        sum(size.held_bytes for size in weight_sizes),
+        sum(size.bytes_per_token for size in weight_sizes),
         cpu.ops.isa(),
         num_threads,
         _resolve_kv_dtype(hf_model, kv_dtype),
@@ -292,8 +292,8 @@ def load(
     for adapter, modules in adapters:
         info.adapters.add(adapter, modules)
     info.adapters.use([adapter.name for adapter, _ in adapters])
-    notes.tell(info.notes, [*plan.said, *load_warnings, *notes.spinning()])
-    generation(hf_model, model, source)
+    notes.add_notes(info.notes, [*plan.model_notes, *load_warnings, *notes.openmp_notes()])
+    set_generation_config(hf_model, model, source)
     if self_test is True:
         selftest.check(hf_model)
     return hf_model, loaded_tokenizer
@@ -314,11 +314,11 @@ def _stream_experts(model: nn.Module, plan: Plan, requested: int | str | None) -
         importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
 
 
-def store_of(folder: str | Path, plan: Plan, source: WeightSource) -> PackedCache:
+def open_packed_cache(folder: str | Path, plan: Plan, source: WeightSource) -> PackedCache:
     """Opens the packed cache of this plan in `folder`: an existing one, or a new one to be written."""
     path = Path(source.path)
     name = path.stem if path.is_file() else path.name
-    return open_store(folder, name, _identity(plan), sum(step.memory for step in plan))
+    return open_cache(folder, name, _identity(plan), sum(step.memory_bytes for step in plan))
 
 
 def _identity(plan: Plan) -> list[Any]:
@@ -328,10 +328,10 @@ def _identity(plan: Plan) -> list[Any]:
     plan_key = [
         (
             step.path,
-            step.new,
+            step.operator,
             step.device,
-            step.target,
-            str(step.share),
+            step.quant_target,
+            str(step.fraction),
             step.rule.kwargs if step.rule else {},
             [(s.name, s.offset) for s in step.specs],
         )
@@ -357,16 +357,16 @@ def _resolve_kv_dtype(model: nn.Module, requested: KVType) -> KVType:
 
 def _check_fake_gpus(plan: Plan) -> None:
     """Raises UsageError if GPUs are fake and Triton's interpreter, which would run their kernels, is off."""
-    if any(device.pretended for device in plan.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
+    if any(device.fake for device in plan.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
         raise UsageError(
-            f"{PRETEND}={os.environ.get(PRETEND)}: kernels of fake GPUs run in Triton's interpreter;"
+            f"{GPU_VARIABLE}={os.environ.get(GPU_VARIABLE)}: kernels of fake GPUs run in Triton's interpreter;"
             " set TRITON_INTERPRET=1 before Python starts"
         )
 
 
 def _check_fp8(plan: Plan) -> None:
     """Raises UsageError if a GPU does not support e4m3."""
-    for device in {device for device in plan.devices.values() if device.gpu and not device.pretended}:
+    for device in {device for device in plan.devices.values() if device.gpu and not device.fake}:
         if (capability := torch.cuda.get_device_capability(device.torch)) < (8, 9):
             raise UsageError(
                 f"kv_dtype fp8: {device} has compute capability {capability[0]}.{capability[1]},"
@@ -393,6 +393,6 @@ def check_memory(plan: Plan) -> None:
 
 def memory_needed(plan: Plan, device: Device = CPU) -> int:
     """Bytes of packed weights and adapters on a device, plus a reserve."""
-    num_bytes = sum(step.memory for step in plan if step.device == device.name)
+    num_bytes = sum(step.memory_bytes for step in plan if step.device == device.name)
     num_bytes += sum(adapter.get(device, 0) for adapter in plan.adapters.values())
-    return int(num_bytes * (1 + SLACK)) + RESERVE
+    return int(num_bytes * (1 + RESERVE_FRACTION)) + RESERVE_BYTES

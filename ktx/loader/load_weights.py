@@ -17,7 +17,7 @@ from ktx.kernels.packed_cache import Origin, PackedCache, loading
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
-from ktx.ops.tied import Tied
+from ktx.ops.tied import TiedLinear
 from ktx.transformers_compat import dtype_plan
 from ktx.weights.base import WeightSource
 
@@ -45,7 +45,9 @@ def load_weights(
     ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def load_step(index: int) -> None:
-        for next_step in ordered[index + threads : index + threads + 1] if store is None or not store.found else ():
+        for next_step in (
+            ordered[index + threads : index + threads + 1] if store is None or not store.is_complete else ()
+        ):
             source.prefetch(next_step.tensors)
         step = ordered[index]
         module = model.get_submodule(step.path) if step.path else model
@@ -84,12 +86,12 @@ def load_weights(
                 module.ties = owner.ties = [*owner.ties, module] if owner.ties else [owner, module]
             module.load(source)
             if type(module) is Linear and not module.ties and isinstance(getattr(owner, "weight", None), nn.Parameter):
-                Tied.become(module, owner)
+                TiedLinear.tie_head(module, owner)
 
 
 def _shares(module: nn.Module) -> bool:
     """Whether an output layer reads the embedding's matrix and has none of its own."""
-    return isinstance(module, Linear) and bool(module.tied_to) and not module.copies
+    return isinstance(module, Linear) and bool(module.tied_to) and not module.has_own_copy
 
 
 def _assign_tensor(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -178,7 +180,7 @@ class ProgressSink(Protocol):
 
 
 @contextmanager
-def progress_bar(total: int, show: bool | ProgressSink, label: str = "loading") -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, progress: bool | ProgressSink, label: str = "loading") -> Iterator[Callable[[int], None]]:
     """Yields a function that advances a progress bar by a number of bytes; draws nothing if stderr is not a terminal.
 
     The bar shows bytes, GB/s and the remaining time.
@@ -188,17 +190,17 @@ def progress_bar(total: int, show: bool | ProgressSink, label: str = "loading") 
         show: whether to draw the bar; a ProgressSink is called in addition to the bar.
         label: text in front of the bar.
     """
-    if not isinstance(show, bool):
-        show.total = total
+    if not isinstance(progress, bool):
+        progress.total = total
         with progress_bar(total, True, label) as advance:
 
             def advance_both(nbytes: int) -> None:
-                show.advance(nbytes)
+                progress.advance(nbytes)
                 advance(nbytes)
 
             yield advance_both
         return
-    if not show or not sys.stderr.isatty():
+    if not progress or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     from rich.console import Console

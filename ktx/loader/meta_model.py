@@ -12,13 +12,13 @@ import torch
 from ktx.errors import BadFile, UsageError
 from ktx.families import RULE_FILES
 from ktx.hub.file_selection import OTHER_FILES
-from ktx.transformers_compat import config_dict, text_part, writes_text
+from ktx.transformers_compat import config_dict, has_causal_lm, text_config
 from ktx.utils.json_file import read_object
 from ktx.weights.base import WeightSource
 from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
-def located(model: str | Path, weights: bool = False) -> Path:
+def resolve_model(model: str | Path, weights: bool = False) -> Path:
     """Returns the path of a folder or GGUF file; resolves a hub id by the hub or its local cache.
 
     Args:
@@ -47,7 +47,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    path = located(source)
+    path = resolve_model(source)
     if not path.exists():
         raise BadFile(f"{source}: no such file or folder; `ktx download` fetches a model from a hub")
     if is_gguf(path) or (path.is_dir() and not (path / "config.json").exists() and ggufs_in(path)):
@@ -73,11 +73,11 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
                 if key not in ("auto_map", "model_type", "architectures")
             }
             return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **fields)
-        config = text_part(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+        config = text_config(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
     except Exception as error:  # transformers raises a dozen unrelated types for invalid configurations
         reason = str(error).strip().partition("\n")[0]
         raise BadFile(f"{source}: the configuration cannot be read: {reason[:300]}") from error
-    if not (writes_text(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", ())):
+    if not (has_causal_lm(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", ())):
         raise BadFile(
             f"{source}: transformers has no built-in language model for model_type {config.model_type}"
             f" (architectures: {', '.join(config.architectures or ()) or 'none'});"
@@ -125,7 +125,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
     return Path(snapshot)
 
 
-def fewer_experts(config: Any, count: int) -> None:
+def set_experts_per_token(config: Any, count: int) -> None:
     """Sets the configuration's number of experts per token. Raises UsageError if the model does not allow it."""
     trained = getattr(config, "num_experts_per_tok", None)
     if trained is None:
@@ -135,7 +135,7 @@ def fewer_experts(config: Any, count: int) -> None:
     config.num_experts_per_tok = count
 
 
-def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def build_meta_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Returns the transformers model on the meta device.
 
     Families with a rule file use ktx's attention, whose masks are intervals; others use sdpa or eager with mask
@@ -162,7 +162,7 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
     """
     from transformers import AutoTokenizer
 
-    path = located(model)
+    path = resolve_model(model)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if is_gguf(path) or (path.is_dir() and not any((path / name).exists() for name in names)):
         from ktx.weights.gguf_tokenizer import tokenizer_from_gguf
@@ -174,14 +174,14 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
         raise BadFile(f"{model}: the tokenizer cannot be read: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
+def set_generation_config(model: Any, folder: str | Path, source: WeightSource) -> None:
     """Sets the model's generation configuration from generation_config.json, else from the GGUF's metadata.
 
     Without generation_config.json all end-of-sequence tokens of the GGUF are added to the model's own.
     """
     from transformers import GenerationConfig
 
-    from ktx.weights.gguf_tokenizer import end_tokens, sampling_in
+    from ktx.weights.gguf_tokenizer import eog_token_ids, recommended_sampling
 
     if (Path(folder).expanduser() / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -190,10 +190,10 @@ def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
         eos_ids = [eos_ids] if isinstance(eos_ids, int) else eos_ids or []
         all_eos_ids = [
             *eos_ids,
-            *(token_id for token_id in end_tokens(source.metadata, source.path) if token_id not in eos_ids),
+            *(token_id for token_id in eog_token_ids(source.metadata, source.path) if token_id not in eos_ids),
         ]
         if len(all_eos_ids) > len(eos_ids):
             model.generation_config.eos_token_id = all_eos_ids if len(all_eos_ids) > 1 else all_eos_ids[0]
-        model.generation_config.update(**sampling_in(source.metadata, source.path))
+        model.generation_config.update(**recommended_sampling(source.metadata, source.path))
     # Kernels are opaque to the compiler; compiling around them costs minutes.
     model.generation_config.disable_compile = True

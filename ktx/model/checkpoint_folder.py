@@ -36,13 +36,13 @@ Pieces = Iterable[tuple[str, int, torch.Tensor]]  # name of a tensor, offset of 
 
 
 @dataclass
-class Place:
+class TensorSlot:
     """Position of a tensor in the files: index of the file, and offset in bytes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: int = 0
-    at: int = 0
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -50,15 +50,15 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Folder:
+class CheckpointFolder:
     """A folder for a checkpoint, in files of at most `limit` bytes (or one tensor), with `variant` in their names."""
 
     path: Path
-    limit: int
+    max_shard_bytes: int
     variant: str | None = None
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None) -> Folder:
+    def of(cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None) -> CheckpointFolder:
         """Returns a folder for save_pretrained's arguments. Raises UsageError for an invalid one."""
         limit, folder = _parse_size(max_shard_size), Path(path)
         if not os.fspath(path):
@@ -73,7 +73,7 @@ class Folder:
         self,
         model: Any,
         config: Any,
-        places: dict[str, Place],
+        places: dict[str, TensorSlot],
         pieces: Pieces,
         metadata: Callable[[Iterable[str]], dict[str, str]],
         remedy: str,
@@ -95,7 +95,7 @@ class Folder:
             UsageError: `pieces` does not contain all values.
         """
         stem = f"model.{self.variant}" if self.variant else "model"
-        files = _assign_places(places, self.limit, stem)
+        files = _assign_places(places, self.max_shard_bytes, stem)
         num_bytes = sum(place.nbytes for place in places.values())
         self.path.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(self.path).free
@@ -124,7 +124,7 @@ class Folder:
             f"model.safetensors.index.{self.variant}.json" if self.variant else "model.safetensors.index.json"
         )
 
-    def _finish(self, files: list[str], stem: str, places: dict[str, Place], model: Any) -> None:
+    def _finish(self, files: list[str], stem: str, places: dict[str, TensorSlot], model: Any) -> None:
         """Writes the index of several files, and removes the files of an earlier save."""
         for earlier in self.path.glob(f"{stem}*.safetensors"):
             if earlier.name not in files and re.fullmatch(
@@ -159,13 +159,13 @@ def _parse_size(size: int | str) -> int:
     return num_bytes
 
 
-def _assign_places(places: dict[str, Place], limit: int, stem: str) -> list[str]:
+def _assign_places(places: dict[str, TensorSlot], limit: int, stem: str) -> list[str]:
     """Sets file and offset of every tensor; returns the names of the files."""
     file, offset = 0, 0
     for place in places.values():
         if offset and offset + place.nbytes > limit:
             file, offset = file + 1, 0
-        place.file, place.at = file, offset
+        place.file, place.offset = file, offset
         offset += place.nbytes
     count = file + 1
     return (
@@ -177,7 +177,7 @@ def _assign_places(places: dict[str, Place], limit: int, stem: str) -> list[str]
 
 def _write(
     drafts: list[Path],
-    places: dict[str, Place],
+    places: dict[str, TensorSlot],
     pieces: Pieces,
     metadata: Callable[[Iterable[str]], dict[str, str]],
     advance: Callable[[int], None],
@@ -191,7 +191,7 @@ def _write(
             header[name] = {
                 "dtype": DTYPE_NAMES[place.dtype],
                 "shape": list(place.shape),
-                "data_offsets": [place.at, place.at + place.nbytes],
+                "data_offsets": [place.offset, place.offset + place.nbytes],
             }
         header_json = json.dumps(header, separators=(",", ":")).encode()
         header_json += b" " * (-len(header_json) % 8)
@@ -204,7 +204,7 @@ def _write(
         for name, first, values in pieces:
             place = places[name]
             raw = values.detach().to("cpu", place.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
-            position, num_written = data_offsets[place.file] + place.at + first * place.dtype.itemsize, 0
+            position, num_written = data_offsets[place.file] + place.offset + first * place.dtype.itemsize, 0
             while num_written < len(raw):
                 num_written += os.pwrite(handles[place.file], raw[num_written:], position + num_written)
             written[name] += len(raw)
@@ -247,17 +247,17 @@ def config_of(model: Any, dtype: torch.dtype, quantization: dict[str, Any] | Non
     return config
 
 
-def state_of(model: Any) -> dict[str, torch.Tensor]:
+def checkpoint_state(model: Any) -> dict[str, torch.Tensor]:
     """Returns the model's state dict with a checkpoint's names."""
-    return {in_checkpoint(name): value for name, value in model.state_dict().items()}
+    return {checkpoint_name(name): value for name, value in model.state_dict().items()}
 
 
-def in_checkpoint(name: str) -> str:
+def checkpoint_name(name: str) -> str:
     """Returns a parameter's name in a checkpoint: the layer for multi-token prediction follows the last layer."""
     return re.sub(r"^mtp\.layers\.", "model.layers.", name)
 
 
-def left_out(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
+def omitted_names(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Names that a checkpoint omits: tied parameters that share their storage, and those that the family omits."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     duplicates = [

@@ -25,12 +25,12 @@ from ktx.ops.base import Operator, unpack
 from ktx.ops.embed import Embedding
 from ktx.ops.fusion import layer
 from ktx.ops.linear import Linear
-from ktx.ops.weight_traffic import sizes
+from ktx.ops.weight_traffic import module_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ktx.model.pickling import Files
+    from ktx.model.pickling import WeightFiles
 else:
     PreTrainedModel = object
 
@@ -38,7 +38,7 @@ BERT_EMBEDDING = "embeddings.word_embeddings"
 _LOADED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class Model(PreTrainedModel):
+class LoadedModel(PreTrainedModel):
     """Mixin in front of a transformers class; the combined class has the name and module of that class."""
 
     ktx: Any
@@ -54,14 +54,14 @@ class Model(PreTrainedModel):
         _watch_modules(self)
         info = self.__dict__.get("ktx")
         if info is not None:
-            self.__dict__["ktx"] = info.of(self)
+            self.__dict__["ktx"] = info.for_copy(self)
             if info.files is not None:
                 info.files.close()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "peft_config":  # PEFT has added adapters
-            training_notes.counted(self)
+            training_notes.note_uncounted_weights(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As torch's; packed weights that are to be trained become float parameters.
@@ -162,13 +162,13 @@ class Model(PreTrainedModel):
                 head.parts = [embedding.packed]
         for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, Operator):
-                module.remake()
+                module.rebuild()
         layer.group_layers(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for module in self.modules():  # all checks run before any module changes
             if isinstance(module, Operator):
-                module.cast_by(fn)
+                module.cast_dtype(fn)
         result = super()._apply(fn, recurse)
         layer.group_layers(self)
         return result
@@ -191,7 +191,7 @@ class Model(PreTrainedModel):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of packed weights, parameters and buffers."""
-        weight_bytes = sum(size.held for size in sizes(self))
+        weight_bytes = sum(size.held_bytes for size in module_bytes(self))
         return weight_bytes + return_buffers * sum(buffer.nbytes for buffer in self.buffers())
 
     def resize_token_embeddings(
@@ -208,9 +208,9 @@ class Model(PreTrainedModel):
     def _unpack_embeddings(self) -> None:
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
-            self.set_input_embeddings(embedding.plain(None))
+            self.set_input_embeddings(embedding.to_torch(None))
         if isinstance(head, Linear):
-            new = head.plain(None)
+            new = head.to_torch(None)
             if head.tied_to and isinstance(tied := self.get_input_embeddings(), nn.Embedding):
                 new.weight = tied.weight
             self.set_output_embeddings(new)
@@ -221,7 +221,7 @@ def _loaded_class(hf_class: type[nn.Module]) -> type[nn.Module]:
     if hf_class not in _LOADED_CLASSES:
         attributes = {name: getattr(hf_class, name) for name in ("__module__", "__qualname__", "__doc__")}
         attributes |= {"made_of": hf_class, "forward": _forward_of(hf_class)}
-        _LOADED_CLASSES[hf_class] = type(hf_class.__name__, (Model, hf_class), attributes)
+        _LOADED_CLASSES[hf_class] = type(hf_class.__name__, (LoadedModel, hf_class), attributes)
     return _LOADED_CLASSES[hf_class]
 
 
@@ -235,12 +235,12 @@ def _forward_of(hf_class: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return hf_class.forward(self, *args, **kwargs)
-        class_patches.follow()
+        class_patches.update()
         info = self.__dict__.get("ktx")
         if info is not None and info.adapters.known:
             info.adapters.check(self)
         if self.training and torch.is_grad_enabled():
-            training_notes.look(self, kwargs | dict(enumerate(args)))
+            training_notes.note_frozen_weights(self, kwargs | dict(enumerate(args)))
         return hf_class.forward(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(hf_class.forward)  # type: ignore[attr-defined]
@@ -252,15 +252,15 @@ def _watch_modules(model: nn.Module) -> None:
         class_patches.watch(module)
 
 
-def _empty_model(hf_class: type[nn.Module], files: Files | None) -> Any:
+def _empty_model(hf_class: type[nn.Module], files: WeightFiles | None) -> Any:
     """Returns a model without state, for a copy or a pickle; loads the packed weights of a pickle first."""
     if files is not None:
-        files.open()
+        files.load_all()
     loaded_class = _loaded_class(hf_class)
     return loaded_class.__new__(loaded_class)
 
 
-def become(model: nn.Module) -> None:
+def set_loaded_class(model: nn.Module) -> None:
     """Sets a loaded model's class, and its operators' training flag to the model's, which parametrizations read."""
     model.train(model.training)
     _watch_modules(model)

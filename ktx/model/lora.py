@@ -21,22 +21,22 @@ from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
 from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.latent_lora import LatentLora
-from ktx.ops.lora import Lora, Mapping, Use, Uses, home_of
+from ktx.ops.lora import AdapterMapping, AdapterUse, AdapterUses, Lora, device_of
 from ktx.ops.mla import MLA
 from ktx.transformers_compat import checkpoint_renaming
-from ktx.utils.fork_handlers import Lock
+from ktx.utils.fork_handlers import ForkSafeLock
 from ktx.weights import gguf_lora
 from ktx.weights import lora as peft_lora
 from ktx.weights.gguf_files import is_gguf
 from ktx.weights.gguf_lora import GGUFAdapter
-from ktx.weights.lora import MERGED, WEIGHTS, Adapter, AdapterFile, LowRank, Wish
+from ktx.weights.lora import MERGE_REMEDY, WEIGHTS_FILE, Adapter, AdapterFile, AdapterSpec, LowRank
 
 RETIRED = "\0"  # separator in the name of a retired adapter; no user-given name contains it
-Adapted = str | Path | Wish
-Fitted = list[tuple[Any, list[LowRank]]]  # modules with the low-rank matrices for their weights
-Packed = list[tuple[Any, Lora, Any]]  # modules with their packed low-rank matrices
-Step = list[tuple[int, Uses]]  # numbers of tokens with the adapters that apply to them
-_attach_lock = Lock()
+AdapterArgument = str | Path | AdapterSpec
+MatchedModules = list[tuple[Any, list[LowRank]]]  # modules with the low-rank matrices for their weights
+PackedModules = list[tuple[Any, Lora, Any]]  # modules with their packed low-rank matrices
+StepAdapters = list[tuple[int, AdapterUses]]  # numbers of tokens with the adapters that apply to them
+_attach_lock = ForkSafeLock()
 
 
 @dataclass
@@ -47,33 +47,33 @@ class Adapters:
     """
 
     known: dict[str, Adapter] = field(default_factory=dict)
-    mapping: Mapping = field(default_factory=Mapping)
+    mapping: AdapterMapping = field(default_factory=AdapterMapping)
     # By module; an operator refers to it by its attribute `lora`.
     loras: dict[nn.Module, Lora] = field(default_factory=dict)
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # forward hooks on torch's own modules
     # Parent, name and module of each module with an adapter; None until it is looked up.
-    places: list[tuple[nn.Module, str, nn.Module]] | None = None
-    retired: int = 0  # number of retired adapters, for their names
-    stepping: frozenset[Use] = frozenset()  # adapters of the engine's latest step
+    attached_modules: list[tuple[nn.Module, str, nn.Module]] | None = None
+    num_retired: int = 0  # number of retired adapters, for their names
+    step_adapters: frozenset[AdapterUse] = frozenset()  # adapters of the engine's latest step
 
     @property
-    def in_use(self) -> Uses:
+    def in_use(self) -> AdapterUses:
         """Adapters that apply to forwards outside an engine."""
-        return self.mapping.everywhere
+        return self.mapping.default_uses
 
-    def add(self, adapter: Adapter, modules: Fitted) -> None:
+    def add(self, adapter: Adapter, modules: MatchedModules) -> None:
         """Packs and attaches an adapter to the modules of `fitted`. Raises UsageError if its name is taken."""
-        self.hang(adapter, self.packed(modules))
+        self.attach(adapter, self.pack(modules))
 
-    def packed(self, modules: Fitted) -> Packed:
+    def pack(self, modules: MatchedModules) -> PackedModules:
         """Packs an adapter for `hang`. May run on any thread, also while an engine computes."""
-        result: Packed = []
+        result: PackedModules = []
         for module, matrices in modules:
-            lora = kind_of(module)(self.mapping, module)
-            result.append((module, lora, lora.made(matrices)))
+            lora = lora_class(module)(self.mapping, module)
+            result.append((module, lora, lora.pack(matrices)))
         return result
 
-    def hang(self, adapter: Adapter, modules: Packed) -> None:
+    def attach(self, adapter: Adapter, modules: PackedModules) -> None:
         """Attaches a packed adapter to its modules. Raises UsageError if its name is taken."""
         if adapter.name in self.known:
             raise UsageError(
@@ -81,19 +81,19 @@ class Adapters:
             )
         for module, lora, factors in modules:
             self.loras.setdefault(module, lora).factors[adapter.name] = factors
-        self.places = None
+        self.attached_modules = None
         self.known[adapter.name] = adapter
 
     def drop(self, name: str) -> None:
         """Detaches and frees an adapter. Raises UsageError if no adapter has this name."""
-        self.checked([name])
+        self.resolve([name])
         self.use([used for used in self.in_use if used.name != name])
         for module, lora in list(self.loras.items()):
             lora.factors.pop(name, None)
             if not lora.factors:
                 self._disable(module)
                 del self.loras[module]
-        self.places = None
+        self.attached_modules = None
         del self.known[name]
 
     def retire(self, name: str) -> str:
@@ -101,10 +101,10 @@ class Adapters:
 
         Raises UsageError if no adapter has this name.
         """
-        self.checked([name])
+        self.resolve([name])
         self.use([used for used in self.in_use if used.name != name])
-        self.retired += 1
-        retired_name = f"{name}{RETIRED}{self.retired}"
+        self.num_retired += 1
+        retired_name = f"{name}{RETIRED}{self.num_retired}"
         for lora in self.loras.values():
             if name in lora.factors:
                 lora.factors[retired_name] = lora.factors.pop(name)
@@ -116,29 +116,29 @@ class Adapters:
         """The adapters that a request can name."""
         return {name: adapter for name, adapter in self.known.items() if RETIRED not in name}
 
-    def checked(self, names: Sequence[str | Use]) -> Uses:
+    def resolve(self, names: Sequence[str | AdapterUse]) -> AdapterUses:
         """Returns adapters with their factors, without duplicates. Raises UsageError for an unknown name."""
-        uses = tuple(dict.fromkeys(Use(item) if isinstance(item, str) else item for item in names))
+        uses = tuple(dict.fromkeys(AdapterUse(item) if isinstance(item, str) else item for item in names))
         for name, _ in uses:
             if name not in self.known:
                 loaded = f"; loaded are {', '.join(self.named)}" if self.named else "; none is loaded"
                 raise UsageError(f"there is no LoRA adapter named {name!r}{did_you_mean(name, self.named)}{loaded}")
         return uses
 
-    def digest(self, uses: Uses) -> bytes:
+    def digest(self, uses: AdapterUses) -> bytes:
         """Returns a digest that differs for adapters that compute different results; empty for none."""
         digests = [
             self.known[name].digest + (b"" if factor == 1 else repr(float(factor)).encode()) for name, factor in uses
         ]
         return hashlib.sha256(b"".join(digests)).digest()[:16] if uses else b""
 
-    def use(self, names: Sequence[str | Use]) -> None:
+    def use(self, names: Sequence[str | AdapterUse]) -> None:
         """Activates adapters for forwards outside an engine, and for requests that name none."""
-        self.mapping.everywhere = self.checked(names)
-        self._activate(self.stepping)
+        self.mapping.default_uses = self.resolve(names)
+        self._activate(self.step_adapters)
 
     @contextmanager
-    def step(self, tokens: Step, kept: Step) -> Iterator[None]:
+    def step(self, tokens: StepAdapters, kept: StepAdapters) -> Iterator[None]:
         """While entered, applies to each token of an engine's step the adapters of its request.
 
         Fast paths that adapters disable stay disabled until a step has other adapters, because switching them visits
@@ -161,23 +161,23 @@ class Adapters:
         Raises:
             UsageError: a module was replaced or became a plain torch module, so its adapter would have no effect.
         """
-        names = {use.name for use in (*self.stepping, *self.in_use)}
+        names = {use.name for use in (*self.step_adapters, *self.in_use)}
         if not names:
             return
-        if self.places is None:
-            self.places = [
+        if self.attached_modules is None:
+            self.attached_modules = [
                 (parent, name, child)
                 for parent in model.modules()
                 for name, child in parent._modules.items()
                 if child is not None and child in self.loras
             ]
-        present = {child for parent, name, child in self.places if parent._modules.get(name) is child}
+        present = {child for parent, name, child in self.attached_modules if parent._modules.get(name) is child}
         for module, lora in list(self.loras.items()):  # a copy: an engine may attach an adapter meanwhile
             is_same = module in present and isinstance(module, Operator) == lora.of_operator
             if is_same or not names.intersection(lora.factors):
                 continue
             path = getattr(module, "path", None) or next(
-                (name for _, name, child in self.places if child is module), "a module"
+                (name for _, name, child in self.attached_modules if child is module), "a module"
             )
             raise UsageError(
                 f"{path} was replaced, or converted to floats, after adapter"
@@ -186,17 +186,17 @@ class Adapters:
                 " model.ktx.load_lora(path) to attach it to the current module"
             )
 
-    def rest(self) -> None:
+    def end_steps(self) -> None:
         """Called after an engine's last step."""
         self._activate(frozenset())
 
-    def _activate(self, stepping: frozenset[Use]) -> None:
+    def _activate(self, stepping: frozenset[AdapterUse]) -> None:
         """Enables the modules with adapters of the engine's step or in use, and disables the others.
 
         It is locked, because forwards of other threads may run during a step.
         """
         with _attach_lock:
-            self.stepping = stepping
+            self.step_adapters = stepping
             names = {use.name for use in (*stepping, *self.in_use)}
             for module, lora in list(self.loras.items()):
                 if any(name in lora.factors for name in names):
@@ -207,7 +207,7 @@ class Adapters:
     def _enable(self, module: nn.Module, lora: Lora) -> None:
         if not isinstance(module, Operator):
             if module not in self.hooks:
-                self.hooks[module] = module.register_forward_hook(lora.listened)
+                self.hooks[module] = module.register_forward_hook(lora.forward_hook)
         elif "lora" not in module.__dict__:
             module.lora = lora  # type: ignore[assignment]
 
@@ -218,24 +218,24 @@ class Adapters:
             del module.lora
 
 
-def kind_of(module: nn.Module) -> type[Lora]:
+def lora_class(module: nn.Module) -> type[Lora]:
     """Returns the class of a module's adapter."""
     classes: tuple[tuple[type[nn.Module], type[Lora]], ...] = ((MLA, LatentLora), (Experts, ExpertsLora))
     return next((lora for module_class, lora in classes if isinstance(module, module_class)), Lora)
 
 
-def sizes(modules: Fitted) -> dict[Device, int]:
+def adapter_bytes(modules: MatchedModules) -> dict[Device, int]:
     """Bytes of an adapter by device."""
     result: dict[Device, int] = {}
     for module, matrices in modules:
-        device = home_of(module)
-        result[device] = result.get(device, 0) + kind_of(module).nbytes(module, matrices)
+        device = device_of(module)
+        result[device] = result.get(device, 0) + lora_class(module).nbytes(module, matrices)
     return result
 
 
-def check_memory(modules: Fitted) -> None:
+def check_memory(modules: MatchedModules) -> None:
     """Raises DoesNotFit if an adapter needs more memory than is free."""
-    for device, needed in sizes(modules).items():
+    for device, needed in adapter_bytes(modules).items():
         available = (device.memory if device.gpu else memory())[1]
         if needed > available:
             raise DoesNotFit(
@@ -243,7 +243,7 @@ def check_memory(modules: Fitted) -> None:
             )
 
 
-def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
+def parse_adapters(lora: AdapterArgument | Sequence[AdapterArgument] | None) -> list[AdapterSpec]:
     """Parses the adapters of an argument or an option.
 
     Args:
@@ -252,15 +252,15 @@ def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
     Raises:
         UsageError: two adapters have the same name.
     """
-    items = [] if lora is None else [lora] if isinstance(lora, str | Path | Wish) else list(lora)
-    result = [Wish.of(item) for item in items]
+    items = [] if lora is None else [lora] if isinstance(lora, str | Path | AdapterSpec) else list(lora)
+    result = [AdapterSpec.parse(item) for item in items]
     names = [adapter.name for adapter in result]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two LoRA adapters are named {duplicate!r}; give them names: NAME=PATH")
     return result
 
 
-def read(spec: Wish) -> AdapterFile | GGUFAdapter:
+def read(spec: AdapterSpec) -> AdapterFile | GGUFAdapter:
     """Reads an adapter's file, PEFT's or llama.cpp's.
 
     Raises:
@@ -270,12 +270,12 @@ def read(spec: Wish) -> AdapterFile | GGUFAdapter:
     path = spec.path
     if not path.exists():
         raise BadFile(f"adapter {path}: no such file or folder")
-    if path.is_dir() and not (path / WEIGHTS).exists():
-        path = gguf_lora.found_in(path) or path
-    return gguf_lora.read(replace(spec, path=path)) if is_gguf(path) else peft_lora.read(spec)
+    if path.is_dir() and not (path / WEIGHTS_FILE).exists():
+        path = gguf_lora.find_gguf_adapter(path) or path
+    return gguf_lora.read_gguf_adapter(replace(spec, path=path)) if is_gguf(path) else peft_lora.read_peft_adapter(spec)
 
 
-def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
+def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules:
     """Matches an adapter's matrices to the model's modules.
 
     Raises:
@@ -283,7 +283,7 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
         UsageError: a module does not support adapters.
     """
     if isinstance(file, GGUFAdapter):
-        file = file.named(model.config, _weights(model))
+        file = file.by_module(model.config, _weights(model))
     adapter_path, result = file.adapter.path, []
     rename, _ = checkpoint_renaming(model.config)
     by_path = {
@@ -292,7 +292,7 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
     }
     if len(by_path) < len(file.matrices):
         raise BadFile(f"adapter {adapter_path}: it names a module twice, by its old and its new name")
-    for path, matrices in stacked(by_path, model).items():
+    for path, matrices in stack_experts(by_path, model).items():
         module = _at(model, path)
         if module is None:
             raise BadFile(f"adapter {adapter_path}: the model has no module {path}; it was trained on another one")
@@ -301,7 +301,7 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
             location = " on a GPU" if isinstance(module, Operator) and module.placement.gpu else ""
             raise UsageError(
                 f"adapter {adapter_path}: {path} ({type(module).__name__}{location}) does not support LoRA adapters;"
-                f" {MERGED}"
+                f" {MERGE_REMEDY}"
             )
         keys = [matrix.shape if not matrix.projection else (matrix.projection, matrix.shape) for matrix in matrices]
         if len(set(keys)) < len(keys) or any(
@@ -321,20 +321,20 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
                 f"adapter {adapter_path}: its matrices of {path} contain NaN or infinity, or do so at this scale"
             )
         result.append((module, matrices))
-    for path, shape in file.copies.items():
+    for path, shape in file.base_shapes.items():
         module = _at(model, path)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         head_shapes = _shapes(module)[0] if module is embeddings or module is head else []
         if not head_shapes:
             raise UsageError(
                 f"adapter {adapter_path}: it contains the full weight of {path},"
-                f" which is not an embedding of the model; {MERGED}"
+                f" which is not an embedding of the model; {MERGE_REMEDY}"
             )
         expected = next(iter(head_shapes))[::-1] if module is embeddings else next(iter(head_shapes))
         if expected != shape:
             raise BadFile(
                 f"adapter {adapter_path}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}:"
-                f" the vocabularies differ; {MERGED}"
+                f" the vocabularies differ; {MERGE_REMEDY}"
             )
     return result
 
@@ -359,7 +359,7 @@ ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<project
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def stacked(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[str, list[LowRank]]:
+def stack_experts(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[str, list[LowRank]]:
     """Combines adapters of single experts into one per layer's projection; experts without an adapter get zeros.
 
     Other matrices are returned unchanged.
@@ -376,7 +376,7 @@ def stacked(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[st
     for (path, name), experts in by_expert.items():
         owner = _at(model, path)
         assert isinstance(owner, Experts)
-        result.setdefault(path, []).append(_stack_experts(experts, name, owner.total, path))
+        result.setdefault(path, []).append(_stack_experts(experts, name, owner.total_experts, path))
     return result
 
 
@@ -410,7 +410,7 @@ def _shapes(module: Any) -> tuple[Collection[Any], bool]:
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
         return ([] if module.placement.gpu else [(rows, module.kv_lora_rank)]), False
     if isinstance(module, Experts):
-        return module.adapted_shapes(), False
+        return module.lora_shapes(), False
     if isinstance(module, nn.Embedding):
         return [(module.embedding_dim, module.num_embeddings)], True
     return ([(module.out_features, module.in_features)] if isinstance(module, nn.Linear) else []), False

@@ -47,7 +47,7 @@ class Note(NamedTuple):
     text: str
 
 
-def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = ()) -> None:
+def add_notes(notes: list[Note], found: Sequence[Note], replaced_codes: Sequence[str] = ()) -> None:
     """Adds notes to a model's and logs the new ones, except those that were already issued as warnings.
 
     Args:
@@ -56,14 +56,14 @@ def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = (
         instead_of: codes whose earlier notes are removed, for example those of a previous engine.
     """
     unseen = [note for note in dict.fromkeys(found) if note not in notes]
-    notes[:] = [note for note in notes if note.code not in instead_of or note in found] + unseen
+    notes[:] = [note for note in notes if note.code not in replaced_codes or note in found] + unseen
     for note in unseen:
         if note.code not in WARNED:
             log.warning("%s", note.text)
 
 
 @contextmanager
-def heard() -> Iterator[list[Note]]:
+def capture_warnings() -> Iterator[list[Note]]:
     """Collects the UserWarnings issued inside as notes; all warnings are issued on exit."""
     notes: list[Note] = []
     caught: list[warnings.WarningMessage] = []
@@ -89,7 +89,7 @@ def foreign_attention(model: nn.Module) -> list[str]:
     ]
 
 
-def spinning() -> list[Note]:
+def openmp_notes() -> list[Note]:
     """A note if torch was imported before ktx, so that its OpenMP threads spin while they wait."""
     if not ktx._torch_came_first or torch.get_num_threads() < 2:
         return []
@@ -102,7 +102,7 @@ def spinning() -> list[Note]:
     ]
 
 
-def notes_of(
+def collect_notes(
     model: nn.Module, plan: Plan, rules: Rules, targets: Mapping[str, str | None], kv_dtype: object
 ) -> list[Note]:
     """Returns notes on a planned model.
@@ -140,13 +140,13 @@ def notes_of(
 
 def _plain_modules(plan: Plan) -> Iterator[Note]:
     """Yields a note per class of modules with matrices that no operator replaced."""
-    total = sum(step.memory for step in plan)
+    total = sum(step.memory_bytes for step in plan)
     steps_by_class: dict[str, list[Any]] = {}
     for step in plan:
-        if not step.new and any(len(shape) > 1 for shape in step.shapes.values()):
-            steps_by_class.setdefault(step.old, []).append(step)
+        if not step.operator and any(len(shape) > 1 for shape in step.shapes.values()):
+            steps_by_class.setdefault(step.old_class, []).append(step)
     for name, steps in steps_by_class.items():
-        nbytes = sum(step.memory for step in steps)
+        nbytes = sum(step.memory_bytes for step in steps)
         if nbytes > MIN_PLAIN_FRACTION * total:
             yield Note(
                 "kept",
@@ -158,7 +158,7 @@ def _plain_modules(plan: Plan) -> Iterator[Note]:
 def _ignored_options(plan: Plan, targets: Mapping[str, str | None], kv_dtype: object) -> Iterator[Note]:
     """Yields a note per option or variable that has no effect, or another one."""
     for operator, target in targets.items():
-        specs = [spec for step in plan if step.target == target for spec in step.specs if len(spec.shape) > 1]
+        specs = [spec for step in plan if step.quant_target == target for spec in step.specs if len(spec.shape) > 1]
         if target and not any(target_qtype(spec, target) for spec in specs):
             yield Note(
                 "flag",

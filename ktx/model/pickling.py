@@ -20,7 +20,7 @@ from ktx.injection.inject import Plan, Step
 from ktx.injection.rules import Rules
 from ktx.kernels import cpu
 from ktx.kernels.packed_cache import PackedCache, loading
-from ktx.loader.build import placement_options, prepare
+from ktx.loader.build import placement_options, prepare_model
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
 
@@ -29,31 +29,31 @@ NUM_SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # digested samples of a larger file, 
 
 
 @dataclass(frozen=True)
-class File:
+class WeightFile:
     """A weight file as it was when the model was loaded."""
 
     path: str
     size: int
-    changed: int  # modification time in ns
+    mtime_ns: int  # modification time in ns
     digest: str = ""  # of its content; set when the model is pickled
 
     @classmethod
-    def of(cls, path: str) -> File:
+    def of(cls, path: str) -> WeightFile:
         """Returns the current state of a file."""
         stat = os.stat(path)
         return cls(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
 
-    def now(self, purpose: str) -> File:
+    def current(self, purpose: str) -> WeightFile:
         """Returns the current state of this file.
 
         `purpose` is part of the message of BadFile, which is raised if the file cannot be read.
         """
         try:
-            return File.of(self.path)
+            return WeightFile.of(self.path)
         except OSError as error:
             raise BadFile(f"{self.path}: {purpose}, and cannot be read: {error.strerror}") from error
 
-    def summed(self) -> File:
+    def with_digest(self) -> WeightFile:
         """Returns the file with the digest of its content."""
         digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as file:
@@ -61,7 +61,7 @@ class File:
                 while chunk := file.read(SAMPLE_BYTES):
                     digest.update(chunk)
             else:
-                digest.update(str(self.changed).encode())
+                digest.update(str(self.mtime_ns).encode())
                 for i in range(NUM_SAMPLES):
                     file.seek((self.size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
                     digest.update(file.read(SAMPLE_BYTES))
@@ -69,7 +69,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildArguments:
     """Arguments of `ktx.loader.build.prepare` for a model; `placed` are those of `placement_options`."""
 
     weights: str
@@ -80,14 +80,14 @@ class Recipe:
     trust_remote_code: bool
     targets: dict[str, str | None]
     mtp: bool
-    placed: tuple[Any, ...]
+    placement_args: tuple[Any, ...]
     cache_dir: str | None
 
     def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
         """Builds model, plan and weight source again."""
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
-            model, plan, source, _ = prepare(
+            model, plan, source, _ = prepare_model(
                 self.weights,
                 self.weights,
                 self.rules,
@@ -97,14 +97,14 @@ class Recipe:
                 self.trust_remote_code,
                 self.targets,
                 self.mtp,
-                placement_options(*self.placed),
+                placement_options(*self.placement_args),
                 self.config,
             )
             plan.check(source)
         return model, plan, source
 
 
-class Files:
+class WeightFiles:
     """The weight files of a model, as a pickle refers to them.
 
     Each packed weight in a pickle refers to this object by its operator's name and a number. When the pickle is read, a
@@ -114,52 +114,52 @@ class Files:
         BadFile: a file is missing or has changed since the model was loaded.
     """
 
-    def __init__(self, recipe: Recipe, paths: Iterable[str]):
-        self.recipe, self.files = recipe, [File.of(path) for path in sorted(paths)]
+    def __init__(self, recipe: BuildArguments, paths: Iterable[str]):
+        self.recipe, self.files = recipe, [WeightFile.of(path) for path in sorted(paths)]
         self.names: set[str] = set()  # operators whose packed weights refer to this object
         self._reset()
 
     def _reset(self) -> None:
-        self.read_back = False
+        self.unpickled = False
         self.found: dict[tuple[str, int], cpu.Packed] = {}
         self.prepared: tuple[nn.Module, Plan, WeightSource] | None = None
 
-    def known(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
+    def register(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
         """Registers an operator's packed weights (ktx.kernels.packed_cache.Origin); returns them."""
         for number, packed in enumerate(made):
             packed.origin = self, name, number
-            if self.read_back:
+            if self.unpickled:
                 self.found[name, number] = packed
         self.names.add(name.partition("#")[0])
         return made
 
-    def __copy__(self) -> Files:
+    def __copy__(self) -> WeightFiles:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Files:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightFiles:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         files = []
         for file in self.files:
-            current = file.now("a pickle of the model refers to it")
+            current = file.current("a pickle of the model refers to it")
             if current != replace(file, digest=""):
                 raise BadFile(
                     f"{file.path}: has changed since the model was loaded, so a pickle cannot refer to it;"
                     " load the model again, or write it to its own folder with model.save_pretrained"
                 )
-            files.append(file if file.digest else current.summed())
+            files.append(file if file.digest else current.with_digest())
         self.files = files
         return {"recipe": self.recipe, "files": files, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
-        self.read_back = True
+        self.unpickled = True
         files = []
         for file in self.files:
-            current = file.now("the pickled model's weights are in this file")
-            if current.size != file.size or current.summed().digest != file.digest:
+            current = file.current("the pickled model's weights are in this file")
+            if current.size != file.size or current.with_digest().digest != file.digest:
                 raise BadFile(
                     f"{file.path}: has changed since the model was pickled, and the pickle refers to it;"
                     " restore the file, or load the model with ktx.load and pickle it again"
@@ -167,16 +167,16 @@ class Files:
             files.append(replace(current, digest=file.digest))
         self.files = files
 
-    def open(self) -> None:
+    def load_all(self) -> None:
         """Loads the weights of all operators if a pickle is being read."""
-        if self.read_back:
+        if self.unpickled:
             self._load(self.names)
 
-    def close(self) -> None:
+    def free(self) -> None:
         """Frees the loaded weights after a full model has been read."""
         self.found, self.prepared = {}, None
 
-    def taken(self, name: str, number: int) -> cpu.Packed:
+    def take(self, name: str, number: int) -> cpu.Packed:
         """Returns a packed weight of an operator; loads the operator if necessary."""
         key = name, number
         if key not in self.found:
@@ -211,6 +211,6 @@ class Files:
         if self.recipe.cache_dir is None:
             return None
         store: PackedCache = load_module.store_of(self.recipe.cache_dir, plan, source)
-        if not store.found:
+        if not store.is_complete:
             store.abort()
-        return store if store.found else None
+        return store if store.is_complete else None

@@ -15,9 +15,9 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.loader.load_weights import ProgressSink
-from ktx.model.checkpoint_folder import Folder, Place, config_of, left_out, state_of
+from ktx.model.checkpoint_folder import CheckpointFolder, TensorSlot, checkpoint_state, config_of, omitted_names
 from ktx.ops.float_views import Dequantized, Floats
-from ktx.transformers_compat import dtype_plan, written_form
+from ktx.transformers_compat import dtype_plan, to_checkpoint_form
 
 WRITABLE = (torch.float32, torch.float16, torch.bfloat16)
 EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
@@ -51,10 +51,10 @@ def save(
     dtype = dtype or model.dtype
     if dtype not in WRITABLE:
         raise UsageError(f"save_pretrained: dtype {dtype} is not supported; use one of {', '.join(map(str, WRITABLE))}")
-    target, state = Folder.of(folder, max_shard_size, variant), state_of(model)
-    for name in left_out(model, state):
+    target, state = CheckpointFolder.of(folder, max_shard_size, variant), checkpoint_state(model)
+    for name in omitted_names(model, state):
         del state[name]
-    form: Form = written_form(model) if save_original_format else dict
+    form: Form = to_checkpoint_form(model) if save_original_format else dict
     own_types = dtype_plan(model, dtype)
     written = form(
         {
@@ -62,7 +62,7 @@ def save(
             for name, value in state.items()
         }
     )
-    places = {name: Place(tuple(value.shape), value.dtype) for name, value in written.items()}
+    places = {name: TensorSlot(tuple(value.shape), value.dtype) for name, value in written.items()}
     pieces = (
         (name, first * prod(places[name].shape[1:]), values) for name, first, values in _pieces(places, state, form)
     )
@@ -80,7 +80,7 @@ def _written_dtype(
 
 
 def _pieces(
-    places: dict[str, Place], state: dict[str, torch.Tensor], form: Form
+    places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values."""
     independent = _independent(places, state, form)
@@ -104,7 +104,7 @@ def _pieces(
 
 
 def _independent(
-    places: dict[str, Place], state: dict[str, torch.Tensor], form: Form
+    places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> dict[str, tuple[str | None, dict[str, tuple[int, ...]]]] | None:
     """Returns for each parameter its name if it is written unchanged, and the shapes of what it is written as by name.
 

@@ -12,16 +12,24 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ktx.errors import UsageError
 from ktx.loader.load_weights import ProgressSink
-from ktx.model.checkpoint_folder import Folder, Pieces, Place, config_of, in_checkpoint, left_out, state_of
+from ktx.model.checkpoint_folder import (
+    CheckpointFolder,
+    Pieces,
+    TensorSlot,
+    checkpoint_name,
+    checkpoint_state,
+    config_of,
+    omitted_names,
+)
 from ktx.ops.base import Operator
 from ktx.ops.float_views import Dequantized
 from ktx.ops.packed_state import PackedState
-from ktx.ops.tied import Tied
+from ktx.ops.tied import TiedLinear
 from ktx.quant.types import FP8_BLOCK
 from ktx.weights.base import EXPANDED
 from ktx.weights.gguf_files import ggufs_in
-from ktx.weights.packed import about, part_of, quantization_config
-from ktx.weights.safetensors import scale_of
+from ktx.weights.packed import packed_metadata, part_name, quantization_config
+from ktx.weights.safetensors import scale_name
 
 State = dict[str, list[PackedState] | torch.Tensor]
 
@@ -48,7 +56,7 @@ def save_packed(
         UsageError: a module cannot return its packed weights, or a loaded model would not have some of the tensors.
         DoesNotFit: the disk has too little space; the folder is unchanged.
     """
-    target = Folder.of(folder, max_shard_size, variant)
+    target = CheckpointFolder.of(folder, max_shard_size, variant)
     if target.path.is_dir() and (ggufs := ggufs_in(target.path)):
         raise UsageError(
             f"save_pretrained: {target.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"
@@ -62,17 +70,17 @@ def save_packed(
         if isinstance(value, torch.Tensor):
             plain[name] = value
         else:
-            stored |= {part_of(name, i, len(value)): part for i, part in enumerate(value)}
-    places = {name: Place(tuple(value.shape), value.dtype) for name, value in plain.items()}
+            stored |= {part_name(name, i, len(value)): part for i, part in enumerate(value)}
+    places = {name: TensorSlot(tuple(value.shape), value.dtype) for name, value in plain.items()}
     for name, matrix in stored.items():
         *leading, rows, columns = matrix.shape
-        places[name] = Place((*leading, rows, matrix.qtype.row_bytes(columns)), torch.uint8)
+        places[name] = TensorSlot((*leading, rows, matrix.qtype.row_bytes(columns)), torch.uint8)
         if matrix.qtype.name == "F8_E4M3":
             scales = (*leading, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-            places[scale_of(name)] = Place(scales, torch.float32)
+            places[scale_name(name)] = TensorSlot(scales, torch.float32)
 
     def metadata(names: Iterable[str]) -> dict[str, str]:
-        return about({name: stored[name].qtype.name for name in names if name in stored})
+        return packed_metadata({name: stored[name].qtype.name for name in names if name in stored})
 
     config = config_of(model, model.dtype, quantization_config())
     target.write(model, config, places, _pieces(plain, stored), metadata, "use another disk", progress)
@@ -92,13 +100,13 @@ def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tens
         yield name, data_offset, rows.data
         data_offset += rows.data.numel()
         if rows.scale is not None:
-            yield scale_of(name), scale_offset, rows.scale
+            yield scale_name(name), scale_offset, rows.scale
             scale_offset += rows.scale.numel()
 
 
 def _state(model: Any) -> State:
     """Returns packed weights and all other tensors by the names that a loaded model reads."""
-    floats = state_of(model)
+    floats = checkpoint_state(model)
     state: State = {name: value for name, value in floats.items() if not isinstance(value, Dequantized)}
     for path, module in model.named_modules():
         if is_parametrized(module):
@@ -108,10 +116,10 @@ def _state(model: Any) -> State:
             )
         if isinstance(module, Operator):
             prefix = f"{path}." if path else ""
-            state |= {in_checkpoint(f"{prefix}{name}"): value for name, value in module.packed_state().items()}
-    for name in left_out(model, floats):
+            state |= {checkpoint_name(f"{prefix}{name}"): value for name, value in module.packed_state().items()}
+    for name in omitted_names(model, floats):
         head = model.get_submodule(name.rpartition(".")[0]) if name in state else None
-        if not isinstance(head, Tied) or all(part.qtype.is_float for part in head.parts):
+        if not isinstance(head, TiedLinear) or all(part.qtype.is_float for part in head.parts):
             state.pop(name, None)  # kept for a quantized head, whose values the float embedding lacks
     return state
 

@@ -26,7 +26,7 @@ from ktx.families import RULE_FILES
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
 from ktx.ops.gpu import offload
-from ktx.ops.mla import Expansion
+from ktx.ops.mla import KVExpansion
 from ktx.ops.rope import RotaryEmbedding
 from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
 from ktx.utils.torch_defaults import torch_defaults
@@ -35,7 +35,7 @@ log = logging.getLogger("ktx.engine")
 
 MAX_PAIRS = 5  # token pairs; the test ends if the first one shows no fault
 # Max distance of two rows relative to their length: computed in f32, and in half precision.
-NEAR, NEAR_HALF = 1e-3, 5e-2
+MAX_DISTANCE_F32, MAX_DISTANCE_HALF = 1e-3, 5e-2
 # A difference passes up to this multiple of a rounding error's effect, which grows over many layers, and up to this
 # distance at most.
 MAX_NOISE_FACTOR, MAX_NOISE_DISTANCE = 3, 0.3
@@ -47,7 +47,7 @@ Forward = Callable[[list[int], int], torch.Tensor]
 SelfTest = bool | Literal["engine"]  # whether a loaded model is tested; "engine": only by its engine
 
 
-def asked(self_test: SelfTest) -> None:
+def check_option(self_test: SelfTest) -> None:
     """Raises UsageError if the value is not a SelfTest."""
     if not (isinstance(self_test, bool) or self_test == "engine"):
         raise UsageError(f"self_test={self_test!r}: must be True, False or 'engine'")
@@ -63,7 +63,7 @@ class Fault:
 
     text: str
     certain: bool = False
-    far: float = math.inf
+    distance: float = math.inf
     noise: float = 0.0
 
 
@@ -78,7 +78,7 @@ def check(model: Any, forward: Forward | None = None) -> None:
     Raises:
         SelfTestFailed: the logits are wrong; the message names the first module that differs.
     """
-    if reason := fault(model, forward or Cached(model)):
+    if reason := find_fault(model, forward or CachedForward(model)):
         raise SelfTestFailed(
             f"self-test of this {model.config.model_type}: {reason} ({versions()});"
             " run `ktx verify` with the same model and weights to compare each layer with transformers;"
@@ -87,13 +87,13 @@ def check(model: Any, forward: Forward | None = None) -> None:
 
 
 @torch.inference_mode()
-def fault(model: Any, forward: Forward) -> str:
+def find_fault(model: Any, forward: Forward) -> str:
     """Returns what is wrong with the logits of a few tokens; empty if nothing is."""
-    with undisturbed(model):
-        return judged(lambda number: _test_pair(model, forward, _token_pair(model.config.vocab_size, number)))
+    with restore_state(model):
+        return judge(lambda number: _test_pair(model, forward, _token_pair(model.config.vocab_size, number)))
 
 
-def judged(attempt: Callable[[int], Fault | None]) -> str:
+def judge(attempt: Callable[[int], Fault | None]) -> str:
     """Returns the text of the fault that counts among attempts 0, 1, ...; empty if the first attempt shows none.
 
     A certain fault counts at once. Another one counts if most of MAX_PAIRS attempts show one, and if their median
@@ -110,17 +110,17 @@ def judged(attempt: Callable[[int], Fault | None]) -> str:
                 return fault_.text
     if 2 * len(faults) <= MAX_PAIRS:
         return ""
-    far, noise = (median(getattr(fault, name) for fault in faults) for name in ("far", "noise"))
+    far, noise = (median(getattr(fault, name) for fault in faults) for name in ("distance", "noise"))
     return "" if far <= min(MAX_NOISE_FACTOR * noise, MAX_NOISE_DISTANCE) else faults[0].text
 
 
 def tolerance(model: Any, logits: torch.Tensor) -> float:
     """Max relative distance of equal computations. A quantized cache may be read before or after quantization."""
     exact = logits.dtype == model.dtype == torch.float32 and not isinstance(model.ktx.kv_dtype, str)
-    return NEAR if exact else NEAR_HALF
+    return MAX_DISTANCE_F32 if exact else MAX_DISTANCE_HALF
 
 
-def away(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative_distance(mine: torch.Tensor, wanted: torch.Tensor) -> float:
     """Distance of two rows relative to the length of the second one."""
     return float((mine.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
 
@@ -132,7 +132,7 @@ def versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-class Cached:
+class CachedForward:
     """Runs forwards with a KVCache, one sequence at a time, as scripts and benchmarks do.
 
     A family without a rule file may not accept a KVCache; it then creates its own cache. If its output has no cache
@@ -142,7 +142,7 @@ class Cached:
     def __init__(self, model: Any):
         self.model, self.length = model, 0
         self.cache: Any = None
-        self.own, self.has_rules = keeps_own_cache(model), model.config.model_type in RULE_FILES
+        self.uses_own_cache, self.has_rules = keeps_own_cache(model), model.config.model_type in RULE_FILES
         self.has_cache = True
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
@@ -161,7 +161,7 @@ class Cached:
             self._forward(ids[:past], 0)
 
     def _forward(self, ids: list[int], past: int) -> torch.Tensor:
-        if past or self.own:
+        if past or self.uses_own_cache:
             return self._call(ids, past)
         self.cache = KVCache(self.model.config, self.model.ktx.kv_dtype)
         try:
@@ -171,7 +171,7 @@ class Cached:
                 raise
             reason = str(error).partition("\n")[0]
             log.warning("this %s does not accept a KVCache (%s)", self.model.config.model_type, reason)
-            self.own, self.cache = True, None
+            self.uses_own_cache, self.cache = True, None
             return self._call(ids, past)
 
     def _call(self, ids: list[int], past: int) -> torch.Tensor:
@@ -181,7 +181,7 @@ class Cached:
             **cache_argument(self.model, self.cache),
             use_cache=True,
         )
-        offload.check(self.model)
+        offload.raise_offload_errors(self.model)
         self.cache, self.length = cache_of(out), past + len(ids)
         self.has_cache = self.has_rules or self.cache is not None
         logits: torch.Tensor = out.logits[0].cpu()
@@ -217,11 +217,11 @@ def _test_pair(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
     if not equal_modules or not _has_zero_matrix(model, equal_modules[0]):
         if bool((rows.amax(-1) - rows.amin(-1) <= MIN_DISTANCE * rows.abs().amax(-1)).any()):
             return Fault("all logits of a token are equal")
-        if away(rows[0], rows[1]) < MIN_DISTANCE:
+        if relative_distance(rows[0], rows[1]) < MIN_DISTANCE:
             return Fault("logits of different tokens are equal")
         if equal_modules:
             return Fault(f"{equal_modules[0]} returns the same output for different tokens, as with zero weights")
-    distance, bound = away(second_logits[-1], rows[-1]), tolerance(model, both_logits)
+    distance, bound = relative_distance(second_logits[-1], rows[-1]), tolerance(model, both_logits)
     if distance <= bound:
         return None
     noise = 0.0 if _is_batch_invariant(model) else _noise(model, lambda: forward(ids, 0), rows[-1])
@@ -229,7 +229,7 @@ def _test_pair(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
     return Fault(
         f"a token computed through the cache differs by {distance:.1%} from the same token computed in one forward with"
         f" the one before it (at most {bound:.1%}), {location}",
-        far=distance,
+        distance=distance,
         noise=noise,
     )
 
@@ -282,7 +282,7 @@ def _noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -
 
         hook = model.get_input_embeddings().register_forward_hook(perturb)
         try:
-            distances.append(away(forward()[-1], row))
+            distances.append(relative_distance(forward()[-1], row))
         finally:
             hook.remove()
     return max(distances)
@@ -293,7 +293,7 @@ def _first_difference(model: Any, forward: Forward, ids: list[int], bound: float
     both_rows = _module_outputs(model, lambda: forward(ids, 0), 2)
     second_rows = _module_outputs(model, lambda: forward(ids, 1), 1)
     for path, row in second_rows.items():
-        if path in both_rows and not away(row[-1], both_rows[path][-1]) <= bound:
+        if path in both_rows and not relative_distance(row[-1], both_rows[path][-1]) <= bound:
             return f"from {path} on"
     return (
         "though each module agrees by itself: the difference is in fused calls"
@@ -305,7 +305,7 @@ def _module_outputs(model: nn.Module, forward: Callable[[], Any], tokens: int) -
     """Returns the output [tokens, D] of every module for the last `tokens` tokens, in order of completion."""
     outputs: dict[str, torch.Tensor] = {}
     # Without Expansion, which forwards with a paged cache do not call.
-    modules = {path: module for path, module in model.named_modules() if path and not isinstance(module, Expansion)}
+    modules = {path: module for path, module in model.named_modules() if path and not isinstance(module, KVExpansion)}
     with _hooked(modules, tokens, lambda path, rows: outputs.update({path: rows.cpu().float()})):
         forward()
     return outputs
@@ -341,29 +341,29 @@ def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList):
             parts.update(part for layer in module for part in layer.children())
         # Of split experts none may have been selected.
-        is_split = isinstance(module, Experts) and module.num_experts < module.total
+        is_split = isinstance(module, Experts) and module.num_experts < module.total_experts
         if (module in parts or isinstance(module, nn.Linear | Operator)) and not is_split:
             candidates[path] = module
     return {path: module for path, module in candidates.items() if not isinstance(module, RotaryEmbedding)}
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def restore_state(model: nn.Module) -> Iterator[None]:
     """Restores expert statistics and rotary tables on exit."""
     saved, tables = [], [(module, module.table) for module in model.modules() if isinstance(module, RotaryEmbedding)]
     for module in model.modules():
         if isinstance(module, Experts):
-            gpu_counts = module.chosen
+            gpu_counts = module.gpu_counts
             saved.append(
-                (module, module.counts.clone(), None if gpu_counts is None else gpu_counts.clone(), module.waited)
+                (module, module.counts.clone(), None if gpu_counts is None else gpu_counts.clone(), module.wait_s)
             )
     try:
         yield
     finally:
         for module, counts, gpu_counts, wait_s in saved:
             module.counts.copy_(counts)
-            if gpu_counts is not None and module.chosen is not None:
-                module.chosen.copy_(gpu_counts)
-            module.waited = wait_s
+            if gpu_counts is not None and module.gpu_counts is not None:
+                module.gpu_counts.copy_(gpu_counts)
+            module.wait_s = wait_s
         for rotary, table in tables:
             rotary.table = table

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from ktx.errors import UsageError
-from ktx.model.notes import Note, tell
+from ktx.model.notes import Note, add_notes
 from ktx.ops.base import Operator
 
 TRAINING = "training"  # code of these notes
@@ -23,7 +23,7 @@ REMEDY = (
 )
 
 
-def counted(model: Any) -> None:
+def note_uncounted_weights(model: Any) -> None:
     """Adds a note after PEFT has put adapters on a model, because PEFT counts only torch's parameters."""
     if model.__dict__.get("ktx") is None or not any(map(_has_packed_weights, model.modules())):
         return
@@ -35,10 +35,10 @@ def counted(model: Any) -> None:
         f"{packed} packed weights are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out"
         " of all params, model.num_parameters() counts them"
     )
-    tell(model.ktx.notes, [Note(TRAINING, text)], (TRAINING,))
+    add_notes(model.ktx.notes, [Note(TRAINING, text)], (TRAINING,))
 
 
-def look(model: Any, given: Mapping[Any, Any]) -> None:
+def note_frozen_weights(model: Any, given: Mapping[Any, Any]) -> None:
     """Adds a note before a forward in training if weights that look trained are frozen.
 
     `given` are the forward's arguments. Weights that adapters freeze on purpose, and trained prompts, cause no note.
@@ -49,13 +49,13 @@ def look(model: Any, given: Mapping[Any, Any]) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         if not any(_is_trained(value) for value in given.values()):
             text = f"no weights of this model are trained: they are packed and frozen; {REMEDY}"
-    elif paths := left_out(model):
+    elif paths := partly_trained_modules(model):
         names = ", ".join(paths[:3]) + " ..." * (len(paths) > 3)
         text = f"all parameters that torch lists of {names} are trained, but their packed weights are not: {REMEDY}"
-    tell(model.ktx.notes, [Note(TRAINING, text)] if text else [], (TRAINING,))
+    add_notes(model.ktx.notes, [Note(TRAINING, text)] if text else [], (TRAINING,))
 
 
-def left_out(model: nn.Module) -> list[str]:
+def partly_trained_modules(model: nn.Module) -> list[str]:
     """Paths of the outermost modules with packed weights whose torch parameters are all trained."""
     paths: list[str] = []
     for path, module in model.named_modules():

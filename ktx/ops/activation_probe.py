@@ -16,14 +16,14 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import reference
 
-PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATE = torch.linspace(-40.0, 40.0, 257, dtype=torch.float32, device="cpu")  # exceeds every clamping limit in use
 UP = GATE.flip(0) + 0.5
 UNSUPPORTED = (  # attributes of experts modules: name, the value that the kernel supports, what another value means
     ("has_post_expert_norm", False, "normalizes the output of each expert, which the experts kernel does not support"),
 )
 
-KEEP = (
+KEEP_MODULE_HINT = (
     "add a rule before this one that keeps the module in plain torch and f32: match its name,"
     " replace: {class: default}, recursive: false"
 )
@@ -37,7 +37,7 @@ class Activation(NamedTuple):
     limit: float = 0.0
 
 
-def gate_of_experts(experts: Any, where: str) -> Activation:
+def probe_experts(experts: Any, where: str) -> Activation:
     """Returns the activation that a transformers experts module computes between its projections.
 
     Args:
@@ -52,7 +52,7 @@ def gate_of_experts(experts: Any, where: str) -> Activation:
     ]
     if unsupported or not hasattr(experts, "_apply_gate"):
         reason = unsupported[0] if unsupported else "does not follow the experts contract of transformers 5"
-        raise UsageError(f"{where}: {type(experts).__name__} {reason}; {KEEP}")
+        raise UsageError(f"{where}: {type(experts).__name__} {reason}; {KEEP_MODULE_HINT}")
     if not is_gated(experts):
         return _match_activation(lambda: [experts.act_fn(GATE)], experts, where, GATE)
     # The second layout, interleaved, is that of gpt-oss.
@@ -77,7 +77,7 @@ def is_interleaved(experts: Any, gate: Activation) -> bool:
     return bool(torch.allclose(reference.activate(GATE, UP, *gate), output, rtol=1e-5, atol=1e-5))
 
 
-def gate_of_mlp(mlp: Any, where: str) -> Activation:
+def probe_mlp(mlp: Any, where: str) -> Activation:
     """Returns the activation of a module with gate_proj and up_proj (or gate_up_proj) and down_proj.
 
     Args:
@@ -97,7 +97,7 @@ def gate_of_mlp(mlp: Any, where: str) -> Activation:
     return _match_activation(lambda: [probe(GATE[None, None])[0, 0]], mlp, where)
 
 
-def as_usual(output: torch.Tensor, gate: torch.Tensor, act: str, up: torch.Tensor | None = None) -> bool:
+def is_unmodified(output: torch.Tensor, gate: torch.Tensor, act: str, up: torch.Tensor | None = None) -> bool:
     """Whether the output of an activation module is bit for bit act(gate), or act(gate) * up if `up` is given.
 
     Then no hook, for example, has modified it, and a CPU kernel may compute the activation instead. Always False for
@@ -122,7 +122,7 @@ def probe_copy(old: nn.Module, **changed: dict[str, Any]) -> Any:
     return copy
 
 
-def refused(module: nn.Module, where: str, what: str, error: Exception) -> UsageError:
+def probe_error(module: nn.Module, where: str, what: str, error: Exception) -> UsageError:
     """Returns the error for a module whose code failed while it was probed for `what`."""
     first_line = str(error).partition("\n")[0]
     return UsageError(
@@ -149,16 +149,16 @@ def _match_activation(
         with torch.no_grad(), torch.device("cpu"):
             outputs = [output.float() for output in evaluate()]
     except Exception as error:  # code of a model family, with inputs that it may not expect
-        raise refused(module, where, "its activation", error) from error
+        raise probe_error(module, where, "its activation", error) from error
     for gate in _candidates(module):
         expected = reference.activate(GATE, up, *gate)
         comparable = (output for output in outputs if output.shape == expected.shape)
         if any(torch.allclose(expected, output, rtol=1e-5, atol=1e-5) for output in comparable):
             return gate
-    names = " ".join((*PLAIN, "swiglu_oai"))
+    names = " ".join((*ACTIVATIONS, "swiglu_oai"))
     inputs = "gate and up" if up is UP else "one projection"
     raise UsageError(
-        f"{where}: no kernel computes what {type(module).__name__} computes from {inputs}; ktx has {names}; {KEEP}"
+        f"{where}: no kernel computes what {type(module).__name__} computes from {inputs}; ktx has {names}; {KEEP_MODULE_HINT}"
     )
 
 
@@ -167,4 +167,4 @@ def _candidates(module: Any) -> list[Activation]:
     alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
     limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
     clamped = [Activation("swiglu_oai", float(alpha), float(limit))] if alpha is not None and limit is not None else []
-    return [*map(Activation, PLAIN), *clamped]
+    return [*map(Activation, ACTIVATIONS), *clamped]

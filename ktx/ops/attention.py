@@ -18,15 +18,23 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ktx.cache.kv import KVType, as_stock
+from ktx.cache.kv import KVType, restore_stock_layer
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.families import FUSABLE_ATTENTION, HALF_TABLES
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu.attention_backend import known_backend
-from ktx.kernels.gradients import backward_only, recorded
+from ktx.kernels.gradients import is_recorded, refuse_forward_mode
 from ktx.ops import contract
-from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing, weighed
+from ktx.ops.attention_weights import (
+    EAGER,
+    AttentionChoice,
+    ConfigView,
+    apply_weights,
+    attention_weights,
+    call_registered,
+    missing_weights_error,
+)
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fusion.fused import (
     MAX_FUSED_TOKENS,
@@ -34,14 +42,14 @@ from ktx.ops.fusion.fused import (
     FusedStep,
     PreNorm,
     WeightDescriptor,
-    float_type,
-    plain_linear,
+    is_plain_linear,
+    kv_float_dtype,
     run_attention,
+    sliding_window,
     split_mask,
-    window_of,
 )
-from ktx.ops.guard import Guard, below, current
-from ktx.ops.masks import Intervals, intervals_of, uncausal
+from ktx.ops.guard import Guard, descendants, valid_fast_path
+from ktx.ops.masks import Intervals, intervals_of, non_causal_ranges
 from ktx.ops.norm import RMSNorm
 from ktx.transformers_compat import CACHE_NAMES
 
@@ -95,43 +103,45 @@ def attend(
         UsageError: On a PagedCache: the module is not causal, or attention weights are to be dropped.
         ValueError: There are more queries than keys, and no mask.
     """
-    choice = choice_of(module)
-    if choice.foreign:
+    choice = attention_choice(module)
+    if choice.is_custom:
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | kwargs
         given = {name: value for name, value in options.items() if value is not None}
-        return by_function(choice.name, module, query, key, value, attention_mask, **given)
+        return call_registered(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
         if not is_causal(module, kwargs):
-            raise causal_pages(module)
-        ranges, mask = batch.ranges(window_of(module)), None
+            raise non_causal_error(module)
+        ranges, mask = batch.window_ranges(sliding_window(module)), None
     else:
         ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
         # In transformers only eager attention supports sinks, and it uses the mask alone, not `is_causal`.
-        if s_aux is None and not hides(module, choice, attention_mask, kwargs):
-            ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
+        if s_aux is None and not masks_future(module, choice, attention_mask, kwargs):
+            ranges = non_causal_ranges(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
-    backward_only(query)
+    refuse_forward_mode(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float().contiguous()
     paging = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
     if dropout > 0 and batch is not None:
-        raise not_dropped(dropout, "an engine's forward")
-    trained = batch is None and recorded(query, key, value) and choice.shows(kwargs)  # the weights need a gradient too
+        raise dropout_error(dropout, "an engine's forward")
+    trained = (
+        batch is None and is_recorded(query, key, value) and choice.returns_weights(kwargs)
+    )  # the weights need a gradient too
     if dropout > 0 or trained:
         weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
-        return weighed(weights, value), weights if choice.shows(kwargs) else None
+        return apply_weights(weights, value), weights if choice.returns_weights(kwargs) else None
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **paging)
-    if batch is not None or not choice.shows(kwargs):
+    if batch is not None or not choice.returns_weights(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
 
 
-def not_dropped(dropout: float, where: str) -> UsageError:
+def dropout_error(dropout: float, where: str) -> UsageError:
     """Returns the error for attention dropout in training where it is not supported."""
     return UsageError(
         f"attention_dropout={dropout}: {where} does not support attention dropout; call model.eval(), or set"
@@ -139,10 +149,10 @@ def not_dropped(dropout: float, where: str) -> UsageError:
     )
 
 
-def choice_of(module: nn.Module) -> Choice:
+def attention_choice(module: nn.Module) -> AttentionChoice:
     """Returns the Choice of a ktx module, or of a transformers module that uses the attention function \"ktx\"."""
     choice: Any = module.__dict__.get("choice")
-    return Choice(module.config) if choice is None else choice
+    return AttentionChoice(module.config) if choice is None else choice
 
 
 def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
@@ -151,12 +161,14 @@ def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if argument is None else argument)
 
 
-def hides(module: nn.Module, choice: Choice, mask: torch.Tensor | None, options: Mapping[str, Any]) -> bool:
+def masks_future(
+    module: nn.Module, choice: AttentionChoice, mask: torch.Tensor | None, options: Mapping[str, Any]
+) -> bool:
     """Whether tokens of a forward do not see later tokens; eager attention depends on the mask alone."""
     return mask is not None if choice.name == EAGER else is_causal(module, options)
 
 
-def causal_pages(module: Any) -> UsageError:
+def non_causal_error(module: Any) -> UsageError:
     """Returns the error for a module that is not causal on the paged KV cache of an engine."""
     path = getattr(module, "path", type(module).__name__)
     return UsageError(
@@ -272,7 +284,7 @@ class Attention(Operator):
     kv_dtype: KVType
     block: AttentionBlock | None
     uses_ktx_kernel: bool
-    choice: Choice
+    choice: AttentionChoice
     implementation = NAME
 
     @classmethod
@@ -283,49 +295,49 @@ class Attention(Operator):
                 " (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
-        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in FUSABLE_ATTENTION
+        new.kv_dtype, new.block, new.fusable = ctx.kv_dtype, None, type(old).__name__ in FUSABLE_ATTENTION
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ in HALF_TABLES
         new.uses_ktx_kernel = hasattr(old, "config") and not unsupported_kwargs(old)
         if hasattr(old, "config"):
-            new.choice = Choice(old.config)
+            new.choice = AttentionChoice(old.config)
         if new.uses_ktx_kernel:
-            new.config = OwnConfig(old.config, cls.implementation)
+            new.config = ConfigView(old.config, cls.implementation)
             contract.masks(NAME)
-        if new.usual and new.uses_ktx_kernel:
-            contract.attention(old, ctx.path, new.half_tables, window_of(old))
+        if new.fusable and new.uses_ktx_kernel:
+            contract.attention(old, ctx.path, new.half_tables, sliding_window(old))
         return new
 
     def ready(self) -> None:
-        self.block = AttentionBlock.of(self) if self.usual and self.uses_ktx_kernel else None
+        self.block = AttentionBlock.of(self) if self.fusable and self.uses_ktx_kernel else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.computed(*self.call.split(args, kwargs))
+        return self.compute(*self.call.split(args, kwargs))
 
-    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+    def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
         if self.placement.gpu:
-            return super().by_class(*args, **kwargs)
-        return self.computed(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
+            return super().call_patched_class(*args, **kwargs)
+        return self.compute(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
 
-    def computed(self, given: dict[str, Any], cache: Any) -> Any:
+    def compute(self, given: dict[str, Any], cache: Any) -> Any:
         """Computes the forward.
 
         Args:
             given: The arguments by name, without the cache.
             cache: The cache, or None.
         """
-        if (block := current(self)) is not None:
+        if (block := valid_fast_path(self)) is not None:
             fused = block(cache=cache, **given)
             if fused is not None:
                 return fused, None
-        if recorded(given.get("hidden_states")):
-            as_stock(cache, self.layer_idx)
+        if is_recorded(given.get("hidden_states")):
+            restore_stock_layer(cache, self.layer_idx)
         casting = cache
         if self.uses_ktx_kernel and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            casting = CastingCache(cache, float_type(self.kv_dtype, torch.float16))
-        out = super().forward(**self.call.joined(given, casting))
-        if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
-            raise missing(self.path, type(self).__name__)
+            casting = CastingCache(cache, kv_float_dtype(self.kv_dtype, torch.float16))
+        out = super().forward(**self.call.join(given, casting))
+        if "choice" in self.__dict__ and self.choice.returns_weights(given, cache) and not _has_weights(out):
+            raise missing_weights_error(self.path, type(self).__name__)
         return out
 
 
@@ -341,16 +353,16 @@ class AttentionBlock:
     """Fuses the attention of a FUSABLE_ATTENTION module into one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: Attention, matrices: WeightDescriptor):
-        self.owner, self.halved = owner, owner.half_tables
+        self.owner, self.half_rotary = owner, owner.half_tables
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
-        self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
-        self.drops = getattr(owner, "attention_dropout", 0.0) > 0
+        self.heads, self.head_dims = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
+        self.has_dropout = getattr(owner, "attention_dropout", 0.0) > 0
         sinks = getattr(owner, "sinks", None)
-        copied_tensors = [norm.copied() for norm in norms if norm is not None]
+        copied_tensors = [norm.copied_weight() for norm in norms if norm is not None]
         copied_tensors += [children[name].copied_bias() for name in PROJECTIONS]
-        self.guard = Guard([owner], below(owner), [*copied_tensors, sinks])
-        self.made = FusedStep(
+        self.guard = Guard([owner], descendants(owner), [*copied_tensors, sinks])
+        self.fused_step = FusedStep(
             "gqa_step",
             matrices.packed,
             matrices.descriptor,
@@ -363,18 +375,18 @@ class AttentionBlock:
             [*(1.0 if norm is None else norm.epsilon for norm in norms), float(owner.scaling), 0.0],
         )
 
-    def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
+    def supports(self, hidden: torch.Tensor, cache: Any) -> bool:
         """Whether hidden [B, S, D] has at most MAX_FUSED_TOKENS tokens and needs no attention weights or dropout."""
-        if self.drops and self.owner.training:
+        if self.has_dropout and self.owner.training:
             return False
-        return hidden.shape[0] * hidden.shape[1] <= MAX_FUSED_TOKENS and self.owner.choice.plain(cache)
+        return hidden.shape[0] * hidden.shape[1] <= MAX_FUSED_TOKENS and self.owner.choice.uses_kernel(cache)
 
     @classmethod
     def of(cls, owner: Attention) -> AttentionBlock | None:
         """Builds the block of `owner`; None if one of its projections or norms is not an operator of ktx."""
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
-        if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
+        if any(not is_plain_linear(children.get(name)) for name in PROJECTIONS):
             return None
         if any(norm is not None and not RMSNorm.is_cpu_norm(norm) for norm in norms) or (norms[0] is None) != (
             norms[1] is None
@@ -408,7 +420,7 @@ class AttentionBlock:
         Returns:
             f32 [B, S, D], or None if this call needs the unfused forward.
         """
-        if position_embeddings is None or not self.takes(hidden_states, cache):
+        if position_embeddings is None or not self.supports(hidden_states, cache):
             return None
         return run_attention(self, hidden_states, position_embeddings, attention_mask, cache, before)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from ktx.cache.kv import values_of
+from ktx.cache.kv import to_floats
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.reference import visible
-from ktx.transformers_compat import attention_function, attention_name, collects
+from ktx.transformers_compat import attention_function, attention_name, collects_output
 
 log = logging.getLogger("ktx.model.notes")
 ATTENTIONS = "attentions"  # the name of attention weights in transformers' outputs
@@ -26,11 +26,11 @@ EAGER = "eager"
 KERNELS = ("", "ktx", "ktx_gpu", "sdpa")  # implementations that the kernels of ktx compute; "": unchanged since loading
 
 
-class Choice:
+class AttentionChoice:
     """The attention implementation that a model's configuration names, compared with the one at construction."""
 
     def __init__(self, config: Any):
-        self.config, self.first = config, attention_name(config)
+        self.config, self.initial = config, attention_name(config)
 
     @property
     def name(self) -> str:
@@ -38,15 +38,15 @@ class Choice:
         current: str = (
             self.config._attn_implementation if torch.compiler.is_compiling() else attention_name(self.config)
         )
-        return "" if current == self.first else current
+        return "" if current == self.initial else current
 
     @property
-    def foreign(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether an attention function that is not part of ktx computes attention."""
         name = self.name
         return name not in KERNELS and name != EAGER
 
-    def plain(self, cache: Any = None) -> bool:
+    def uses_kernel(self, cache: Any = None) -> bool:
         """Whether a kernel computes attention and no attention weights are needed.
 
         An engine's forwards, whose cache is a PagedCache, never return weights.
@@ -54,15 +54,15 @@ class Choice:
         name = self.name
         if type(cache) is PagedCache:
             return name in KERNELS or name == EAGER
-        return name in KERNELS and not collects(ATTENTIONS)
+        return name in KERNELS and not collects_output(ATTENTIONS)
 
-    def shows(self, options: Mapping[str, Any], cache: Any = None) -> bool:
+    def returns_weights(self, options: Mapping[str, Any], cache: Any = None) -> bool:
         """Whether a call with the keyword arguments `options` returns attention weights."""
-        requested = collects(ATTENTIONS) or bool(options.get("output_attentions")) or self.name == EAGER
+        requested = collects_output(ATTENTIONS) or bool(options.get("output_attentions")) or self.name == EAGER
         return requested and type(cache) is not PagedCache
 
 
-class OwnConfig:
+class ConfigView:
     """A view of a model's configuration that names the attention function `name`.
 
     All other attributes are those of the model's configuration, and assignments go there.
@@ -85,7 +85,7 @@ class OwnConfig:
         setattr(self.__dict__["ktx_whole"], name, value)
 
     def __reduce__(self) -> Any:
-        return OwnConfig, (self.__dict__["ktx_whole"], self.__dict__["ktx_name"])
+        return ConfigView, (self.__dict__["ktx_whole"], self.__dict__["ktx_name"])
 
 
 def attention_weights(
@@ -114,7 +114,7 @@ def attention_weights(
         The weights [B, H, S, T] in the dtype of `query`.
     """
     _warn_once()
-    keys = values_of(key).float()
+    keys = to_floats(key).float()
     scores = query.float() @ keys.repeat_interleave(query.shape[1] // keys.shape[1], 1).transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -127,9 +127,9 @@ def attention_weights(
     return scores.softmax(-1)[..., : keys.shape[2]].to(query.dtype)
 
 
-def weighed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def apply_weights(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Applies weights [B, H, S, T] to value [B, Hkv, T, D] in any cache dtype -> [B, S, H, D] in the weights' dtype."""
-    values = values_of(value).float()
+    values = to_floats(value).float()
     values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
     return (weights.float() @ values).transpose(1, 2).contiguous().to(weights.dtype)
 
@@ -142,7 +142,7 @@ def _warn_once() -> None:
     )
 
 
-def by_function(
+def call_registered(
     name: str,
     module: Any,
     query: torch.Tensor,
@@ -173,12 +173,12 @@ def by_function(
             f"attn_implementation {name!r} cannot read the paged KV cache of an engine; call"
             " model.set_attn_implementation('ktx') before using an engine"
         )
-    states = (values_of(x).to(query.dtype) for x in (key, value))
+    states = (to_floats(x).to(query.dtype) for x in (key, value))
     result: tuple[torch.Tensor, torch.Tensor | None] = attention_function(name)(module, query, *states, mask, **options)
     return result
 
 
-def known_implementation(name: Any) -> None:
+def check_implementation(name: Any) -> None:
     """Raises UsageError if `name` is not the name of a registered attention function; None is valid."""
     if name is None or name in (EAGER, *KERNELS[1:]):
         return
@@ -193,7 +193,7 @@ def known_implementation(name: Any) -> None:
         ) from error
 
 
-def missing(path: str, kind: str) -> UsageError:
+def missing_weights_error(path: str, kind: str) -> UsageError:
     """Returns the error for a module that did not return the requested attention weights."""
     return UsageError(
         f"{path}: {kind} returned no attention weights, because transformers computes its attention with a kernel that"

@@ -13,14 +13,14 @@ from torch import nn
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
-from ktx.ops.change_counter import Changes, Live
+from ktx.ops.change_counter import ChangeCounter, CountedParameter
 from ktx.ops.float_views import Dequantized, Floats
-from ktx.ops.forward_signature import Call
+from ktx.ops.forward_signature import ForwardSignature
 from ktx.ops.packed_state import PackedState
 from ktx.quant.types import QTYPES, QType
 from ktx.weights.base import QuantizedTensor, WeightSource
 
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels compute in
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels compute in
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Operator(nn.Module):
     trains: ClassVar[bool] = False
     derived: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
-    stays: ClassVar[bool] = False
+    accepts_any_device: ClassVar[bool] = False
     remade: ClassVar[tuple[str, ...]] = ()
     gpu_form: ClassVar[str] = ""
     path: str = ""
     placement: Device = CPU
     dtype: torch.dtype = torch.float32
     is_ready = False
-    call: Call
+    call: ForwardSignature
     quant_target: str | None = None
 
     if TYPE_CHECKING:  # an adopted module also has the attributes of the module it replaces
@@ -87,15 +87,15 @@ class Operator(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
-        Changes.count += 1
+        ChangeCounter.count += 1
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        Changes.count += 1
+        ChangeCounter.count += 1
         super().__delattr__(name)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        Changes.count += 1
+        ChangeCounter.count += 1
         super().register_buffer(name, tensor, persistent)
 
     @classmethod
@@ -125,11 +125,11 @@ class Operator(nn.Module):
         Called when the whole model is loaded, children before parents, and again in a copy or an unpickled module.
         """
 
-    def enliven(self) -> None:
+    def use_live_parameters(self) -> None:
         """Replaces its parameters with `Live` ones, which count writes; runs before `ready`, which copies values."""
         for name, value in self._parameters.items():
             if value is not None and type(value) is nn.Parameter:
-                live = Live(value.detach(), value.requires_grad)
+                live = CountedParameter(value.detach(), value.requires_grad)
                 live.__dict__.update(value.__dict__)
                 self._parameters[name] = live
 
@@ -146,7 +146,7 @@ class Operator(nn.Module):
             )
         return {}
 
-    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+    def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward of the replaced class, while that class is patched (ktx.ops.class_patches).
 
         Raises:
@@ -239,7 +239,7 @@ class Operator(nn.Module):
                     f"size mismatch for {key}: copying a param with shape {tuple(values.shape)} from checkpoint,"
                     f" the shape in current model is {current.shape}."
                 )
-            elif not (isinstance(values, Dequantized) and values.floats.place == current.place):
+            elif not (isinstance(values, Dequantized) and values.floats.memory_id == current.memory_id):
                 changed[name] = values.detach()
         if changed:
             self.take(changed)
@@ -255,23 +255,23 @@ class Operator(nn.Module):
                 f"{self.path} is on {self.placement}, where modules cannot be copied or pickled; load the model again"
             )
         made_of = type(self).__dict__.get("made_of")
-        return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
+        return super().__reduce_ex__(protocol) if made_of is None else (uninitialized, made_of, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {name: None for name in self.remade if name in self.__dict__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.remake()
+        self.rebuild()
 
-    def remake(self) -> None:
+    def rebuild(self) -> None:
         """Recomputes what `ready` computed, from the current weights and settings."""
         for name in self.remade:
             if name in self.__dict__:
                 self.__dict__[name] = None
-        Changes.count += 1
+        ChangeCounter.count += 1
         if self.is_ready:
-            self.enliven()
+            self.use_live_parameters()
             self.ready()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -280,15 +280,15 @@ class Operator(nn.Module):
         Raises:
             UsageError: `fn` moves tensors to another device, or casts to a dtype that no kernel computes in.
         """
-        Changes.count += 1
-        dtype = self.cast_by(fn)
+        ChangeCounter.count += 1
+        dtype = self.cast_dtype(fn)
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.is_ready:
             self.dtype = dtype
-            self.remake()
+            self.rebuild()
         return result
 
-    def cast_by(self, fn: Callable[..., Any]) -> torch.dtype:
+    def cast_dtype(self, fn: Callable[..., Any]) -> torch.dtype:
         """Returns the dtype that `fn`, a function of tensors, casts to.
 
         Raises:
@@ -298,14 +298,14 @@ class Operator(nn.Module):
         if not self.is_ready:
             return self.dtype
         converted = fn(torch.empty(0, dtype=self.dtype, device=self.placement.torch))
-        if converted.device.type != self.placement.torch.type and self.tensors() and not self.stays:
+        if converted.device.type != self.placement.torch.type and self.tensors() and not self.accepts_any_device:
             raise UsageError(
                 f"{self.path}: its packed weights are on {self.placement} and cannot move to {converted.device}; choose"
                 " the device of modules when the model is loaded: ktx.load(..., device=...)"
             )
-        if converted.dtype not in COMPUTED:
+        if converted.dtype not in COMPUTE_DTYPES:
             raise UsageError(
-                f"{self.path} does not compute in {converted.dtype}; give one of {', '.join(map(str, COMPUTED))}"
+                f"{self.path} does not compute in {converted.dtype}; give one of {', '.join(map(str, COMPUTE_DTYPES))}"
             )
         dtype: torch.dtype = converted.dtype
         return dtype
@@ -322,7 +322,7 @@ class Operator(nn.Module):
                 " `with ktx.edit(module) as weight:` or with model.load_state_dict({...}, strict=False), or replace the"
                 " module with ktx.dequantize(module)"
             )
-        Changes.count += 1
+        ChangeCounter.count += 1
         super().register_parameter(name, param)
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -372,7 +372,7 @@ LOAD_TIME_QUANT = {
 }
 
 
-def made_type(name: str, option: str) -> str:
+def load_time_type(name: str, option: str) -> str:
     """Returns `name` if it is a key of LOAD_TIME_QUANT; raises a UsageError that names `option` otherwise."""
     if name not in LOAD_TIME_QUANT:
         raise UsageError(
@@ -396,7 +396,7 @@ def target_qtype(spec: Any, target: str | None) -> QType | None:
     return next((QTYPES[name] for name in LOAD_TIME_QUANT[target] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
-def packed_as(parts: Any, target: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
+def pack_as(parts: Any, target: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
     """Packs weights, or a list of one part per matrix; floats are quantized to `target`, a key of LOAD_TIME_QUANT."""
     return pack(parts, target_qtype(parts if isinstance(parts, QuantizedTensor) else parts[0], target))
 
@@ -405,7 +405,7 @@ def as_weights(values: torch.Tensor) -> QuantizedTensor:
     """Wraps a float tensor as weights: BF16 and F16 stay, every other dtype becomes F32."""
     half = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
     if half is None:
-        return QuantizedTensor.of(values)
+        return QuantizedTensor.from_float(values)
     return QuantizedTensor(values.contiguous().view(torch.uint8), QTYPES[half], tuple(values.shape))
 
 
@@ -415,11 +415,16 @@ _MIXED_CLASSES: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {
 
 def _mixed_class(cls: type[Operator], old: Any) -> type[Operator]:
     """Returns the class that inherits from the operator class `cls` and the replaced class `old`."""
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old), "made_of": (cls, old)}
+    names = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "call": ForwardSignature.of_class(old),
+        "made_of": (cls, old),
+    }
     return _MIXED_CLASSES.setdefault((cls, old), type(cls.__name__, (cls, old), names))
 
 
-def bare(cls: type[Operator], old: Any) -> Operator:
+def uninitialized(cls: type[Operator], old: Any) -> Operator:
     """Returns an uninitialized adopted module, whose state a copy or an unpickler fills in."""
     mixed = _mixed_class(cls, old)
     return mixed.__new__(mixed)
@@ -442,7 +447,7 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     return new
 
 
-def is_ours(module: Any, cls: type[Operator]) -> bool:
+def is_ktx_operator(module: Any, cls: type[Operator]) -> bool:
     """Whether a module is an operator of this class as ktx creates it, and not of a subclass that other code derived.
 
     Parametrizations derive such subclasses, for example.
@@ -459,7 +464,7 @@ def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
     return isinstance(old, layer) and type(old).forward is layer.forward
 
 
-SHIPPED = {
+OPERATORS = {
     "Linear": "ktx.ops.linear",
     "Experts": "ktx.ops.experts",
     "Layer": "ktx.ops.fusion.layer",
@@ -473,8 +478,8 @@ SHIPPED = {
     "Embedding": "ktx.ops.embed",
     "MLP": "ktx.ops.mlp",
 }
-ON_GPU = {  # operator -> dotted path of its GPU class; users' operators set `gpu_form` instead
-    name: f"ktx.ops.gpu.{module.rpartition('.')[2]}.{name}" for name, module in SHIPPED.items() if name != "Recurrent"
+GPU_OPERATORS = {  # operator -> dotted path of its GPU class; users' operators set `gpu_form` instead
+    name: f"ktx.ops.gpu.{module.rpartition('.')[2]}.{name}" for name, module in OPERATORS.items() if name != "Recurrent"
 }
 _REGISTERED: dict[str, type[Operator]] = {}
 
@@ -487,7 +492,7 @@ def register(name: str) -> Callable[[type[Operator]], type[Operator]]:
     """
 
     def decorate(cls: type[Operator]) -> type[Operator]:
-        if name in SHIPPED or name == "default":
+        if name in OPERATORS or name == "default":
             raise UsageError(f"the operator name {name!r} is reserved by ktx; choose another")
         _REGISTERED[name] = cls
         return cls
@@ -508,11 +513,11 @@ def resolve(name: str, where: str = "") -> type[Operator]:
     prefix = f"{where}: " if where else ""
     if name in _REGISTERED:
         return _REGISTERED[name]
-    module, _, attribute = (f"{SHIPPED[name]}.{name}" if name in SHIPPED else name).rpartition(".")
+    module, _, attribute = (f"{OPERATORS[name]}.{name}" if name in OPERATORS else name).rpartition(".")
     if not module:
         raise UsageError(
-            f"{prefix}no operator is called {name!r}{did_you_mean(name, [*SHIPPED, *_REGISTERED])}; give one of"
-            f" {' '.join(SHIPPED)} or a dotted path"
+            f"{prefix}no operator is called {name!r}{did_you_mean(name, [*OPERATORS, *_REGISTERED])}; give one of"
+            f" {' '.join(OPERATORS)} or a dotted path"
         )
     try:
         imported = importlib.import_module(module)
@@ -537,7 +542,7 @@ def on_gpu(cls: type[Operator], where: str = "") -> type[Operator]:
     Raises:
         UsageError: The operator has no GPU implementation.
     """
-    name = cls.gpu_form or ON_GPU.get(cls.__name__, "")
+    name = cls.gpu_form or GPU_OPERATORS.get(cls.__name__, "")
     if not name:
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}{cls.__name__} has no GPU implementation; place the module on the CPU (device: cpu)")

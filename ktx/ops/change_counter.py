@@ -8,26 +8,26 @@ import torch
 from torch import nn
 
 
-class Changes:
+class ChangeCounter:
     """Counts how often an attribute was set or deleted on any operator of this process."""
 
     count = 0
 
 
-class Live(nn.Parameter):
+class CountedParameter(nn.Parameter):
     """A parameter that also counts writes to its `data` and replacements of it, because copies of its values exist.
 
     Attributes:
         alias: The tensor that `data` returns.
-        earlier: The number of edits of tensors that `data` returned before.
+        previous_edits: The number of edits of tensors that `data` returned before.
     """
 
     alias: torch.Tensor | None
-    earlier: int = 0
+    previous_edits: int = 0
 
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> Live:
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> CountedParameter:
         """As in torch; `data` may be another Live parameter."""
-        values = data.detach() if isinstance(data, Live) else data
+        values = data.detach() if isinstance(data, CountedParameter) else data
         return super().__new__(cls, values, requires_grad)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -45,25 +45,25 @@ class Live(nn.Parameter):
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
-        Changes.count += 1
+        ChangeCounter.count += 1
         self._discard_alias()
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
 
     def _discard_alias(self) -> None:
-        """Discards the tensor that `data` returned, and adds its edits to `earlier`.
+        """Discards the tensor that `data` returned, and adds its edits to `previous_edits`.
 
         They still count, because the new values may be at the same address, or be the same ones (`weight.data += 1`).
         """
         alias = self.__dict__.pop("alias", None)
-        self.earlier += 1 if alias is None else 1 + alias._version
+        self.previous_edits += 1 if alias is None else 1 + alias._version
 
 
-def copied(values: torch.Tensor) -> torch.Tensor | None:
+def if_copied(values: torch.Tensor) -> torch.Tensor | None:
     """Returns the tensor itself if `in_f32` copies it, else None."""
     return None if values.dtype is torch.float32 and values.is_contiguous() else values
 
 
-def in_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
+def as_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
     """Returns a parameter in contiguous f32, as the kernels require.
 
     A contiguous f32 parameter is returned detached and shares memory, so writes to it take effect at once. Any other is
@@ -74,7 +74,7 @@ def in_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
         values: The parameter.
     """
     plain = values.detach()
-    if copied(values) is None:
+    if if_copied(values) is None:
         return plain
     version = plain.data_ptr(), edits(values)
     cached = owner.__dict__.get("converted")
@@ -84,8 +84,8 @@ def in_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
 
 
 def edits(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written to in place, including writes through `data` if it is a Live parameter."""
+    """Returns how often a tensor was written to in place, including writes through `data` if it is a CountedParameter."""
     if tensor.is_inference():  # inference tensors have no version counter
         return 0
     alias: torch.Tensor | None = tensor.__dict__.get("alias")
-    return tensor._version + (0 if alias is None else alias._version) + getattr(tensor, "earlier", 0)
+    return tensor._version + (0 if alias is None else alias._version) + getattr(tensor, "previous_edits", 0)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ktx.ops.base import Operator
-from ktx.ops.change_counter import Changes
+from ktx.ops.change_counter import ChangeCounter
 
 LIBRARIES = tuple(
     f"{Path(spec.origin).parent}{os.sep}"
@@ -35,7 +35,7 @@ _watched_classes: set[type] = set()
 _own_forwards: dict[type, Any] = {}
 
 
-def replaced_by(cls: type) -> type | None:
+def replaced_class(cls: type) -> type | None:
     """Returns the transformers class that the class of an adopted operator inherits from; None for other classes."""
     if not issubclass(cls, Operator):
         return None
@@ -46,12 +46,12 @@ def replaced_by(cls: type) -> type | None:
 def watch(module: nn.Module) -> None:
     """Watches the class of a module, and the class that the module replaces, from now on."""
     cls = type(module)
-    replaced = module.__dict__.get("replaces")
+    replaced = module.__dict__.get("replaced_class")
     if cls in _watched_classes and (replaced is None or replaced in _watched_classes):
         return
     _watched_classes.update({cls, *([] if replaced is None else [replaced])})
     _watch_method(cls, "forward")
-    for watched in (replaced_by(cls), replaced):
+    for watched in (replaced_class(cls), replaced):
         if watched is not None:
             for name in _method_names(watched):
                 _watch_method(watched, name, _is_original(watched, name))
@@ -87,18 +87,18 @@ def _method_names(cls: type) -> set[str]:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether the class of a module, or the class that it replaces, is patched."""
-    cls, replaced = type(module), (replaced_by(type(module)), module.__dict__.get("replaces"))
+    cls, replaced = type(module), (replaced_class(type(module)), module.__dict__.get("replaced_class"))
     return cls.forward is not _original_methods[cls, "forward"] or any(
         other in patched for other in replaced if other is not None
     )
 
 
-def follow() -> None:
+def update() -> None:
     """Compares all watched methods with the last check, and lets operators use patched classes."""
     current = [getattr(cls, name, None) for cls, name in _watched_methods]
     if current == _last_methods:
         return
-    Changes.count += 1
+    ChangeCounter.count += 1
     for key in [key for key, original in _original_methods.items() if original is None]:
         if _is_original(*key):  # an earlier patch was undone
             _original_methods[key] = getattr(*key)
@@ -109,7 +109,7 @@ def follow() -> None:
         if method is not _original_methods[cls, name]
     )
     for cls in _watched_classes:
-        if (replaced := replaced_by(cls)) is not None:
+        if (replaced := replaced_class(cls)) is not None:
             _set_forward(cls, replaced in patched)
     _last_methods[:] = [getattr(cls, name, None) for cls, name in _watched_methods]
 
@@ -118,10 +118,10 @@ def _set_forward(cls: Any, by_class: bool) -> None:
     """Sets the forward of an operator class to `by_class` or to its own, unless the class itself was patched."""
     if by_class and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
         _own_forwards[cls] = cls.__dict__.get("forward")
-        cls.forward = cls.by_class
+        cls.forward = cls.call_patched_class
     elif not by_class and cls in _own_forwards:
         own = _own_forwards.pop(cls)
-        if cls.__dict__.get("forward") is not cls.by_class:
+        if cls.__dict__.get("forward") is not cls.call_patched_class:
             return  # other code has patched the operator's class
         if own is None:
             del cls.forward

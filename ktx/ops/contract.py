@@ -21,17 +21,17 @@ from torch import nn
 from ktx.cache.kv import KVCache
 from ktx.errors import UsageError
 from ktx.kernels import reference
-from ktx.ops.activation_probe import KEEP, probe_copy
-from ktx.ops.forward_signature import Call
+from ktx.ops.activation_probe import KEEP_MODULE_HINT, probe_copy
+from ktx.ops.forward_signature import ForwardSignature
 from ktx.ops.masks import ranges_of
 from ktx.transformers_compat import CACHE_NAMES
-from ktx.utils.versions import admitted, installed, tested
+from ktx.utils.versions import installed_version, requirement, tested_range
 
 LAYER_ARGS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "use_cache", *CACHE_NAMES)
 ATTENTION_ARGS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_NAMES)
 ROUTER_ARGS = ("hidden_states", "e_score_correction_bias")
 MOE_ARGS = ("hidden_states",)
-ONE = ("x", "hidden_states", "hidden_state")
+FEED_FORWARD_ARGS = ("x", "hidden_states", "hidden_state")
 EXPERTS_ARGS = (  # by position
     ("hidden_states",),
     ("top_k_index", "router_indices", "selected_experts"),
@@ -41,7 +41,7 @@ RECORDING_ATTENTION = "ktx_contract"  # name of the attention function that reco
 NUM_TOKENS = 3
 
 
-def differs(old: nn.Module, path: str, what: str) -> UsageError:
+def unsupported_module_error(old: nn.Module, path: str, what: str) -> UsageError:
     """Returns the error for a module that an operator does not support, with the versions and the remedy.
 
     Args:
@@ -50,8 +50,8 @@ def differs(old: nn.Module, path: str, what: str) -> UsageError:
         what: The difference, as a predicate of the class name.
     """
     return UsageError(
-        f"{path}: {type(old).__name__} {what}. transformers {installed('transformers')} is installed, ktx was tested"
-        f" with {tested('transformers')}: pip install '{admitted('transformers')}', or {KEEP}"
+        f"{path}: {type(old).__name__} {what}. transformers {installed_version('transformers')} is installed, ktx was tested"
+        f" with {tested_range('transformers')}: pip install '{requirement('transformers')}', or {KEEP_MODULE_HINT}"
     )
 
 
@@ -70,27 +70,31 @@ def parameters(old: nn.Module, path: str, takes: Iterable[str], cache: bool = Fa
     handled = set(takes)
     for name, parameter in inspect.signature(type(old).forward).parameters.items():
         if name != "self" and name not in handled and parameter.kind is not parameter.VAR_KEYWORD:
-            raise differs(old, path, f"has an argument {name!r} in its forward, which the operator would drop")
-    if cache and not Call.of(old).cache:
-        raise differs(old, path, f"has no argument for a cache in its forward ({', '.join(CACHE_NAMES)})")
+            raise unsupported_module_error(
+                old, path, f"has an argument {name!r} in its forward, which the operator would drop"
+            )
+    if cache and not ForwardSignature.of(old).cache:
+        raise unsupported_module_error(
+            old, path, f"has no argument for a cache in its forward ({', '.join(CACHE_NAMES)})"
+        )
 
 
 def attributes(old: nn.Module, path: str, names: Iterable[str]) -> None:
     """Raises UsageError if the module lacks one of the attributes or children that the operator reads."""
     for name in names:
         if not hasattr(old, name):
-            raise differs(old, path, f"has no {name!r}, which the operator reads")
+            raise unsupported_module_error(old, path, f"has no {name!r}, which the operator reads")
 
 
 def experts(old: nn.Module, path: str) -> None:
     """Checks the experts interface of transformers 5: forward(hidden states, expert ids, weights), in this order."""
     attributes(old, path, ("down_proj",))
-    names = Call.of(old).names
+    names = ForwardSignature.of(old).names
     if len(names) != len(EXPERTS_ARGS) or any(
         name not in accepted for name, accepted in zip(names, EXPERTS_ARGS, strict=True)
     ):
         expected = ", ".join("|".join(accepted) for accepted in EXPERTS_ARGS)
-        raise differs(
+        raise unsupported_module_error(
             old,
             path,
             "does not follow the experts contract of transformers 5: its forward takes"
@@ -125,7 +129,9 @@ def cached_check(check: Callable[..., None]) -> Callable[..., None]:
                 with torch.no_grad(), torch.device("cpu"):
                     check(old, path, *args)
             except AttributeError as error:
-                raise differs(old, path, f"lacks an attribute that the operator reads ({error})") from error
+                raise unsupported_module_error(
+                    old, path, f"lacks an attribute that the operator reads ({error})"
+                ) from error
             passed.add(key)
 
     return checked
@@ -161,7 +167,7 @@ def run_probe(old: nn.Module, path: str, call: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # code of a model family
         first_line = str(error).partition("\n")[0]
-        raise differs(
+        raise unsupported_module_error(
             old, path, f"does not compute as the operator expects ({type(error).__name__}: {first_line})"
         ) from error
 
@@ -170,9 +176,11 @@ def check_equal(old: nn.Module, path: str, what: str, found: Any, expected: torc
     """Raises UsageError if `found`, the module's `what`, differs from `expected` by more than rounding errors."""
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise differs(old, path, f"returns {what} as {shape}, the operator expects {tuple(expected.shape)}")
+        raise unsupported_module_error(
+            old, path, f"returns {what} as {shape}, the operator expects {tuple(expected.shape)}"
+        )
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-4):
-        raise differs(old, path, f"computes {what} in another way than the operator does")
+        raise unsupported_module_error(old, path, f"computes {what} in another way than the operator does")
 
 
 @cached_check
@@ -186,7 +194,7 @@ def layer(old: Any, path: str) -> None:
     received: dict[str, Any] = {}
 
     def attention(*args: Any, **kwargs: Any) -> Any:
-        given, received["cache"] = Call.of(old.self_attn).split(args, kwargs)
+        given, received["cache"] = ForwardSignature.of(old.self_attn).split(args, kwargs)
         received.update(given)
         return given["hidden_states"].roll(1, -1) * 2, None
 
@@ -202,13 +210,13 @@ def layer(old: Any, path: str) -> None:
         "attention_mask": torch.zeros(1),
         "position_embeddings": (torch.ones(1), torch.zeros(1)),
     }
-    call = Call.of(old)
-    out = run_probe(old, path, lambda: randomized_copy(old, children)(**call.joined(dict(given), cache)))
+    call = ForwardSignature.of(old)
+    out = run_probe(old, path, lambda: randomized_copy(old, children)(**call.join(dict(given), cache)))
     after_attention = x + (x * 1.5).roll(1, -1) * 2
     check_equal(old, path, "a layer", out, after_attention + (after_attention * after_attention).flip(-1))
     for name, value in {**given, "cache": cache}.items():
         if name != "hidden_states" and received.get(name) is not value:
-            raise differs(old, path, f"does not pass its {name} to its attention")
+            raise unsupported_module_error(old, path, f"does not pass its {name} to its attention")
 
 
 class Recorder:
@@ -253,15 +261,17 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
     probe.__dict__["config"] = copy.copy(old.config)
     probe.config._attn_implementation = RECORDING_ATTENTION
     given = {"hidden_states": HIDDEN, "position_embeddings": embeddings, "attention_mask": None}
-    out = run_probe(old, path, lambda: probe(**Call.of(old).joined(given, cache)))
+    out = run_probe(old, path, lambda: probe(**ForwardSignature.of(old).join(given, cache)))
     if not recorded:
-        raise differs(
+        raise unsupported_module_error(
             old, path, "does not look up config._attn_implementation in the attention registry of transformers"
         )
     if cache.index != old.layer_idx:
-        raise differs(old, path, "does not store its keys and values with cache.update(keys, values, layer_idx)")
+        raise unsupported_module_error(
+            old, path, "does not store its keys and values with cache.update(keys, values, layer_idx)"
+        )
     if not isinstance(out, tuple) or len(out) < 2:
-        raise differs(old, path, "does not return (output, attention weights)")
+        raise unsupported_module_error(old, path, "does not return (output, attention weights)")
     return (*recorded, out[0])
 
 
@@ -300,9 +310,11 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
     check_equal(old, path, "its output", out, attended.reshape(1, NUM_TOKENS, -1))
     sinks, given_sinks = getattr(old, "sinks", None), options.get("s_aux")
     if (sinks is None) != (given_sinks is None):
-        raise differs(old, path, "passes other attention sinks to its attention than the operator reads (sinks)")
+        raise unsupported_module_error(
+            old, path, "passes other attention sinks to its attention than the operator reads (sinks)"
+        )
     if "sliding_window" in options and (options["sliding_window"] or 0) != window:
-        raise differs(
+        raise unsupported_module_error(
             old,
             path,
             f"attends to {options['sliding_window'] or 'all'} positions, the operator reads {window or 'all'} from its"
@@ -381,11 +393,13 @@ def router(old: Any, path: str, operator: Any) -> None:
         operator_probe.__dict__[label] = dict(probe.__dict__[label])
     x = random_tensor(8, width, seed=3) / width**0.5
     correction = (
-        {"e_score_correction_bias": random_tensor(count, seed=4) * 0.1} if ROUTER_ARGS[1] in Call.of(old).names else {}
+        {"e_score_correction_bias": random_tensor(count, seed=4) * 0.1}
+        if ROUTER_ARGS[1] in ForwardSignature.of(old).names
+        else {}
     )
     found = run_probe(old, path, lambda: probe(x, **correction))
     if not isinstance(found, tuple) or len(found) != 3:
-        raise differs(old, path, "does not return (logits, weights, ids)")
+        raise unsupported_module_error(old, path, "does not return (logits, weights, ids)")
 
     def call_operator() -> Any:
         operator_probe.ready()
@@ -394,7 +408,7 @@ def router(old: Any, path: str, operator: Any) -> None:
     expected = run_probe(old, path, call_operator)
     orders = [answer[2].argsort(-1) if answer[2].dtype is torch.int64 else None for answer in (found, expected)]
     if orders[0] is None:
-        raise differs(old, path, "does not return (logits, weights, ids)")
+        raise unsupported_module_error(old, path, "does not return (logits, weights, ids)")
     for label, index in (("its choice of experts", 2), ("the weights of experts", 1)):
         pair = [answer[index].gather(-1, order) for answer, order in zip((found, expected), orders, strict=True)]
         check_equal(old, path, label, pair[0], pair[1])
@@ -431,7 +445,7 @@ def moe(old: Any, path: str, operator: Any) -> None:
 
     def unknown_child(name: str) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            raise differs(old, path, f"has a child {name!r}, which the operator does not support")
+            raise unsupported_module_error(old, path, f"has a child {name!r}, which the operator does not support")
 
         return called
 
@@ -443,7 +457,7 @@ def moe(old: Any, path: str, operator: Any) -> None:
     found = run_probe(old, path, lambda: probe(x.clone()))
     expected = run_probe(old, path, lambda: operator_probe(x.clone()))
     if isinstance(found, tuple) != isinstance(expected, tuple):
-        raise differs(
+        raise unsupported_module_error(
             old, path, f"returns a {type(found).__name__} where the operator returns a {type(expected).__name__}"
         )
     check_equal(
@@ -501,7 +515,7 @@ def masks(name: str) -> None:
         mismatches = [f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"]
     if mismatches:
         raise UsageError(
-            f"transformers {installed('transformers')} builds its masks in another way than ktx expects"
-            f" ({', '.join(mismatches)}); ktx was tested with {tested('transformers')}: pip install"
-            f" '{admitted('transformers')}'"
+            f"transformers {installed_version('transformers')} builds its masks in another way than ktx expects"
+            f" ({', '.join(mismatches)}); ktx was tested with {tested_range('transformers')}: pip install"
+            f" '{requirement('transformers')}'"
         )

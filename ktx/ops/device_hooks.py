@@ -224,5 +224,5 @@ class FromDevice:
 
 def _make_current(device: Device) -> None:
     """Sets the current CUDA device, on which Triton launches."""
-    if device.gpu and not device.pretended:
+    if device.gpu and not device.fake:
         torch.cuda.set_device(device.torch)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ktx.errors import UsageError, did_you_mean
 from ktx.ops.base import as_weights
-from ktx.ops.change_counter import Changes
+from ktx.ops.change_counter import ChangeCounter
 from ktx.ops.float_views import Floats
 from ktx.ops.lora import Lora
 from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable
@@ -20,7 +20,7 @@ from ktx.quant.types import QTYPES, QType
 from ktx.weights.base import QuantizedTensor
 
 
-def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:
+def quantize_edited(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:
     """Quantizes edited values [n, k] for packing.
 
     Args:
@@ -43,7 +43,7 @@ def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: s
     return QuantizedTensor(quantize(values, QTYPES[dtype]), QTYPES[dtype], tuple(values.shape))
 
 
-def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
+def checked_values(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
     """Returns new values of a weight on the CPU; UsageError unless they are a float tensor of the weight's shape."""
     if not isinstance(values, torch.Tensor):
         raise UsageError(f"{path}.weight takes a tensor, not {type(values).__name__}")
@@ -58,7 +58,7 @@ TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) - {
 }  # torch's attributes: hooks, children, mode
 
 
-class OneMatrix(Parametrizable):
+class MatrixOperator(Parametrizable):
     """An operator with one packed matrix, visible as `weight`; a tensor assigned to `weight` is packed.
 
     Modules in `ties` share one matrix.
@@ -66,12 +66,12 @@ class OneMatrix(Parametrizable):
 
     derived = frozenset({"ties"})
     trains = True
-    ties: list[OneMatrix]
+    ties: list[MatrixOperator]
     lora: Lora | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Computes `product`, with the parametrizations and LoRA adapters that apply."""
-        y = self.changed(x) if PARAMETRIZATIONS in self._modules else self.product(x)
+        y = self.forward_parametrized(x) if PARAMETRIZATIONS in self._modules else self.product(x)
         lora = self.lora  # read once: another thread's step may set it to None
         return y if lora is None else lora(x, y)
 
@@ -79,7 +79,7 @@ class OneMatrix(Parametrizable):
         """Multiplies rows by the packed matrix, or looks token ids up in it."""
         raise NotImplementedError
 
-    def changed(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_parametrized(self, x: torch.Tensor) -> torch.Tensor:
         """Like `product`, with the parametrizations registered on `weight`."""
         raise NotImplementedError
 
@@ -109,23 +109,23 @@ class OneMatrix(Parametrizable):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and not self.parametrized(name):
-            self.assign(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
+            self.assign(self.packed_from(as_weights(checked_values(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]
             self.ties = []  # an assignment ends the tie of output layer and embedding, as in transformers
         else:
             super().__setattr__(name, value)
 
-    def offered(self) -> frozenset[str]:
+    def offered_names(self) -> frozenset[str]:
         return frozenset({"weight"})
 
-    def replaced(self, name: str, values: torch.Tensor) -> Floats:
+    def repacked(self, name: str, values: torch.Tensor) -> Floats:
         """Packs other values for this module and all that share its matrix."""
         if name != "weight":
-            return super().replaced(name, values)
-        self._give(as_weights(fitting(self.path, values, self.rows().shape)))
+            return super().repacked(name, values)
+        self._assign_to_ties(as_weights(checked_values(self.path, values, self.rows().shape)))
         return self.rows()
 
-    def plain(self, dtype: torch.dtype | None) -> nn.Module:
+    def to_torch(self, dtype: torch.dtype | None) -> nn.Module:
         """For ktx.dequantize: returns a torch module with the weights in floats."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class OneMatrix(Parametrizable):
         """Turns this module, and all that share its matrix, into torch modules with float parameters."""
         weight: Any = None
         for module in self.ties or [self]:
-            float_module = module.plain(None)
+            float_module = module.to_torch(None)
             weight = float_module.weight if weight is None else weight
             float_module.weight = weight
             float_module._parameters |= module._parameters  # a bias is a torch parameter already
@@ -141,25 +141,25 @@ class OneMatrix(Parametrizable):
             module.__dict__.clear()
             module.__dict__.update(float_module.__dict__ | state)
             object.__setattr__(module, "__class__", type(float_module))
-        Changes.count += 1
+        ChangeCounter.count += 1
         getattr(self, name).requires_grad_(True)
 
-    def _give(self, weight: QuantizedTensor) -> None:
+    def _assign_to_ties(self, weight: QuantizedTensor) -> None:
         """Packs a weight and assigns it to all modules that share the matrix."""
         packed = self.packed_from(weight)
         for module in self.ties or [self]:
             module.assign(packed)
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+    def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: returns the matrix f32 [rows, columns]. UsageError for another name, or an expert."""
         if name != "weight" or expert is not None:
             raise UsageError(f"{self.path}: a {type(self).__name__} has one matrix, `weight`, and no experts")
         return self.rows().values(torch.float32)
 
-    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def repack(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: packs edited values, for all modules that share the matrix."""
-        values = fitting(self.path, values, self.rows().shape)
-        self._give(quantized(values, self.types(), self.path, dtype))
+        values = checked_values(self.path, values, self.rows().shape)
+        self._assign_to_ties(quantize_edited(values, self.types(), self.path, dtype))
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def edit(
     Raises:
         UsageError: the module has no packed weights, or no such one.
     """
-    read, write = getattr(module, "matrix_of", None), getattr(module, "pack_again", None)
+    read, write = getattr(module, "dequantized_matrix", None), getattr(module, "repack", None)
     if read is None or write is None:
         raise UsageError(
             f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding, Experts and MLA; edit"
@@ -202,7 +202,7 @@ def dequantize(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     Raises:
         UsageError: the module is not a packed Linear or Embedding.
     """
-    convert = getattr(module, "plain", None)
+    convert = getattr(module, "to_torch", None)
     if convert is None:
         raise UsageError(f"{type(module).__name__} is not a packed Linear or Embedding: there is nothing to dequantize")
     return convert(dtype).train(module.training)  # type: ignore[no-any-return]

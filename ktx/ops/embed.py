@@ -13,17 +13,17 @@ from ktx.kernels import cpu
 from ktx.kernels.packed_cache import cached_pack
 from ktx.ops import packed_state as stored
 from ktx.ops.base import Context, as_weights, is_plain
-from ktx.ops.edit import OneMatrix
-from ktx.ops.float_views import Floats, matrix
+from ktx.ops.edit import MatrixOperator
+from ktx.ops.float_views import Floats, view_matrix
 from ktx.ops.packed_state import PackedState
-from ktx.ops.parameters import whole
+from ktx.ops.parameters import full_weight
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor, WeightSource
 
 ID_DTYPES = (torch.int64, torch.int32)  # the dtypes of token ids that nn.Embedding accepts
 
 
-class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
+class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
     """Looks up token ids in a packed weight and dequantizes their rows; a tied output layer shares the weight."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
@@ -57,8 +57,8 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         (self.packed,) = cached_pack(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
-    def changed(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, whole(self, "weight"), self.padding_idx)
+    def forward_parametrized(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, full_weight(self, "weight"), self.padding_idx)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
@@ -88,7 +88,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def rows(self) -> Floats:
         """Returns a dequantizing view of the weight, f32 [num_embeddings, embedding_dim]."""
         assert self.packed is not None, f"{self.path} is not loaded"
-        return matrix([self.packed])
+        return view_matrix([self.packed])
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
@@ -108,7 +108,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def assign(self, packed: Any) -> None:
         self.packed = packed
 
-    def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
+    def to_torch(self, dtype: torch.dtype | None) -> nn.Embedding:
         """Returns an nn.Embedding with the dequantized weight, for ktx.dequantize; `dtype` defaults to `self.dtype`."""
         weight = self.rows().values(dtype or self.dtype).to(self.placement.torch)
         embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]

@@ -30,26 +30,30 @@ class DeferredExperts:
     """
 
     count: int
-    before: DeferredExperts | None
+    previous: DeferredExperts | None
     chain: list[DeferredExperts] = field(repr=False)
-    left: Callable[[], torch.Tensor] | None = None
+    pending_output: Callable[[], torch.Tensor] | None = None
 
-    def mixed(self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def routed_and_shared(
+        self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """MoE.mixed with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D]."""
-        if self.before is None:
+        if self.previous is None:
             for link in self.chain:  # left over from a forward that was aborted between two layers
-                link.left = None
+                link.pending_output = None
         order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
         immediate, deferred = order.split([ids.shape[1] - self.count, self.count], -1)
-        started = owner.begin(flat, ids.gather(1, immediate), weights.gather(1, immediate))
-        parts = [owner.shared(flat)]
-        if self.before is not None:
-            wait_for_deferred, self.before.left = self.before.left, None
+        started = owner.start_experts(flat, ids.gather(1, immediate), weights.gather(1, immediate))
+        parts = [owner.shared_output(flat)]
+        if self.previous is not None:
+            wait_for_deferred, self.previous.pending_output = self.previous.pending_output, None
             assert wait_for_deferred is not None  # layers run in order
             parts.append(wait_for_deferred().to(flat))
         if self.count:
-            self.left = partial(owner.end, owner.begin(flat, ids.gather(1, deferred), weights.gather(1, deferred)))
-        out = owner.end(started)
+            self.pending_output = partial(
+                owner.finish_experts, owner.start_experts(flat, ids.gather(1, deferred), weights.gather(1, deferred))
+            )
+        out = owner.finish_experts(started)
         for part in parts:
             out = out if part is None else out + part
         return out
@@ -77,4 +81,4 @@ def install(model: Any, count: int) -> None:
     for block in blocks:
         is_last = block is blocks[-1]
         chain.append(DeferredExperts(0 if is_last else count, chain[-1] if chain else None, chain))
-        block.link = chain[-1]
+        block.deferral = chain[-1]

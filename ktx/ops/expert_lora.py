@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import Lora, Mapping, Use, Uses, packed, packed_bytes, times
+from ktx.ops.lora import AdapterMapping, AdapterUse, AdapterUses, Lora, packed, packed_bytes, scaled
 from ktx.weights.lora import LowRank
 
 if TYPE_CHECKING:
     from ktx.ops.experts import Experts
 
-Some = tuple[Use, torch.Tensor | None]  # an adapter, and the indices of an expert's rows that use it; None: all rows
+AdapterRows = tuple[
+    AdapterUse, torch.Tensor | None
+]  # an adapter, and the indices of an expert's rows that use it; None: all rows
 
 
 class ExpertFactors:
@@ -31,29 +33,31 @@ class ExpertFactors:
 class ExpertsLora(Lora):
     """The adapters of a layer's experts; `factors` maps an adapter's name to a dict from projection to factors."""
 
-    def __init__(self, mapping: Mapping, owner: Experts):
+    def __init__(self, mapping: AdapterMapping, owner: Experts):
         super().__init__(mapping, owner)
         self.owner = owner
 
     @staticmethod
     def nbytes(owner: Experts, adapters: Sequence[LowRank]) -> int:
-        total, shapes = 0, owner.adapted_shapes()
+        total, shapes = 0, owner.lora_shapes()
         for adapter in adapters:
             count = 1 if adapter.projection else len(shapes[adapter.shape])  # projections; each stores its own A
             experts, rows, rank = adapter.b.shape
             total += count * (packed_bytes(adapter.a.shape) + packed_bytes((experts, rows // count, rank)))
         return total
 
-    def made(self, adapters: Sequence[LowRank]) -> dict[str, ExpertFactors]:
+    def pack(self, adapters: Sequence[LowRank]) -> dict[str, ExpertFactors]:
         factors: dict[str, ExpertFactors] = {}
-        shapes = self.owner.adapted_shapes()
+        shapes = self.owner.lora_shapes()
         for adapter in adapters:
             halves = shapes[(adapter.projection, adapter.shape) if adapter.projection else adapter.shape]
-            for half, b in zip(halves, self.owner.halved(adapter.b, len(halves)), strict=True):
+            for half, b in zip(halves, self.owner.split_projections(adapter.b, len(halves)), strict=True):
                 factors[half] = ExpertFactors(adapter.a, b)
         return factors
 
-    def chosen(self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]) -> list[list[Some]]:
+    def adapters_by_expert(
+        self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]
+    ) -> list[list[AdapterRows]]:
         """Returns for each expert the adapters of its rows.
 
         Args:
@@ -61,18 +65,18 @@ class ExpertsLora(Lora):
             count: number of tokens of the forward.
             per_expert: number of rows of each expert.
         """
-        uses_of_token: list[Uses] = [()] * count
-        for part, uses in self.mapping.of(count):
+        uses_of_token: list[AdapterUses] = [()] * count
+        for part, uses in self.mapping.slices(count):
             uses_of_token[part] = [uses] * len(range(*part.indices(count)))
-        per_expert_adapters: list[list[Some]] = []
+        per_expert_adapters: list[list[AdapterRows]] = []
         for expert_tokens in tokens.split(list(per_expert)):
             rows = [uses_of_token[token] for token in expert_tokens.tolist()]
             used = dict.fromkeys(use for row_uses in rows for use in row_uses if use.name in self.factors)
             per_expert_adapters.append([(use, _rows_of(use, rows)) for use in used])
         return per_expert_adapters
 
-    def added(
-        self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[Some], y: torch.Tensor
+    def add_output(
+        self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
     ) -> torch.Tensor:
         """Returns y [tokens, n], the projection `half` of an expert's rows [tokens, k], plus the adapters' outputs."""
         for use, indices in chosen:
@@ -80,13 +84,13 @@ class ExpertsLora(Lora):
             if factors is None:
                 continue
             if indices is None:
-                y = y + times(use.factor, factors(rows, expert)).to(y.dtype)
+                y = y + scaled(use.factor, factors(rows, expert)).to(y.dtype)
             else:
-                y = y.index_add(0, indices, times(use.factor, factors(rows[indices], expert)).to(y.dtype))
+                y = y.index_add(0, indices, scaled(use.factor, factors(rows[indices], expert)).to(y.dtype))
         return y
 
 
-def _rows_of(use: Use, rows: Sequence[Uses]) -> torch.Tensor | None:
+def _rows_of(use: AdapterUse, rows: Sequence[AdapterUses]) -> torch.Tensor | None:
     """Returns the indices of the rows that use an adapter; None if all do."""
     indices = [i for i, uses in enumerate(rows) if use in uses]
     return None if len(indices) == len(rows) else torch.tensor(indices)

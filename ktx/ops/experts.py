@@ -14,18 +14,26 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.packed_cache import cached_pack
 from ktx.ops import contract
 from ktx.ops import packed_state as stored
-from ktx.ops.activation_probe import KEEP, PLAIN, Activation, as_usual, gate_of_experts, is_gated, is_interleaved
-from ktx.ops.base import Context, as_weights, packed_as
+from ktx.ops.activation_probe import (
+    ACTIVATIONS,
+    KEEP_MODULE_HINT,
+    Activation,
+    is_gated,
+    is_interleaved,
+    is_unmodified,
+    probe_experts,
+)
+from ktx.ops.base import Context, as_weights, pack_as
 from ktx.ops.class_patches import patched
-from ktx.ops.edit import fitting, quantized
-from ktx.ops.float_views import Dequantized, Floats, experts, out_of_reach, plain
-from ktx.ops.guard import Inside, listened, watched
+from ktx.ops.edit import checked_values, quantize_edited
+from ktx.ops.float_views import Dequantized, Floats, unreadable, view_experts, view_tensor
+from ktx.ops.guard import ChildrenGuard, children_observed, torch_mode_active
 from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable, ParametrizedProduct
 from ktx.weights.base import QuantizedTensor, WeightSource, concat_rows
 
 if TYPE_CHECKING:
-    from ktx.ops.expert_lora import ExpertsLora, Some
+    from ktx.ops.expert_lora import AdapterRows, ExpertsLora
 
 # Attributes of transformers' modules with the number of experts.
 COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -51,43 +59,43 @@ class Experts(Parametrizable):
         first: id of the first expert here.
         num_experts: number of experts here.
         counts: expert statistics of the kernels, see cpu.ExpertStats.
-        waited: seconds spent waiting for hidden states from another device.
+        wait_s: seconds spent waiting for hidden states from another device.
         on_gpu: the operator with the layer's experts on a GPU, or None.
-        chosen: int64 [total] on the device: how often each expert was selected there, or None.
+        gpu_counts: int64 [total_experts] on the device: how often each expert was selected there, or None.
         weights: packed matrices by projection.
         biases: by projection; None for a projection without bias.
         gate: the activation between the projections.
     """
 
     remade = ("inside",)
-    derived = frozenset({"waited", "chosen", "on_gpu"})
+    derived = frozenset({"wait_s", "gpu_counts", "on_gpu"})
     reads = frozenset({"weights", "biases", "gate", "settings"})
     settings: dict[str, Any] = {}  # scalar attributes of the replaced module, see __setattr__
-    stays = True
+    accepts_any_device = True
     on_gpu: Experts | None
-    chosen: torch.Tensor | None
-    inside: Inside | None
+    gpu_counts: torch.Tensor | None
+    inside: ChildrenGuard | None
     lora: ExpertsLora | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
-    replaces: type | None  # the class of the replaced module
+    replaced_class: type | None  # the class of the replaced module
 
     def __init__(self, path: str, experts: int, gate: Activation, bias: bool):
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
-        self.replaces = None
-        self.total, self.on_gpu, self.chosen, self.inside = experts, None, None, None
+        self.replaced_class = None
+        self.total_experts, self.on_gpu, self.gpu_counts, self.inside = experts, None, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
         self.quant_target: str | None = None
         self.transposed, self.interleaved = False, False  # layout of the replaced module's matrices
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
-        self.waited, self.gpu_experts = 0.0, 0
+        self.wait_s, self.gpu_experts = 0.0, 0
         # The projections in the weight file. Without a gate, up_proj serves as gate_proj too.
         self.projections: tuple[str, ...] = PROJECTIONS
         self.assign(0, experts)
 
     def assign(self, first: int, count: int) -> None:
         """Sets which of the layer's experts are here; call it before weights are loaded."""
-        self.first, self.num_experts = first, count
+        self.first_expert, self.num_experts = first, count
         self.counts = cpu.new_stats(count)
 
     @classmethod
@@ -107,21 +115,21 @@ class Experts(Parametrizable):
         count = next((int(getattr(old, name)) for name in COUNT_ATTRIBUTES if hasattr(old, name)), 0)
         if not count:
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5; {KEEP}"
+                f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5; {KEEP_MODULE_HINT}"
             )
         contract.experts(old, ctx.path)
-        gate = gate_of_experts(old, ctx.path)
+        gate = probe_experts(old, ctx.path)
         bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
         new = cls(ctx.path, count, gate, bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
-        new.replaces = type(old)
+        new.replaced_class = type(old)
         new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
         new.interleaved = is_interleaved(old, gate)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.splittable(gpu_experts or 0)
-        if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in PLAIN:
+        if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in ACTIVATIONS:
             new.add_module(ACTIVATION, old.act_fn)
         scalars = (bool, int, float, str)
         new.settings = {
@@ -130,18 +138,20 @@ class Experts(Parametrizable):
         return new
 
     def ready(self) -> None:
-        self.inside = Inside.of(self) if ACTIVATION in self._modules and self.weights else None
+        self.inside = ChildrenGuard.of(self) if ACTIVATION in self._modules and self.weights else None
 
     def splittable(self, count: int) -> int:
         """Returns `count` if it is a valid number of the layer's experts on a GPU; else UsageError."""
-        if not 0 <= count <= self.total:
-            raise UsageError(f"gpu_experts={count}: {self.path} has {self.total} experts, it must be 0 to {self.total}")
+        if not 0 <= count <= self.total_experts:
+            raise UsageError(
+                f"gpu_experts={count}: {self.path} has {self.total_experts} experts, it must be 0 to {self.total_experts}"
+            )
         return count
 
     def split_to_gpu(self, gpu_experts: Experts, count: int) -> None:
         """Assigns the first `count` experts to `gpu_experts`, an operator on a GPU. UsageError: invalid number."""
         gpu_experts.assign(0, self.splittable(count))
-        self.assign(count, self.total - count)
+        self.assign(count, self.total_experts - count)
         self.on_gpu = gpu_experts
         self._modules.pop(ACTIVATION, None)  # the operator on a GPU does not call it
 
@@ -151,7 +161,10 @@ class Experts(Parametrizable):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes [experts, rows, columns] of the projections by path."""
-        up_shape, down_shape = (self.total, self.width, self.hidden), (self.total, self.hidden, self.width)
+        up_shape, down_shape = (
+            (self.total_experts, self.width, self.hidden),
+            (self.total_experts, self.hidden, self.width),
+        )
         return {f"{self.path}.{name}": down_shape if name == "down_proj" else up_shape for name in self.projections}
 
     def load(self, source: WeightSource) -> None:
@@ -170,29 +183,33 @@ class Experts(Parametrizable):
             self.weights = shared | self.weights | shared
 
     def _pack(self, source: WeightSource, path: str) -> Any:
-        return packed_as(self._select(source.parts(path)), self.quant_target, cpu.pack_experts)
+        return pack_as(self._select(source.get_parts(path)), self.quant_target, cpu.pack_experts)
 
     def _select(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
         """Selects the experts held here from a layer's stacked experts, or from one part per expert.
 
         Parts are dequantized if their weight types differ.
         """
-        end, types_differ = self.first + self.num_experts, len({part.qtype.name for part in parts}) > 1
-        if len(parts) == self.total and len(parts[0].shape) == 2:
-            selected = parts[self.first : end]
+        end, types_differ = self.first_expert + self.num_experts, len({part.qtype.name for part in parts}) > 1
+        if len(parts) == self.total_experts and len(parts[0].shape) == 2:
+            selected = parts[self.first_expert : end]
         else:
-            stacked = parts[0] if len(parts) == 1 else concat_rows(parts, (self.total, *parts[0].shape[-2:]))
-            selected = [stacked if self.num_experts == self.total else stacked.matrices(self.first, end)]
-        return [QuantizedTensor.of(part.dequantize()) for part in selected] if types_differ else selected
+            stacked = parts[0] if len(parts) == 1 else concat_rows(parts, (self.total_experts, *parts[0].shape[-2:]))
+            selected = [stacked if self.num_experts == self.total_experts else stacked.matrices(self.first_expert, end)]
+        return [QuantizedTensor.from_float(part.dequantize()) for part in selected] if types_differ else selected
 
     def _bias(self, source: WeightSource, path: str) -> torch.Tensor:
-        return source.get(f"{path}_bias").dequantize()[self.first : self.first + self.num_experts].contiguous()
+        return (
+            source.get(f"{path}_bias")
+            .dequantize()[self.first_expert : self.first_expert + self.num_experts]
+            .contiguous()
+        )
 
     def check_class(self) -> None:
         """UsageError where the replaced class was patched, because its methods expect unpacked weights."""
-        if self.replaces in patched:
+        if self.replaced_class in patched:
             raise UsageError(
-                f"{self.path}: a method of {self.replaces.__name__} was patched,"  # type: ignore[union-attr]
+                f"{self.path}: a method of {self.replaced_class.__name__} was patched,"  # type: ignore[union-attr]
                 " which packed experts do not call; patch the forward of the module itself"
             )
 
@@ -212,16 +229,16 @@ class Experts(Parametrizable):
         if device.type != "cpu":
             start = time.perf_counter()
             hidden, ids, weights = hidden.to("cpu"), ids.to("cpu"), weights.to("cpu")
-            self.waited += time.perf_counter() - start
+            self.wait_s += time.perf_counter() - start
         packed, biases = self.weights, self.biases
         ids = ids.to(torch.int64)
-        if self.lora is not None or PARAMETRIZATIONS in self._modules or listened(self):
-            out_one_by_one = self._one_by_one(hidden, ids - self.first, weights)
+        if self.lora is not None or PARAMETRIZATIONS in self._modules or children_observed(self):
+            out_one_by_one = self._one_by_one(hidden, ids - self.first_expert, weights)
             if out_one_by_one is not None:
                 return out_one_by_one.to(device)
         out = cpu.experts(
             hidden.contiguous(),
-            (ids - self.first if self.first else ids).contiguous(),
+            (ids - self.first_expert if self.first_expert else ids).contiguous(),
             weights.to(torch.float32).contiguous(),
             packed["gate_proj"],
             packed["up_proj"],
@@ -234,13 +251,13 @@ class Experts(Parametrizable):
         )
         return out.to(device)
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+    def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: returns one expert's projection, f32 [n, k]."""
         w = self._packed(name, expert)
         assert expert is not None
-        return w.matrix(expert - self.first).rows(torch.arange(w.n, device="cpu"))
+        return w.matrix(expert - self.first_expert).rows(torch.arange(w.n, device="cpu"))
 
-    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def repack(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: packs one expert's projection, in the weight type that all experts of it share."""
         packed = self._packed(name, expert)
         assert expert is not None
@@ -248,11 +265,11 @@ class Experts(Parametrizable):
             raise UsageError(
                 f"{self.path}.{name} is {packed.qtype.name} for all experts, a single expert cannot become {dtype}"
             )
-        values = fitting(f"{self.path}.{name}", values, (packed.n, packed.k))
-        repacked = cpu.pack(quantized(values, [packed.qtype], self.path, packed.qtype.name))
+        values = checked_values(f"{self.path}.{name}", values, (packed.n, packed.k))
+        repacked = cpu.pack(quantize_edited(values, [packed.qtype], self.path, packed.qtype.name))
         gate_is_up = self.weights["gate_proj"] is self.weights["up_proj"]  # without a gate
         changed = dict.fromkeys(("gate_proj", "up_proj") if gate_is_up and name != "down_proj" else (name,))
-        merged = cpu.with_expert(packed, expert - self.first, repacked)
+        merged = cpu.with_expert(packed, expert - self.first_expert, repacked)
         self.weights = {
             projection: merged if projection in changed else current for projection, current in self.weights.items()
         }
@@ -263,9 +280,9 @@ class Experts(Parametrizable):
             raise UsageError(
                 f"{self.path}: experts have {' '.join(PROJECTIONS)}, not {name!r}: ktx.edit(experts, name, expert=N)"
             )
-        if expert is None or not self.first <= expert < self.first + self.num_experts:
-            last = self.first + self.num_experts - 1
-            raise UsageError(f"{self.path}: expert={expert}, this module has experts {self.first} to {last}")
+        if expert is None or not self.first_expert <= expert < self.first_expert + self.num_experts:
+            last = self.first_expert + self.num_experts - 1
+            raise UsageError(f"{self.path}: expert={expert}, this module has experts {self.first_expert} to {last}")
         return self.weights[name]
 
     def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
@@ -283,15 +300,15 @@ class Experts(Parametrizable):
         expert_ids, order = expert_ids[is_here], order[is_here]
         tokens = order // ids.shape[1]
         per_expert = torch.bincount(expert_ids, minlength=self.num_experts)
-        up_param, down_param = self.stacked().items()
+        up_param, down_param = self.stacked_parameters().items()
         counts = per_expert.tolist()
         lora = self.lora  # read once: another thread's step may set it to None
-        adapters = None if lora is None else lora.chosen(tokens, len(hidden), counts)
+        adapters = None if lora is None else lora.adapters_by_expert(tokens, len(hidden), counts)
         products, gated = self._products(*up_param, hidden[tokens], counts, lora, adapters), len(up_param[1]) > 1
         if ACTIVATION in self._modules:
             activated = self.act_fn(products[0])
-            is_plain = as_usual(activated, products[0], self.gate.act, None if gated else products[0])
-            if is_plain and PARAMETRIZATIONS not in self._modules and adapters is None and not watched():
+            is_plain = is_unmodified(activated, products[0], self.gate.act, None if gated else products[0])
+            if is_plain and PARAMETRIZATIONS not in self._modules and adapters is None and not torch_mode_active():
                 return None
             inner = activated * products[1] if gated else activated
         else:
@@ -307,7 +324,7 @@ class Experts(Parametrizable):
         rows: torch.Tensor,
         per_expert: list[int],
         lora: ExpertsLora | None,
-        adapters: Sequence[Sequence[Some]] | None,
+        adapters: Sequence[Sequence[AdapterRows]] | None,
     ) -> list[torch.Tensor]:
         """Multiplies rows by a stacked parameter, expert by expert.
 
@@ -336,19 +353,19 @@ class Experts(Parametrizable):
             )
             for j, half in enumerate(halves):
                 bias = None if (half_biases := biases[half]) is None else half_biases[i]
-                if parametrized is None or parametrized.added:
+                if parametrized is None or parametrized.is_added:
                     y = cpu.linear(expert_rows, self.weights[half].matrix(i), None if bias is None else bias.float())
                     outputs[j].append(y if extra is None else y + extra[j])
                 elif extra is not None:
                     outputs[j].append(extra[j] if bias is None else extra[j] + bias.to(expert_rows.dtype))
                 if lora is not None and adapters is not None and adapters[i]:
-                    outputs[j][-1] = lora.added(half, expert_rows, i, adapters[i], outputs[j][-1])
+                    outputs[j][-1] = lora.add_output(half, expert_rows, i, adapters[i], outputs[j][-1])
         return [
             torch.cat(parts) if parts else rows.new_empty(0, self.weights[half].n)
             for half, parts in zip(halves, outputs, strict=True)
         ]
 
-    def adapted_shapes(self) -> dict[Any, tuple[str, ...]]:
+    def lora_shapes(self) -> dict[Any, tuple[str, ...]]:
         """Returns the projections that a LoRA adapter can be added to; empty with experts on a GPU.
 
         Keys are the shape [experts, out, in] of a stacked parameter, or a (projection, shape) pair.
@@ -356,13 +373,13 @@ class Experts(Parametrizable):
         if self.placement.gpu or self.on_gpu is not None:
             return {}
         shapes: dict[Any, tuple[str, ...]] = {}
-        for halves in self.stacked().values():
+        for halves in self.stacked_parameters().values():
             rows, columns = (self.hidden, self.width) if halves == ("down_proj",) else (self.width, self.hidden)
-            shapes[(self.total, rows * len(halves), columns)] = halves
-            shapes |= {(half, (self.total, rows, columns)): (half,) for half in halves}
+            shapes[(self.total_experts, rows * len(halves), columns)] = halves
+            shapes |= {(half, (self.total_experts, rows, columns)): (half,) for half in halves}
         return shapes
 
-    def halved(self, stacked: torch.Tensor, count: int) -> list[torch.Tensor]:
+    def split_projections(self, stacked: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Splits a stacked parameter [experts, out, ...] into its projections."""
         return self._halves(stacked, count, 1)
 
@@ -371,10 +388,12 @@ class Experts(Parametrizable):
         """Transformers' attribute, which PEFT reads."""
         return self.transposed
 
-    def offered(self) -> frozenset[str]:
-        if self.num_experts < self.total:  # part of the layer
+    def offered_names(self) -> frozenset[str]:
+        if self.num_experts < self.total_experts:  # part of the layer
             return frozenset()
-        return frozenset(f"{name}{end}" for name in self.stacked() for end in ("", "_bias")[: 1 + self.has_bias])
+        return frozenset(
+            f"{name}{end}" for name in self.stacked_parameters() for end in ("", "_bias")[: 1 + self.has_bias]
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Returns a packed weight or a scalar setting under its name in the replaced module."""
@@ -391,12 +410,16 @@ class Experts(Parametrizable):
         A scalar setting of the replaced module can be changed if it is a parameter of the kernel's activation; for any
         other, a different value is a UsageError.
         """
-        if self.is_ready and not isinstance(value, Dequantized) and name.removesuffix("_bias") in self.stacked():
+        if (
+            self.is_ready
+            and not isinstance(value, Dequantized)
+            and name.removesuffix("_bias") in self.stacked_parameters()
+        ):
             self._assign_packed(name, value)
         elif name not in self.settings:
             super().__setattr__(name, value)
         elif value != self.settings[name]:
-            if name not in CLAMP_FIELDS or self.gate.act in PLAIN:
+            if name not in CLAMP_FIELDS or self.gate.act in ACTIVATIONS:
                 raise UsageError(
                     f"{self.path}.{name} is {self.settings[name]!r}: packed experts depend on it and cannot change to"
                     f" {value!r}; load the model with another configuration (ktx.load(..., config=...)), or replace"
@@ -413,26 +436,26 @@ class Experts(Parametrizable):
             raise UsageError(
                 f"{self.path}.{name} cannot be assigned: it does not exist, is partly on a GPU, or is parametrized"
             )
-        self.take({name: fitting(f"{self.path}.{name}", value, current.shape)})
+        self.take({name: checked_values(f"{self.path}.{name}", value, current.shape)})
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()
-        if self.placement.gpu and self.num_experts < self.total:  # the operator on the CPU lists the layer
+        if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
         floats: dict[str, Floats] = {}
-        for name, halves in self.stacked().items():
+        for name, halves in self.stacked_parameters().items():
             if self.placement.gpu or self.on_gpu is not None:
                 floats |= self._unreadable(name, len(halves))
                 continue
-            floats[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
+            floats[name] = view_experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
-                floats[f"{name}_bias"] = plain(self._both(biases))
+                floats[f"{name}_bias"] = view_tensor(self._both(biases))
         return floats
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
-        if self.placement.gpu and self.num_experts < self.total:  # the operator on the CPU lists the layer
+        if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
         parts = [part for part in (self.on_gpu, self) if part is not None and part.num_experts]
         states: dict[str, list[PackedState] | torch.Tensor] = {}
@@ -450,15 +473,15 @@ class Experts(Parametrizable):
             " load the model on the CPU (device='cpu')"
         )
         rows, columns = (self.hidden, self.width) if name == "down_proj" else (halves * self.width, self.hidden)
-        shape = (self.total, *((columns, rows) if self.transposed else (rows, columns)))
+        shape = (self.total_experts, *((columns, rows) if self.transposed else (rows, columns)))
         bias = (
-            {f"{name}_bias": out_of_reach((self.total, rows), about, hash((id(self), name, "bias")))}
+            {f"{name}_bias": unreadable((self.total_experts, rows), about, hash((id(self), name, "bias")))}
             if self.has_bias
             else {}
         )
-        return {name: out_of_reach(shape, about, hash((id(self), name)))} | bias
+        return {name: unreadable(shape, about, hash((id(self), name)))} | bias
 
-    def stacked(self) -> dict[str, tuple[str, ...]]:
+    def stacked_parameters(self) -> dict[str, tuple[str, ...]]:
         """Returns the replaced module's parameter names, each with the projections that it contains."""
         first, last = self.projections[:-1], self.projections[-1]
         return {"gate_up_proj" if len(first) > 1 else first[0]: first, last: (last,)}
@@ -482,12 +505,12 @@ class Experts(Parametrizable):
             raise UsageError(
                 f"{self.path}: the weights of experts on a GPU cannot be replaced; load the model on the CPU"
             )
-        self.pack(values, lambda matrices: packed_as(as_weights(matrices), self.quant_target, cpu.pack_experts))
+        self.pack(values, lambda matrices: pack_as(as_weights(matrices), self.quant_target, cpu.pack_experts))
 
     def pack(self, values: dict[str, torch.Tensor], packed: Callable[[torch.Tensor], cpu.Packed]) -> None:
         """Packs parameters in the replaced module's layout; `packed` packs matrices [experts, n, k]."""
         weights, biases = dict(self.weights), dict(self.biases)
-        for name, halves in self.stacked().items():
+        for name, halves in self.stacked_parameters().items():
             if name in values:
                 stacked = values[name].transpose(1, 2) if self.transposed else values[name]
                 for half, half_values in zip(halves, self._halves(stacked, len(halves), 1), strict=True):
@@ -500,21 +523,21 @@ class Experts(Parametrizable):
 
     def weight_bytes(self) -> tuple[int, int]:
         total_bytes = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)
-        return total_bytes, total_bytes * min(self.top, self.total) // self.total
+        return total_bytes, total_bytes * min(self.top, self.total_experts) // self.total_experts
 
     def weights_per_token(self) -> int:
         """Returns the number of weights that a token is multiplied with here, on average over the layer's experts."""
         num_weights = sum(w.n * w.k for w in self.weights.values())
-        return num_weights * min(self.top, self.total) * self.num_experts // self.total
+        return num_weights * min(self.top, self.total_experts) * self.num_experts // self.total_experts
 
-    def counted(self) -> torch.Tensor:
+    def total_counts(self) -> torch.Tensor:
         """Returns `counts` for all experts of the layer, with selections that were counted on a device."""
-        counts, merged = self.counts, self.counts.new_zeros(self.total + len(self.counts) - self.num_experts)
-        merged[self.first : self.first + self.num_experts] = counts[: self.num_experts]
-        merged[self.total :] = counts[self.num_experts :]
-        chosen = self.chosen if self.on_gpu is None else self.on_gpu.chosen
+        counts, merged = self.counts, self.counts.new_zeros(self.total_experts + len(self.counts) - self.num_experts)
+        merged[self.first_expert : self.first_expert + self.num_experts] = counts[: self.num_experts]
+        merged[self.total_experts :] = counts[self.num_experts :]
+        chosen = self.gpu_counts if self.on_gpu is None else self.on_gpu.gpu_counts
         if chosen is not None:
-            merged[: self.total] += chosen.cpu()
+            merged[: self.total_experts] += chosen.cpu()
         return merged
 
     def extra_repr(self) -> str:
@@ -522,7 +545,7 @@ class Experts(Parametrizable):
         return f"{self.num_experts} experts, {types}, {self.gate.act}"
 
 
-def of_layers(model: Any) -> list[tuple[str, Experts]]:
+def experts_by_path(model: Any) -> list[tuple[str, Experts]]:
     """Returns the experts operators by module path, one per layer."""
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
     gpu_parts = {id(module.on_gpu) for _, module in modules}

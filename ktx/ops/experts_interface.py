@@ -21,17 +21,17 @@ from torch.autograd.function import once_differentiable
 from ktx.errors import UsageError, did_you_mean
 from ktx.integrations.experts_interface import NAME
 from ktx.kernels import cpu
-from ktx.ops.activation_probe import KEEP
-from ktx.ops.base import COMPUTED, Context, as_weights
-from ktx.ops.change_counter import Live, edits
+from ktx.ops.activation_probe import KEEP_MODULE_HINT
+from ktx.ops.base import COMPUTE_DTYPES, Context, as_weights
+from ktx.ops.change_counter import CountedParameter, edits
 from ktx.ops.experts import Experts
-from ktx.ops.guard import State
+from ktx.ops.guard import ModuleState
 from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import QuantizedTensor
 
-HELD = "_ktx_experts"  # the attribute of an experts module that holds its packed copy
+PACKED_ATTRIBUTE = "_ktx_experts"  # the attribute of an experts module that holds its packed copy
 USE_OTHER = "use another experts_implementation (eager, grouped_mm)"
 
 
@@ -73,12 +73,12 @@ class PackedExperts:
     @classmethod
     def of(cls, module: Any) -> PackedExperts:
         """Returns the instance of a module, creating it if needed; a shallow copy of the module gets its own."""
-        packed_experts: PackedExperts | None = module.__dict__.get(HELD)
+        packed_experts: PackedExperts | None = module.__dict__.get(PACKED_ATTRIBUTE)
         if packed_experts is None or packed_experts.module is not module:
-            packed_experts = module.__dict__[HELD] = cls(module)
+            packed_experts = module.__dict__[PACKED_ATTRIBUTE] = cls(module)
         return packed_experts
 
-    def current(self, dtype: str | None) -> Experts:
+    def up_to_date(self, dtype: str | None) -> Experts:
         """Returns the operator with the module's parameters packed as `dtype`, packing them if they have changed.
 
         Raises:
@@ -96,7 +96,9 @@ class PackedExperts:
     def _is_current(self, dtype: str | None) -> bool:
         """Whether the copy has this weight type and the module is unchanged since it was packed."""
         return (
-            self.dtype == dtype and self.state.same() and all(edits(tensor) == count for tensor, count in self.counted)
+            self.dtype == dtype
+            and self.state.unchanged()
+            and all(edits(tensor) == count for tensor, count in self.counted)
         )
 
     @torch_defaults()
@@ -105,7 +107,7 @@ class PackedExperts:
         try:
             operator = Experts.from_hf(module, Context(class_name, module.config, torch.device("cpu"), torch.float32))
         except UsageError as error:  # its remedy is a rule, which transformers' models do not have
-            raise UsageError(str(error).replace(KEEP, USE_OTHER)) from error
+            raise UsageError(str(error).replace(KEEP_MODULE_HINT, USE_OTHER)) from error
         parameters = _parameters(module, operator)
         operator.pack(
             {name: tensor.detach() for name, tensor in parameters.items()},
@@ -114,9 +116,9 @@ class PackedExperts:
         operator.ready()
         operator.is_ready = True
         for tensor in parameters.values():  # so that writes to their `data` are counted too
-            tensor.__class__ = Live
+            tensor.__class__ = CountedParameter
         self.dtype, self.names = dtype, list(parameters)
-        self.state, self.counted = State(module), [(tensor, edits(tensor)) for tensor in parameters.values()]
+        self.state, self.counted = ModuleState(module), [(tensor, edits(tensor)) for tensor in parameters.values()]
         self.operator = operator
 
 
@@ -129,7 +131,7 @@ def _empty(dtype: str | None) -> PackedExperts:
 def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]:
     """Returns the parameters that the operator packs, by name; UsageError for one that it cannot pack."""
     parameters: dict[str, torch.Tensor] = {}
-    for name in operator.stacked():
+    for name in operator.stacked_parameters():
         for full_name in (name, f"{name}_bias") if operator.has_bias else (name,):
             tensor = module._parameters.get(full_name)
             path = f"{operator.path}.{full_name}"
@@ -138,13 +140,13 @@ def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]
                     f"{path} is not a parameter of its module (does an adapter or a parametrization compute it?);"
                     f" {USE_OTHER}"
                 )
-            if type(tensor) not in (nn.Parameter, Live):
+            if type(tensor) not in (nn.Parameter, CountedParameter):
                 raise UsageError(f"{path} is a {type(tensor).__name__}, ktx packs plain parameters; {USE_OTHER}")
             if tensor.device.type != "cpu":
                 raise UsageError(f"{path} is on {tensor.device}, ktx computes experts on the CPU; {USE_OTHER}")
-            if tensor.dtype not in COMPUTED:
+            if tensor.dtype not in COMPUTE_DTYPES:
                 raise UsageError(
-                    f"{path} has dtype {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTED))}; {USE_OTHER}"
+                    f"{path} has dtype {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTE_DTYPES))}; {USE_OTHER}"
                 )
             parameters[full_name] = tensor
     return parameters
@@ -189,15 +191,15 @@ def forward(
     if torch.compiler.is_exporting():
         raise UsageError(f"{type(module).__name__}: torch.export cannot export experts packed by ktx; {USE_OTHER}")
     packed_experts = PackedExperts.of(module)
-    operator = packed_experts.current(dtype)
-    if hidden_states.dtype not in COMPUTED or hidden_states.device.type != "cpu":
+    operator = packed_experts.up_to_date(dtype)
+    if hidden_states.dtype not in COMPUTE_DTYPES or hidden_states.device.type != "cpu":
         raise UsageError(
             f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx supports"
-            f" {', '.join(map(str, COMPUTED))} on the CPU; {USE_OTHER}"
+            f" {', '.join(map(str, COMPUTE_DTYPES))} on the CPU; {USE_OTHER}"
         )
     parameters = [module._parameters[name] for name in packed_experts.names]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-        made: torch.Tensor = Trained.apply(  # type: ignore[no-untyped-call]
+        made: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]
             operator, module, hidden_states, top_k_index, top_k_weights, *parameters
         )
         return made
@@ -205,7 +207,7 @@ def forward(
     return out
 
 
-class Trained(torch.autograd.Function):
+class ExpertsFunction(torch.autograd.Function):
     """Forward with the packed copy; backward through transformers' computation.
 
     Gradients are those of hidden states, routing weights and parameters.

@@ -32,7 +32,7 @@ class Floats:
 
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
-    place: int
+    memory_id: int
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns all values, dequantized in spans."""
@@ -49,13 +49,13 @@ class Floats:
         return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def plain(values: torch.Tensor) -> Floats:
+def view_tensor(values: torch.Tensor) -> Floats:
     """Views an unpacked tensor that is no parameter, such as a bias."""
     read = lambda first, last: values[first:last] if values.dim() else values  # noqa: E731
     return Floats(tuple(values.shape), read, values.data_ptr())
 
 
-def out_of_reach(shape: tuple[int, ...], message: str, place: int) -> Floats:
+def unreadable(shape: tuple[int, ...], message: str, place: int) -> Floats:
     """A parameter whose values cannot be read: reading raises UsageError(message)."""
 
     def refuse(first: int, last: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def matrix(parts: Sequence[cpu.Packed]) -> Floats:
+def view_matrix(parts: Sequence[cpu.Packed]) -> Floats:
     """Views a matrix [rows, columns] that is stored in row-wise parts."""
     return Floats(
         (sum(part.n for part in parts), parts[0].k),
@@ -84,7 +84,7 @@ def matrix(parts: Sequence[cpu.Packed]) -> Floats:
     )
 
 
-def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
+def view_experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
     """Views one projection, or two in one parameter, as [experts, rows, columns].
 
     Args:
@@ -131,10 +131,10 @@ class Dequantized(torch.Tensor):
 
     floats: Floats
     label: str  # for messages
-    replace: Callable[[torch.Tensor], Floats] | None = None  # packs other values and returns them; None for a view
-    train: Callable[[], None] | None = None  # replaces it by a trainable parameter of its module
-    whole: Dequantized | None = None  # the tensor whose `data` this is
-    held: torch.Tensor | None = None  # the dequantized values, if they are in memory
+    on_write: Callable[[torch.Tensor], Floats] | None = None  # packs other values and returns them; None for a view
+    on_train: Callable[[], None] | None = None  # replaces it by a trainable parameter of its module
+    data_of: Dequantized | None = None  # the tensor whose `data` this is
+    cached_values: torch.Tensor | None = None  # the dequantized values, if they are in memory
     _is_param: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -149,7 +149,7 @@ class Dequantized(torch.Tensor):
         train: Callable[[], None] | None = None,
     ) -> Dequantized:
         tensor: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
-        tensor.floats, tensor.label, tensor.replace, tensor.train = floats, label, replace, train
+        tensor.floats, tensor.label, tensor.on_write, tensor.on_train = floats, label, replace, train
         tensor._is_param = replace is not None  # torch's mark of parameters whose class is not nn.Parameter
         return tensor
 
@@ -158,13 +158,13 @@ class Dequantized(torch.Tensor):
 
     def dequantized(self) -> torch.Tensor:
         """Returns the values as a plain tensor."""
-        return self.floats.values(self.dtype).to(self.device) if self.held is None else self.held
+        return self.floats.values(self.dtype).to(self.device) if self.cached_values is None else self.cached_values
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
         """The same values; a tensor assigned to it, or an operation that writes to all of it, is packed."""
         alias: Dequantized = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        alias.replace, alias.whole = self.replace, None if self.replace is None else self
+        alias.on_write, alias.data_of = self.on_write, None if self.on_write is None else self
         return alias
 
     @data.setter
@@ -175,9 +175,9 @@ class Dequantized(torch.Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> Dequantized:
         """As torch's; a weight to be trained becomes a float parameter of its module. UsageError where it cannot."""
         if requires_grad:
-            if self.train is None:
+            if self.on_train is None:
                 raise UsageError(NOT_TRAINABLE.format(self.label))
-            self.train()
+            self.on_train()
         return self
 
     @property  # type: ignore[override]
@@ -190,12 +190,12 @@ class Dequantized(torch.Tensor):
         self.requires_grad_(value)
 
     def _pack(self, values: torch.Tensor) -> None:
-        if self.replace is None:
+        if self.on_write is None:
             raise UsageError(READ_ONLY.format(self.label))
-        floats = self.replace(values)
-        for tensor in (self, self.whole):
+        floats = self.on_write(values)
+        for tensor in (self, self.data_of):
             if tensor is not None:
-                tensor.floats, tensor.held = floats, None
+                tensor.floats, tensor.cached_values = floats, None
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Dequantized:
         """Runs an operation that writes to all values of this tensor, and packs the result."""
@@ -221,11 +221,11 @@ class Dequantized(torch.Tensor):
             if isinstance(value, cls):
                 name = value.label
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    if func is torch.ops.aten.set_.source_Tensor and value.replace is not None:  # torch's parametrize
+                    if func is torch.ops.aten.set_.source_Tensor and value.on_write is not None:  # torch's parametrize
                         if args[1] is not value:
                             value._pack(args[1])
                         return value
-                    if value.whole is None or torch.Tag.inplace_view in func.tags:
+                    if value.data_of is None or torch.Tag.inplace_view in func.tags:
                         raise UsageError(READ_ONLY.format(name))
                     return value._written(func, args, kwargs)
         args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
@@ -242,7 +242,7 @@ class Dequantized(torch.Tensor):
         torch's parametrize computes the sum only to read its shape.
         """
         base, *others = args
-        if not isinstance(base, Dequantized) or base.dim() != 3 or base.held is not None:
+        if not isinstance(base, Dequantized) or base.dim() != 3 or base.cached_values is not None:
             return None
         if not all(type(other) in (torch.Tensor, torch.nn.Parameter) and other.dim() == 3 for other in others):
             return None
@@ -271,8 +271,8 @@ class Dequantized(torch.Tensor):
 
     @classmethod
     def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
-        tensor = cls(plain(view), view.dtype, f"a view of {name}", view.device)
-        tensor.held = view if view.is_contiguous() else None
+        tensor = cls(view_tensor(view), view.dtype, f"a view of {name}", view.device)
+        tensor.cached_values = view if view.is_contiguous() else None
         return tensor
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,18 +288,20 @@ class Dequantized(torch.Tensor):
         """The storage of the dequantized values once they are in memory, which safetensors' save_model compares with
         `data_ptr`; before that, an identifier of the packed memory, equal for tied weights.
         """
-        values = _dequantized.get((self.floats.place, self.dtype)) if self.held is None else self.held
-        return _PackedStorage(self.floats.place, self.nbytes) if values is None else values.untyped_storage()
+        values = (
+            _dequantized.get((self.floats.memory_id, self.dtype)) if self.cached_values is None else self.cached_values
+        )
+        return _PackedStorage(self.floats.memory_id, self.nbytes) if values is None else values.untyped_storage()
 
     def data_ptr(self) -> int:
         """The address of the dequantized values, which this tensor caches from now on; tied weights share them."""
-        if self.held is None:
-            key = self.floats.place, self.dtype
+        if self.cached_values is None:
+            key = self.floats.memory_id, self.dtype
             values = _dequantized.get(key)
             if values is None:
                 values = _dequantized[key] = self.dequantized()
-            self.held = values
-        return self.held.data_ptr()
+            self.cached_values = values
+        return self.cached_values.data_ptr()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return for_pickle(self.dequantized()).__reduce_ex__(protocol)

@@ -13,7 +13,7 @@ from ktx.transformers_compat import cache_aliases, cache_name
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardSignature:
     """The signature of the forward of a module class.
 
     Attributes:
@@ -29,14 +29,14 @@ class Call:
     aliases: tuple[str, ...]
 
     @staticmethod
-    def of(module: nn.Module) -> Call:
+    def of(module: nn.Module) -> ForwardSignature:
         """Returns the signature for the class of `module`."""
         kind: Any = type(module)
-        return Call.of_class(kind)
+        return ForwardSignature.of_class(kind)
 
     @classmethod
     @functools.cache
-    def of_class(cls, module_class: Any) -> Call:
+    def of_class(cls, module_class: Any) -> ForwardSignature:
         """Returns the signature for a module class."""
         parameters = inspect.signature(module_class.forward).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -72,6 +72,6 @@ class Call:
             cache = older if cache is None else cache
         return kwargs, cache
 
-    def joined(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
+    def join(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
         """Returns the keyword arguments of the forward from what `split` returned."""
         return given | {self.cache: cache} if self.cache else given

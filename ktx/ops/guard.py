@@ -26,11 +26,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import is_recorded
 from ktx.ops import class_patches
 from ktx.ops.base import Operator
-from ktx.ops.change_counter import Changes, edits
-from ktx.transformers_compat import is_recorder, records
+from ktx.ops.change_counter import ChangeCounter, edits
+from ktx.transformers_compat import collects_any_output, is_output_hook
 
 GLOBAL_HOOKS = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALAR_TYPES = (bool, int, float, str, bytes, type(None), torch.dtype)
@@ -38,7 +38,7 @@ SCALAR_TYPES = (bool, int, float, str, bytes, type(None), torch.dtype)
 IGNORED_ATTRIBUTES = frozenset({*nn.Module().__dict__, "training", "path", "placement", "is_ready"})
 
 
-class State:
+class ModuleState:
     """A snapshot of a module: its class, its settings, its tensors and its children."""
 
     def __init__(self, module: nn.Module):
@@ -58,14 +58,14 @@ class State:
                 snapshot[name] = None if tensor is None else (tensor, tensor.data_ptr(), tensor.dtype)
         return snapshot | module._modules
 
-    def same(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether the module is unchanged since the snapshot."""
         now = self._take_snapshot()
         return now.keys() == self.snapshot.keys() and all(
             _same(value, self.snapshot[name]) for name, value in now.items()
         )
 
-    def allows(self) -> bool:
+    def rebuild_suffices(self) -> bool:
         """Whether a rebuilt fast path would reflect all changes.
 
         That is the case for attributes that the operator lists in `reads`, and for operators replaced by operators.
@@ -99,18 +99,18 @@ class UncountedModule:
     def __init__(self, module: nn.Module):
         self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
         dicts = (module._parameters, module._buffers, module.__dict__)
-        self.had = [
+        self.objects = [
             (objects, name, value)
             for objects in dicts
             for name, value in objects.items()
             if name not in IGNORED_ATTRIBUTES
         ]
 
-    def moved(self) -> bool:
+    def changed(self) -> bool:
         """Whether the class or one of the objects has changed."""
         if type(self.module) is not self.kind or len(self.own) != self.size:
             return True
-        return any(objects.get(name) is not value for objects, name, value in self.had)
+        return any(objects.get(name) is not value for objects, name, value in self.objects)
 
 
 class Guard:
@@ -128,9 +128,9 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
-        class_patches.follow()  # before the snapshots
-        self.inside = [State(module) for module in inside]
-        self.states = [*map(State, owners), *self.inside]
+        class_patches.update()  # before the snapshots
+        self.inside = [ModuleState(module) for module in inside]
+        self.states = [*map(ModuleState, owners), *self.inside]
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.parameters = [m._parameters for m in modules if any(p is not None for p in m._parameters.values())]
@@ -141,7 +141,7 @@ class Guard:
         self.tried: tuple[int, ...] = ()
 
     @classmethod
-    def over(cls, guards: Iterable[Guard]) -> Guard:
+    def merge(cls, guards: Iterable[Guard]) -> Guard:
         """Merges guards into one that holds when all of them do."""
         merged = cls(())
         for guard in guards:
@@ -162,22 +162,22 @@ class Guard:
         for tensor, before in self.copied:
             if edits(tensor) != before:
                 return False
-        if torch.is_grad_enabled() and any(recorded(*parameters.values()) for parameters in self.parameters):
+        if torch.is_grad_enabled() and any(is_recorded(*parameters.values()) for parameters in self.parameters):
             return False  # a parameter requires a gradient
-        handles, changes = RemovableHandle.next_id, Changes.count
+        handles, changes = RemovableHandle.next_id, ChangeCounter.count
         if (
             handles != self.handles
             or changes != self.changes
-            or any(map(UncountedModule.moved, self.uncounted_modules))
+            or any(map(UncountedModule.changed, self.uncounted_modules))
         ):
-            if self._listened() or not all(state.same() for state in self.states):
+            if self._listened() or not all(state.unchanged() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(
                 class_patches.is_patched(s.module) for s in self.states
             ):
                 return False
             self.handles, self.changes, self.recorders = handles, changes, any(self.hooks)
-        return not (self.recorders and records())
+        return not (self.recorders and collects_any_output())
 
     def _listened(self) -> bool:
         """Whether a hook is registered, other than transformers' output recorders.
@@ -186,22 +186,22 @@ class Guard:
         forward collects outputs.
         """
         registered = (hook for hooks in self.hooks for hook in hooks.values())
-        return any(GLOBAL_HOOKS) or not all(map(is_recorder, registered))
+        return any(GLOBAL_HOOKS) or not all(map(is_output_hook, registered))
 
-    def worth_another(self) -> bool:
+    def may_rebuild(self) -> bool:
         """Whether a rebuilt fast path might hold; True at most once after each change."""
-        now = (Changes.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
+        now = (ChangeCounter.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
         if now == self.tried or self._listened():
             return False
         self.tried = now
-        return all(state.allows() for state in self.states)
+        return all(state.rebuild_suffices() for state in self.states)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-class Shortcut(Protocol):
+class FastPath(Protocol):
     """A fast path, stored in an attribute of an operator and tried before the module-by-module forward."""
 
     guard: Guard
@@ -211,7 +211,7 @@ class Shortcut(Protocol):
         """Builds the fast path of an owner and its children; None where no kernel supports them."""
 
 
-def watched() -> bool:
+def torch_mode_active() -> bool:
     """Whether a torch mode intercepts all operations (FlopCounterMode, FakeTensorMode, torch.jit.trace).
 
     Then no fast path is used, so that the mode sees each module's operations.
@@ -219,7 +219,7 @@ def watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
-def current(owner: nn.Module, name: str = "block") -> Any:
+def valid_fast_path(owner: nn.Module, name: str = "block") -> Any:
     """Returns the valid fast path in an attribute of its owner; None if there is none.
 
     It is rebuilt if settings or weights have changed.
@@ -227,11 +227,11 @@ def current(owner: nn.Module, name: str = "block") -> Any:
     fast_path = owner.__dict__.get(name)
     if fast_path is None or torch.compiler.is_compiling():  # a compiled graph contains the children's kernels
         return None
-    if name != "inside" and watched():
+    if name != "inside" and torch_mode_active():
         return None
     if fast_path.guard.holds():
         return fast_path
-    if not fast_path.guard.worth_another():
+    if not fast_path.guard.may_rebuild():
         return None
     rebuilt = type(fast_path).of(owner)
     if rebuilt is None or not rebuilt.guard.holds():
@@ -240,27 +240,27 @@ def current(owner: nn.Module, name: str = "block") -> Any:
     return rebuilt
 
 
-class Inside:
+class ChildrenGuard:
     """Validity check without a kernel call, for an operator whose forward bypasses modules inside.
 
     It holds while none of them has a hook, is patched or replaced.
     """
 
     def __init__(self, owner: nn.Module):
-        self.guard = Guard([owner], below(owner))
+        self.guard = Guard([owner], descendants(owner))
 
     @classmethod
-    def of(cls, owner: nn.Module) -> Inside:
+    def of(cls, owner: nn.Module) -> ChildrenGuard:
         return cls(owner)
 
 
-def listened(owner: nn.Module) -> bool:
+def children_observed(owner: nn.Module) -> bool:
     """Whether a module inside `owner` has a hook, is patched or replaced; always False in torch.compile."""
     if owner.__dict__.get("inside") is None or torch.compiler.is_compiling():
         return False
-    return current(owner, "inside") is None
+    return valid_fast_path(owner, "inside") is None
 
 
-def below(owner: nn.Module) -> list[nn.Module]:
+def descendants(owner: nn.Module) -> list[nn.Module]:
     """Returns all modules inside `owner`, without itself."""
     return [module for module in owner.modules() if module is not owner]

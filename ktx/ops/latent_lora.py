@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import Lora, Mapping, Uses, packed, packed_bytes, plus, times
+from ktx.ops.lora import AdapterMapping, AdapterUses, Lora, add_rows, packed, packed_bytes, scaled
 from ktx.ops.mla import MLA
 from ktx.weights.lora import LowRank
 
@@ -34,7 +34,7 @@ class HeadFactors:
 class LatentLora(Lora):
     """The adapters of one kv_b_proj, by name."""
 
-    def __init__(self, mapping: Mapping, owner: MLA):
+    def __init__(self, mapping: AdapterMapping, owner: MLA):
         super().__init__(mapping, owner)
         self.owner = owner
 
@@ -50,30 +50,30 @@ class LatentLora(Lora):
         ]
         return sum(map(packed_bytes, shapes)) + 4 * adapter.b.numel()
 
-    def made(self, adapters: Sequence[LowRank]) -> HeadFactors:
+    def pack(self, adapters: Sequence[LowRank]) -> HeadFactors:
         (adapter,) = adapters
         return HeadFactors(adapter, self.owner)
 
-    def whole(self, row: int) -> Latents | None:
+    def of_sequence(self, row: int) -> LatentAdapters | None:
         """Returns the adapters for tokens of the sequence that has row `row` of the step; None if there are none."""
-        return self._of([(slice(None), self.mapping.at(row))])
+        return self._of([(slice(None), self.mapping.uses_of_row(row))])
 
-    def among(self, row_indices: torch.Tensor) -> Latents | None:
+    def of_rows(self, row_indices: torch.Tensor) -> LatentAdapters | None:
         """Returns the adapters for rows of the step, given by ascending indices; None if there are none."""
-        return self._of(self.mapping.among(row_indices))
+        return self._of(self.mapping.slices_of_rows(row_indices))
 
-    def _of(self, rows: Sequence[tuple[slice, Uses]]) -> Latents | None:
+    def _of(self, rows: Sequence[tuple[slice, AdapterUses]]) -> LatentAdapters | None:
         uses_of_rows = [
             (part, self.factors[use.name], use.factor)
             for part, uses in rows
             for use in uses
             if use.name in self.factors
         ]
-        return Latents(uses_of_rows) if uses_of_rows else None
+        return LatentAdapters(uses_of_rows) if uses_of_rows else None
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentAdapters:
     """Adapters of a call: (rows, factors, scale) each."""
 
     rows: Sequence[tuple[slice, HeadFactors, float]]
@@ -82,14 +82,14 @@ class Latents:
         """Returns `base` [H, rows, rank] plus the adapters' part of the absorbed queries q [H, rows, nope]."""
         for part, factors, factor in self.rows:
             added = cpu.linear(cpu.linear_batched(q.float(), factors.k_t), factors.a_t)
-            base = plus(base, times(factor, added), part)
+            base = add_rows(base, scaled(factor, added), part)
         return base
 
     def values(self, context: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Returns `base` [H, rows, v] plus the adapters' part of the values from context [H, rows, rank]."""
         for part, factors, factor in self.rows:
             added = cpu.linear_batched(cpu.linear(context.float(), factors.a), factors.v)
-            base = plus(base, times(factor, added), part)
+            base = add_rows(base, scaled(factor, added), part)
         return base
 
     def expanded(
@@ -105,7 +105,7 @@ class Latents:
         """
         head_slice = slice(heads.start, heads.stop)
         for _, factors, factor in self.rows:
-            low = times(factor, cpu.linear(latent.float(), factors.a))
+            low = scaled(factor, cpu.linear(latent.float(), factors.a))
             k = k + (low @ factors.k_rows[head_slice].flatten(0, 1).t()).to(k.dtype)
             v = v + (low @ factors.v_rows[head_slice].flatten(0, 1).t()).to(v.dtype)
         return k, v

@@ -9,20 +9,20 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import is_recorded
 from ktx.kernels.packed_cache import cached_pack
 from ktx.ops import packed_state as stored
-from ktx.ops.base import Context, as_weights, is_plain, packed_as
-from ktx.ops.change_counter import copied, in_f32
-from ktx.ops.edit import OneMatrix
-from ktx.ops.float_views import Floats, matrix
+from ktx.ops.base import Context, as_weights, is_plain, pack_as
+from ktx.ops.change_counter import as_f32, if_copied
+from ktx.ops.edit import MatrixOperator
+from ktx.ops.float_views import Floats, view_matrix
 from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import ParametrizedProduct
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor, WeightSource
 
 
-class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
+class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
     """y = x W^T + b, with W packed in the quantized type of the file.
 
     W consists of several row-wise parts if the file stores its rows in tensors of different types. Reading `weight`
@@ -36,7 +36,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         nn.Module.__init__(self)  # not that of nn.Linear, which allocates the weight
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
-        self.copies = (
+        self.has_own_copy = (
             False  # whether a tied layer is on another device than the embedding and holds its own copy of the weight
         )
         self.register_parameter("bias", None)
@@ -63,7 +63,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # else this is a tied output layer, which already has the parts of the embedding
             name = self.tensors()[0]
-            self.parts = cached_pack(lambda: [packed_as(part, self.quant_target) for part in source.parts(name)])
+            self.parts = cached_pack(lambda: [pack_as(part, self.quant_target) for part in source.get_parts(name)])
         self.load_bias(source)
 
     def load_bias(self, source: WeightSource) -> None:
@@ -77,21 +77,21 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     @property
     def bias_in_f32(self) -> torch.Tensor | None:
         """The bias in f32 [out_features], detached, for kernels that copy it."""
-        return None if self.bias is None else in_f32(self, self.bias)
+        return None if self.bias is None else as_f32(self, self.bias)
 
     def copied_bias(self) -> torch.Tensor | None:
         """Returns the bias if `bias_in_f32` is a copy of it, else None."""
-        return None if self.bias is None else copied(self.bias)
+        return None if self.bias is None else if_copied(self.bias)
 
     def _added(self) -> torch.Tensor | None:
         """Returns the bias in f32; attached to the autograd graph if it is trained."""
         bias = self.bias
-        return bias if bias is None else bias.float() if recorded(bias) else in_f32(self, bias)
+        return bias if bias is None else bias.float() if is_recorded(bias) else as_f32(self, bias)
 
-    def changed(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_parametrized(self, x: torch.Tensor) -> torch.Tensor:
         parametrized = ParametrizedProduct.of(self, "weight")
         y = parametrized.product(x, 0)
-        if parametrized.added:
+        if parametrized.is_added:
             return y + self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -107,14 +107,14 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
 
     def rows(self) -> Floats:
         """Returns a dequantizing view of the weight, f32 [out_features, in_features]."""
-        return matrix(self.parts)
+        return view_matrix(self.parts)
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
         return {"weight": [stored.matrix(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        self.parts = [packed_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
+        self.parts = [pack_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
         """Packs a part of the weight, quantized to `to` if given."""
@@ -126,7 +126,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     def assign(self, packed: Any) -> None:
         self.parts = [packed]
 
-    def plain(self, dtype: torch.dtype | None) -> nn.Linear:
+    def to_torch(self, dtype: torch.dtype | None) -> nn.Linear:
         """Returns an nn.Linear with the dequantized weight, for ktx.dequantize; `dtype` defaults to `self.dtype`."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(

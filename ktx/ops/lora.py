@@ -25,26 +25,26 @@ from ktx.weights.base import QuantizedTensor
 from ktx.weights.lora import LowRank
 
 
-class Use(NamedTuple):
+class AdapterUse(NamedTuple):
     """An adapter's name, and a scale on its output."""
 
     name: str
     factor: float = 1.0
 
 
-Uses = tuple[Use, ...]  # adapters whose outputs are all added
-Spans = list[tuple[int, Uses]]  # numbers of consecutive rows, and their adapters
+AdapterUses = tuple[AdapterUse, ...]  # adapters whose outputs are all added
+Spans = list[tuple[int, AdapterUses]]  # numbers of consecutive rows, and their adapters
 
 
 @dataclass
-class Mapping:
+class AdapterMapping:
     """Maps the rows of the running forward to adapters; all modules of a model share one mapping.
 
     Attributes:
         everywhere: the adapters of forwards outside of an engine's steps, also while another thread runs a step.
     """
 
-    everywhere: Uses = ()
+    default_uses: AdapterUses = ()
 
     @property
     def spans(self) -> Spans | None:
@@ -61,7 +61,7 @@ class Mapping:
         mapping, *spans = getattr(_state, "step", None) or (None, None, None)
         return (spans[0], spans[1]) if mapping is self else (None, None)
 
-    def of(self, rows: int) -> Iterator[tuple[slice, Uses]]:
+    def slices(self, rows: int) -> Iterator[tuple[slice, AdapterUses]]:
         """Yields slices of `rows` rows that have adapters.
 
         Raises:
@@ -69,7 +69,7 @@ class Mapping:
         """
         first, count = getattr(_state, "part", None) or (0, -1)
         if self.spans is not None and count == rows:
-            yield from _slices([(count, self.at(first))])
+            yield from _slices([(count, self.uses_of_row(first))])
             return
         if self.spans is not None and not any(uses for _, uses in self.spans):
             return
@@ -84,22 +84,24 @@ class Mapping:
                 f"a module with a LoRA adapter is called with {rows} rows, but the step has"
                 f" {sum(count for count, _ in self.spans)} tokens: the rows cannot be mapped to requests"
             )
-        if self.everywhere:
-            yield slice(0, rows), self.everywhere
+        if self.default_uses:
+            yield slice(0, rows), self.default_uses
 
-    def at(self, row: int) -> Uses:
+    def uses_of_row(self, row: int) -> AdapterUses:
         """Returns the adapters of one row of the step."""
         if self.spans is None:
-            return self.everywhere
+            return self.default_uses
         return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
 
-    def among(self, row_indices: torch.Tensor) -> list[tuple[slice, Uses]]:
+    def slices_of_rows(self, row_indices: torch.Tensor) -> list[tuple[slice, AdapterUses]]:
         """Like `of` for some of the step's rows: returns slices of `row_indices`, which are ascending."""
-        uses_of_row = [self.at(row) for row in row_indices.tolist()]
+        uses_of_row = [self.uses_of_row(row) for row in row_indices.tolist()]
         return list(_slices([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
 
     @contextmanager
-    def step(self, spans: Sequence[tuple[int, Uses]], logits_spans: Sequence[tuple[int, Uses]]) -> Iterator[None]:
+    def step(
+        self, spans: Sequence[tuple[int, AdapterUses]], logits_spans: Sequence[tuple[int, AdapterUses]]
+    ) -> Iterator[None]:
         """Context of an engine's step on this thread.
 
         Args:
@@ -117,7 +119,7 @@ _state = threading.local()
 
 
 @contextmanager
-def part(first: int, count: int) -> Iterator[None]:
+def step_part(first: int, count: int) -> Iterator[None]:
     """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence."""
     _state.part = first, count
     try:
@@ -126,7 +128,7 @@ def part(first: int, count: int) -> Iterator[None]:
         _state.part = None
 
 
-def _slices(spans: Sequence[tuple[int, Uses]]) -> Iterator[tuple[slice, Uses]]:
+def _slices(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, AdapterUses]]:
     """Yields slices of rows, merging neighbors with the same adapters."""
     first = 0
     for uses, run in groupby(spans, key=lambda span: span[1]):
@@ -160,7 +162,7 @@ class Factors:
 
 def packed(values: torch.Tensor) -> cpu.Packed:
     """Packs a tensor's values for the CPU kernels, in f32."""
-    return cpu.pack(QuantizedTensor.of(values))
+    return cpu.pack(QuantizedTensor.from_float(values))
 
 
 def packed_bytes(shape: Sequence[int]) -> int:
@@ -171,8 +173,8 @@ def packed_bytes(shape: Sequence[int]) -> int:
 class Lora:
     """The adapters of one module's matrix; `factors` maps an adapter's name to its factors."""
 
-    def __init__(self, mapping: Mapping, owner: Any):
-        self.mapping, self.home = mapping, home_of(owner)
+    def __init__(self, mapping: AdapterMapping, owner: Any):
+        self.mapping, self.device = mapping, device_of(owner)
         self.of_operator = isinstance(owner, Operator)  # False: a torch module
         self.factors: dict[str, Any] = {}
 
@@ -180,16 +182,16 @@ class Lora:
     def nbytes(owner: Any, adapters: Sequence[LowRank]) -> int:
         """Returns the bytes of `made` for a module."""
         (adapter,) = adapters
-        if home_of(owner).gpu:
+        if device_of(owner).gpu:
             return 4 * (adapter.a.numel() + adapter.b.numel())
         return (4 * adapter.a.numel() if adapter.embedding else packed_bytes(adapter.a.shape)) + packed_bytes(
             adapter.b.shape
         )
 
-    def made(self, adapters: Sequence[LowRank]) -> Any:
+    def pack(self, adapters: Sequence[LowRank]) -> Any:
         """Packs an adapter's matrices as a value of `factors`."""
         (adapter,) = adapters
-        return Factors(adapter, self.home)
+        return Factors(adapter, self.device)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Returns y plus the adapters' outputs.
@@ -201,19 +203,19 @@ class Lora:
         rows = y.numel() // y.shape[-1]
         flat = x.reshape(rows, *x.shape[y.ndim - 1 :])
         total: torch.Tensor | None = None
-        for indices, uses in self.mapping.of(rows):
+        for indices, uses in self.mapping.slices(rows):
             for use in uses:
                 if use.name in self.factors:
-                    added = times(use.factor, self.factors[use.name](flat))
-                    total = plus(added.new_zeros(()) if total is None else total, added, indices)
+                    added = scaled(use.factor, self.factors[use.name](flat))
+                    total = add_rows(added.new_zeros(()) if total is None else total, added, indices)
         return y if total is None else y + total.view(y.shape).to(y.dtype)
 
-    def listened(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+    def forward_hook(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
         """The same as a forward hook of a torch module."""
         return self(args[0], y)
 
 
-def home_of(module: Any) -> Device:
+def device_of(module: Any) -> Device:
     """Returns the device of a module's weight, for operators and torch modules."""
     placement: Device | None = getattr(module, "placement", None)
     weight_device = module.weight.device if placement is None else placement.torch
@@ -222,12 +224,12 @@ def home_of(module: Any) -> Device:
     )
 
 
-def times(factor: float, added: torch.Tensor) -> torch.Tensor:
+def scaled(factor: float, added: torch.Tensor) -> torch.Tensor:
     """Scales an adapter's output; a factor of 1 returns the tensor itself."""
     return added if factor == 1 else factor * added
 
 
-def plus(base: torch.Tensor, added: torch.Tensor, indices: slice) -> torch.Tensor:
+def add_rows(base: torch.Tensor, added: torch.Tensor, indices: slice) -> torch.Tensor:
     """Returns base + added [..., rows, columns] in the dtype of `base`; only the rows `indices` of `added` count."""
     if len(range(*indices.indices(added.shape[-2]))) < added.shape[-2]:
         masked = torch.zeros_like(added)

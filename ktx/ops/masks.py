@@ -93,7 +93,7 @@ def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     return cached
 
 
-def uncausal(
+def non_causal_ranges(
     ranges: torch.Tensor | None, mask: torch.Tensor | None, sizes: tuple[int, int, int]
 ) -> torch.Tensor | None:
     """Returns the ranges for a module whose `is_causal` was set to False.
@@ -116,7 +116,7 @@ def uncausal(
     return torch.tensor([0, keys], dtype=torch.int32, device="cpu").expand(batch, queries, 2).contiguous()
 
 
-def edits_of(mask: torch.Tensor | None) -> Any:
+def mask_version(mask: torch.Tensor | None) -> Any:
     """Returns a value that compares equal between calls only if the mask cannot have been modified in between."""
     if isinstance(mask, Intervals):
         return 0 if mask.dense is None else object()

@@ -13,36 +13,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktx.cache.kv import as_stock, values_of
+from ktx.cache.kv import restore_stock_layer, to_floats
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged
+from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged_layer
 from ktx.errors import UsageError
 from ktx.families import MLA_PAIRING
 from ktx.kernels import cpu
 from ktx.kernels.gpu.attention_backend import known_backend
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import is_recorded
 from ktx.kernels.packed_cache import cached_pack
 from ktx.ops import contract
 from ktx.ops import packed_state as stored
-from ktx.ops.attention import CastingCache, causal_pages, hides, is_causal, not_dropped
-from ktx.ops.attention_weights import Choice, attention_weights
+from ktx.ops.attention import CastingCache, dropout_error, is_causal, masks_future, non_causal_error
+from ktx.ops.attention_weights import AttentionChoice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.class_patches import patched
-from ktx.ops.edit import fitting
-from ktx.ops.float_views import Dequantized, Floats, out_of_reach
+from ktx.ops.edit import checked_values
+from ktx.ops.float_views import Dequantized, Floats, unreadable
 from ktx.ops.fusion.fused import (
     NO_NORM,
     FusedStep,
     PreNorm,
     WeightDescriptor,
-    float_type,
-    plain_linear,
+    is_plain_linear,
+    kv_float_dtype,
     rotary_tables,
     run_attention,
     split_mask,
 )
-from ktx.ops.guard import Guard, below, current
-from ktx.ops.masks import uncausal
+from ktx.ops.guard import Guard, descendants, valid_fast_path
+from ktx.ops.masks import non_causal_ranges
 from ktx.ops.norm import RMSNorm
 from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import OfferedParameters
@@ -50,7 +50,7 @@ from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, WeightSource
 
 if TYPE_CHECKING:
-    from ktx.ops.latent_lora import LatentLora, Latents
+    from ktx.ops.latent_lora import LatentAdapters, LatentLora
 
 # A call of at least so many tokens S is faster in the expanded form: 2 * 768 * S > 2 * 512 * 256 operations per key and
 # head.
@@ -86,7 +86,7 @@ class MLA(Operator):
     w_uv: Any
     w_uk: Any
     block: MLABlock | None
-    choice: Choice
+    choice: AttentionChoice
     expansion: Guard | None
     lora: LatentLora | None = None
 
@@ -110,13 +110,13 @@ class MLA(Operator):
         new.dtype = ctx.dtype
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
-        new.choice, new.expansion = Choice(old.config), None
+        new.choice, new.expansion = AttentionChoice(old.config), None
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
-        new.check(ctx)
+        new.check_options(ctx)
         contract.latent_attention(old, ctx.path, new.interleaved)
         return new
 
-    def check(self, ctx: Context) -> None:
+    def check_options(self, ctx: Context) -> None:
         """Raises UsageError for options that the device does not support, before loading; the CPU supports all."""
 
     def tensors(self) -> list[str]:
@@ -138,7 +138,7 @@ class MLA(Operator):
         spec, expanded = source.spec(self.tensors()[0]), f"{self.tensors()[0]}{EXPANDED}"
         if not self.absorb_for_prefill and source.spec(expanded) is not None:  # written by save_pretrained(packed=True)
             return [cpu.pack(weight) for weight in (k_b, v_b, source.get(expanded))]
-        return self._packed(k_b, v_b, self.is_exact(source), spec is not None and not spec.qtype.is_float)
+        return self._packed(k_b, v_b, self.stores_f32(source), spec is not None and not spec.qtype.is_float)
 
     def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantized: bool) -> list[cpu.Packed]:
         """Packs the matrices.
@@ -149,38 +149,40 @@ class MLA(Operator):
             exact: Whether to pack f32 weights as F32 instead of F16.
             quantized: Whether to pack W_UK for the expanded form as Q8_0, because the file stores it quantized.
         """
-        packed = [cpu.pack(as_half(k_b, exact)), cpu.pack(as_half(v_b, exact))]
+        packed = [cpu.pack(to_f16(k_b, exact)), cpu.pack(to_f16(v_b, exact))]
         if not self.absorb_for_prefill:
-            w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
+            w_uk = QuantizedTensor.from_float(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
             coarse = quantized and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
-            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
+            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(to_f16(w_uk, exact)))
         return packed
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+    def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         """Returns the weight of kv_b_proj, f32 [heads * (nope + v), rank] as in transformers, for ktx.edit."""
         if name != "kv_b_proj" or expert is not None:
             raise UsageError(f"{self.path}: MLA has one weight that can be edited: ktx.edit(module, 'kv_b_proj')")
         return self.floats()["kv_b_proj.weight"].values(torch.float32)
 
-    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def repack(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """Packs an edited kv_b_proj, for ktx.edit: as F32 if `dtype` says so or it was F32 before, else as F16."""
         if dtype not in (None, "F16", "F32"):
             raise UsageError(f"{self.path}: kv_b_proj can be packed as F16 or F32, not as {dtype}")
         heads, rank = self.num_heads, self.kv_lora_rank
-        values = fitting(f"{self.path}.kv_b_proj", values, (heads * (self.qk_nope_head_dim + self.v_head_dim), rank))
+        values = checked_values(
+            f"{self.path}.kv_b_proj", values, (heads * (self.qk_nope_head_dim + self.v_head_dim), rank)
+        )
         k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
         exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
-        halves = [QuantizedTensor.of(half.contiguous()) for half in (k.transpose(1, 2), v)]
+        halves = [QuantizedTensor.from_float(half.contiguous()) for half in (k.transpose(1, 2), v)]
         packed = self._packed(halves[0], halves[1], exact, False)
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
-    def is_exact(self, source: WeightSource) -> bool:
+    def stores_f32(self, source: WeightSource) -> bool:
         """Whether the file stores W_UK as F32."""
         spec = source.spec(self.tensors()[0])
         return spec is not None and spec.qtype is QTYPES["F32"]
 
     def ready(self) -> None:
-        expansion = self._modules.get("kv_b_proj") or Expansion(self)
+        expansion = self._modules.get("kv_b_proj") or KVExpansion(self)
         self._modules["kv_b_proj"] = expansion
         self.expansion = Guard((), [expansion])
         self.block = MLABlock.of(self)
@@ -189,22 +191,22 @@ class MLA(Operator):
         given, cache = self.call.split(args, kwargs)
         drops = self.training and self.dropout > 0
         if drops and self.placement.gpu:
-            raise not_dropped(self.dropout, f"{self.path} on a GPU")
+            raise dropout_error(self.dropout, f"{self.path} on a GPU")
         # Attention weights need a gradient too if autograd records the input.
-        needs_weight_gradients = recorded(given["hidden_states"]) and self.choice.shows(given, cache)
-        if drops or needs_weight_gradients or self.choice.foreign or self._expands():
-            return self.by_transformers(given, cache)
-        return self.computed(cache, **given)
+        needs_weight_gradients = is_recorded(given["hidden_states"]) and self.choice.returns_weights(given, cache)
+        if drops or needs_weight_gradients or self.choice.is_custom or self._expands():
+            return self.call_replaced(given, cache)
+        return self.compute(cache, **given)
 
     @property
     def dropout(self) -> float:
         """The dropout probability of attention weights in training."""
         return float(getattr(self, "attention_dropout", 0.0))
 
-    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+    def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
         if self.placement.gpu:
-            return super().by_class(*args, **kwargs)
-        return self.by_transformers(*self.call.split(args, kwargs))
+            return super().call_patched_class(*args, **kwargs)
+        return self.call_replaced(*self.call.split(args, kwargs))
 
     def _expands(self) -> bool:
         """Whether kv_b_proj has hooks, or was patched or replaced."""
@@ -212,7 +214,7 @@ class MLA(Operator):
             return False
         return self._modules.get("kv_b_proj") is not self.expansion.states[0].module or not self.expansion.holds()
 
-    def by_transformers(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call_replaced(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Calls the forward of the replaced module, which expands all keys and values with its `kv_b_proj`.
 
         This is for a kv_b_proj with hooks or that was replaced, for other attention functions than the kernel, and for
@@ -225,20 +227,20 @@ class MLA(Operator):
         Raises:
             UsageError: The cache is the paged KV cache of an engine.
         """
-        if paged(cache, self.layer_idx) is not None and self.training and self.dropout > 0:
-            raise not_dropped(self.dropout, "an engine's forward")
-        if paged(cache, self.layer_idx) is not None:
+        if paged_layer(cache, self.layer_idx) is not None and self.training and self.dropout > 0:
+            raise dropout_error(self.dropout, "an engine's forward")
+        if paged_layer(cache, self.layer_idx) is not None:
             raise UsageError(
                 f"{self.path}: an engine caches compressed keys, so a hook on kv_b_proj and attn_implementation"
                 f" {self.choice.config._attn_implementation!r} have no effect there; remove the hook, or choose"
                 " attn_implementation 'ktx'"
             )
         if cache is not None:
-            cache = Expandable(cache, float_type(self.kv_dtype, given["hidden_states"].dtype))
-        result: tuple[torch.Tensor, torch.Tensor | None] = super().forward(**self.call.joined(given, cache))
+            cache = DtypeRestoringCache(cache, kv_float_dtype(self.kv_dtype, given["hidden_states"].dtype))
+        result: tuple[torch.Tensor, torch.Tensor | None] = super().forward(**self.call.join(given, cache))
         return result
 
-    def computed(
+    def compute(
         self,
         kv_cache: Any,
         hidden_states: torch.Tensor,
@@ -261,12 +263,12 @@ class MLA(Operator):
         Raises:
             UsageError: The module is not causal and the cache is the paged KV cache of an engine.
         """
-        if (block := current(self)) is not None:
+        if (block := valid_fast_path(self)) is not None:
             fused = block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if fused is not None:
                 return fused, None
-        if recorded(hidden_states):
-            as_stock(kv_cache, self.layer_idx)
+        if is_recorded(hidden_states):
+            restore_stock_layer(kv_cache, self.layer_idx)
         batch, length, _ = hidden_states.shape
         q = (
             self.q_proj(hidden_states)
@@ -283,22 +285,22 @@ class MLA(Operator):
         q_rope = cpu.rope(q_rope, cos, sin, self.interleaved)
         k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
         latent = self.kv_a_layernorm(latent)[:, None]
-        pages = paged(kv_cache, self.layer_idx)
+        pages = paged_layer(kv_cache, self.layer_idx)
         if pages is not None:
             if not is_causal(self, kwargs):
-                raise causal_pages(self)
+                raise non_causal_error(self)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
-            return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
+            return self.o_proj(self.attend_pages(q_nope, q_rope, *pools, pages.owner.batch)), None
         num_expanded = self._num_expanded_rows(kv_cache, batch, length)
         if kv_cache is not None:
-            stored = float_type(self.kv_dtype, latent.dtype)
+            stored = kv_float_dtype(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, batch, length, keys)
-        if not hides(self, self.choice, attention_mask, kwargs):
-            ranges = uncausal(ranges, mask, (batch, length, keys))
-        adapters = None if (lora := self.lora) is None else lora.whole(0)
+        if not masks_future(self, self.choice, attention_mask, kwargs):
+            ranges = non_causal_ranges(ranges, mask, (batch, length, keys))
+        adapters = None if (lora := self.lora) is None else lora.of_sequence(0)
         for attend, first, last in ((self.expanded, 0, num_expanded), (self.absorbed, num_expanded, length)):
             if first < last:
                 end_key = keys - length + last if ranges is None and mask is None else keys
@@ -308,13 +310,13 @@ class MLA(Operator):
                 q = q_nope[:, :, rows], q_rope[:, :, rows]
                 parts.append(attend(*q, latent[:, 0, :end_key], k_rope[:, 0, :end_key], row_ranges, row_mask, adapters))
         out = self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        if not self.choice.shows(kwargs):
+        if not self.choice.returns_weights(kwargs):
             return out, None
-        states = torch.cat([values_of(latent).float(), values_of(k_rope).float()], -1)
+        states = torch.cat([to_floats(latent).float(), to_floats(k_rope).float()], -1)
         queries = torch.cat([self._absorbed_queries(q_nope, adapters), q_rope], -1)
         return out, attention_weights(queries, states, ranges, mask, self.scaling)
 
-    def ragged(
+    def attend_pages(
         self,
         q_nope: torch.Tensor,
         q_rope: torch.Tensor,
@@ -342,13 +344,13 @@ class MLA(Operator):
                 rows = slice(first + span.lead_tokens, first + span.lead_tokens + span.full_page_tokens)
                 end = span.past + span.lead_tokens + span.full_page_tokens
                 latent, rope = (gather_pages(pool, pages, end) for pool in (latents, ropes))
-                adapters = None if (lora := self.lora) is None else lora.whole(rows.start)
+                adapters = None if (lora := self.lora) is None else lora.of_sequence(rows.start)
                 out[:, rows] = self.expanded(q_nope[:, :, rows], q_rope[:, :, rows], latent, rope, None, None, adapters)
-        if batch.rest is not None:
-            row_indices, sequences, pages = batch.rest
+        if batch.remainder is not None:
+            row_indices, sequences, pages = batch.remainder
             rest_queries = q_nope.index_select(2, row_indices), q_rope.index_select(2, row_indices)
             paging = {"sequences": sequences, "pages": pages}
-            rest_adapters = None if (lora := self.lora) is None else lora.among(row_indices)
+            rest_adapters = None if (lora := self.lora) is None else lora.of_rows(row_indices)
             out[:, row_indices] = self.absorbed(
                 *rest_queries, latents[:, 0], ropes[:, 0], None, None, rest_adapters, **paging
             )
@@ -377,7 +379,7 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
-        more: Latents | None = None,
+        adapters: LatentAdapters | None = None,
         **pages: torch.Tensor,
     ) -> torch.Tensor:
         """Computes attention in the absorbed form.
@@ -397,15 +399,15 @@ class MLA(Operator):
         """
         batch, heads, length, _ = q_nope.shape
         context = cpu.mla_attention(
-            self._absorbed_queries(q_nope, more), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
+            self._absorbed_queries(q_nope, adapters), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
         )  # [B, S, H, rank]
         by_head = context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1)
         out = cpu.linear_batched(by_head, self.w_uv)
-        if more is not None:
-            out = more.values(by_head, out)
+        if adapters is not None:
+            out = adapters.values(by_head, out)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def _absorbed_queries(self, q_nope: torch.Tensor, more: Latents | None = None) -> torch.Tensor:
+    def _absorbed_queries(self, q_nope: torch.Tensor, more: LatentAdapters | None = None) -> torch.Tensor:
         """Multiplies queries [B, H, S, nope] by W_UK -> [B, H, S, rank]."""
         batch, heads, length, _ = q_nope.shape
         flat = q_nope.transpose(0, 1).reshape(heads, batch * length, -1)
@@ -422,7 +424,7 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
-        more: Latents | None = None,
+        adapters: LatentAdapters | None = None,
     ) -> torch.Tensor:
         """Computes attention in the expanded form: k = [W_UK c | k_rope], v = W_UV c, in the dtype of the latent c.
 
@@ -440,7 +442,7 @@ class MLA(Operator):
         """
         batch, heads, length, nope = q_nope.shape
         keys, width = latent.shape[1], self.v_head_dim
-        flat = values_of(latent[:, None])[:, 0].reshape(batch * keys, -1)
+        flat = to_floats(latent[:, None])[:, 0].reshape(batch * keys, -1)
         bytes_per_head = batch * keys * (nope + width) * flat.element_size()
         heads_per_step = max(1, EXPAND_BYTES // bytes_per_head)
         # A head that does not fill whole row groups cannot be sliced out of the packed matrix.
@@ -450,11 +452,11 @@ class MLA(Operator):
         for head in range(0, heads, heads_per_step):
             head_range = range(head, min(head + heads_per_step, heads))
             expanded = (
-                cpu.linear(flat, _head_rows(self.w_uk, head_range, nope), wide=True),
+                cpu.linear(flat, _head_rows(self.w_uk, head_range, nope), all_bf16=True),
                 self._values(flat, head_range),
             )
-            if more is not None:
-                expanded = more.expanded(flat, *expanded, head_range)
+            if adapters is not None:
+                expanded = adapters.expanded(flat, *expanded, head_range)
             k_nope, values = (part.view(batch, keys, len(head_range), -1).transpose(1, 2) for part in expanded)
             head_slice = slice(head_range.start, head_range.stop)
             out[:, :, head_slice] = cpu.attention(
@@ -480,7 +482,7 @@ class MLA(Operator):
             return cpu.linear(
                 flat,
                 _head_rows(cpu.Packed(w_uv.data, w_uv.qtype, w_uv.matrices * w_uv.n, w_uv.k), heads, w_uv.n),
-                wide=True,
+                all_bf16=True,
             )
         return cpu.linear_batched(flat.expand(w_uv.matrices, -1, -1), w_uv).transpose(0, 1).reshape(flat.shape[0], -1)
 
@@ -493,7 +495,7 @@ class MLA(Operator):
                 f"{self.path}.kv_b_proj is on {self.placement}, and it cannot be read back from there; load the model"
                 " on the CPU to read it (device='cpu')"
             )
-            return {"kv_b_proj.weight": out_of_reach((k.matrices * rows_per_head, k.n), message, id(k))}
+            return {"kv_b_proj.weight": unreadable((k.matrices * rows_per_head, k.n), message, id(k))}
 
         def read(first: int, last: int) -> torch.Tensor:
             heads = range(first // rows_per_head, -(-last // rows_per_head))
@@ -518,7 +520,9 @@ class MLA(Operator):
             )
         heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
         k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        packed = self._packed(QuantizedTensor.of(k_b.transpose(1, 2)), QuantizedTensor.of(v_b), True, False)
+        packed = self._packed(
+            QuantizedTensor.from_float(k_b.transpose(1, 2)), QuantizedTensor.from_float(v_b), True, False
+        )
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -526,7 +530,7 @@ class MLA(Operator):
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
 
 
-class Expansion(nn.Module):
+class KVExpansion(nn.Module):
     """The child kv_b_proj, as in transformers: latents [..., rank] -> keys and values [..., heads * (nope + v)].
 
     The keys lack their rotary columns. The weights belong to the owner.
@@ -550,12 +554,12 @@ class Expansion(nn.Module):
         """The weight [out_features, in_features], read-only (ktx.ops.float_views)."""
         owner: MLA = self.__dict__["owner"]
         floats, label = owner.floats()["kv_b_proj.weight"], f"{owner.path}.kv_b_proj.weight"
-        return Dequantized(floats, owner.dtype, label, replace=self._replaced)
+        return Dequantized(floats, owner.dtype, label, on_write=self._replaced)
 
     def _replaced(self, values: torch.Tensor) -> Floats:
         """Packs other values and returns the new view of the weight."""
         owner: MLA = self.__dict__["owner"]
-        owner.take({"kv_b_proj.weight": fitting(f"{owner.path}.kv_b_proj", values, self.weight.shape)})
+        owner.take({"kv_b_proj.weight": checked_values(f"{owner.path}.kv_b_proj", values, self.weight.shape)})
         return owner.floats()["kv_b_proj.weight"]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -578,8 +582,8 @@ class Expansion(nn.Module):
                 f"{owner.path}.kv_b_proj: absorb_for_prefill never expands keys; load the model without that option"
             )
         flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
-        parts = cpu.linear(flat, owner.w_uk, wide=True), owner._values(flat, range(heads))
-        if (lora := owner.lora) is not None and (adapters := lora.whole(0)) is not None:
+        parts = cpu.linear(flat, owner.w_uk, all_bf16=True), owner._values(flat, range(heads))
+        if (lora := owner.lora) is not None and (adapters := lora.of_sequence(0)) is not None:
             parts = adapters.expanded(flat, *parts, range(heads))
         return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
 
@@ -606,11 +610,11 @@ class Expansion(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
 
-class Expandable(CastingCache):
+class DtypeRestoringCache(CastingCache):
     """Wraps a cache that stores another dtype; returns keys and values in the dtype of the update."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return tuple(values_of(states).to(keys.dtype) for states in super().update(keys, values, *args, **kwargs))
+        return tuple(to_floats(states).to(keys.dtype) for states in super().update(keys, values, *args, **kwargs))
 
 
 class MLABlock:
@@ -620,9 +624,9 @@ class MLABlock:
         self.owner = owner
         q_norm: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, rope_dim = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
-        self.heads, self.columns, self.halved, self.drops = 1, (rank, rope_dim), False, owner.dropout > 0
-        self.guard = Guard([owner], below(owner), [norm.copied(), None if q_norm is None else q_norm.copied()])
-        self.made = FusedStep(
+        self.heads, self.head_dims, self.half_rotary, self.has_dropout = 1, (rank, rope_dim), False, owner.dropout > 0
+        self.guard = Guard([owner], descendants(owner), [norm.copied_weight(), None if q_norm is None else q_norm.copied_weight()])
+        self.fused_step = FusedStep(
             "mla_step",
             matrices.packed,
             matrices.descriptor,
@@ -633,11 +637,11 @@ class MLABlock:
             [1.0 if q_norm is None else q_norm.epsilon, norm.epsilon, owner.scaling],
         )
 
-    def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
+    def supports(self, hidden: torch.Tensor, cache: Any) -> bool:
         """Whether all tokens of hidden [B, S, D] use the absorbed form and need no attention weights or dropout."""
-        if self.drops and self.owner.training:
+        if self.has_dropout and self.owner.training:
             return False
-        return not self.owner._num_expanded_rows(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
+        return not self.owner._num_expanded_rows(cache, *hidden.shape[:2]) and self.owner.choice.uses_kernel(cache)
 
     @classmethod
     def of(cls, owner: MLA) -> MLABlock | None:
@@ -650,7 +654,7 @@ class MLABlock:
         ]
         norms = ["q_a_layernorm"] * has_q_rank + ["kv_a_layernorm"]
         children: dict[str, Any] = owner._modules
-        if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):
+        if any(not is_plain_linear(children[name]) or children[name].bias is not None for name in projections):
             return None
         if any(not RMSNorm.is_cpu_norm(children[name]) or children[name].plus_one for name in norms):
             return None
@@ -681,7 +685,7 @@ class MLABlock:
         Returns:
             f32 [B, S, D], or None if this call needs the unfused forward.
         """
-        return run_attention(self, hidden, embeddings, mask, cache, before) if self.takes(hidden, cache) else None
+        return run_attention(self, hidden, embeddings, mask, cache, before) if self.supports(hidden, cache) else None
 
 
 def _rotary_pairs(rope: str, old: Any, ctx: Context) -> str:
@@ -721,7 +725,7 @@ def _head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Packed:
     return cpu.Packed(w.data[heads.start * stride : heads.stop * stride], w.qtype, len(heads) * rows_per_head, w.k)
 
 
-def as_half(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
+def to_f16(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     """Converts F32 weights to F16 where that is possible.
 
     F32 weights were computed from the file's type unless `exact`, and then F16 rounds less than that type did. Returns

@@ -10,16 +10,16 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
-from ktx.ops.activation_probe import PLAIN, as_usual, gate_of_mlp
+from ktx.ops.activation_probe import ACTIVATIONS, is_unmodified, probe_mlp
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fusion.fused import FusedStep, WeightDescriptor, plain_linear
-from ktx.ops.guard import Guard, Inside, below, current, listened
+from ktx.ops.fusion.fused import FusedStep, WeightDescriptor, is_plain_linear
+from ktx.ops.guard import ChildrenGuard, Guard, children_observed, descendants, valid_fast_path
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedMLP:
     """The three matrices of a feed-forward layer, for the experts kernel with a single expert.
 
     Attributes:
@@ -35,10 +35,10 @@ class Fused:
     biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
     @classmethod
-    def of(cls, owner: MLP) -> Fused | None:
+    def of(cls, owner: MLP) -> FusedMLP | None:
         """Builds it from `owner`; None if a projection is not a plain Linear, or gate and up are not one part each."""
         modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
-        if any(not plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
+        if any(not is_plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
         rows = {name: (child.parts[0], child.bias_in_f32) for name, child in modules.items()}
         copied_biases = [child.copied_bias() for child in modules.values()]
@@ -57,7 +57,10 @@ class Fused:
             rows[name] for name in ("gate_proj", "up_proj", "down_proj")
         )
         return cls(
-            owner.act, Guard([owner], below(owner), copied_biases), (gate, up, down), (gate_bias, up_bias, down_bias)
+            owner.act,
+            Guard([owner], descendants(owner), copied_biases),
+            (gate, up, down),
+            (gate_bias, up_bias, down_bias),
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,22 +75,22 @@ class Fused:
 class MLPBlock:
     """A feed-forward layer without biases as a fused step, see ktx.ops.fusion.layer."""
 
-    drops = False
+    has_dropout = False
 
-    def __init__(self, fused: Fused):
+    def __init__(self, fused: FusedMLP):
         self.guard, matrices = fused.guard, WeightDescriptor()
         for weights in fused.matrices:
             matrices.experts(weights)
         matrices.projection([])  # no shared_expert_gate
         sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no routed experts
         router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
-        self.made = FusedStep(
+        self.fused_step = FusedStep(
             "moe_step", matrices.packed, matrices.descriptor, sizes, *router, fused.act, 0.0, 0.0, None
         )
 
     @classmethod
     def of(cls, owner: MLP) -> MLPBlock | None:
-        fused = Fused.of(owner)
+        fused = FusedMLP.of(owner)
         return None if fused is None or any(bias is not None for bias in fused.biases) else cls(fused)
 
 
@@ -104,8 +107,8 @@ class MLP(Operator):
     """
 
     remade = ("inside", "fused", "block")
-    inside: Inside | None
-    fused: Fused | None
+    inside: ChildrenGuard | None
+    fused: FusedMLP | None
     block: MLPBlock | None
 
     @classmethod
@@ -115,24 +118,24 @@ class MLP(Operator):
                 f"{ctx.path} is a {type(old).__name__}: MLP needs gate_proj and up_proj (or gate_up_proj), and"
                 " down_proj"
             )
-        contract.parameters(old, ctx.path, contract.ONE)
+        contract.parameters(old, ctx.path, contract.FEED_FORWARD_ARGS)
         new: MLP = adopt(cls, old, ctx)
-        new.act, new.inside, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None, None
-        if new.act not in PLAIN:
+        new.act, new.inside, new.fused, new.block = probe_mlp(old, ctx.path).act, None, None, None
+        if new.act not in ACTIVATIONS:
             raise UsageError(
                 f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel supports"
             )
         return new
 
     def ready(self) -> None:
-        self.inside, self.fused, self.block = Inside.of(self), Fused.of(self), MLPBlock.of(self)
+        self.inside, self.fused, self.block = ChildrenGuard.of(self), FusedMLP.of(self), MLPBlock.of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fused := current(self, "fused")) is not None:
+        if (fused := valid_fast_path(self, "fused")) is not None:
             return fused(x)
-        return self.by_children(x) if listened(self) else self.computed(x)
+        return self.call_children(x) if children_observed(self) else self.compute(x)
 
-    def by_children(self, x: torch.Tensor) -> torch.Tensor:
+    def call_children(self, x: torch.Tensor) -> torch.Tensor:
         """Computes the layer by calling every child as a module, including the activation."""
         activations = [child for name, child in self._modules.items() if name not in PROJECTIONS]
         if len(activations) != 1:
@@ -145,9 +148,11 @@ class MLP(Operator):
         else:
             gate = self.gate_proj(x)
             activated, up = activation(gate), self.up_proj(x)  # type: ignore[misc]
-        return self.down_proj(cpu.gated(gate, up, self.act) if as_usual(activated, gate, self.act) else activated * up)
+        return self.down_proj(
+            cpu.gated(gate, up, self.act) if is_unmodified(activated, gate, self.act) else activated * up
+        )
 
-    def computed(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         """Computes the layer by calling the projections, with the activation as a kernel."""
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))

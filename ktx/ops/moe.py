@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import is_recorded
 from ktx.ops import contract
-from ktx.ops.base import Context, Operator, adopt, is_ours
+from ktx.ops.base import Context, Operator, adopt, is_ktx_operator
 from ktx.ops.experts import Experts
-from ktx.ops.fusion.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, plain_linear
-from ktx.ops.guard import Guard, Inside, below, current, listened
-from ktx.ops.mlp import MLP, Fused
+from ktx.ops.fusion.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, is_plain_linear
+from ktx.ops.guard import ChildrenGuard, Guard, children_observed, descendants, valid_fast_path
+from ktx.ops.mlp import MLP, FusedMLP
 from ktx.ops.router import Router
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class MoE(Operator):
     """
 
     remade = ("inside", "block")
-    derived = frozenset({"link"})
-    inside: Inside | None
+    derived = frozenset({"deferral"})
+    inside: ChildrenGuard | None
     reads = frozenset({"e_score_correction_bias"})
     block: MoEBlock | None
-    link: DeferredExperts | None = None  # set where the layer defers experts, see ktx.ops.expert_deferral
+    deferral: DeferredExperts | None = None  # set where the layer defers experts, see ktx.ops.expert_deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
@@ -53,20 +53,20 @@ class MoE(Operator):
         return new
 
     def ready(self) -> None:
-        self.inside = Inside.of(self)
-        self.block = None if self.returns_router or self.link is not None else MoEBlock.of(self)
+        self.inside = ChildrenGuard.of(self)
+        self.block = None if self.returns_router or self.deferral is not None else MoEBlock.of(self)
 
-    def listened(self) -> bool:
+    def children_observed(self) -> bool:
         """Whether a module inside has a hook or was replaced and transformers' forward can run.
 
         It cannot run with deferred experts.
         """
-        return self.link is None and listened(self)
+        return self.deferral is None and children_observed(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Computes hidden_states [..., D] -> [..., D]; for classes in RETURNS_ROUTER also the routing weights."""
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:
-            if self.link is not None:
+            if self.deferral is not None:
                 raise UsageError(
                     f"{self.path}: router_jitter_noise is {self.jitter_noise}, which deferred experts do not support:"
                     " call model.eval(), or load the model without defer_experts"
@@ -74,42 +74,42 @@ class MoE(Operator):
             return super().forward(hidden_states, *args, **kwargs)  # which adds it
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
-        if not torch.compiler.is_compiling() and takes(flat) and (block := current(self)) is not None:
+        if not torch.compiler.is_compiling() and is_fusable(flat) and (block := valid_fast_path(self)) is not None:
             return block(flat).view(shape)
-        if self.listened():
+        if self.children_observed():
             return super().forward(hidden_states, *args, **kwargs)
         router = self.gate if hasattr(self, "gate") else self.router
         bias = getattr(self, "e_score_correction_bias", None)
         _, weights, ids = router(flat) if bias is None else router(flat, bias)
-        out = self.mixed(flat, ids, weights).reshape(shape)
+        out = self.routed_and_shared(flat, ids, weights).reshape(shape)
         return (out, weights) if self.returns_router else out
 
-    def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        if self.link is not None:
+    def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
+        if self.deferral is not None:
             raise UsageError(
                 f"{self.path}: a method of a class of MoE blocks was patched, which deferred experts do not call;"
                 " load the model without defer_experts"
             )
-        return super().by_class(*args, **kwargs)
+        return super().call_patched_class(*args, **kwargs)
 
-    def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def routed_and_shared(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Computes routed and shared experts: flat [tokens, D], ids and weights [tokens, K] -> [tokens, D]."""
-        if self.link is not None:
-            return self.link.mixed(self, flat, ids, weights)
-        started, shared_out = self.begin(flat, ids, weights), self.shared(flat)
-        out = self.end(started)
+        if self.deferral is not None:
+            return self.deferral.routed_and_shared(self, flat, ids, weights)
+        started, shared_out = self.start_experts(flat, ids, weights), self.shared_output(flat)
+        out = self.finish_experts(started)
         return out if shared_out is None else out + shared_out
 
-    def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+    def start_experts(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
         """Starts the routed experts; `end` returns their output [tokens, D]. On the CPU they run synchronously."""
         return self.experts(flat, ids, weights)
 
-    def end(self, started: Any) -> torch.Tensor:
+    def finish_experts(self, started: Any) -> torch.Tensor:
         """Waits for the experts that `begin` started and returns their output [tokens, D]."""
         out: torch.Tensor = started
         return out
 
-    def shared(self, flat: torch.Tensor) -> torch.Tensor | None:
+    def shared_output(self, flat: torch.Tensor) -> torch.Tensor | None:
         """Computes the shared experts of flat [tokens, D], scaled by their gate if there is one; None without any."""
         shared = getattr(self, "shared_experts", None) or getattr(self, "shared_expert", None)
         if shared is None:
@@ -118,13 +118,13 @@ class MoE(Operator):
         return out if gate is None else torch.sigmoid(gate(flat).double()).to(out.dtype) * out  # as the block's
 
 
-def takes(flat: torch.Tensor) -> bool:
+def is_fusable(flat: torch.Tensor) -> bool:
     """Whether the fused step takes flat [tokens, D]: f32 on the CPU, no gradient, few tokens (overhead counts)."""
     return (
         flat.shape[0] <= MAX_FUSED_TOKENS
         and flat.dtype is torch.float32
         and flat.device.type == "cpu"
-        and not recorded(flat)
+        and not is_recorded(flat)
     )
 
 
@@ -133,9 +133,9 @@ class MoEBlock:
 
     def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: WeightDescriptor):
         bias = getattr(owner, "e_score_correction_bias", None)
-        self.guard = Guard([owner], below(owner), [*router.copied(), bias])
-        self.drops = getattr(owner, "jitter_noise", 0.0) > 0
-        self.made = FusedStep(
+        self.guard = Guard([owner], descendants(owner), [*router.copied_tensors(), bias])
+        self.has_dropout = getattr(owner, "jitter_noise", 0.0) > 0
+        self.fused_step = FusedStep(
             "moe_step",
             matrices.packed,
             matrices.descriptor,
@@ -154,14 +154,14 @@ class MoEBlock:
         router: Any = children.get("gate") or children.get("router")
         experts = children["experts"]
         if (
-            not is_ours(router, Router)
+            not is_ktx_operator(router, Router)
             or router.placement.gpu
-            or not is_ours(experts, Experts)
+            or not is_ktx_operator(experts, Experts)
             or any(b is not None for b in experts.biases.values())
         ):
             return None
         matrices = WeightDescriptor()
-        matrices.projection([router.matrix()])
+        matrices.projection([router.packed_weight()])
         for weights in experts.weights.values():
             matrices.experts(weights)
         shared, gate, width = (
@@ -170,10 +170,10 @@ class MoEBlock:
             0,
         )
         if shared is not None:
-            fused = Fused.of(shared) if is_ours(shared, MLP) else None
+            fused = FusedMLP.of(shared) if is_ktx_operator(shared, MLP) else None
             if fused is None or shared.act != experts.gate.act or any(b is not None for b in fused.biases):
                 return None
-            if gate is not None and not (plain_linear(gate) and gate.bias is None):
+            if gate is not None and not (is_plain_linear(gate) and gate.bias is None):
                 return None
             for weights in fused.matrices:
                 matrices.experts(weights)
@@ -183,4 +183,4 @@ class MoEBlock:
 
     def __call__(self, flat: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
         """Computes flat f32 [tokens, D] -> [tokens, D]; `before` normalizes the input and adds flat to the output."""
-        return self.made(flat[None], before)[0]
+        return self.fused_step(flat[None], before)[0]

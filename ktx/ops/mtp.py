@@ -22,7 +22,7 @@ MTP_COUNT_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")
 
 
-def mtp_layers(config: Any) -> int:
+def num_mtp_layers(config: Any) -> int:
     """Returns the number of MTP layers in a configuration."""
     return int(next((getattr(config, name) for name in MTP_COUNT_NAMES if getattr(config, name, None)), 0))
 
@@ -62,7 +62,7 @@ class MTP(nn.Module):
         return layer.shared_head.norm(out[0] if isinstance(out, tuple) else out)
 
 
-def append(model: Any, source: WeightSource) -> None:
+def append_layer(model: Any, source: WeightSource) -> None:
     """Appends the MTP layer to the layers of a model on the meta device, where rules and weights address it.
 
     Args:
@@ -73,7 +73,7 @@ def append(model: Any, source: WeightSource) -> None:
         UsageError: The configuration or the file has no MTP layer.
     """
     layers, config = model.get_decoder().layers, copy.deepcopy(model.config)
-    if not mtp_layers(config):
+    if not num_mtp_layers(config):
         raise UsageError(
             f"speculative mtp: this configuration of {config.model_type} has no MTP layer ({MTP_COUNT_NAMES[0]}); use"
             " prompt_lookup"
@@ -96,7 +96,7 @@ def append(model: Any, source: WeightSource) -> None:
     layers.append(layer.to(next(last.parameters()).dtype).eval().requires_grad_(False))
 
 
-def detach(model: Any) -> MTP:
+def detach_layer(model: Any) -> MTP:
     """Moves the loaded MTP layer from the layers of the model to `model.mtp`, and returns it."""
     layers = model.get_decoder().layers
     index = len(layers) - 1

@@ -8,11 +8,11 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.gradients import backward_only, recorded
+from ktx.kernels.gradients import is_recorded, refuse_forward_mode
 from ktx.ops import contract
-from ktx.ops.activation_probe import probe_copy, refused
-from ktx.ops.base import Context, Operator, adopt, is_ours
-from ktx.ops.change_counter import copied, in_f32
+from ktx.ops.activation_probe import probe_copy, probe_error
+from ktx.ops.base import Context, Operator, adopt, is_ktx_operator
+from ktx.ops.change_counter import as_f32, if_copied
 
 
 class RMSNorm(Operator):
@@ -27,7 +27,7 @@ class RMSNorm(Operator):
         eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}: RMSNorm needs a weight and an epsilon")
-        contract.parameters(old, ctx.path, contract.ONE)
+        contract.parameters(old, ctx.path, contract.FEED_FORWARD_ARGS)
         new: RMSNorm = adopt(cls, old, ctx)
         new.epsilon_name = name
         new.plus_one = _adds_one_to_weight(old, float(eps), ctx.path)
@@ -41,22 +41,22 @@ class RMSNorm(Operator):
     @property
     def in_f32(self) -> torch.Tensor:
         """The weight in f32 [hidden]."""
-        return in_f32(self, self.weight)
+        return as_f32(self, self.weight)
 
     @staticmethod
     def is_cpu_norm(child: Any) -> TypeGuard[RMSNorm]:
         """Whether a child is an RMSNorm that the fused CPU steps can compute."""
-        return is_ours(child, RMSNorm) and not child.placement.gpu
+        return is_ktx_operator(child, RMSNorm) and not child.placement.gpu
 
-    def copied(self) -> torch.Tensor | None:
+    def copied_weight(self) -> torch.Tensor | None:
         """Returns the weight if `in_f32` is a copy of it, else None."""
-        return copied(self.weight)
+        return if_copied(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return reference.rms_norm(x, self.weight, self.epsilon, self.plus_one)
-        backward_only(x)
-        weight = self.weight.float() if recorded(self.weight) else self.in_f32
+        refuse_forward_mode(x)
+        weight = self.weight.float() if is_recorded(self.weight) else self.in_f32
         return cpu.rms_norm(x.contiguous(), weight, self.epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
@@ -78,7 +78,7 @@ def _adds_one_to_weight(old: Any, eps: float, where: str) -> bool:
         with torch.no_grad(), torch.device("cpu"):
             output = probe(x)
     except Exception as error:  # code of a model family, with inputs that it may not expect
-        raise refused(old, where, "its formula", error) from error
+        raise probe_error(old, where, "its formula", error) from error
     for plus_one in (False, True):
         expected = reference.rms_norm(x, weight, eps, plus_one)
         if isinstance(output, torch.Tensor) and torch.allclose(output.float(), expected, rtol=1e-5, atol=1e-6):

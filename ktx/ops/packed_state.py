@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ktx.kernels.blocks import rows_of
+from ktx.kernels.blocks import unpack_rows
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor
 
@@ -29,10 +29,10 @@ class PackedState:
 
 def matrix(packed: Any) -> PackedState:
     """The state of one matrix."""
-    return PackedState((packed.n, packed.k), packed.qtype, lambda: rows_of(packed))
+    return PackedState((packed.n, packed.k), packed.qtype, lambda: unpack_rows(packed))
 
 
 def stack(packed: Sequence[Any]) -> PackedState:
     """The state of matrices of one shape and type, or of several stacks of them, concatenated."""
     first, count = packed[0], sum(part.matrices for part in packed)
-    return PackedState((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(rows_of, packed)))
+    return PackedState((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(unpack_rows, packed)))

@@ -19,7 +19,7 @@ from ktx.devices import Device
 from ktx.errors import UsageError
 from ktx.hardware import format_bytes
 from ktx.ops.base import Operator
-from ktx.ops.change_counter import Changes
+from ktx.ops.change_counter import ChangeCounter
 from ktx.ops.float_views import Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
@@ -37,7 +37,7 @@ NOT_MOVABLE = (
 _logged: set[tuple[str, str]] = set()  # (kind of operator, weight) pairs that `_warn_once` has logged
 
 
-class Frozen(dict[str, Any]):
+class FrozenParameters(dict[str, Any]):
     """The parameters of an operator; UsageError for a lookup or removal of the packed weights `names`."""
 
     names: frozenset[str] = frozenset()
@@ -101,7 +101,7 @@ class OfferedParameters(dict[str, Any]):
 class Parametrizable(Operator):
     """An operator that lists its packed weights among its own parameters, and on the CPU applies parametrizations."""
 
-    def offered(self) -> frozenset[str]:
+    def offered_names(self) -> frozenset[str]:
         """Returns the names of these weights."""
         return frozenset()
 
@@ -112,11 +112,11 @@ class Parametrizable(Operator):
             self.dtype,
             f"{self.path}.{name}",
             self.placement.torch,
-            lambda values: self.replaced(name, values),
+            lambda values: self.repacked(name, values),
             lambda: self.trained(name),
         )
 
-    def replaced(self, name: str, values: torch.Tensor) -> Floats:
+    def repacked(self, name: str, values: torch.Tensor) -> Floats:
         """Packs other values for a weight and returns the packed values as floats."""
         self.take({name: values})
         return self.floats()[name]
@@ -128,12 +128,12 @@ class Parametrizable(Operator):
             " (LoraConfig(target_parameters=[...])), or keep the module in floats with a rule"
         )
 
-    def enliven(self) -> None:
-        frozen = self.__dict__["_parameters"] = Frozen(self._parameters)
-        frozen.names, frozen.path = self.offered(), self.path
-        super().enliven()
+    def use_live_parameters(self) -> None:
+        frozen = self.__dict__["_parameters"] = FrozenParameters(self._parameters)
+        frozen.names, frozen.path = self.offered_names(), self.path
+        super().use_live_parameters()
         offered = OfferedParameters(self._buffers)
-        offered.names, offered.owner = self.offered(), self
+        offered.names, offered.owner = self.offered_names(), self
         self.__dict__["_buffers"] = offered
 
     def named_parameters(
@@ -159,8 +159,12 @@ class Parametrizable(Operator):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; torch calls it when parametrizations of a packed weight are removed, as it is an nn.Parameter."""
-        if isinstance(param, Dequantized) and isinstance(self._buffers, OfferedParameters) and name in self.offered():
-            Changes.count += 1
+        if (
+            isinstance(param, Dequantized)
+            and isinstance(self._buffers, OfferedParameters)
+            and name in self.offered_names()
+        ):
+            ChangeCounter.count += 1
             self._buffers.names |= {name}
         else:
             super().register_parameter(name, param)
@@ -183,7 +187,7 @@ class ParametrizedProduct(NamedTuple):
     """
 
     product: Product
-    added: bool
+    is_added: bool
 
     @classmethod
     def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> ParametrizedProduct:
@@ -204,10 +208,10 @@ class ParametrizedProduct(NamedTuple):
                     full_deltas,
                 )
             return cls(lambda rows, i: torch.stack([product(rows, i) for product in added_products]).sum(0), True)
-        return cls(_dense(whole(owner, name), transposed), False)
+        return cls(_dense(full_weight(owner, name), transposed), False)
 
 
-def whole(owner: Parametrizable, name: str) -> torch.Tensor:
+def full_weight(owner: Parametrizable, name: str) -> torch.Tensor:
     """Returns a parametrized weight, computed in full."""
     values: torch.Tensor = getattr(owner, name)
     _warn_once(owner, name, "a parametrization of it is computed as a full matrix", [values])

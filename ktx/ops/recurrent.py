@@ -11,7 +11,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract, lora
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.forward_signature import Call
+from ktx.ops.forward_signature import ForwardSignature
 
 
 class Recurrent(Operator):
@@ -24,8 +24,8 @@ class Recurrent(Operator):
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Recurrent:
         if not hasattr(old, "layer_idx"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no cache index (layer_idx)")
-        if not Call.of(old).cache:
-            raise contract.differs(
+        if not ForwardSignature.of(old).cache:
+            raise contract.unsupported_module_error(
                 old, ctx.path, "has no argument for a cache in its forward, so the operator would lose its state"
             )
         new: Recurrent = adopt(cls, old, ctx)
@@ -34,20 +34,20 @@ class Recurrent(Operator):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         given, cache = self.call.split(args, kwargs)
         if type(cache) is not PagedCache:
-            return super().forward(**self.call.joined(given, cache))
+            return super().forward(**self.call.join(given, cache))
         cache.check_cancelled()
         assert cache.batch is not None
         hidden_states = given["hidden_states"]
         outputs, start = [], 0
         for span in cache.batch.spans:
-            sequence_start, snapshot_lengths = start - span.past, span.marks
+            sequence_start, snapshot_lengths = start - span.past, span.snapshot_lengths
             for size in span.pieces:
-                with cpu.wide_part(start, size), lora.part(start, size):
+                with cpu.bf16_rows_part(start, size), lora.step_part(start, size):
                     chunk = {"hidden_states": hidden_states[:, start : start + size], "attention_mask": None}
-                    outputs.append(super().forward(**self.call.joined(given | chunk, cache.state(span.owner))))
+                    outputs.append(super().forward(**self.call.join(given | chunk, cache.state(span.owner))))
                 start += size
                 if start - sequence_start in snapshot_lengths:
-                    cache.mark(span.owner, start - sequence_start, self.layer_idx)
+                    cache.save_snapshot(span.owner, start - sequence_start, self.layer_idx)
         return torch.cat(outputs, 1)
 
-    by_class = forward  # already calls the forward of the replaced class, sequence by sequence
+    call_patched_class = forward  # already calls the forward of the replaced class, sequence by sequence

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from ktx.families import ROUTERS, RoutingSpec
 from ktx.kernels import cpu
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import is_recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.change_counter import edits
-from ktx.ops.guard import Inside, listened
+from ktx.ops.guard import ChildrenGuard, children_observed
 from ktx.weights.base import QuantizedTensor
 
 
@@ -44,20 +44,20 @@ class Router(Operator):
         | {style.renorm for style in ROUTERS.values() if isinstance(style.renorm, str)}
     )
     packed: cpu.Packed | None
-    inside: Inside | None
+    inside: ChildrenGuard | None
     version: tuple[int, ...]
 
-    def matrix(self) -> cpu.Packed:
+    def packed_weight(self) -> cpu.Packed:
         """Returns the packed weight, and packs it again if it was modified or replaced."""
         version = id(self.weight), self.weight.data_ptr(), edits(self.weight)
         if self.packed is None or version != self.version:
-            self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float().contiguous()))
+            self.packed = cpu.pack(QuantizedTensor.from_float(self.weight.detach().float().contiguous()))
             self.version = version
         return self.packed
 
     def ready(self) -> None:
-        self.matrix()
-        self.inside = Inside.of(self) if self._modules else None
+        self.packed_weight()
+        self.inside = ChildrenGuard.of(self) if self._modules else None
 
     @property
     def in_f32(self) -> torch.Tensor | None:
@@ -65,9 +65,9 @@ class Router(Operator):
         bias = getattr(self, "bias", None)
         return None if bias is None else bias.detach().float().contiguous()
 
-    def copied(self) -> list[torch.Tensor]:
+    def copied_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors that a fast path copies."""
-        bias, correction = getattr(self, "bias", None), self.correction_of(None)
+        bias, correction = getattr(self, "bias", None), self.correction_tensor(None)
         return [self.weight, *(t for t in (bias, correction) if t is not None)]
 
     def route_args(self) -> tuple[Any, ...]:
@@ -89,10 +89,10 @@ class Router(Operator):
 
         It is an argument of the forward (MiniMax), a buffer of the router, or a buffer of a child (ERNIE).
         """
-        given = self.correction_of(given)
+        given = self.correction_tensor(given)
         return None if given is None else given.detach().float().reshape(-1).contiguous()
 
-    def correction_of(self, given: torch.Tensor | None) -> torch.Tensor | None:
+    def correction_tensor(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the tensor of the model that `correction` converts."""
         if given is None:
             given = getattr(self, "e_score_correction_bias", None)
@@ -103,16 +103,16 @@ class Router(Operator):
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        if listened(self):
+        if children_observed(self):
             result: tuple[torch.Tensor, ...] = super().forward(hidden)
             return result
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         bias = getattr(self, "bias", None)
         # A compiled graph contains the weight itself, not the packed copy.
-        if torch.compiler.is_compiling() or recorded(self.weight, bias):
+        if torch.compiler.is_compiling() or is_recorded(self.weight, bias):
             logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
         else:
-            logits = cpu.linear(flat, self.matrix(), self.in_f32)
+            logits = cpu.linear(flat, self.packed_weight(), self.in_f32)
         top_k, scoring, group_mode, groups, topk_groups, renorm, scale = self.route_args()
         correction = self.correction(e_score_correction_bias)
         ids, weights = cpu.route(logits, top_k, scoring, correction, groups, topk_groups, group_mode, renorm, scale)

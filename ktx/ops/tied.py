@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ktx.kernels.gradients import recorded
-from ktx.ops.base import as_weights, packed_as
-from ktx.ops.change_counter import Live, edits
+from ktx.kernels.gradients import is_recorded
+from ktx.ops.base import as_weights, pack_as
+from ktx.ops.change_counter import CountedParameter, edits
 from ktx.ops.float_views import Floats
 from ktx.ops.linear import Linear
 from ktx.weights.base import QuantizedTensor
 
 
-class Tied(Linear):
+class TiedLinear(Linear):
     """A Linear that packs the weight of an embedding, and packs it again when that weight has changed.
 
     Writes to its weight, and gradients, go to the weight of the embedding.
@@ -29,10 +29,10 @@ class Tied(Linear):
 
     origin: tuple[Any, nn.Parameter | None]
     packed_parts: list[Any]
-    count: int
+    packed_edits: int
 
     @classmethod
-    def become(cls, head: Linear, embedding: nn.Module) -> None:
+    def tie_head(cls, head: Linear, embedding: nn.Module) -> None:
         """Ties a loaded output layer to an embedding."""
         parts = head.__dict__.pop("parts")
         object.__setattr__(head, "__class__", cls)
@@ -43,10 +43,10 @@ class Tied(Linear):
         """Ties the layer to an embedding whose weight equals the packed weight."""
         weight = embedding.weight
         if type(weight) is nn.Parameter:
-            weight.__class__ = Live  # which counts writes to its data
-        self.origin, self.count = (embedding, weight), edits(weight)
+            weight.__class__ = CountedParameter  # which counts writes to its data
+        self.origin, self.packed_edits = (embedding, weight), edits(weight)
 
-    def shared(self) -> Any:
+    def shared_weight(self) -> Any:
         """Returns the shared parameter; None if the layer is no longer tied."""
         embedding, weight = self.origin
         if weight is not None and embedding._parameters.get("weight") is not weight:
@@ -55,10 +55,10 @@ class Tied(Linear):
 
     @property  # type: ignore[override]
     def parts(self) -> list[Any]:
-        weight = self.shared()
-        if weight is not None and edits(weight) != self.count:
-            self.count = edits(weight)
-            self.packed_parts = [packed_as(as_weights(weight.detach()), self.quant_target, self.packed_from)]
+        weight = self.shared_weight()
+        if weight is not None and edits(weight) != self.packed_edits:
+            self.packed_edits = edits(weight)
+            self.packed_parts = [pack_as(as_weights(weight.detach()), self.quant_target, self.packed_from)]
         return self.packed_parts
 
     @parts.setter
@@ -70,34 +70,34 @@ class Tied(Linear):
             "weight"
         ):  # as tie_weights() of transformers does
             self.tie(self.origin[0])
-            self.count -= 1
+            self.packed_edits -= 1
         else:
             super().__setattr__(name, value)
             if name == "weight":
                 self.origin = self.origin[0], None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.shared()
-        if weight is None or not recorded(weight):
+        weight = self.shared_weight()
+        if weight is None or not is_recorded(weight):
             return super().product(x)
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def rows(self) -> Floats:
-        weight, view = self.shared(), super().rows()
+        weight, view = self.shared_weight(), super().rows()
         return view if weight is None else Floats(view.shape, view.read, weight.untyped_storage().data_ptr())
 
-    def _give(self, weight: QuantizedTensor) -> None:
-        shared = self.shared()
+    def _assign_to_ties(self, weight: QuantizedTensor) -> None:
+        shared = self.shared_weight()
         if shared is None:
-            super()._give(weight)
+            super()._assign_to_ties(weight)
         else:
             with torch.no_grad():
                 shared.copy_(weight.dequantize().view(shared.shape))
-            self.packed_parts, self.count = [self.packed_from(weight)], edits(shared)
+            self.packed_parts, self.packed_edits = [self.packed_from(weight)], edits(shared)
 
     def trained(self, name: str) -> None:
         """Turns the layer into an nn.Linear that shares the parameter of the embedding."""
-        shared: Any = self.shared()
+        shared: Any = self.shared_weight()
         super().trained(name)
         if shared is not None and name == "weight":
             nn.Module.__setattr__(self, "weight", shared.requires_grad_(True))
@@ -108,5 +108,5 @@ class Tied(Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.shared() is not None:
+        if self.shared_weight() is not None:
             self.tie(self.origin[0])

@@ -27,17 +27,17 @@ class ModuleBytes:
 
     path: str
     module: nn.Module
-    held: int
-    token: int
+    held_bytes: int
+    bytes_per_token: int
 
 
-def sizes(model: nn.Module) -> list[ModuleBytes]:
+def module_bytes(model: nn.Module) -> list[ModuleBytes]:
     """Lists the bytes of operators and of other modules with parameters of their own."""
     modules, counted = [], set[int]()
     for path, module in model.named_modules():
         parameters = plain_parameters(module)
         held_bytes, token_bytes = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
-        held_bytes = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held_bytes
+        held_bytes = 0 if isinstance(module, Linear) and module.tied_to and not module.has_own_copy else held_bytes
         for parameter in parameters:
             held_bytes += 0 if id(parameter) in counted else parameter.nbytes
             token_bytes += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)
@@ -62,24 +62,24 @@ class WeightTraffic:
         head: bytes per forward that computes logits (the output layer).
     """
 
-    always: int = 0
-    row: int = 0
-    head: int = 0
+    bytes_per_forward: int = 0
+    bytes_per_token: int = 0
+    bytes_per_logits: int = 0
 
     @classmethod
     def of(cls, model: Any) -> WeightTraffic:
         """Sums up a model's modules. A matrix counts once per forward, because all its tokens share one read."""
         head = model.get_output_embeddings()
         always = row = head_bytes = 0
-        for size in sizes(model):
+        for size in module_bytes(model):
             if isinstance(size.module, Embedding | nn.Embedding):
-                row += size.token
+                row += size.bytes_per_token
             elif size.module is head:
-                head_bytes += size.token
+                head_bytes += size.bytes_per_token
             elif not isinstance(size.module, Experts):
-                always += size.token
+                always += size.bytes_per_token
         return cls(always, row, head_bytes)
 
     def bytes(self, forwards: int, tokens: int, heads: int) -> int:
         """Returns the bytes read by `forwards` forwards of `tokens` tokens in all, `heads` of which computed logits."""
-        return forwards * self.always + tokens * self.row + heads * self.head
+        return forwards * self.bytes_per_forward + tokens * self.bytes_per_token + heads * self.bytes_per_logits

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ktx.cache.kv import PLAIN, KVType, stored_row
-from ktx.cache.page_pool import PAGE_TOKENS, SNAPSHOTS
+from ktx.cache.kv import STANDARD_LAYERS, KVType, stored_row
+from ktx.cache.page_pool import MAX_SNAPSHOTS, PAGE_TOKENS
 from ktx.injection.inject import Plan, Step, layer_of
 from ktx.kernels import cpu
-from ktx.kernels.gpu.repack_bits import UNDO
+from ktx.kernels.gpu.repack_bits import RESTORE
 from ktx.ops.base import target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
@@ -38,12 +38,12 @@ GROUPS = (  # group of a module: the first pattern that matches its path
 )
 EXPERTS, EMBEDDING, OUTPUT, ATTENTION = GROUPS[0][0], GROUPS[2][0], GROUPS[3][0], GROUPS[4][0]
 # Bytes per value: parameters that are not matrices are f32; with a GPU the model computes in bf16.
-FLOAT, HALF = 4, 2
+F32_BYTES, BF16_BYTES = 4, 2
 Matrix = tuple[QType, tuple[int, ...]]  # quantization type and shape [..., n, k]
 
 
 @dataclass(frozen=True)
-class Bytes:
+class WeightBytes:
     """Bytes of a module's weights: `held` in memory, and `read` per decoded token."""
 
     held: int
@@ -60,34 +60,40 @@ class ModuleMemory:
     path: str
     group: str
     layer: int | None
-    cpu: Bytes
-    gpu: Bytes
-    weights: int  # number of weights
-    largest: int  # weights in its largest matrix; the matrices of a batched product count as one
-    columns: int  # activation values per token while it computes
-    experts: int = 0
-    top: int = 0
-    row: bool = False  # a token reads a single row
+    cpu: WeightBytes
+    gpu: WeightBytes
+    num_weights: int  # number of weights
+    max_matrix_weights: int  # weights in its largest matrix; the matrices of a batched product count as one
+    activation_columns: int  # activation values per token while it computes
+    num_experts: int = 0
+    top_k: int = 0
+    is_row_lookup: bool = False  # a token reads a single row
     pinned: bool = False  # a rule places it on the CPU
-    rearranged: bool = False  # its packed bits are repacked when streamed to a GPU
+    needs_repacking: bool = False  # its packed bits are repacked when streamed to a GPU
 
-    def on(self, gpu: bool) -> Bytes:
+    def weight_bytes(self, gpu: bool) -> WeightBytes:
         """Bytes of the weights on a GPU or on the CPU."""
         return self.gpu if gpu else self.cpu
 
-    def of(self, count: int) -> ModuleMemory:
+    def subset(self, count: int) -> ModuleMemory:
         """Returns the memory of `count` of the experts; reads per token are scaled to their share."""
         cpu_bytes, gpu_bytes = (
-            (size.held * count // self.experts, size.read * count // self.experts) for size in (self.cpu, self.gpu)
+            (size.held * count // self.num_experts, size.read * count // self.num_experts)
+            for size in (self.cpu, self.gpu)
         )
-        return replace(self, cpu=Bytes(*cpu_bytes), gpu=Bytes(*gpu_bytes), weights=self.weights * count // self.experts)
+        return replace(
+            self,
+            cpu=WeightBytes(*cpu_bytes),
+            gpu=WeightBytes(*gpu_bytes),
+            num_weights=self.num_weights * count // self.num_experts,
+        )
 
-    def read(self, tokens: int, gpu: bool) -> int:
+    def read_bytes(self, tokens: int, gpu: bool) -> int:
         """Bytes that a forward over `tokens` tokens reads, if each token selects different experts."""
-        size = self.on(gpu)
-        if self.experts:
-            return size.held * min(self.experts, tokens * self.top) // self.experts
-        return size.read * (tokens if self.row else 1)
+        size = self.weight_bytes(gpu)
+        if self.num_experts:
+            return size.held * min(self.num_experts, tokens * self.top_k) // self.num_experts
+        return size.read * (tokens if self.is_row_lookup else 1)
 
 
 @dataclass(frozen=True)
@@ -100,19 +106,19 @@ class KVMemory:
 
     path: str
     layer: int
-    heads: int = 0
+    num_kv_heads: int = 0
     columns: tuple[int, ...] = ()
-    state: int = 0
-    queries: int = 0
-    latent: bool = False
+    state_bytes: int = 0
+    num_heads: int = 0
+    is_mla: bool = False
     expanded: int = 0
     pinned: bool = False
 
-    def row(self, store: KVType, gpu: bool) -> int:
+    def row_bytes(self, store: KVType, gpu: bool) -> int:
         """Bytes of a position."""
         device = torch.device("cuda" if gpu else "cpu")
         rows = [stored_row(store, width, torch.float32, device) for width in self.columns]
-        return self.heads * sum(width * dtype.itemsize for width, dtype in rows)
+        return self.num_kv_heads * sum(width * dtype.itemsize for width, dtype in rows)
 
     def nbytes(self, context: int, batch: int, store: KVType, gpu: bool) -> int:
         """Bytes for `batch` sequences of `context` positions, rounded up to full pages.
@@ -120,33 +126,35 @@ class KVMemory:
         A layer with a state adds the snapshots of the prefix cache.
         """
         pages = batch * -(-context // PAGE_TOKENS)
-        return pages * PAGE_TOKENS * self.row(store, gpu) + (self.state * (batch + SNAPSHOTS) if self.state else 0)
+        return pages * PAGE_TOKENS * self.row_bytes(store, gpu) + (
+            self.state_bytes * (batch + MAX_SNAPSHOTS) if self.state_bytes else 0
+        )
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Memory of a model, from its headers and its configuration."""
 
-    parts: list[ModuleMemory]
-    kept: list[KVMemory]
-    hidden: int
-    vocabulary: int
+    modules: list[ModuleMemory]
+    kv_layers: list[KVMemory]
+    hidden_size: int
+    vocab_size: int
 
     @property
-    def layers(self) -> int:
-        return 1 + max((part.layer for part in self.parts if part.layer is not None), default=-1)
+    def num_layers(self) -> int:
+        return 1 + max((part.layer for part in self.modules if part.layer is not None), default=-1)
 
     @property
-    def top(self) -> int:
-        return max((part.top for part in self.parts), default=0)
+    def top_k(self) -> int:
+        return max((part.top_k for part in self.modules), default=0)
 
 
-def on_cpu(matrices: Sequence[Matrix]) -> int:
+def cpu_packed_bytes(matrices: Sequence[Matrix]) -> int:
     """Bytes of matrices packed for the CPU."""
     return sum(cpu.packed_nbytes(qtype, shape[-2], shape[-1], prod(shape[:-2])) for qtype, shape in matrices)
 
 
-def on_gpu(matrices: Sequence[Matrix]) -> int:
+def gpu_packed_bytes(matrices: Sequence[Matrix]) -> int:
     """Bytes of the same matrices packed for a GPU (structure of arrays)."""
     return sum(
         prod(shape[:-1]) * qtype.row_bytes(shape[-1]) + _fp8_scale_bytes(qtype, shape) for qtype, shape in matrices
@@ -176,7 +184,7 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
     cached_modules = [(path, module) for path, module in attention_modules if hasattr(module, "layer_idx")]
     kv_layers = [
         _kv_pools(path, module, config)
-        if type(hf_layers[module.layer_idx]) in PLAIN
+        if type(hf_layers[module.layer_idx]) in STANDARD_LAYERS
         else _recurrent_state(path, module)
         for path, module in cached_modules
         if module.layer_idx < len(hf_layers)
@@ -209,24 +217,32 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
     if not (num_floats or packed or tied):
         return None
     matrices = packed or tied
-    cpu_bytes, gpu_bytes = num_floats * FLOAT + on_cpu(packed), num_floats * FLOAT + on_gpu(matrices)
-    cpu_size, gpu_size = Bytes(cpu_bytes, cpu_bytes + on_cpu(tied)), Bytes(gpu_bytes, gpu_bytes)
+    cpu_bytes, gpu_bytes = (
+        num_floats * F32_BYTES + cpu_packed_bytes(packed),
+        num_floats * F32_BYTES + gpu_packed_bytes(matrices),
+    )
+    cpu_size, gpu_size = WeightBytes(cpu_bytes, cpu_bytes + cpu_packed_bytes(tied)), WeightBytes(gpu_bytes, gpu_bytes)
     if isinstance(module, MLA):
         decode_matrices = packed[:2]
         # A GPU expands with the absorbing matrix in prefill, so it holds no matrix of its own for that.
-        mla_gpu_bytes = num_floats * FLOAT + on_gpu(decode_matrices)
+        mla_gpu_bytes = num_floats * F32_BYTES + gpu_packed_bytes(decode_matrices)
         cpu_size, gpu_size = (
-            Bytes(cpu_bytes, num_floats * FLOAT + on_cpu(decode_matrices)),
-            Bytes(mla_gpu_bytes, mla_gpu_bytes),
+            WeightBytes(cpu_bytes, num_floats * F32_BYTES + cpu_packed_bytes(decode_matrices)),
+            WeightBytes(mla_gpu_bytes, mla_gpu_bytes),
         )
     if isinstance(module, Router | RMSNorm):  # the parameter itself, and the kernel's copy
-        router_copy = on_cpu([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
-        cpu_size = Bytes(cpu_bytes + router_copy, router_copy or cpu_bytes)
-        gpu_size = Bytes(num_floats * (HALF + FLOAT), num_floats * FLOAT)
+        router_copy = (
+            cpu_packed_bytes([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
+        )
+        cpu_size = WeightBytes(cpu_bytes + router_copy, router_copy or cpu_bytes)
+        gpu_size = WeightBytes(num_floats * (BF16_BYTES + F32_BYTES), num_floats * F32_BYTES)
     is_embedding = group_of(step.path) == EMBEDDING
     if is_embedding and step.specs:
         num_rows = step.specs[0].shape[0]
-        cpu_size, gpu_size = Bytes(cpu_bytes, cpu_bytes // num_rows), Bytes(gpu_bytes, gpu_bytes // num_rows)
+        cpu_size, gpu_size = (
+            WeightBytes(cpu_bytes, cpu_bytes // num_rows),
+            WeightBytes(gpu_bytes, gpu_bytes // num_rows),
+        )
     experts, top = (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
     return ModuleMemory(
         step.path,
@@ -236,11 +252,11 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         gpu_size,
         num_floats + sum(prod(shape) for _, shape in matrices),
         0 if experts else max((prod(shape) for _, shape in matrices), default=0),
-        columns_of(module),
+        activation_columns(module),
         experts,
         top,
         is_embedding,
-        rearranged=any(qtype.name in UNDO for qtype, _ in packed),
+        needs_repacking=any(qtype.name in RESTORE for qtype, _ in packed),
     )
 
 
@@ -250,7 +266,7 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _is_plain(spec: TensorSpec, own: set[str], step: Step) -> bool:
     """Whether a tensor becomes a plain float tensor: a parameter of the module itself, or a bias."""
-    return not step.new or spec.name in own or len(spec.shape) < 2 or spec.name.endswith("bias")
+    return not step.operator or spec.name in own or len(spec.shape) < 2 or spec.name.endswith("bias")
 
 
 def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Matrix]:
@@ -261,9 +277,9 @@ def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Ma
     files = source.specs(spec.name)
     types = {file.qtype.name for file in files}
     if len(types) == 1:
-        yield target_qtype(spec, step.target) or spec.qtype, spec.shape
-    elif step.new == "Linear" and sum(file.shape[0] for file in files) == spec.shape[0]:
-        yield from ((target_qtype(file, step.target) or file.qtype, file.shape) for file in files)
+        yield target_qtype(spec, step.quant_target) or spec.qtype, spec.shape
+    elif step.operator == "Linear" and sum(file.shape[0] for file in files) == spec.shape[0]:
+        yield from ((target_qtype(file, step.quant_target) or file.qtype, file.shape) for file in files)
     else:
         yield QTYPES["F32"], spec.shape
 
@@ -295,7 +311,7 @@ def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
     return [] if spec is None else list(_matrices(step, spec, source))
 
 
-def columns_of(module: nn.Module) -> int:
+def activation_columns(module: nn.Module) -> int:
     """Returns the number of activation values per token while a module computes."""
     if isinstance(module, Linear):
         return module.out_features
@@ -327,4 +343,4 @@ def _recurrent_state(path: str, module: Any) -> KVMemory:
     conv_values = getattr(module, "conv_dim", 0) * getattr(module, "conv_kernel_size", 0)
     num_heads = getattr(module, "num_v_heads", 0)
     state_values = num_heads * getattr(module, "head_k_dim", 0) * getattr(module, "head_v_dim", 0)
-    return KVMemory(path, module.layer_idx, state=FLOAT * (conv_values + state_values))
+    return KVMemory(path, module.layer_idx, state_bytes=F32_BYTES * (conv_values + state_values))

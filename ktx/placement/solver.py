@@ -17,16 +17,16 @@ import torch
 
 from ktx.cache.kv import KVType
 from ktx.errors import UsageError
-from ktx.injection.device_map import PlacementEntry, spans
+from ktx.injection.device_map import PlacementEntry, format_ranges
 from ktx.injection.rules import Rule
 from ktx.kernels.microbench import DEFAULT_PCIE_GB_S, min_tokens_to_stream
-from ktx.ops.gpu.offload import SLOTS
+from ktx.ops.gpu.offload import NUM_BUFFER_SETS
 from ktx.placement import workspace
 from ktx.placement.memory_model import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, KVMemory, ModuleMemory
 
-RESERVE = 256 << 20  # bytes on the CPU for tables and one tensor in flight, in addition to the packed weights
-SLACK = 0.05  # reserve as a fraction of the packed weights
-CONTEXT = 512 << 20  # allowance in bytes per GPU for CUDA's context, kernels and cuBLAS's workspace
+RESERVE_BYTES = 256 << 20  # bytes on the CPU for tables and one tensor in flight, in addition to the packed weights
+RESERVE_FRACTION = 0.05  # reserve as a fraction of the packed weights
+CUDA_CONTEXT_BYTES = 512 << 20  # allowance in bytes per GPU for CUDA's context, kernels and cuBLAS's workspace
 CROSSING_LATENCY_S = 15e-6  # seconds until hidden states begin to arrive on another device
 KV, SCRATCH, SYSTEM = "keys and values", "scratch", "CUDA, reserve"
 CPU = "cpu"
@@ -44,8 +44,8 @@ class Budget:
     ram: int
     context: int = 8192
     batch: int = 1
-    kv: KVType = torch.float16
-    chunk: int = 2048
+    kv_dtype: KVType = torch.float16
+    chunk_size: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "chunk"):
@@ -57,7 +57,7 @@ class Budget:
         """Names of the GPUs."""
         return [f"cuda:{i}" for i in range(len(self.vram))]
 
-    def of(self, device: str) -> int:
+    def bytes_of(self, device: str) -> int:
         """Budget of a device in bytes."""
         return self.ram if device == CPU else self.vram[self.gpus.index(device)]
 
@@ -70,13 +70,13 @@ class Speeds:
     prefill (0: unknown).
     """
 
-    cpu: float
-    gpu: float
+    cpu_gb_s: float
+    gpu_gb_s: float
     cpu_from: str = "given"
     gpu_from: str = "given"
-    link: float = DEFAULT_PCIE_GB_S
+    link_gb_s: float = DEFAULT_PCIE_GB_S
     link_from: str = "assumed"
-    rate: float = 0.0
+    cpu_gops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Placement:
     layers: list[str]
     experts: frozenset[int] = field(default_factory=frozenset)
     embedding: str = CPU
-    share: Mapping[int, int] = field(default_factory=dict)
-    stream: bool = False
+    num_gpu_experts: Mapping[int, int] = field(default_factory=dict)
+    streams_experts: bool = False
 
     @property
-    def names(self) -> list[str]:
+    def device_names(self) -> list[str]:
         """Names of the devices, the CPU first."""
         return [CPU, *self.budget.gpus]
 
@@ -110,33 +110,33 @@ class Placement:
             return self.embedding
         if group == EXPERTS and part.layer not in self.experts:
             return CPU
-        return self.home(part)
+        return self.layer_device(part)
 
-    def home(self, part: ModuleMemory | KVMemory) -> str:
+    def layer_device(self, part: ModuleMemory | KVMemory) -> str:
         """Device of the layer that contains `part`."""
         if part.layer is not None:
-            return self.layers[part.layer] if part.layer < len(self.layers) else self.last
-        return self.last
+            return self.layers[part.layer] if part.layer < len(self.layers) else self.output_device
+        return self.output_device
 
     @property
-    def last(self) -> str:
+    def output_device(self) -> str:
         """Device of the output layer and of the norm before it."""
         return self.layers[-1] if self.layers else CPU
 
     @cached_property
     def devices(self) -> dict[str, str]:
         """Devices by module path."""
-        return {part.path: device for part, device in self.placed_bytes}
+        return {part.path: device for part, device in self.placed_modules}
 
     @cached_property
-    def placed_bytes(self) -> list[tuple[ModuleMemory, str]]:
+    def placed_modules(self) -> list[tuple[ModuleMemory, str]]:
         """Modules with their devices; experts that are split between two devices are two entries."""
         placed = []
-        for part in self.model.parts:
-            device, count = self.device(part), self.share.get(part.layer or 0, 0) if part.experts else 0
+        for part in self.model.modules:
+            device, count = self.device(part), self.num_gpu_experts.get(part.layer or 0, 0) if part.num_experts else 0
             if count and device == CPU and not part.pinned:
-                gpu_part = replace(part.of(count), path=f"{part.path}.on_gpu")
-                placed += [(part.of(part.experts - count), CPU), (gpu_part, self.home(part))]
+                gpu_part = replace(part.subset(count), path=f"{part.path}.on_gpu")
+                placed += [(part.subset(part.num_experts - count), CPU), (gpu_part, self.layer_device(part))]
             else:
                 placed.append((part, device))
         return placed
@@ -147,120 +147,135 @@ class Placement:
         totals: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
-        for part, device in self.placed_bytes:
-            totals[part.group][device] += part.on(device != CPU).held
-        for layer in self.model.kept:
-            totals[KV][self.device(layer)] += self.kv(layer)
-        for device in self.names:
-            totals[SCRATCH][device] = self.scratch(device)
+        for part, device in self.placed_modules:
+            totals[part.group][device] += part.weight_bytes(device != CPU).held
+        for layer in self.model.kv_layers:
+            totals[KV][self.device(layer)] += self.kv_bytes(layer)
+        for device in self.device_names:
+            totals[SCRATCH][device] = self.workspace_bytes(device)
             weights = sum(totals[group][device] for group, _ in GROUPS)
-            totals[SYSTEM][device] = int(SLACK * weights) + RESERVE if device == CPU else CONTEXT
+            totals[SYSTEM][device] = (
+                int(RESERVE_FRACTION * weights) + RESERVE_BYTES if device == CPU else CUDA_CONTEXT_BYTES
+            )
         return {group: dict(by_device) for group, by_device in totals.items()}
 
-    def kv(self, layer: KVMemory) -> int:
+    def kv_bytes(self, layer: KVMemory) -> int:
         """Bytes of a layer's KV cache."""
         budget = self.budget
-        return layer.nbytes(budget.context, budget.batch, budget.kv, self.device(layer) != CPU)
+        return layer.nbytes(budget.context, budget.batch, budget.kv_dtype, self.device(layer) != CPU)
 
-    def scratch(self, device: str) -> int:
+    def workspace_bytes(self, device: str) -> int:
         """Bytes of workspace on a device, for a prefill chunk or for one decoded token per sequence."""
-        parts = [part for part, placed_on in self.placed_bytes if placed_on == device]
-        kv_layers = [layer for layer in self.model.kept if self.device(layer) == device]
-        budget, tokens, gpu = self.budget, max(self.budget.chunk, self.budget.batch), device != CPU
-        num_bytes = workspace.activations(self.model, parts, tokens, gpu) if parts else 0
-        num_bytes += workspace.expanding(kv_layers, budget.context)
-        num_bytes += workspace.logits(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
+        parts = [part for part, placed_on in self.placed_modules if placed_on == device]
+        kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
+        budget, tokens, gpu = self.budget, max(self.budget.chunk_size, self.budget.batch), device != CPU
+        num_bytes = workspace.activation_bytes(self.model, parts, tokens, gpu) if parts else 0
+        num_bytes += workspace.mla_expansion_bytes(kv_layers, budget.context)
+        num_bytes += (
+            workspace.logits_bytes(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
+        )
         if budget.vram:
-            num_bytes += workspace.crossing(self.model, tokens) * (1 if gpu else SLOTS * len(budget.vram))
+            num_bytes += workspace.transfer_bytes(self.model, tokens) * (
+                1 if gpu else NUM_BUFFER_SETS * len(budget.vram)
+            )
         if gpu:
-            num_bytes += workspace.attention(kv_layers, tokens, budget.batch) + workspace.dequantised(parts)
-            num_bytes += workspace.captured(self.model, parts, kv_layers, budget.batch) if len(budget.vram) == 1 else 0
-            num_bytes += workspace.streamed(self.streamed(device)) if self.stream else 0
+            num_bytes += workspace.attention_bytes(kv_layers, tokens, budget.batch) + workspace.dequantized_bytes(parts)
+            num_bytes += (
+                workspace.cuda_graph_bytes(self.model, parts, kv_layers, budget.batch) if len(budget.vram) == 1 else 0
+            )
+            num_bytes += workspace.streaming_bytes(self.streamed_experts(device)) if self.streams_experts else 0
         return num_bytes
 
-    def streamed(self, device: str) -> list[ModuleMemory]:
+    def streamed_experts(self, device: str) -> list[ModuleMemory]:
         """Experts on the CPU whose layers are on the given GPU."""
         return [
             part
-            for part, placed_on in self.placed_bytes
-            if part.experts and placed_on == CPU and self.home(part) == device
+            for part, placed_on in self.placed_modules
+            if part.num_experts and placed_on == CPU and self.layer_device(part) == device
         ]
 
-    def total(self, device: str) -> int:
+    def total_bytes(self, device: str) -> int:
         """Bytes in use on a device."""
         return sum(by_device.get(device, 0) for by_device in self.bytes.values())
 
     def exceeded(self) -> dict[str, int]:
         """Bytes by which devices exceed their budgets."""
-        excess = {device: self.total(device) - self.budget.of(device) for device in self.names}
+        excess = {device: self.total_bytes(device) - self.budget.bytes_of(device) for device in self.device_names}
         return {device: num_bytes for device, num_bytes in excess.items() if num_bytes > 0}
 
     @property
-    def off_device_bytes(self) -> set[tuple[int, str]]:
+    def cpu_groups(self) -> set[tuple[int, str]]:
         """Pairs of layer and group that are on the CPU."""
-        parts = [(part.layer, part.group) for part in self.model.parts if self.device(part) == CPU]
+        parts = [(part.layer, part.group) for part in self.model.modules if self.device(part) == CPU]
         return {(layer, group) for layer, group in parts if layer is not None}
 
     # ---- cost of a decoded token
 
-    def reads(self, device: str) -> int:
+    def read_bytes_per_token(self, device: str) -> int:
         """Bytes that a device reads for one token of each sequence, at the end of the context."""
         budget, gpu = self.budget, device != CPU
-        weights = sum(part.read(budget.batch, gpu) for part, placed_on in self.placed_bytes if placed_on == device)
-        kv_layers = [layer for layer in self.model.kept if self.device(layer) == device]
-        cache_bytes = sum(layer.row(budget.kv, gpu) * budget.context + 2 * layer.state for layer in kv_layers)
+        weights = sum(
+            part.read_bytes(budget.batch, gpu) for part, placed_on in self.placed_modules if placed_on == device
+        )
+        kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
+        cache_bytes = sum(
+            layer.row_bytes(budget.kv_dtype, gpu) * budget.context + 2 * layer.state_bytes for layer in kv_layers
+        )
         return weights + cache_bytes * budget.batch
 
-    def crossings(self) -> int:
+    def transfers_per_token(self) -> int:
         """How often hidden states change the device for a token."""
-        route, num_cpu_groups = [self.embedding], Counter(layer for layer, _ in self.off_device_bytes)
+        route, num_cpu_groups = [self.embedding], Counter(layer for layer, _ in self.cpu_groups)
         for layer, device in enumerate(self.layers):
             route += [device, *[CPU, device] * num_cpu_groups[layer]]
         return sum(a != b for a, b in zip(route, route[1:], strict=False))
 
-    def seconds(self, speeds: Speeds) -> dict[str, float]:
+    def seconds_per_token(self, speeds: Speeds) -> dict[str, float]:
         """Seconds for one token of each sequence: reads by device, and transfers between devices."""
-        read_s = {name: self.reads(name) / 1e9 / (speeds.cpu if name == CPU else speeds.gpu) for name in self.names}
+        read_s = {
+            name: self.read_bytes_per_token(name) / 1e9 / (speeds.cpu_gb_s if name == CPU else speeds.gpu_gb_s)
+            for name in self.device_names
+        }
         crossing_s = (
-            CROSSING_LATENCY_S + workspace.crossing(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
+            CROSSING_LATENCY_S + workspace.transfer_bytes(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
         )
-        return read_s | {"crossings": self.crossings() * crossing_s}
+        return read_s | {"crossings": self.transfers_per_token() * crossing_s}
 
-    def streamed_from(self, speeds: Speeds) -> int:
+    def min_streamed_tokens(self, speeds: Speeds) -> int:
         """Min number of tokens from which streaming experts to a GPU beats computing them on the CPU; 0: never."""
-        parts = [part for gpu in self.budget.gpus for part in self.streamed(gpu) if part.weights]
-        if not self.stream or not speeds.rate or not parts:
+        parts = [part for gpu in self.budget.gpus for part in self.streamed_experts(gpu) if part.num_weights]
+        if not self.streams_experts or not speeds.cpu_gops or not parts:
             return 0
-        weights_per_token = [part.weights * part.top // part.experts for part in parts]
+        weights_per_token = [part.num_weights * part.top_k // part.num_experts for part in parts]
         min_tokens = [
-            min_tokens_to_stream(part.cpu.held, num_weights, speeds.link, speeds.rate)
+            min_tokens_to_stream(part.cpu.held, num_weights, speeds.link_gb_s, speeds.cpu_gops)
             for part, num_weights in zip(parts, weights_per_token, strict=True)
         ]
         return max(min_tokens)
 
-    def shares(self) -> dict[str, int]:
+    def gpu_experts_map(self) -> dict[str, int]:
         """Returns the rule file's `gpu_experts`."""
-        return {f"layers {layer}": count for layer, count in sorted(self.share.items())}
+        return {f"layers {layer}": count for layer, count in sorted(self.num_gpu_experts.items())}
 
-    def map(self) -> dict[str, str]:
+    def device_map(self) -> dict[str, str]:
         """Returns the rule file's `devices`."""
         gpus = sorted(set(self.layers) - {CPU}, key=self.budget.gpus.index)
         if not gpus:
             return {"all": CPU}
         devices = {"all": gpus[0]}
         for gpu in gpus[1:]:
-            devices[f"layers {spans(i for i, device in enumerate(self.layers) if device == gpu)}"] = gpu
+            devices[f"layers {format_ranges(i for i, device in enumerate(self.layers) if device == gpu)}"] = gpu
         if len(gpus) > 1:
-            devices |= {"output": self.last, r"^(?:model\.)?norm$": self.last}
+            devices |= {"output": self.output_device, r"^(?:model\.)?norm$": self.output_device}
         if self.embedding == CPU:
             devices["embedding"] = CPU
         elif self.embedding != gpus[0]:
             devices["embedding"] = self.embedding
-        expert_layers = {part.layer for part in self.model.parts if part.group == EXPERTS and part.layer is not None}
+        expert_layers = {part.layer for part in self.model.modules if part.group == EXPERTS and part.layer is not None}
         if expert_layers and not expert_layers & self.experts:
             devices["experts"] = CPU
         elif expert_layers - self.experts:
-            devices[f"experts {spans(expert_layers - self.experts)}"] = CPU
+            devices[f"experts {format_ranges(expert_layers - self.experts)}"] = CPU
         return devices
 
 
@@ -277,21 +292,23 @@ def solve(model: Footprint, budget: Budget) -> Placement:
 def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
     """Solves with or without space for streaming."""
     if not budget.vram:
-        return Placement(model, budget, [CPU] * model.layers)
-    expert_layers = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
+        return Placement(model, budget, [CPU] * model.num_layers)
+    expert_layers = frozenset(part.layer for part in model.modules if part.group == EXPERTS and part.layer is not None)
     for embedding in (budget.gpus[0], CPU):
         placement = replace(
             _distribute_layers(model, budget, lambda part: True), experts=expert_layers, embedding=embedding
         )
         if not placement.exceeded():
             return placement
-    placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), stream=stream)
-    layer_bytes = {part.layer: part.gpu.held for part in model.parts if part.group == EXPERTS}
+    placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), streams_experts=stream)
+    layer_bytes = {part.layer: part.gpu.held for part in model.modules if part.group == EXPERTS}
     free_bytes: dict[str, int] = {}  # by GPU, after the workspace of experts
     for layer in sorted(expert_layers, key=lambda layer: (layer_bytes[layer], layer)):
         device = placement.layers[layer]
         if device not in free_bytes:
-            free_bytes[device] = budget.of(device) - _with_layer(placement, layer).total(device) + layer_bytes[layer]
+            free_bytes[device] = (
+                budget.bytes_of(device) - _with_layer(placement, layer).total_bytes(device) + layer_bytes[layer]
+            )
         if layer_bytes[layer] <= free_bytes[device]:
             placement, free_bytes[device] = _with_layer(placement, layer), free_bytes[device] - layer_bytes[layer]
     for device in budget.gpus:
@@ -301,13 +318,13 @@ def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
 
 def _with_partial_layer(placement: Placement, device: str) -> Placement:
     """Adds as many experts of one more layer as fit on a GPU."""
-    parts = [part for part in placement.streamed(device) if not part.pinned and part.layer is not None]
-    free_bytes = placement.budget.of(device) - placement.total(device)
+    parts = [part for part in placement.streamed_experts(device) if not part.pinned and part.layer is not None]
+    free_bytes = placement.budget.bytes_of(device) - placement.total_bytes(device)
     if not parts or free_bytes <= 0:
         return placement
     part = min(parts, key=lambda part: (part.gpu.held, part.layer))
-    for count in range(min(part.experts - 1, part.experts * free_bytes // max(1, part.gpu.held)), 0, -1):
-        candidate = replace(placement, share={**placement.share, part.layer or 0: count})
+    for count in range(min(part.num_experts - 1, part.num_experts * free_bytes // max(1, part.gpu.held)), 0, -1):
+        candidate = replace(placement, num_gpu_experts={**placement.num_gpu_experts, part.layer or 0: count})
         if device not in candidate.exceeded():
             return candidate
     return placement
@@ -320,19 +337,19 @@ def _with_layer(placement: Placement, layer: int) -> Placement:
 
 def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
     """Distributes the layers over the GPUs by their bytes, in proportion to each GPU's budget."""
-    weights = [0] * model.layers
-    for part in model.parts:
+    weights = [0] * model.num_layers
+    for part in model.modules:
         if counts(part) and part.group != EMBEDDING and not part.pinned:
             weights[-1 if part.layer is None else part.layer] += part.gpu.held
-    for layer in model.kept:
-        weights[layer.layer] += 0 if layer.pinned else layer.nbytes(budget.context, budget.batch, budget.kv, True)
+    for layer in model.kv_layers:
+        weights[layer.layer] += 0 if layer.pinned else layer.nbytes(budget.context, budget.batch, budget.kv_dtype, True)
     gpus = budget.gpus
     return Placement(
-        model, budget, [gpus[i] for i in balanced(weights, [max(1, size - CONTEXT) for size in budget.vram])]
+        model, budget, [gpus[i] for i in balance(weights, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])]
     )
 
 
-def balanced(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
+def balance(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """Returns for each weight, in order, the index of its bin, such that the max relative fill is minimal.
 
     Args:
@@ -359,40 +376,40 @@ def balanced(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
     return assign(high) or [0] * len(weights)
 
 
-def shares(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
+def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
     """Returns the GPU index of each layer if `gpus` GPUs share the layers evenly by bytes.
 
     Modules that the device map or a rule places elsewhere do not count.
     """
-    elsewhere = [entry.pattern for entry in places if entry.device and not entry.several]
+    elsewhere = [entry.pattern for entry in places if entry.device and not entry.split_devices]
     rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
-    weights = [0] * model.layers
-    for part in model.parts:
+    weights = [0] * model.num_layers
+    for part in model.modules:
         if part.group == EMBEDDING or any(pattern.search(part.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
         weights[-1 if part.layer is None else part.layer] += part.gpu.held
-    return balanced(weights, [1 << 30] * gpus)
+    return balance(weights, [1 << 30] * gpus)
 
 
 def summary(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
     """Returns the placement as plain data for JSON."""
     result: dict[str, Any] = {
-        "devices": placement.map(),
-        "gpu_experts": placement.shares(),
+        "devices": placement.device_map(),
+        "gpu_experts": placement.gpu_experts_map(),
         "context": placement.budget.context,
         "batch": placement.budget.batch,
         "bytes": {group: by_device for group, by_device in placement.bytes.items() if any(by_device.values())},
-        "sum": {device: placement.total(device) for device in placement.names},
-        "budget": {device: placement.budget.of(device) for device in placement.names},
-        "a token reads": {device: placement.reads(device) for device in placement.names},
-        "crossings": placement.crossings(),
+        "sum": {device: placement.total_bytes(device) for device in placement.device_names},
+        "budget": {device: placement.budget.bytes_of(device) for device in placement.device_names},
+        "a token reads": {device: placement.read_bytes_per_token(device) for device in placement.device_names},
+        "crossings": placement.transfers_per_token(),
     }
     if speeds is not None:
-        seconds = placement.seconds(speeds)
+        seconds = placement.seconds_per_token(speeds)
         result |= {
-            "GB/s": {CPU: speeds.cpu, "gpu": speeds.gpu},
+            "GB/s": {CPU: speeds.cpu_gb_s, "gpu": speeds.gpu_gb_s},
             "seconds": seconds,
-            "stream_experts": placement.streamed_from(speeds) or "off",
+            "stream_experts": placement.min_streamed_tokens(speeds) or "off",
             "tokens a second": placement.budget.batch / sum(seconds.values()),
         }
     return result

@@ -11,7 +11,7 @@ from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.errors import DoesNotFit
 from ktx.hardware import format_bytes
 from ktx.placement.memory_model import Footprint
-from ktx.placement.solver import CPU, SLACK, Budget, Placement, solve
+from ktx.placement.solver import CPU, RESERVE_FRACTION, Budget, Placement, solve
 
 BUDGET_STEP_BYTES = 100_000_000  # suggested budgets are multiples of it
 MIN_QUANT_RATIO = 0.2  # of a model's bytes: smaller quants are not suggested
@@ -25,7 +25,7 @@ def fit(model: Footprint, budget: Budget) -> Placement:
     """
     placement = solve(model, budget)
     if placement.exceeded():
-        raise DoesNotFit(f"{_shortfall(placement)}. It would fit with {', or '.join(changes(placement))}")
+        raise DoesNotFit(f"{_shortfall(placement)}. It would fit with {', or '.join(suggestions(placement))}")
     return placement
 
 
@@ -37,15 +37,15 @@ def _shortfall(placement: Placement) -> str:
             ((by_device.get(device, 0), group) for group, by_device in placement.bytes.items()), reverse=True
         )
         largest = ", ".join(f"{group} {format_bytes(size)}" for size, group in sizes[:4] if size)
-        budget = format_bytes(placement.budget.of(device))
+        budget = format_bytes(placement.budget.bytes_of(device))
         lines.append(
-            f"{device} needs {format_bytes(placement.total(device))} ({largest}),"
+            f"{device} needs {format_bytes(placement.total_bytes(device))} ({largest}),"
             f" {budget} are given, {format_bytes(missing)} are missing"
         )
     return "; ".join(lines)
 
 
-def changes(placement: Placement) -> Iterator[str]:
+def suggestions(placement: Placement) -> Iterator[str]:
     """Yields options, each of which makes the model fit by itself."""
     model, budget, exceeded = placement.model, placement.budget, placement.exceeded()
     yield " ".join(_options(budget, _sufficient_budget(placement)))
@@ -55,7 +55,7 @@ def changes(placement: Placement) -> Iterator[str]:
         yield f"--ctx {context}"
     if budget.batch > 1 and not solve(model, replace(budget, batch=1)).exceeded():
         yield "--batch 1"
-    if budget.kv != Q8_0 and not solve(model, replace(budget, kv=Q8_0)).exceeded():
+    if budget.kv_dtype != Q8_0 and not solve(model, replace(budget, kv_dtype=Q8_0)).exceeded():
         yield f"--kv-dtype {Q8_0}"
     if len(exceeded) == 1 and (quant := _smaller_quant(placement, next(iter(exceeded)))):
         yield quant
@@ -94,7 +94,7 @@ def _sufficient_budget(placement: Placement) -> Budget:
 
 def _more_vram(placement: Placement) -> Budget | None:
     """Returns the budget with the min memory per GPU that takes enough experts off the CPU, or None if none does."""
-    low, high = 0, sum(part.gpu.held for part in placement.model.parts) * 2 + sum(placement.budget.vram)
+    low, high = 0, sum(part.gpu.held for part in placement.model.modules) * 2 + sum(placement.budget.vram)
 
     def with_vram(size: int) -> Budget:
         return replace(placement.budget, vram=tuple(max(size, current) for current in placement.budget.vram))
@@ -120,9 +120,12 @@ def _max_context(placement: Placement) -> int:
 
 def _smaller_quant(placement: Placement, device: str) -> str:
     """Describes the bits per weight that would fit on a device; empty if no quant is that small."""
-    parts = [part for part in placement.model.parts if placement.device(part) == device]
-    weight_bytes, num_weights = sum(part.on(device != CPU).held for part in parts), sum(part.weights for part in parts)
-    missing = placement.exceeded()[device] / (1 + SLACK if device == CPU else 1)
+    parts = [part for part in placement.model.modules if placement.device(part) == device]
+    weight_bytes, num_weights = (
+        sum(part.weight_bytes(device != CPU).held for part in parts),
+        sum(part.num_weights for part in parts),
+    )
+    missing = placement.exceeded()[device] / (1 + RESERVE_FRACTION if device == CPU else 1)
     ratio = 1 - missing / weight_bytes if weight_bytes else 0.0
     if ratio < MIN_QUANT_RATIO:
         return ""

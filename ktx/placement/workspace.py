@@ -13,105 +13,117 @@ import torch
 
 from ktx.devices import CPU, Device
 from ktx.injection.inject import layer_of
-from ktx.kernels.gpu.repack_bits import UNDOING
-from ktx.kernels.gpu.repack_from_cpu import STREAMED
-from ktx.kernels.gpu.soa_layout import PIECE
+from ktx.kernels.gpu.repack_bits import PEAK_TEMPORARY_BYTES
+from ktx.kernels.gpu.repack_from_cpu import STREAM_CHUNK_BYTES
+from ktx.kernels.gpu.soa_layout import DEQUANT_CHUNK_WEIGHTS
 from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape
 from ktx.ops.mla import EXPAND_BYTES
-from ktx.placement.memory_model import FLOAT, HALF, Footprint, KVMemory, ModuleMemory, columns_of, group_of
+from ktx.placement.memory_model import (
+    BF16_BYTES,
+    F32_BYTES,
+    Footprint,
+    KVMemory,
+    ModuleMemory,
+    activation_columns,
+    group_of,
+)
 
 MULTIPROCESSORS = 132  # of an H100; attention's workspace grows with it
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
 
 
-def activations(model: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
+def activation_bytes(model: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
     """Bytes of hidden states and of the activations of a layer's widest block: f32 on the CPU, bf16 on a GPU."""
     blocks: Counter[tuple[int | None, str]] = Counter()
     for part in parts:
         if part.layer is not None:  # logits are counted separately
-            blocks[part.layer, part.group] += part.columns
-    columns = RESIDUALS * model.hidden + max(blocks.values(), default=0)
-    return tokens * columns * (HALF if gpu else FLOAT)
+            blocks[part.layer, part.group] += part.activation_columns
+    columns = RESIDUALS * model.hidden_size + max(blocks.values(), default=0)
+    return tokens * columns * (BF16_BYTES if gpu else F32_BYTES)
 
 
-def step_bytes(model: Any) -> dict[Device, int]:
+def decode_step_bytes(model: Any) -> dict[Device, int]:
     """Bytes of activations per decoded token of a loaded model, by device."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():
-        layer, columns = layer_of(path), columns_of(module)
+        layer, columns = layer_of(path), activation_columns(module)
         if layer is not None and columns:
             blocks[getattr(module, "placement", CPU), layer, group_of(path)] += columns
     widest: dict[Device, int] = {}
     for (device, _, _), columns in blocks.items():
         widest[device] = max(widest.get(device, 0), columns)
     return {
-        device: (RESIDUALS * model.config.hidden_size + columns) * (HALF if device.gpu else FLOAT)
+        device: (RESIDUALS * model.config.hidden_size + columns) * (BF16_BYTES if device.gpu else F32_BYTES)
         for device, columns in widest.items()
     }
 
 
-def logits(model: Footprint, rows: int) -> int:
+def logits_bytes(model: Footprint, rows: int) -> int:
     """Bytes of logits as they are computed, and of a copy for the sampler."""
-    return 2 * rows * model.vocabulary * FLOAT
+    return 2 * rows * model.vocab_size * F32_BYTES
 
 
-def crossing(model: Footprint, tokens: int) -> int:
+def transfer_bytes(model: Footprint, tokens: int) -> int:
     """Bytes of hidden states on the way to the CPU and back, with the selected experts and their weights."""
-    return tokens * (2 * model.hidden * HALF + model.top * (8 + FLOAT))
+    return tokens * (2 * model.hidden_size * BF16_BYTES + model.top_k * (8 + F32_BYTES))
 
 
-def streamed(parts: Collection[ModuleMemory]) -> int:
+def streaming_bytes(parts: Collection[ModuleMemory]) -> int:
     """Bytes for streaming experts from CPU memory in prefill: a chunk of experts as packed for the CPU and for the GPU.
 
     A chunk holds at least one expert. Types that are repacked on the GPU need additional space.
     """
     chunk_bytes = [
-        sum(min(size, max(STREAMED, size // part.experts)) for size in (part.cpu.held, part.gpu.held))
-        + part.rearranged * UNDOING
+        sum(min(size, max(STREAM_CHUNK_BYTES, size // part.num_experts)) for size in (part.cpu.held, part.gpu.held))
+        + part.needs_repacking * PEAK_TEMPORARY_BYTES
         for part in parts
-        if part.experts and part.weights
+        if part.num_experts and part.num_weights
     ]
     return max(chunk_bytes, default=0)
 
 
-def expanding(kv_layers: Collection[KVMemory], context: int) -> int:
+def mla_expansion_bytes(kv_layers: Collection[KVMemory], context: int) -> int:
     """Bytes of an MLA latent gathered from its pages, stored and converted, and of the expanded keys and values."""
     sizes = [
-        min(EXPAND_BYTES, context * layer.expanded * HALF) + 2 * context * sum(layer.columns) * HALF
+        min(EXPAND_BYTES, context * layer.expanded * BF16_BYTES) + 2 * context * sum(layer.columns) * BF16_BYTES
         for layer in kv_layers
-        if layer.latent
+        if layer.is_mla
     ]
     return max(sizes, default=0)
 
 
-def attention(kv_layers: Collection[KVMemory], tokens: int, batch: int) -> int:
+def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) -> int:
     """Bytes of split-KV partial results of a GPU's attention, for a prefill chunk or for `batch` single tokens."""
     shapes = {
-        Shape(layer.queries, layer.heads, layer.columns[0], layer.columns[0 if layer.latent else 1], layer.latent)
+        Shape(
+            layer.num_heads, layer.num_kv_heads, layer.columns[0], layer.columns[0 if layer.is_mla else 1], layer.is_mla
+        )
         for layer in kv_layers
         if layer.columns
     }
-    sizes = [FLOAT * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
+    sizes = [F32_BYTES * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
     return max(sizes, default=0)
 
 
-def captured(model: Footprint, parts: Collection[ModuleMemory], kv_layers: Collection[KVMemory], batch: int) -> int:
+def cuda_graph_bytes(
+    model: Footprint, parts: Collection[ModuleMemory], kv_layers: Collection[KVMemory], batch: int
+) -> int:
     """Bytes that CUDA graphs of decode steps with up to `batch` tokens retain.
 
     They hold activations, transfers to the CPU in each layer, attention's partial results and logits. Graphs of all
     sizes share this memory. Their buffers of row fields and page tables are some hundred kilobytes and are not counted.
     """
     layers = len({part.layer for part in parts if part.layer is not None})
-    num_bytes = activations(model, parts, batch, gpu=True) + layers * crossing(model, batch)
-    return num_bytes + attention(kv_layers, 1, batch) + batch * model.vocabulary * HALF
+    num_bytes = activation_bytes(model, parts, batch, gpu=True) + layers * transfer_bytes(model, batch)
+    return num_bytes + attention_bytes(kv_layers, 1, batch) + batch * model.vocab_size * BF16_BYTES
 
 
 def _floats(counts: Sequence[int], shape: Shape) -> int:
     """Number of floats in attention's workspace; on the meta device, so that no memory is allocated."""
     scratch = torch.empty(1 << 40, dtype=torch.float32, device="meta")
-    return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).floats
+    return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).scratch_floats
 
 
-def dequantised(parts: Collection[ModuleMemory]) -> int:
+def dequantized_bytes(parts: Collection[ModuleMemory]) -> int:
     """Bytes of the bf16 chunk of the largest matrix that a GPU dequantizes for a large batch."""
-    return HALF * min(PIECE, max((part.largest for part in parts), default=0))
+    return BF16_BYTES * min(DEQUANT_CHUNK_WEIGHTS, max((part.max_matrix_weights for part in parts), default=0))

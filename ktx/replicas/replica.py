@@ -20,7 +20,7 @@ import ray
 from ray import serve
 
 from ktx.errors import KtxError
-from ktx.hardware import share_of_cpus
+from ktx.hardware import cpu_share
 from ktx.replicas.status import ReplicaStatus, report_status
 from ktx.server import request_id
 
@@ -47,13 +47,13 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig, status_actor: Any):
         context = serve.get_replica_context()
-        os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, config.per_node))
+        os.sched_setaffinity(0, cpu_share(context.rank.local_rank, config.per_node))
         from ktx.server.app import make_routes
         from ktx.server.gc_tuning import freeze_gc
-        from ktx.server.log import set_up
+        from ktx.server.log import configure_logging
         from ktx.server.state import ServerState
 
-        set_up(*config.log)
+        configure_logging(*config.log)
         self.status_actor, self.name, self.app_name = status_actor, context.replica_tag, context.app_name
         self.state = ServerState(config.names, config.settings, config.adapters)
         self.routes, self.metrics = make_routes(self.state)
@@ -70,7 +70,7 @@ class Replica:
         report_status(status_actor, self._status())  # before Serve sends requests
 
     def _status(self) -> ReplicaStatus:
-        state, ready = self.state, self.state.engine is not None and not self.state.stopping
+        state, ready = self.state, self.state.engine is not None and not self.state.is_shutting_down
         return ReplicaStatus(
             self.name,
             ray.util.get_node_ip_address(),
@@ -105,7 +105,7 @@ class Replica:
     def check_health(self) -> None:
         """Raises RuntimeError if the engine failed or stalled; Ray Serve then replaces the replica."""
         engine = self.state.engine
-        if engine is not None and not self.state.stopping and (engine.failure or engine.stuck):
+        if engine is not None and not self.state.is_shutting_down and (engine.failure or engine.stalled):
             raise RuntimeError(engine.failure or "the engine has stalled: it has made no progress for too long")
 
     async def answer(self, keys: list[bytes], scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Any]]:

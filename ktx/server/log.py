@@ -39,7 +39,7 @@ class LogFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
-def set_up(level: str, log_format: str) -> None:
+def configure_logging(level: str, log_format: str) -> None:
     """Sends the log of ktx and uvicorn (warnings and errors only) to standard error.
 
     Args:

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.ops.lora import Use
+from ktx.ops.lora import AdapterUse
 from ktx.server.errors import APIError
 from ktx.server.model_names import LATEST_TAG
 from ktx.server.protocol.openai import LoadAdapter, LoraUse, UnloadAdapter
 from ktx.server.state import ServerState
 from ktx.weights.gguf_files import is_gguf
-from ktx.weights.lora import CONFIG, WEIGHTS
+from ktx.weights.lora import CONFIG_FILE, WEIGHTS_FILE
 
 log = logging.getLogger("ktx.server")
 T = TypeVar("T")
@@ -78,7 +78,7 @@ async def unload(state: ServerState, fields: UnloadAdapter) -> Response:
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
 
-def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | None) -> tuple[Use, ...]:
+def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | None) -> tuple[AdapterUse, ...]:
     """Returns the adapters that a request uses.
 
     Args:
@@ -89,16 +89,16 @@ def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | N
     Raises:
         APIError: 400, an id is unknown, or `lora` is given although the model is an adapter.
     """
-    adapter = state.adapter_of(model)
+    adapter = state.select_adapter(model)
     if lora is None:
-        return tuple(map(Use, adapter))
+        return tuple(map(AdapterUse, adapter))
     if adapter:
         raise APIError(400, f"lora: the model {model!r} is an adapter; use model {state.models[0]!r}", "lora")
     by_id = {adapter_id: name for name, adapter_id in state.adapters.items()}
     scales = {use.id: use.scale for use in lora}  # the last entry of an adapter wins
     if unknown := [adapter_id for adapter_id in scales if adapter_id not in by_id]:
         raise APIError(400, f"lora: no adapter has the id {unknown[0]}; /lora-adapters lists them", "lora")
-    return tuple(Use(by_id[adapter_id], scale) for adapter_id, scale in sorted(scales.items()) if scale)
+    return tuple(AdapterUse(by_id[adapter_id], scale) for adapter_id, scale in sorted(scales.items()) if scale)
 
 
 def list_adapters(state: ServerState) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def list_adapters(state: ServerState) -> list[dict[str, Any]]:
     """
     state.require_ready()
     return [
-        {"id": adapter_id, "path": state.path_of(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
+        {"id": adapter_id, "path": state.model_path(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
         for name, adapter_id in state.adapters.items()
     ]
 
@@ -167,7 +167,7 @@ def resolve_adapter_path(root: Path, text: str) -> Path:
 def _files(path: Path) -> list[Path]:
     """Returns the existing files that an adapter is read from."""
     folder = path if path.is_dir() else path.parent
-    known = [folder / name for name in (CONFIG, WEIGHTS)]
+    known = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     if path.is_dir():
         known += [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]
     elif path.suffix.lower() == ".gguf" or (path.is_file() and is_gguf(path)):

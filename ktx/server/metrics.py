@@ -84,7 +84,7 @@ class Metrics:
                 "reason": event.reason,
                 **token_counts,
                 **durations,
-                "tokens_a_second": round(usage.answer_speed, 2),
+                "tokens_a_second": round(usage.output_tokens_per_s, 2),
             },
         )
         self.request_success.labels(self.model, event.reason).inc()
@@ -129,7 +129,7 @@ class Metrics:
         )
         yield from self._steps(engine)
         yield self._counter("engine_steps", "Forward passes of the model.", engine.steps)
-        yield self._counter("engine_restarts", "Restarts of the engine's thread.", engine.restarts)
+        yield self._counter("engine_restarts", "Restarts of the engine's thread.", engine.num_restarts)
         yield from self._engine_stats(engine)
 
     def _steps(self, engine: Engine) -> Iterator[Any]:
@@ -139,10 +139,10 @@ class Metrics:
         yield self._gauge(
             "max_num_batched_tokens",
             "Max prompt tokens per step, by whether requests decode in the same step.",
-            {label: budget.tokens(answers=decoding) for label, decoding in labels.items()},
+            {label: budget.tokens(decoding=decoding) for label, decoding in labels.items()},
             "answers",
         )
-        yield self._gauge("max_itl_seconds", "Max seconds of a step in which requests decode.", budget.seconds)
+        yield self._gauge("max_itl_seconds", "Max seconds of a step in which requests decode.", budget.target_s)
         yield self._gauge(
             "prefill_tokens_per_second",
             "Prompt tokens per second in the latest prefill step.",
@@ -158,7 +158,7 @@ class Metrics:
 
     def _engine_stats(self, engine: Engine) -> Iterator[Any]:
         """Yields memory, bandwidth and expert statistics of the engine."""
-        stats, bandwidth = engine.activity.snapshot(), self.state.bandwidth
+        stats, bandwidth = engine.stats.snapshot(), self.state.bandwidth
         node_seconds = {str(node): seconds for node, seconds in enumerate(stats.node_seconds)}
         yield self._gauge("kv_cache_bytes", "Memory of the KV cache.", engine.runner.nbytes())
         yield self._counter("forward_seconds", "Seconds of forward passes.", stats.seconds)
@@ -169,7 +169,7 @@ class Metrics:
         yield self._counter(
             "expert_seconds", "Mean seconds that the threads of a NUMA node computed experts.", node_seconds, "node"
         )
-        yield self._counter("gpu_wait_seconds", "Seconds that the CPU waited for a GPU.", stats.gpu_wait_seconds)
+        yield self._counter("gpu_wait_seconds", "Seconds that the CPU waited for a GPU.", stats.gpu_wait_s)
         activations = {str(layer): sum(counts) for layer, counts in stats.layers.items()}
         imbalances = {str(layer): imbalance(counts) for layer, counts in stats.layers.items()}
         yield self._counter(

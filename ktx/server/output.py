@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktx.chat_formats import CallArguments, CallEnd, CallStart, Parser, Text, merged
+from ktx.chat_formats import CallArguments, CallEnd, CallStart, Parser, Text, merge_events
 from ktx.engine.request import Event, Finished, TokenEvent
 from ktx.engine.sampler import SampledToken
 
@@ -48,7 +48,7 @@ class Finish:
     """The end of a request. `reason`: stop, tool_calls, length, cancelled or error."""
 
     reason: str
-    finished: Finished
+    event: Finished
     reasoning_tokens: int
     choices: list[SampledToken]
 
@@ -72,7 +72,7 @@ class OutputParser:
     def feed(self, event: Event) -> Iterator[TextDelta | ToolCallDelta | Finish]:
         """Yields the deltas that an event completes."""
         if isinstance(event, TokenEvent):
-            self.choices.append(event.choice)
+            self.choices.append(event.token)
             yield from self._read(self.parser.feed(event.text))
             self.reasoning_tokens += self.parser.output.kind == "think"
         elif isinstance(event, Finished):
@@ -83,7 +83,7 @@ class OutputParser:
 
     def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
         """Converts the parser's events to deltas and accumulates them."""
-        for event in merged(events):
+        for event in merge_events(events):
             if isinstance(event, CallStart):
                 self._open_call = [event.id, event.name, ""]
             elif isinstance(event, CallArguments) and self._open_call:

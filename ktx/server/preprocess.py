@@ -11,7 +11,7 @@ from typing import Any
 
 from ktx.chat_formats import ChatFormat, Parser, forced_call_grammar
 from ktx.engine.client import RequestGroup
-from ktx.engine.grammar import check_schema, rules_of_choice, rules_of_regex, rules_of_schema
+from ktx.engine.grammar import check_schema, choice_grammar, regex_grammar, schema_grammar
 from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import ContextExceeded
@@ -65,7 +65,11 @@ class EngineInput:
         assert state.prompts is not None
         rendered = self.rendered
         return Parser(
-            state.prompts.dialect, self.tools, rendered.thinking, self.parse_calls, said=rendered.prefill_text
+            state.prompts.chat_format,
+            self.tools,
+            rendered.thinking,
+            self.parse_calls,
+            prefill_text=rendered.prefill_text,
         )
 
 
@@ -167,7 +171,7 @@ def _hidden_tokens(state: ServerState, stop: Sequence[str]) -> frozenset[int]:
         for text, token in prompts.special.items()
         if any(text in stop_string or stop_string in text for stop_string in stop)
     }
-    return prompts.silent - in_stop_strings
+    return prompts.textless_ids - in_stop_strings
 
 
 def cache_salt(fields: SamplingFields) -> bytes:
@@ -227,15 +231,15 @@ async def build_engine_input(
             if isinstance(chat_input.tool_choice, str)
             else chat_input.tool_choice
         )
-        if prompts.dialect.format is None:
+        if prompts.chat_format.call_format is None:
             raise APIError(
                 400,
-                f"tool_choice: the format of this model's tool calls is unknown ({prompts.dialect.name}), so it cannot"
+                f"tool_choice: the format of this model's tool calls is unknown ({prompts.chat_format.name}), so it cannot"
                 " be forced to call a function",
                 "tool_choice",
             )
         grammar_args = (
-            prompts.dialect,
+            prompts.chat_format,
             tools,
             names,
             chat_input.parallel_tool_calls,
@@ -250,10 +254,10 @@ async def build_engine_input(
         )
     elif chat_input.response_format is not None and has_format:
         trigger = ""
-        if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
+        if prompts.chat_format.call_format is not None and prompts.chat_format.call_format.style == "harmony":
             trigger = "<|channel|>final<|message|>"
         elif rendered.thinking:
-            trigger = prompts.dialect.think[1]
+            trigger = prompts.chat_format.reasoning_marks[1]
         engine_input.grammar = await build_grammar(chat_input.response_format, trigger)
     return engine_input
 
@@ -264,7 +268,7 @@ def _check_tools(state: ServerState, not_rendered: bool) -> None:
     if not_rendered:
         note_ignored("tools")
         state.warn_once("the model's chat template does not render tools: the model does not see them")
-    elif prompts.dialect.format is None:
+    elif prompts.chat_format.call_format is None:
         state.warn_once("the format of this model's tool calls is unknown: its calls are returned as text")
 
 
@@ -294,11 +298,11 @@ async def build_grammar(format: Format | None, trigger: str = "") -> tuple[str, 
 def format_rules(format: Format) -> str:
     """Returns the Lark rules of a response format."""
     if format.type == "json_object":
-        return rules_of_schema(True)
+        return schema_grammar(True)
     if format.type == "json_schema":
         assert format.json_schema is not None
-        return rules_of_schema(format.json_schema.schema_)
-    return rules_of_regex(format.pattern or "") if format.type == "regex" else format.grammar or ""
+        return schema_grammar(format.json_schema.schema_)
+    return regex_grammar(format.pattern or "") if format.type == "regex" else format.grammar or ""
 
 
 def structured_output(fields: StructuredOutputFields) -> Format | None:
@@ -320,7 +324,7 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
     if regex is not None:
         return Format(type="regex", pattern=regex)
     if choice is not None:
-        return Format(type="grammar", grammar=rules_of_choice(choice))
+        return Format(type="grammar", grammar=choice_grammar(choice))
     if grammar is not None:
         return Format(type="grammar", grammar=grammar)
     return Format(type="json_object") if structured.json_object else fields.response_format
@@ -365,7 +369,7 @@ async def submit(
             constraint = None
             if engine_input.grammar is not None:
                 constraint = await run_with_timeout(
-                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.constraint, *engine_input.grammar
+                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.compile, *engine_input.grammar
                 )
             constraints.append(constraint)
     group = RequestGroup(engine)

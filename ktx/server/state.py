@@ -90,7 +90,7 @@ class ServerState:
         self.grammars: GrammarCompiler | None = None
         self.defaults: dict[str, Any] = {}
         self.load_error = ""
-        self.stopping = False
+        self.is_shutting_down = False
         self.warnings_sent: set[str] = set()
         self.on_finished: Callable[[Finished], None] | None = None
 
@@ -146,7 +146,7 @@ class ServerState:
         Raises:
             APIError: 503, the model is not loaded, could not be loaded or the server is shutting down.
         """
-        if self.stopping:
+        if self.is_shutting_down:
             raise APIError(503, "the server is shutting down", retry=5)
         if self.load_error:
             raise APIError(503, f"the model could not be loaded: {self.load_error}")
@@ -170,12 +170,12 @@ class ServerState:
             )
         return name
 
-    def adapter_of(self, name: str) -> tuple[str, ...]:
+    def select_adapter(self, name: str) -> tuple[str, ...]:
         """Returns the LoRA adapter that a model name selects, as a tuple of one; empty for the base model."""
         found = match_model_name(name, self.adapters)
         return (found,) if found else ()
 
-    def path_of(self, name: str) -> str:
+    def model_path(self, name: str) -> str:
         """Returns the path that an adapter was loaded from; for the base model its name."""
         engine, _, _ = self.require_ready()
         found = engine.runner.adapters.known.get(match_model_name(name, self.adapters))
@@ -190,9 +190,9 @@ class ServerState:
                 "error": {"code": 503, "message": "Loading model", "type": "unavailable_error"},
             }
         reason = self.load_error or (self.engine.failure if self.engine else "")
-        if not reason and self.engine and self.engine.stuck:
+        if not reason and self.engine and self.engine.stalled:
             reason = "the engine has stalled: it has made no progress for too long"
-        if not reason and self.stopping:
+        if not reason and self.is_shutting_down:
             reason = "the server is shutting down"
         if reason:
             return 503, {"status": "error", "error": {"code": 503, "message": reason, "type": "unavailable_error"}}
@@ -200,13 +200,13 @@ class ServerState:
         notes = getattr(getattr(self.engine.model, "ktx", None), "notes", [])
         return 200, {
             "status": "ok",
-            "restarts": self.engine.restarts,
+            "restarts": self.engine.num_restarts,
             "notes": [note._asdict() for note in notes],
         }
 
     def stop(self) -> None:
         """Ends all requests; each stream gets its final event."""
-        self.stopping = True
+        self.is_shutting_down = True
         if self.engine is not None:
             self.engine.close()
 

@@ -19,7 +19,7 @@ from ktx.engine.stats import StatsSnapshot
 from ktx.hardware import machine, memory
 from ktx.injection.inject import layer_of
 from ktx.kernels import cpu
-from ktx.ops.weight_traffic import plain_parameters, sizes
+from ktx.ops.weight_traffic import module_bytes, plain_parameters
 from ktx.server.state import ServerState
 
 DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
@@ -41,7 +41,7 @@ class MachineStats:
         engine, _, _ = self.state.require_ready()
         if self.cached_modules is None or self.cached_modules[0] is not engine:
             self.cached_modules = engine, modules(engine.model)
-        stats = engine.activity.snapshot()
+        stats = engine.stats.snapshot()
         return {
             "model": self.state.names[0],
             "cpu": self.cpu,
@@ -80,9 +80,9 @@ def modules(model: Any) -> list[dict[str, Any]]:
             "operator": type(entry.module).__name__,
             "device": _device(entry.module),
             "types": _types(entry.module),
-            "bytes": entry.held,
+            "bytes": entry.held_bytes,
         }
-        for entry in sizes(model)
+        for entry in module_bytes(model)
     ]
 
 
@@ -122,7 +122,7 @@ def _cache(engine: Engine) -> dict[str, Any]:
     return {
         "pages": pages.count,
         "used": pages.used,
-        "idle": len(pages.idle),
+        "idle": len(pages.evictable),
         "page_tokens": PAGE_TOKENS,
         "queries": scheduler.prefix_queries,
         "hits": scheduler.prefix_hits,
@@ -134,7 +134,7 @@ def _experts(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
     return {
         "layers": list(stats.layers),
         "count": max(map(len, stats.layers.values())),
-        "top": max(module.top for _, module in engine.activity.experts),
+        "top": max(module.top for _, module in engine.stats.experts),
         "activations": list(stats.layers.values()),
         "seconds": stats.node_seconds,
     }

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from ktx.errors import QueueFull, UsageError
 from ktx.server.errors import APIError, to_api_error
-from ktx.utils.fork_handlers import Threads
+from ktx.utils.fork_handlers import ForkSafeThreadPool
 
 RENDER_TIMEOUT_S, COMPILE_TIMEOUT_S = 20.0, 2.0  # to render a prompt, and to compile a grammar
 QUEUE_TIMEOUT_S = 8.0  # until a thread of the pool is free
-RENDER_THREADS = Threads(2, "ktx-prompts")
-COMPILE_THREADS = Threads(4, "ktx-grammars")
+RENDER_THREADS = ForkSafeThreadPool(2, "ktx-prompts")
+COMPILE_THREADS = ForkSafeThreadPool(4, "ktx-grammars")
 T = TypeVar("T")
 
 

@@ -14,31 +14,31 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakSet
 
-_instances: WeakSet[Renewed] = WeakSet()
+_instances: WeakSet[RecreatedOnFork] = WeakSet()
 
 
-class Renewed:
+class RecreatedOnFork:
     """Base of objects that are recreated in a forked child.
 
     `renew` is called on construction, and in every forked child before any other code of ktx runs there.
     """
 
     def __init__(self) -> None:
-        self.renew()
+        self.recreate()
         _instances.add(self)
 
-    def renew(self) -> None:
+    def recreate(self) -> None:
         """Creates the state that belongs to the current process's threads."""
         raise NotImplementedError
 
 
-class Lock(Renewed):
+class ForkSafeLock(RecreatedOnFork):
     """A lock that is released in a forked child.
 
     Only for state that is consistent at every step under the lock, such as a dict that only grows.
     """
 
-    def renew(self) -> None:
+    def recreate(self) -> None:
         self.lock = threading.Lock()
 
     def __enter__(self) -> None:
@@ -48,14 +48,14 @@ class Lock(Renewed):
         self.lock.release()
 
 
-class Threads(Renewed, Executor):
+class ForkSafeThreadPool(RecreatedOnFork, Executor):
     """A ThreadPoolExecutor that a forked child replaces by a new one, without the parent's pending work."""
 
     def __init__(self, count: int, name: str):
         self.count, self.name = count, name
         super().__init__()
 
-    def renew(self) -> None:
+    def recreate(self) -> None:
         self.pool = ThreadPoolExecutor(self.count, self.name)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -64,7 +64,7 @@ class Threads(Renewed, Executor):
 
 def _renew_all() -> None:
     for instance in list(_instances):
-        instance.renew()
+        instance.recreate()
 
 
 def _limit_torch_threads() -> None:

@@ -14,12 +14,12 @@ import numpy
 import torch
 
 
-def for_pickle(values: torch.Tensor) -> torch.Tensor | Passed:
+def for_pickle(values: torch.Tensor) -> torch.Tensor | PickledByValue:
     """Wraps a temporary tensor for the pickle in progress: by value when a process is being spawned, else unchanged."""
-    return values if get_spawning_popen() is None else Passed(values)
+    return values if get_spawning_popen() is None else PickledByValue(values)
 
 
-class Passed:
+class PickledByValue:
     """A tensor that is pickled as its bytes; unpickling returns the tensor."""
 
     def __init__(self, values: torch.Tensor):

@@ -7,9 +7,9 @@ from types import TracebackType
 
 import torch
 
-from ktx.utils.fork_handlers import Lock
+from ktx.utils.fork_handlers import ForkSafeLock
 
-_lock = Lock()
+_lock = ForkSafeLock()
 _saved_dtypes: list[torch.dtype] = []  # the process's original default dtype, once per thread inside the context
 
 

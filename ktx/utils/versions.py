@@ -43,7 +43,7 @@ TESTED = {
 }
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The pip command that adds an extra (`serve`, `ray`, ...) to this installation, a checkout or a wheel."""
     if (CHECKOUT / "pyproject.toml").is_file():
         command = f"pip install -e '.[{extra}]'"
@@ -66,13 +66,13 @@ def _wheel() -> str:
     return f"dist/{DISTRIBUTION.replace('-', '_')}-{ktx.__version__}-cp311-abi3-linux_x86_64.whl"
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def release_components(version: str) -> tuple[int, ...]:
     """The release components of a version: 2.13.0+cpu is (2, 13, 0)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The installed version of a package; None when it is not installed."""
     try:
         return importlib.metadata.version(name)
@@ -80,32 +80,32 @@ def installed(name: str) -> str | None:
         return None
 
 
-def tested(name: str) -> str:
+def tested_range(name: str) -> str:
     """The tested versions as text for messages: `5.17 to 5.23`."""
     oldest, newest = TESTED[name]
     return oldest if oldest == newest else f"{oldest} to {newest}"
 
 
-def admitted(name: str) -> str:
+def requirement(name: str) -> str:
     """The tested versions as a pip requirement: `transformers>=5.17,<5.24`."""
     oldest, newest = TESTED[name]
-    *front, last = numbers(newest)
+    *front, last = release_components(newest)
     return f"{name}>={oldest},<{'.'.join(map(str, [*front, last + 1]))}"
 
 
-def outside(name: str, version: str) -> str | None:
+def compare_to_tested(name: str, version: str) -> str | None:
     """`older` or `newer` when a version is outside the tested range; None when it is inside."""
-    release, (oldest, newest) = numbers(version), map(numbers, TESTED[name])
+    release, (oldest, newest) = release_components(version), map(release_components, TESTED[name])
     if release < oldest:
         return "older"
     return "newer" if release[: len(newest)] > newest else None
 
 
-def untested() -> list[str]:
+def untested_warnings() -> list[str]:
     """One line with a remedy for each installed package whose version is outside the tested range."""
     return [
-        f"{name} {version} is {how} than the versions ktx was tested with ({tested(name)}): "
-        f"pip install '{admitted(name)}'"
+        f"{name} {version} is {how} than the versions ktx was tested with ({tested_range(name)}): "
+        f"pip install '{requirement(name)}'"
         for name in TESTED
-        if (version := installed(name)) and (how := outside(name, version))
+        if (version := installed_version(name)) and (how := compare_to_tested(name, version))
     ]

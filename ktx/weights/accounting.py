@@ -27,8 +27,8 @@ class Verdict:
     ("": the tensor's name).
     """
 
-    why: str = ""
-    refused: bool = False
+    reason: str = ""
+    rejected: bool = False
     pattern: str = ""
 
 
@@ -41,19 +41,19 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadTensors:
     """A group of tensors that no module reads, with one pattern and one reason."""
 
     pattern: str
     count: int
-    why: str
-    refused: bool
+    reason: str
+    rejected: bool
 
     def __str__(self) -> str:
-        return f"{self.pattern} ({self.count}){', ' * bool(self.why)}{self.why}"
+        return f"{self.pattern} ({self.count}){', ' * bool(self.reason)}{self.reason}"
 
 
-def unread(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> list[Unread]:
+def unread_tensors(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> list[UnreadTensors]:
     """Groups the tensors of `source` that no module reads, rejected groups first.
 
     Args:
@@ -67,21 +67,21 @@ def unread(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> l
         if key in reads.tensors:
             continue
         name = source.tensors[key].name
-        verdict = source.judge(key, reads)
-        harmless = verdict.why and not verdict.refused
+        verdict = source.classify_unread(key, reads)
+        harmless = verdict.reason and not verdict.rejected
         if not harmless and any(pattern.search(text) for pattern in ignored_patterns for text in (key, name)):
             verdict = Verdict("ignored by transformers")
         pattern = verdict.pattern or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        groups.setdefault((not verdict.refused, pattern, verdict.why), []).append(name)
+        groups.setdefault((not verdict.rejected, pattern, verdict.reason), []).append(name)
     return [
-        Unread(names[0] if len(names) == 1 else pattern, len(names), reason, not accepted)
+        UnreadTensors(names[0] if len(names) == 1 else pattern, len(names), reason, not accepted)
         for (accepted, pattern, reason), names in sorted(groups.items())
     ]
 
 
-def line(left: Iterable[Unread]) -> str:
+def summary_line(left: Iterable[UnreadTensors]) -> str:
     """A one-line summary of the accepted groups; empty when there are none."""
-    accepted = [group for group in left if not group.refused]
+    accepted = [group for group in left if not group.rejected]
     count = sum(group.count for group in accepted)
     omitted = (
         f"; and {len(accepted) - MAX_LISTED_PATTERNS} other patterns" if len(accepted) > MAX_LISTED_PATTERNS else ""
@@ -107,7 +107,7 @@ ADAPTERS = re.compile(
 )
 
 
-def companion(key: str, reads: Reads, present: Collection[str]) -> Verdict | None:
+def check_companion(key: str, reads: Reads, present: Collection[str]) -> Verdict | None:
     """Rejects an unread tensor that changes others: quantization parameters, adapters, biases. None for any other.
 
     Args:
@@ -117,13 +117,13 @@ def companion(key: str, reads: Reads, present: Collection[str]) -> Verdict | Non
     """
     module, _, last = key.rpartition(".")
     if adapter := ADAPTERS.search(key):
-        return Verdict(f"{adapter[1]} of an adapter, which must be merged into its model first", refused=True)
+        return Verdict(f"{adapter[1]} of an adapter, which must be merged into its model first", rejected=True)
     weight = f"{module}.weight"
     if weight in present and weight not in reads.tensors and module not in reads.modules:
         return None  # the weight that it belongs to is not read either
     if COMPANIONS.fullmatch(last):
-        return Verdict(f"which changes the meaning of other weights and is not supported; {REMEDY}", refused=True)
+        return Verdict(f"which changes the meaning of other weights and is not supported; {REMEDY}", rejected=True)
     biased = key.removesuffix("_bias")
     if last.endswith("bias") and (module in reads.modules or weight in reads.tensors or biased in reads.tensors):
-        return Verdict("a bias that its module does not add", refused=True)
+        return Verdict("a bias that its module does not add", rejected=True)
     return None

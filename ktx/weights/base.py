@@ -52,7 +52,7 @@ class QuantizedTensor:
     scale: torch.Tensor | None = None  # F8_E4M3: f32 [..., ceil(n/128), ceil(k/128)]
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> QuantizedTensor:
+    def from_float(cls, values: torch.Tensor) -> QuantizedTensor:
         """Wraps a float tensor as F32 weights."""
         values = values.float().contiguous()
         data = values.reshape(-1).view(torch.uint8).reshape(*values.shape[:-1], values.shape[-1] * 4)
@@ -68,7 +68,7 @@ class QuantizedTensor:
         Packed data needs no dequantization, because a block never crosses a row; tensors with `scale` become F32.
         """
         if self.scale is not None:
-            return QuantizedTensor.of(self.dequantize()[..., index, :])
+            return QuantizedTensor.from_float(self.dequantize()[..., index, :])
         data = self.data[..., index, :]
         return QuantizedTensor(data, self.qtype, (*self.shape[:-2], data.shape[-2], self.shape[-1]))
 
@@ -113,7 +113,7 @@ class WeightSource(Protocol):
     def get(self, name: str) -> QuantizedTensor:
         """The parameter as one tensor. Raises BadFile when it is missing or damaged."""
 
-    def parts(self, name: str) -> list[QuantizedTensor]:
+    def get_parts(self, name: str) -> list[QuantizedTensor]:
         """The parameter as consecutive blocks of rows, each in its stored type."""
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -122,16 +122,16 @@ class WeightSource(Protocol):
     def release(self, names: Iterable[str]) -> None:
         """Unmaps the parameters' pages from this process; they stay in the page cache."""
 
-    def differences(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: Any) -> list[str]:
         """Mismatches between the checkpoint and `config`, one line each; empty when they agree."""
 
-    def behind(self, name: str) -> list[str]:
+    def source_tensors(self, name: str) -> list[str]:
         """Keys of `tensors` that the parameter is built from, including scales stored as separate tensors."""
 
-    def flaw(self, name: str) -> str:
+    def unreadable_reason(self, name: str) -> str:
         """Why a present parameter cannot be read, as text that follows its name; empty when it can."""
 
-    def judge(self, key: str, reads: Reads) -> Verdict:
+    def classify_unread(self, key: str, reads: Reads) -> Verdict:
         """Classifies a tensor that no module reads."""
 
 
@@ -143,7 +143,9 @@ def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> Qua
     if all(part.qtype is first.qtype and part.scale is None for part in parts):
         flat = [part.data.reshape(-1, part.data.shape[-1]) for part in parts]
         return QuantizedTensor(torch.cat(flat).reshape(*shape[:-1], -1), first.qtype, shape)
-    return QuantizedTensor.of(torch.cat([part.dequantize().reshape(-1, shape[-1]) for part in parts]).reshape(shape))
+    return QuantizedTensor.from_float(
+        torch.cat([part.dequantize().reshape(-1, shape[-1]) for part in parts]).reshape(shape)
+    )
 
 
 def open_weights(path: str | Path, config: Any) -> WeightSource:

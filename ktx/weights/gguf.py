@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile
-from ktx.utils.fork_handlers import Lock
-from ktx.weights.accounting import Reads, Verdict, companion
+from ktx.utils.fork_handlers import ForkSafeLock
+from ktx.weights.accounting import Reads, Verdict, check_companion
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
-from ktx.weights.gguf_keys import ROPE_TABLES, key_differences, refuse_architecture, refuse_kind, rope_differences
-from ktx.weights.gguf_names import GGUFNames, Recipe, build, means_something
+from ktx.weights.gguf_keys import ROPE_TABLES, check_architecture, check_file_type, key_mismatches, rope_mismatches
+from ktx.weights.gguf_names import GGUFNames, Recipe, build, is_known_tensor
 
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
@@ -29,16 +29,16 @@ class GGUFSource:
 
     def __init__(self, path: Path, config: Any):
         self.path = str(path)
-        header = whole_header(path)
+        header = read_split_header(path)
         self.metadata, self.tensors = header.metadata, header.tensors
         self.arch = architecture(self.metadata, header.file)
-        refuse_kind(self.metadata, header.file)
-        refuse_architecture(self.arch, header.file, config.model_type)
+        check_file_type(self.metadata, header.file)
+        check_architecture(self.arch, header.file, config.model_type)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self.config = config
         self.names = GGUFNames(self.arch, config, self.tensors)
         self._maps: dict[str, mmap.mmap] = {}
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
         self._recipes: dict[str, Recipe | None] = {}
 
     def __copy__(self) -> GGUFSource:
@@ -81,7 +81,7 @@ class GGUFSource:
             else sorted((self.tensors[part.tensor] for part in recipe.parts), key=lambda s: (s.file, s.offset))
         )
 
-    def parts(self, name: str) -> list[QuantizedTensor]:
+    def get_parts(self, name: str) -> list[QuantizedTensor]:
         """A parameter as packed blocks of rows; more than one only when the file stores it in several tensors."""
         recipe = self.recipe(name)
         if recipe is None:
@@ -90,7 +90,7 @@ class GGUFSource:
 
     def get(self, name: str) -> QuantizedTensor:
         """A parameter as one tensor: packed where possible, else dequantized to F32."""
-        parts = self.parts(name)
+        parts = self.get_parts(name)
         recipe = self.recipe(name)
         assert recipe is not None
         return concat_rows(parts, recipe.shape)
@@ -110,34 +110,34 @@ class GGUFSource:
         """Unmaps the parameters' pages from this process; they stay in the page cache."""
         self._advise(names, mmap.MADV_DONTNEED)
 
-    def behind(self, name: str) -> list[str]:
+    def source_tensors(self, name: str) -> list[str]:
         return [spec.name for spec in self.specs(name)]
 
-    def flaw(self, name: str) -> str:
+    def unreadable_reason(self, name: str) -> str:
         return ""
 
-    def judge(self, key: str, reads: Reads) -> Verdict:
+    def classify_unread(self, key: str, reads: Reads) -> Verdict:
         """Accepts layers beyond the model's (MTP) and computed tables; rejects tensors that llama.cpp computes with."""
         if reason := _unused_reason(key, int(self.config.num_hidden_layers)):
             return Verdict(reason)
-        if found := companion(key, reads, self.tensors):
+        if found := check_companion(key, reads, self.tensors):
             return found
         if key.endswith("attn_kv_b.weight") and {key.replace("kv_b", "k_b"), key.replace("kv_b", "v_b")} <= set(
             reads.tensors
         ):
             return Verdict("read as k_b and v_b")
-        if means_something(key):
-            return Verdict("used by llama.cpp's computation but not by this model's", refused=True)
+        if is_known_tensor(key):
+            return Verdict("used by llama.cpp's computation but not by this model's", rejected=True)
         return Verdict()
 
-    def differences(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: Any) -> list[str]:
         from ktx.weights.check_config import gguf_mismatches
 
         tables = {name: partial(self._float_list, name) for name in ROPE_TABLES if name in self.tensors}
         return [
             *gguf_mismatches(self.metadata, self.arch, self.tensors, config),
-            *key_differences(self.metadata, self.arch, config),
-            *rope_differences(self.metadata, self.arch, config, tables),
+            *key_mismatches(self.metadata, self.arch, config),
+            *rope_mismatches(self.metadata, self.arch, config, tables),
         ]
 
     def _float_list(self, tensor: str) -> list[float]:
@@ -172,7 +172,7 @@ def _unused_reason(name: str, num_layers: int) -> str:
     return "a computed table" if name.startswith("rope_") else ""
 
 
-def whole_header(path: Path) -> Header:
+def read_split_header(path: Path) -> Header:
     """Metadata of the first file and tensors of all files of a split model; the first file may have no tensors."""
     headers = [read_header(file) for file in _files(path)]
     return Header(headers[0].file, headers[0].metadata, _merged(headers))

@@ -11,8 +11,8 @@ import numpy as np
 from ktx.errors import BadFile, did_you_mean
 from ktx.families import FAMILIES, GGUF_MODEL_TYPES, Family
 from ktx.weights.gguf_header import Header, architecture
-from ktx.weights.gguf_keys import refuse_kind, scalar, scaling_of
-from ktx.weights.gguf_tokenizer import end_tokens
+from ktx.weights.gguf_keys import check_file_type, rope_scaling, scalar
+from ktx.weights.gguf_tokenizer import eog_token_ids
 
 # transformers' name -> metadata key without the architecture prefix; "?" marks optional keys
 COMMON = {
@@ -61,13 +61,13 @@ def config_from_gguf(path: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    from ktx.weights.gguf import whole_header
+    from ktx.weights.gguf import read_split_header
 
-    header = whole_header(path)
+    header = read_split_header(path)
     arch = architecture(header.metadata, str(path))
     family = _family(arch, header.metadata, path)
     model_type = family.model_types[0]
-    refuse_kind(header.metadata, str(path))
+    check_file_type(header.metadata, str(path))
     values = {
         name: value
         for name, key in (COMMON | dict(_keys(family))).items()
@@ -85,7 +85,7 @@ def config_from_gguf(path: Path) -> Any:
     values |= _rope(header, arch, values)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    ends = end_tokens(header.metadata, str(path))
+    ends = eog_token_ids(header.metadata, str(path))
     if len(ends) > 1 or values["eos_token_id"] is None:
         values["eos_token_id"] = ends or None
     try:
@@ -160,7 +160,7 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
 def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
     """rope_parameters and the related options of the configuration. Removes rope_theta from `values`."""
     m = header.metadata
-    kind, factor = scaling_of(m, arch)
+    kind, factor = rope_scaling(m, arch)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     related: dict[str, Any] = {}
     original = m.get(f"{arch}.rope.scaling.original_context_length") or values["max_position_embeddings"]

@@ -43,7 +43,7 @@ UNSET_IF_ZERO = (
 )
 
 
-def refuse_architecture(arch: str, file: str, model_type: str) -> None:
+def check_architecture(arch: str, file: str, model_type: str) -> None:
     """Raises BadFile when the architecture is not supported in GGUF, or not for this model type."""
     if arch not in GGUF_MODEL_TYPES:
         raise BadFile(
@@ -58,7 +58,7 @@ def refuse_architecture(arch: str, file: str, model_type: str) -> None:
         )
 
 
-def refuse_kind(metadata: Mapping[str, Any], file: str) -> None:
+def check_file_type(metadata: Mapping[str, Any], file: str) -> None:
     """Raises BadFile when general.type is not "model" (an adapter, a multimodal projector, ...)."""
     kind = metadata.get("general.type", "model")
     if kind != "model":
@@ -166,7 +166,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def key_differences(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
+def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
     """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported."""
     mismatches = []
     for full_key, raw in metadata.items():
@@ -253,21 +253,21 @@ SCALING_TYPES = {"default": "none", "su": "longrope"}  # transformers' names -> 
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def scaling_of(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
+def rope_scaling(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
     """The type and factor of rope scaling; like llama.cpp, a factor without a type means linear (either key)."""
     factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear")) or 1.0
     kind = metadata.get(f"{arch}.rope.scaling.type") or ("linear" if factor != 1.0 else "none")
     return ("none", 1.0) if kind == "linear" and factor == 1.0 else (str(kind), float(factor))
 
 
-def rope_differences(
+def rope_mismatches(
     metadata: Mapping[str, Any], arch: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
     """Mismatches in rope scaling. `tables`: readers of the ROPE_TABLES that the file has, by tensor name."""
     rope = rope_of(config)
     config_kind = SCALING_TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
     mismatches = _table_differences(rope, config_kind, config, tables)
-    kind, factor = scaling_of(metadata, arch)
+    kind, factor = rope_scaling(metadata, arch)
     in_file = {
         key: metadata[f"{arch}.rope.scaling.{key}"]
         for key in _expected_scaling(rope, config)

@@ -24,7 +24,7 @@ from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor, TensorSpec
 from ktx.weights.gguf_header import Header, architecture, parse_header
 from ktx.weights.gguf_names import GGUFNames, Recipe
-from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
+from ktx.weights.lora import MERGE_REMEDY, Adapter, AdapterFile, AdapterSpec, LowRank
 
 HALF = re.compile(r"(?P<of>.+)\.lora_(?P<half>[ab])")
 EMBEDDING = "token_embd.weight"
@@ -39,7 +39,7 @@ class GGUFAdapter:
     arch: str
     matrices: Mapping[str, LowRank]
 
-    def named(self, config: Any, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
+    def by_module(self, config: Any, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
         """Maps the matrices to module paths.
 
         Args:
@@ -103,7 +103,7 @@ class GGUFAdapter:
             )
         more = f" (and {len(unread) - 1} others)" if len(unread) > 1 else ""
         raise UsageError(
-            f"adapter {path}: {first}{more} does not match a matrix of this model that supports an adapter; {MERGED}"
+            f"adapter {path}: {first}{more} does not match a matrix of this model that supports an adapter; {MERGE_REMEDY}"
         )
 
     def _build(self, recipe: Recipe) -> LowRank:
@@ -129,7 +129,7 @@ class GGUFAdapter:
         return LowRank(a.contiguous(), b.contiguous(), sources[0].embedding)
 
 
-def read(requested: Wish) -> GGUFAdapter:
+def read_gguf_adapter(requested: AdapterSpec) -> GGUFAdapter:
     """Reads a GGUF adapter.
 
     Raises:
@@ -157,7 +157,7 @@ def _alpha(header: Header) -> float:
     if kind != "adapter":
         raise UsageError(f"adapter {path}: general.type is {kind!r}, expected 'adapter'; pass a model to --weights")
     if adapter_type != "lora":
-        raise UsageError(f"adapter {path}: adapter.type is {adapter_type!r}, only 'lora' is supported; {MERGED}")
+        raise UsageError(f"adapter {path}: adapter.type is {adapter_type!r}, only 'lora' is supported; {MERGE_REMEDY}")
     if metadata.get("adapter.alora.invocation_tokens"):
         raise UsageError(
             f"adapter {path}: adapter.alora.invocation_tokens: an adapter that starts within a prompt is not supported"
@@ -176,7 +176,7 @@ def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dic
     for name, spec in header.tensors.items():
         match = HALF.fullmatch(name)
         if match is None:
-            raise UsageError(f"adapter {header.file}: tensor {name} is not a lora_a or lora_b; {MERGED}")
+            raise UsageError(f"adapter {header.file}: tensor {name} is not a lora_a or lora_b; {MERGE_REMEDY}")
         halves.setdefault(match["of"], {})[match["half"]] = spec
     if not halves:
         raise BadFile(f"adapter {header.file}: contains no tensor")
@@ -208,7 +208,7 @@ def _values(spec: TensorSpec, content: bytes) -> torch.Tensor:
     return QuantizedTensor(rows, spec.qtype, spec.shape).dequantize()
 
 
-def found_in(path: Path) -> Path | None:
+def find_gguf_adapter(path: Path) -> Path | None:
     """The GGUF file in a folder without a PEFT adapter; None when there is none. Raises BadFile for several."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     if len(files) > 1:

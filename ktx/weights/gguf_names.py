@@ -111,7 +111,7 @@ def _known_tensor_names() -> frozenset[str]:
     return frozenset(gguf.TENSOR_NAMES.values())
 
 
-def means_something(tensor: str) -> bool:
+def is_known_tensor(tensor: str) -> bool:
     """Whether llama.cpp uses a tensor of this name in some architecture (rotary tables of old files are not used)."""
     base = re.sub(r"(?<=^blk\.)\d+(?=\.)", "{bid}", tensor).removesuffix(".weight").removesuffix(".bias")
     return base in _known_tensor_names() and not base.endswith("attn_rot_embd")
@@ -397,7 +397,7 @@ def build(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[Quanti
     if recipe.value is not None:
         flat = [part.dequantize() for part in parts]
         values = recipe.value(flat[0] if len(flat) == 1 else torch.cat([f.reshape(-1) for f in flat]))
-        return [QuantizedTensor.of(values.reshape(recipe.shape))]
+        return [QuantizedTensor.from_float(values.reshape(recipe.shape))]
     if recipe.columns is not None:
         return [_reorder_columns(parts[0], recipe.columns())]
     if recipe.order is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktx.errors import BadFile, did_you_mean
-from ktx.weights.pretokenizers import NOT_BYTE_LEVEL, PRE, Pre
+from ktx.weights.pretokenizers import NOT_BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BPE, SPM = "gpt2", "llama"
@@ -69,7 +69,7 @@ class Vocabulary:
     ids: dict[str, int]
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Any], file: str) -> Vocabulary:
+    def from_metadata(cls, metadata: Mapping[str, Any], file: str) -> Vocabulary:
         """Reads the vocabulary. Raises BadFile when its arrays contradict each other."""
         tokens = [
             token or f"[EMPTY_{token_id}]" for token_id, token in enumerate(metadata.get("tokenizer.ggml.tokens", []))
@@ -105,32 +105,32 @@ class Vocabulary:
         token_id = self.id(key)
         return None if token_id is None else self.tokens[token_id]
 
-    def named(self, texts: Any) -> list[int]:
+    def ids_of(self, texts: Any) -> list[int]:
         """Ids of those texts that are tokens, sorted."""
         return sorted(self.ids[text] for text in texts if text in self.ids)
 
     @property
-    def ends(self) -> list[int]:
+    def eog_ids(self) -> list[int]:
         """Ids of all tokens that end generation; the EOS token first, if there is one."""
         eos = self.id("eos")
         found = {token_id for key in ("eos", "eot", "eom") if (token_id := self.id(key)) is not None}
-        found |= set(self.named(EOG_TEXTS))
+        found |= set(self.ids_of(EOG_TEXTS))
         for key, texts in FIM_EOG_TEXTS.items():
             token_id = self.id(key)
-            found |= set(self.named(texts)[:1]) if token_id is None else {token_id}
+            found |= set(self.ids_of(texts)[:1]) if token_id is None else {token_id}
         for text, others in NOT_EOG:
             if text in self.ids and all(other in self.ids for other in others):
                 found.discard(self.ids[text])
         return sorted(found, key=lambda token_id: (token_id != eos, token_id))
 
     @property
-    def controls(self) -> set[int]:
+    def control_ids(self) -> set[int]:
         """Ids of tokens that are not text."""
         control = {i for i, kind in enumerate(self.kinds[: len(self.tokens)]) if kind in (CONTROL, UNKNOWN)}
-        return control | set(self.ends)
+        return control | set(self.eog_ids)
 
     @property
-    def pre(self) -> Pre:
+    def pre_tokenizer(self) -> PreTokenizer:
         """The pre-tokenizer. Raises BadFile when it is unknown or not byte-level."""
         name = self.metadata.get("tokenizer.ggml.pre")
         if name is None:
@@ -144,14 +144,14 @@ class Vocabulary:
             raise BadFile(
                 f"{self.file}: tokenizer.ggml.pre is {name!r}, BPE on characters, which is not supported; {REMEDY}"
             )
-        if name not in PRE:
+        if name not in PRE_TOKENIZERS:
             raise BadFile(
-                f"{self.file}: tokenizer.ggml.pre is {name!r}, an unknown pre-tokenizer{did_you_mean(str(name), PRE)}; "
+                f"{self.file}: tokenizer.ggml.pre is {name!r}, an unknown pre-tokenizer{did_you_mean(str(name), PRE_TOKENIZERS)}; "
                 f"{REMEDY}"
             )
-        return PRE[name]
+        return PRE_TOKENIZERS[name]
 
-    def marked(self, key: str, default: bool) -> int | None:
+    def added_token_id(self, key: str, default: bool) -> int | None:
         """The id of the token that tokenizer.ggml.add_KEY_token adds to every text; None when it adds none.
 
         Raises BadFile when the token is missing.
@@ -168,12 +168,12 @@ class Vocabulary:
         return token_id
 
 
-def end_tokens(metadata: Mapping[str, Any], file: str) -> list[int]:
+def eog_token_ids(metadata: Mapping[str, Any], file: str) -> list[int]:
     """Ids of the tokens that end generation, the EOS token first; empty when the file has no tokenizer."""
-    return Vocabulary.of(metadata, file).ends if "tokenizer.ggml.tokens" in metadata else []
+    return Vocabulary.from_metadata(metadata, file).eog_ids if "tokenizer.ggml.tokens" in metadata else []
 
 
-def sampling_in(metadata: Mapping[str, Any], file: str) -> dict[str, Any]:
+def recommended_sampling(metadata: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The sampling parameters that a file recommends, by transformers' GenerationConfig names.
 
     Warns about recommended parameters that ktx does not support.
@@ -207,7 +207,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
         raise BadFile(f"{file}: has no supported tokenizer (tokenizer.ggml.model is {kind!r}{what}); {REMEDY}")
     if list(metadata.get("tokenizer.ggml.suppress_tokens", [])):
         raise BadFile(f"{file}: tokenizer.ggml.suppress_tokens is not supported; {REMEDY}")
-    vocabulary = Vocabulary.of(metadata, file)
+    vocabulary = Vocabulary.from_metadata(metadata, file)
     backend = _byte_level(vocabulary) if kind == BPE else _sentencepiece(vocabulary)
     _add_special(backend, vocabulary)
     special = {
@@ -245,7 +245,7 @@ def _add_special(backend: Any, vocabulary: Vocabulary) -> None:
         strip = phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
         return AddedToken(token, special=special, normalized=False, rstrip=strip)
 
-    controls = vocabulary.controls
+    controls = vocabulary.control_ids
     backend.add_special_tokens([added(i, True) for i in sorted(controls)])
     user_defined = (i for i, kind in enumerate(vocabulary.kinds[: len(vocabulary.tokens)]) if kind == USER_DEFINED)
     backend.add_tokens([added(i, False) for i in user_defined if i not in controls])
@@ -260,17 +260,17 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
         if not space or not left or not right:
             raise BadFile(f"{vocabulary.file}: tokenizer.ggml.merges[{i}] is {merge!r}, expected two parts")
         merges.append((left, right))
-    pre = vocabulary.pre
+    pre = vocabulary.pre_tokenizer
     try:
-        backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.whole_words))
+        backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.ignore_merges))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise BadFile(f"{vocabulary.file}: its tokens and merges do not match: {error}") from error
-    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts]
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.patterns]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    _add_bos_eos(backend, vocabulary, begins=pre.begins)
+    _add_bos_eos(backend, vocabulary, begins=pre.add_bos)
     return backend
 
 
@@ -306,7 +306,11 @@ def _add_bos_eos(backend: Any, vocabulary: Vocabulary, begins: bool) -> None:
     """
     from tokenizers import processors
 
-    bos, eos, sep = vocabulary.marked("bos", begins), vocabulary.marked("eos", False), vocabulary.marked("sep", False)
+    bos, eos, sep = (
+        vocabulary.added_token_id("bos", begins),
+        vocabulary.added_token_id("eos", False),
+        vocabulary.added_token_id("sep", False),
+    )
     added = {name: token_id for name, token_id in (("bos", bos), ("eos", eos), ("sep", sep)) if token_id is not None}
     if not added:
         return

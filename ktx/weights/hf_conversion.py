@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ktx.transformers_compat import converted
+from ktx.transformers_compat import apply_converter
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ConvertedTensor:
     def values(self, read: Callable[[str], torch.Tensor], config: Any) -> torch.Tensor:
         """Converts the tensors that `read` returns to the parameter's values."""
         tensors = {pattern: [read(name) for name in names] for pattern, names in self.groups.items()}
-        return converted(self.converter, self.name, tensors, config)
+        return apply_converter(self.converter, self.name, tensors, config)
 
 
-def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
+def find_converted(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
     """The parameters that can be converted from tensors with these names.
 
     Only converters with one target are used; a parameter needs tensors for all source patterns of its converter.

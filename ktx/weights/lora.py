@@ -20,8 +20,10 @@ import torch
 from ktx.errors import BadFile, UsageError
 from ktx.utils.json_file import read_object
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MERGED = "merge it into its model (PEFT's merge_and_unload, llama.cpp's llama-export-lora) and load the merged model"
+CONFIG_FILE, WEIGHTS_FILE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MERGE_REMEDY = (
+    "merge it into its model (PEFT's merge_and_unload, llama.cpp's llama-export-lora) and load the merged model"
+)
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?P<inner>(?:\.base_layer)*)"
     r"\.(?P<kind>lora_(?:embedding_)?)(?P<half>[AB])(?:\.weight)?"
@@ -96,11 +98,11 @@ class AdapterFile:
 
     adapter: Adapter
     matrices: Mapping[str, list[LowRank]]
-    copies: Mapping[str, tuple[int, ...]]
+    base_shapes: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Wish:
+class AdapterSpec:
     """A requested adapter: the path of a PEFT folder, its safetensors file or a GGUF file, with a name and a scale."""
 
     path: Path
@@ -108,12 +110,12 @@ class Wish:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, text: str | Path | Wish) -> Wish:
+    def parse(cls, text: str | Path | AdapterSpec) -> AdapterSpec:
         """Parses [NAME=]PATH[=SCALE]; the default name is the folder's or the GGUF file's.
 
         Raises UsageError when the scale is not a finite number or the name is empty.
         """
-        if isinstance(text, Wish):
+        if isinstance(text, AdapterSpec):
             return text
         parts, scale = str(text).split("="), 1.0
         if len(parts) > 1 and (found := _number(parts[-1])) is not None and not Path(str(text)).expanduser().exists():
@@ -125,17 +127,17 @@ class Wish:
             name, path = parts[0], Path("=".join(parts[1:])).expanduser()
         else:
             path = unnamed
-            folder = path.parent if path.name == WEIGHTS else path
+            folder = path.parent if path.name == WEIGHTS_FILE else path
             name = re.sub(r"\.(safetensors|gguf)$", "", folder.resolve().name, flags=re.IGNORECASE)
         if not name or not (parts[-1] if len(parts) > 1 else str(text)):
             raise UsageError(
-                f"adapter {text}: expected [NAME=]PATH[=SCALE], where PATH is a folder with {CONFIG} or a GGUF file"
+                f"adapter {text}: expected [NAME=]PATH[=SCALE], where PATH is a folder with {CONFIG_FILE} or a GGUF file"
             )
         return cls(path, name, scale)
 
-    def named(self, name: str | None, scale: float) -> Wish:
+    def with_name(self, name: str | None, scale: float) -> AdapterSpec:
         """A copy with `name`, unless it is None or empty, and the scale multiplied by `scale`."""
-        return Wish(self.path, name or self.name, self.scale * scale)
+        return AdapterSpec(self.path, name or self.name, self.scale * scale)
 
 
 def _number(text: str) -> float | None:
@@ -145,7 +147,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def read(requested: Wish) -> AdapterFile:
+def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
     """Reads a PEFT adapter.
 
     Raises:
@@ -153,15 +155,17 @@ def read(requested: Wish) -> AdapterFile:
         UsageError: the adapter is not a plain LoRA.
     """
     folder = requested.path if requested.path.is_dir() else requested.path.parent
-    file = folder / WEIGHTS if requested.path.is_dir() else requested.path
+    file = folder / WEIGHTS_FILE if requested.path.is_dir() else requested.path
     if not file.exists():
         pickled = (
             f"; {PICKLED} is a pickle, which can run code: save it again as safetensors" * (folder / PICKLED).exists()
         )
         raise BadFile(f"adapter {requested.path}: no {file.name}{pickled}")
-    if not (folder / CONFIG).exists():
-        raise BadFile(f"adapter {requested.path}: no {CONFIG} next to {file.name}; it contains the adapter's scale")
-    config = read_object(folder / CONFIG, "adapter configuration")
+    if not (folder / CONFIG_FILE).exists():
+        raise BadFile(
+            f"adapter {requested.path}: no {CONFIG_FILE} next to {file.name}; it contains the adapter's scale"
+        )
+    config = read_object(folder / CONFIG_FILE, "adapter configuration")
     path = str(requested.path)
     _check(config, path)
     content = file.read_bytes()
@@ -188,7 +192,7 @@ def _check(config: Mapping[str, Any], path: str) -> None:
     """Raises UsageError unless the configuration is of a plain LoRA, BadFile for invalid rank or alpha patterns."""
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
-        raise UsageError(f"adapter {path}: peft_type {kind or 'is missing'}, only LORA is supported; {MERGED}")
+        raise UsageError(f"adapter {path}: peft_type {kind or 'is missing'}, only LORA is supported; {MERGE_REMEDY}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise UsageError(
@@ -197,10 +201,10 @@ def _check(config: Mapping[str, Any], path: str) -> None:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if config.get("bias", "none") != "none":
-        raise UsageError(f"adapter {path}: bias {config['bias']!r} trains biases of the base model; {MERGED}")
+        raise UsageError(f"adapter {path}: bias {config['bias']!r} trains biases of the base model; {MERGE_REMEDY}")
     for key, value in config.items():
         if key not in READ | IGNORED and value:
-            raise UsageError(f"adapter {path}: {key} = {value!r} is not supported; {MERGED}")
+            raise UsageError(f"adapter {path}: {key} = {value!r} is not supported; {MERGE_REMEDY}")
     _check_patterns(config, path)
 
 
@@ -212,7 +216,7 @@ def _matrices(
     for key, values in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise UsageError(f"adapter {path}: tensor {key} is not a lora_A or lora_B; {MERGED}")
+            raise UsageError(f"adapter {path}: tensor {key} is not a lora_A or lora_B; {MERGE_REMEDY}")
         if values.ndim != 2 or not values.is_floating_point():
             raise BadFile(
                 f"adapter {path}: {key} is {list(values.shape)} of {values.dtype}, it must be a matrix of floats"

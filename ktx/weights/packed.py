@@ -22,7 +22,7 @@ import torch
 from ktx.errors import BadFile, did_you_mean
 from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, TensorSpec
-from ktx.weights.safetensors import SafetensorsSource, header_of, parse_safetensors_header, shards
+from ktx.weights.safetensors import SafetensorsSource, parse_safetensors_header, read_header_bytes, shards
 
 METHOD = "ktx"  # quant_method in quantization_config
 VERSION = 1
@@ -30,7 +30,7 @@ PART = re.compile(r"^(.+)\.part(\d+)$")
 KV_B = re.compile(r"^(.+\.)kv_b_proj\.weight$")
 
 
-def about(types: dict[str, str]) -> dict[str, str]:
+def packed_metadata(types: dict[str, str]) -> dict[str, str]:
     """`__metadata__` for a file with packed tensors; `types` maps tensor names to type names."""
     return {"format": "pt", "ktx.version": str(VERSION), "ktx.types": json.dumps(types, separators=(",", ":"))}
 
@@ -40,13 +40,13 @@ def quantization_config() -> dict[str, Any]:
     return {"quant_method": METHOD, "version": VERSION}
 
 
-def says_packed(config: Any) -> bool:
+def is_packed_config(config: Any) -> bool:
     """Whether a model's configuration is of a packed checkpoint."""
     quantization = getattr(config, "quantization_config", None)
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
-def part_of(name: str, number: int, count: int) -> str:
+def part_name(name: str, number: int, count: int) -> str:
     """The tensor name of part `number` of a parameter with `count` parts."""
     return name if count == 1 else f"{name}.part{number}"
 
@@ -54,7 +54,7 @@ def part_of(name: str, number: int, count: int) -> str:
 def is_packed(path: Path) -> bool:
     """Whether a checkpoint is packed, by the header of its first file."""
     files = shards(path)
-    return bool(files) and "ktx.version" in _metadata(header_of(files[0])[0])
+    return bool(files) and "ktx.version" in _metadata(read_header_bytes(files[0])[0])
 
 
 def _metadata(raw: bytes) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class PackedSource(SafetensorsSource):
         return lambda name: name, []
 
     def _specs_of(self, file: Path) -> list[TensorSpec]:
-        raw, size = header_of(file)
+        raw, size = read_header_bytes(file)
         types = _types(raw, file)
         found = {spec.name: spec for spec in parse_safetensors_header(raw, str(file), size)}
         for name, type_name in types.items():
@@ -146,17 +146,17 @@ class PackedSource(SafetensorsSource):
             return (rows, first[1])
         return super()._shape_of(name, sources)
 
-    def parts(self, name: str) -> list[QuantizedTensor]:
+    def get_parts(self, name: str) -> list[QuantizedTensor]:
         sources = self._sources(name)
         if sources and sources in ([name], self._parts.get(name)):
             return [self.read(source) for source in sources]
         if KV_B.match(name) and sources:
             k, v = (self.read(source).dequantize() for source in sources)
-            return [QuantizedTensor.of(torch.cat([k.transpose(1, 2), v], 1).flatten(0, 1))]
-        return super().parts(name)
+            return [QuantizedTensor.from_float(torch.cat([k.transpose(1, 2), v], 1).flatten(0, 1))]
+        return super().get_parts(name)
 
-    def behind(self, name: str) -> list[str]:
-        found = super().behind(name)
+    def source_tensors(self, name: str) -> list[str]:
+        found = super().source_tensors(name)
         return found + [f"{key}{EXPANDED}" for key in found if f"{key}{EXPANDED}" in self.tensors]
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pre:
+class PreTokenizer:
     """A pre-tokenizer: regular expressions applied in order, each to the pieces that the previous ones produced."""
 
-    cuts: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token is not split into merges (ignore_merges)
-    begins: bool = False  # BOS is added unless the file disables it
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is a token is not split into merges (ignore_merges)
+    add_bos: bool = False  # BOS is added unless the file disables it
 
 
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -64,48 +64,48 @@ CJK = r"[一-龥ࠀ-一가-퟿]+"
 DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+")
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
-_BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-tokenizer)
+_BY_NAMES: tuple[tuple[str, PreTokenizer], ...] = (  # (space-separated names, their pre-tokenizer)
     (
         "default",
-        Pre((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+        PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     ),
     (
         "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum "
         "modern-bert mpt olmo jais trillion granite-docling exaone4",
-        Pre((GPT_2,)),
+        PreTokenizer((GPT_2,)),
     ),
     (
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-        Pre((LLAMA_3,), whole_words=True, begins=True),
+        PreTokenizer((LLAMA_3,), ignore_merges=True, add_bos=True),
     ),
-    ("dbrx smaug-bpe chatglm-bpe", Pre((LLAMA_3,))),
-    ("glm4 glm5", Pre((LLAMA_3,), whole_words=True)),
-    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", Pre((QWEN_2,))),
+    ("dbrx smaug-bpe chatglm-bpe", PreTokenizer((LLAMA_3,))),
+    ("glm4 glm5", PreTokenizer((LLAMA_3,), ignore_merges=True)),
+    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", PreTokenizer((QWEN_2,))),
     (
         "qwen35",
-        Pre(
+        PreTokenizer(
             (
                 rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
                 rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",
             )
         ),
     ),
-    ("ufakzeka", Pre((rf"{WORDS}|\p{{N}}|{SYMBOLS}|{SPACES}",))),
-    ("seed-coder", Pre((rf"{SUFFIX}|{WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",))),
+    ("ufakzeka", PreTokenizer((rf"{WORDS}|\p{{N}}|{SYMBOLS}|{SPACES}",))),
+    ("seed-coder", PreTokenizer((rf"{SUFFIX}|{WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",))),
     (
         "bailingmoe bailingmoe2 llada-moe",
-        Pre(
+        PreTokenizer(
             (
                 r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                 r"|\s*[\r\n]|\s+(?!\S)|\s+",
             )
         ),
     ),
-    ("laguna", Pre((r"[^\n]+|[\n]+", QWEN_2))),
-    ("minicpm5", Pre((r"\p{N}{1,3}", rf"{SUFFIX}|{WORDS}|\p{{N}}+|{SYMBOLS}|{SPACES}"), whole_words=True)),
+    ("laguna", PreTokenizer((r"[^\n]+|[\n]+", QWEN_2))),
+    ("minicpm5", PreTokenizer((r"\p{N}{1,3}", rf"{SUFFIX}|{WORDS}|\p{{N}}+|{SYMBOLS}|{SPACES}"), ignore_merges=True)),
     (
         "jais-2",
-        Pre(
+        PreTokenizer(
             (
                 rf"{SUFFIX}|{WORDS}|\p{{N}}{{1,3}}|{SYMBOLS}|\s*[\r\n]+|"
                 + "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
@@ -115,7 +115,7 @@ _BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-
     ),
     (
         "exaone-moe",
-        Pre(
+        PreTokenizer(
             (
                 rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -124,32 +124,32 @@ _BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-
     ),
     (
         "tekken",
-        Pre(
+        PreTokenizer(
             (rf"{_cased(UPPER, LOWER)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",),
-            whole_words=True,
-            begins=True,
+            ignore_merges=True,
+            add_bos=True,
         ),
     ),
-    ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre((GPT_4O,))),
-    ("granite-embed-multi-97m", Pre((GPT_4O_MARKS,), whole_words=True)),
-    ("tiny_aya cohere2moe", Pre((r"\d{1,3}(?=(?:\d{3})*\b)", GPT_4O))),
+    ("gpt-4o llama4 kanana2 talkie minimax-m2", PreTokenizer((GPT_4O,))),
+    ("granite-embed-multi-97m", PreTokenizer((GPT_4O_MARKS,), ignore_merges=True)),
+    ("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", GPT_4O))),
     (
         "youtu",
-        Pre(
+        PreTokenizer(
             (
                 r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
                 rf"{_cased(UPPER, LOWER, f'{SUFFIX}?')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",
             ),
-            whole_words=True,
+            ignore_merges=True,
         ),
     ),
-    ("kimi-k2", Pre((KIMI_K2,))),
-    ("deepseek-llm", Pre(DEEPSEEK_LLM)),
-    ("deepseek-coder", Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"))),
-    ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", Pre(DEEPSEEK_3)),
+    ("kimi-k2", PreTokenizer((KIMI_K2,))),
+    ("deepseek-llm", PreTokenizer(DEEPSEEK_LLM)),
+    ("deepseek-coder", PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"))),
+    ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(DEEPSEEK_3)),
     (
         "spark2_5",
-        Pre(
+        PreTokenizer(
             (
                 *DEEPSEEK_3[:2],
                 rf"{DEEPSEEK_SYMBOLS}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
@@ -159,7 +159,7 @@ _BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-
     ),
     (
         "afmoe",
-        Pre(
+        PreTokenizer(
             (
                 THREE_FROM_THE_RIGHT.format(r"\p{N}"),
                 "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
@@ -169,17 +169,17 @@ _BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-
             )
         ),
     ),
-    ("superbpe", Pre((r"\p{N}+", THREE_FROM_THE_RIGHT.format(r"\d")))),
+    ("superbpe", PreTokenizer((r"\p{N}+", THREE_FROM_THE_RIGHT.format(r"\d")))),
     (
         "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
-        Pre((r"\p{N}", GPT_2)),
+        PreTokenizer((r"\p{N}", GPT_2)),
     ),
-    ("falcon", Pre((r"[\p{P}\$\+<=>\^~\|`]+", GPT_2, r"[0-9][0-9][0-9]"))),
-    ("poro-chat bloom gpt3-finnish", Pre((BLOOM,))),
-    ("viking", Pre((BLOOM, r"\p{N}"))),
+    ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT_2, r"[0-9][0-9][0-9]"))),
+    ("poro-chat bloom gpt3-finnish", PreTokenizer((BLOOM,))),
+    ("viking", PreTokenizer((BLOOM, r"\p{N}"))),
     (
         "chameleon",
-        Pre(
+        PreTokenizer(
             (
                 r"<sentinel:[0-9]+>",
                 r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
@@ -188,9 +188,9 @@ _BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-
                 r"[\p{P}!-/:-@\[-`{-~]",
                 GPT_2,
             ),
-            begins=True,
+            add_bos=True,
         ),
     ),
 )
-PRE: dict[str, Pre] = {name: pre for names, pre in _BY_NAMES for name in names.split()}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: pre for names, pre in _BY_NAMES for name in names.split()}
 NOT_BYTE_LEVEL = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")  # BPE on characters

@@ -58,7 +58,7 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
 }
 
-REFUSED: Mapping[str, str] = {  # known methods that are not supported
+UNSUPPORTED_METHODS: Mapping[str, str] = {  # known methods that are not supported
     "aqlm": "AQLM, additive codebooks",
     "auto-round": "AutoRound",
     "awq": "AWQ",
@@ -99,7 +99,7 @@ METHOD_FILES: Mapping[str, str] = {  # separate configuration files, and their m
 }
 
 
-def scheme_of(config: Mapping[str, Any], where: str, *folders: Path) -> str:
+def check_quantization(config: Mapping[str, Any], where: str, *folders: Path) -> str:
     """A one-line description of a checkpoint's quantization; empty when it is not quantized.
 
     Args:
@@ -171,9 +171,9 @@ def _check(quantization: Any, place: str) -> str:
 def _method_problem(method: Any) -> str:
     if method in (None, ""):
         return "quant_method is missing"
-    if isinstance(method, str) and method in REFUSED:
-        return f"quant_method {method} ({REFUSED[method]}) is not supported"
-    return f"quant_method {_short(method)} is unknown{did_you_mean(str(method), [*SCHEMES, *REFUSED])}"
+    if isinstance(method, str) and method in UNSUPPORTED_METHODS:
+        return f"quant_method {method} ({UNSUPPORTED_METHODS[method]}) is not supported"
+    return f"quant_method {_short(method)} is unknown{did_you_mean(str(method), [*SCHEMES, *UNSUPPORTED_METHODS])}"
 
 
 def _values(quantization: Mapping[str, Any]) -> str:

@@ -21,11 +21,11 @@ import torch
 from ktx.errors import BadFile
 from ktx.quant.types import FP8_BLOCK, QTYPES, QType
 from ktx.transformers_compat import checkpoint_renaming
-from ktx.utils.fork_handlers import Lock
-from ktx.weights.accounting import Reads, Verdict, companion
+from ktx.utils.fork_handlers import ForkSafeLock
+from ktx.weights.accounting import Reads, Verdict, check_companion
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
-from ktx.weights.hf_conversion import ConvertedTensor, made_of
+from ktx.weights.hf_conversion import ConvertedTensor, find_converted
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # types that modules can read
 OTHER_DTYPES = {  # the format's other types -> (elements, bytes) of a block
@@ -84,7 +84,7 @@ class SafetensorsSource:
                 self.tensors[name] = spec
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self._maps: dict[str, mmap.mmap] = {}
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
 
     def __copy__(self) -> SafetensorsSource:
         return self  # an open file: copies of a plan read the same one
@@ -106,7 +106,7 @@ class SafetensorsSource:
     @cached_property
     def converted(self) -> dict[str, ConvertedTensor]:
         """Parameters converted from other tensors; most checkpoints have only experts, which are read directly."""
-        return made_of(self.tensors, self._converters)
+        return find_converted(self.tensors, self._converters)
 
     def _sources(self, name: str) -> list[str]:
         """The names of the tensors that a parameter is built from, in row order; empty when there are none."""
@@ -179,7 +179,7 @@ class SafetensorsSource:
 
     # ---- values
 
-    def parts(self, name: str) -> list[QuantizedTensor]:
+    def get_parts(self, name: str) -> list[QuantizedTensor]:
         """A parameter as blocks of rows; tensors stored per expert are one part per expert."""
         sources = self._sources(name)
         if not sources:
@@ -196,7 +196,7 @@ class SafetensorsSource:
         return [self._from_fused(name, sources[0])]
 
     def get(self, name: str) -> QuantizedTensor:
-        parts = self.parts(name)
+        parts = self.get_parts(name)
         return concat_rows(parts, self._shape_of(name, self._sources(name)))
 
     def _from_kv_b(self, name: str, source: str) -> QuantizedTensor:
@@ -205,7 +205,7 @@ class SafetensorsSource:
         kv_b = self.read(source)
         if name.endswith(".k_b_proj.weight"):
             values = kv_b.dequantize().reshape(heads, nope + value, rank)[:, :nope]
-            return QuantizedTensor.of(values.transpose(1, 2))
+            return QuantizedTensor.from_float(values.transpose(1, 2))
         rows = torch.arange(heads * (nope + value)).reshape(heads, -1)[:, nope:].reshape(-1)
         return kv_b.rows(rows).reshape(heads, value, rank)
 
@@ -235,11 +235,11 @@ class SafetensorsSource:
             return None
         if problem := self._scale_flaw(name, spec):
             raise BadFile(f"{spec.file}: {name} {problem}")
-        return self.read(scale_of(name)).dequantize()
+        return self.read(scale_name(name)).dequantize()
 
     def _scale_flaw(self, name: str, spec: TensorSpec) -> str:
         """The problem with the scales of an FP8 tensor, as text that follows its name; empty when there is none."""
-        key, supported = scale_of(name), f"ktx reads F8_E4M3 with one scale per {FP8_BLOCK} x {FP8_BLOCK} weights"
+        key, supported = scale_name(name), f"ktx reads F8_E4M3 with one scale per {FP8_BLOCK} x {FP8_BLOCK} weights"
         if key not in self.tensors:
             return f"is F8_E4M3 but {key} is missing; {supported}"
         found, blocks = self.tensors[key], (*spec.shape[:-2], *(-(-size // FP8_BLOCK) for size in spec.shape[-2:]))
@@ -261,11 +261,11 @@ class SafetensorsSource:
                 if length > 0:
                     self._map(spec.file).madvise(mmap.MADV_DONTNEED, start, length)
 
-    def behind(self, name: str) -> list[str]:
+    def source_tensors(self, name: str) -> list[str]:
         sources = self._sources(name)
-        return sources + [scale for source in sources if (scale := scale_of(source)) in self.tensors]
+        return sources + [scale for source in sources if (scale := scale_name(source)) in self.tensors]
 
-    def flaw(self, name: str) -> str:
+    def unreadable_reason(self, name: str) -> str:
         for source in self._sources(name):
             spec = self.tensors[source]
             if spec.qtype.name not in self.types:
@@ -274,7 +274,7 @@ class SafetensorsSource:
                 return problem
         return ""
 
-    def judge(self, key: str, reads: Reads) -> Verdict:
+    def classify_unread(self, key: str, reads: Reads) -> Verdict:
         name, layer = self.tensors[key].name, re.match(r"(?:.+?\.)?layers\.(\d+)\.", key)
         if layer and int(layer[1]) >= int(self.config.num_hidden_layers):
             mtp = f"{layer[0]}eh_proj.weight" in self.tensors
@@ -286,9 +286,9 @@ class SafetensorsSource:
         for pattern, reason in COMPUTED:
             if pattern.search(key):
                 return Verdict(reason)
-        return companion(key, reads, self.tensors) or Verdict()
+        return check_companion(key, reads, self.tensors) or Verdict()
 
-    def differences(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: Any) -> list[str]:
         spec = self.tensors.get("model.embed_tokens.weight")
         if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):
             return [
@@ -305,7 +305,7 @@ class SafetensorsSource:
             return self._maps[file]
 
 
-def scale_of(name: str) -> str:
+def scale_name(name: str) -> str:
     """The name of the tensor with the block scales of tensor `name`, in DeepSeek's convention."""
     return f"{name}_scale_inv"
 
@@ -317,7 +317,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
     """Converts values to the type of `like` if it is a plain float type, else to F32."""
     if like.qtype is QTYPES["F32"] or like.scale is not None:
-        return QuantizedTensor.of(values)
+        return QuantizedTensor.from_float(values)
     return QuantizedTensor(like.qtype.quantize(values.contiguous()), like.qtype, tuple(values.shape))
 
 
@@ -347,11 +347,11 @@ def shards(path: Path) -> list[Path]:
 
 def read_safetensors_header(path: Path) -> list[TensorSpec]:
     """The tensors of one file. Raises BadFile when its header is invalid."""
-    raw, size = header_of(path)
+    raw, size = read_header_bytes(path)
     return parse_safetensors_header(raw, str(path), size)
 
 
-def header_of(path: Path) -> tuple[bytes, int]:
+def read_header_bytes(path: Path) -> tuple[bytes, int]:
     """A file's header bytes and the file's size in bytes. Raises BadFile for a truncated file or another format."""
     try:
         size = path.stat().st_size

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ktx.cache.page_pool import SNAPSHOTS, PagePool, PartialPage, hash_page
+from ktx.cache.page_pool import MAX_SNAPSHOTS, PagePool, PartialPage, hash_page
 from ktx.errors import UsageError
 
 
@@ -55,12 +55,12 @@ def test_a_key_says_everything_that_came_before():
 
 
 def test_few_snapshots_are_kept_and_go_with_their_page():
-    pages = PagePool(SNAPSHOTS + 2)
-    taken = pages.allocate(SNAPSHOTS + 1)
+    pages = PagePool(MAX_SNAPSHOTS + 2)
+    taken = pages.allocate(MAX_SNAPSHOTS + 1)
     for page in taken:
         pages.register_hash(page, str(page).encode())
         pages.save_snapshot(str(page).encode(), page)
-    assert len(pages.snapshots) == SNAPSHOTS and str(taken[0]).encode() not in pages.snapshots
+    assert len(pages.snapshots) == MAX_SNAPSHOTS and str(taken[0]).encode() not in pages.snapshots
     pages.free(taken)
     pages.reset_prefix_cache()
     assert not pages.snapshots and pages.available == pages.count
@@ -115,8 +115,8 @@ class Users(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from([b"a", b"b"]))
     def claim(self, key):
-        if key in self.pages.tails:
-            tail = self.pages.tails[key]
+        if key in self.pages.partial_pages:
+            tail = self.pages.partial_pages[key]
             self.pages.reuse_partial(tail)
             self.held.append([tail.page])
 

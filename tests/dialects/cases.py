@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Event, Parser, Text, merged
+from ktx.chat_formats import CHAT_FORMATS, CallArguments, CallEnd, CallStart, Event, Parser, Text, merge_events
 
 
 def _tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -93,6 +93,6 @@ def parse(
     said: str = "",
 ) -> Any:
     """The merged events, and whether a call stayed open."""
-    parser = Parser(DIALECTS[dialect], tools, thinking, ids=numbered(), said=said)
+    parser = Parser(CHAT_FORMATS[dialect], tools, thinking, ids=numbered(), prefill_text=said)
     events = [event for piece in pieces for event in parser.feed(piece)]
-    return merged(events + parser.finish(cut)), parser.open_call
+    return merge_events(events + parser.finish(cut)), parser.open_call

@@ -9,11 +9,11 @@ import pytest
 
 llguidance = pytest.importorskip("llguidance")
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, forced_call_grammar  # noqa: E402
+from ktx.chat_formats import CHAT_FORMATS, CallArguments, CallEnd, CallStart, forced_call_grammar  # noqa: E402
 from tests.dialects.cases import TOOLS, parse  # noqa: E402
 from tests.dialects.writing import WRITINGS  # noqa: E402
 
-FAMILIES = [name for name, dialect in DIALECTS.items() if dialect.format]
+FAMILIES = [name for name, dialect in CHAT_FORMATS.items() if dialect.call_format]
 FIRST = 256  # ids of marks lie above those of bytes
 
 
@@ -21,14 +21,14 @@ class Bytes:
     """A vocabulary of single bytes, with the family's marks as tokens above them."""
 
     def __init__(self, family: str, special: bool):
-        format = DIALECTS[family].format
+        format = CHAT_FORMATS[family].call_format
         found = (
             *format.starts,
             *format.ends,
             *format.sections,
             *format.separators,
             format.id_mark,
-            *DIALECTS[family].think,
+            *CHAT_FORMATS[family].reasoning_marks,
         )
         marks = [
             mark
@@ -58,7 +58,7 @@ class Bytes:
 def matcher(family, special=True, **how):
     vocabulary = Bytes(family, special)
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
-    grammar = forced_call_grammar(DIALECTS[family], TOOLS, special=vocabulary.special, **how)
+    grammar = forced_call_grammar(CHAT_FORMATS[family], TOOLS, special=vocabulary.special, **how)
     assert not llguidance.LLMatcher.validate_grammar(grammar, tokenizer), grammar
     return vocabulary, llguidance.LLMatcher(tokenizer, grammar)
 
@@ -110,7 +110,7 @@ def test_a_thought_before(family):
     if family == "gpt-oss":
         before = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
     else:
-        before = f"Hm.{DIALECTS[family].think[1]}\n\n"
+        before = f"Hm.{CHAT_FORMATS[family].reasoning_marks[1]}\n\n"
     assert accepts(family, before + text_of(family, PARIS), thinking=True)
 
 
@@ -146,8 +146,8 @@ def test_what_is_taken_is_read_back(family):
 
 def test_no_calls():
     with pytest.raises(ValueError, match="plain"):
-        forced_call_grammar(DIALECTS["plain"], TOOLS)
+        forced_call_grammar(CHAT_FORMATS["plain"], TOOLS)
     with pytest.raises(ValueError, match="no functions"):
-        forced_call_grammar(DIALECTS["qwen3"], [])
+        forced_call_grammar(CHAT_FORMATS["qwen3"], [])
     with pytest.raises(KeyError):
-        forced_call_grammar(DIALECTS["qwen3"], TOOLS, names=["unknown"])
+        forced_call_grammar(CHAT_FORMATS["qwen3"], TOOLS, names=["unknown"])

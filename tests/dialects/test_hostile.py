@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged
+from ktx.chat_formats import CHAT_FORMATS, CallArguments, CallEnd, CallStart, Parser, Text, merge_events
 from tests.dialects.cases import TOOLS, parse
 from tests.dialects.writing import WRITINGS
 
@@ -17,9 +17,27 @@ MEGABYTE, PIECE = 1_000_000, 10_000
 
 
 def marks(family: str) -> list[str]:
-    dialect = DIALECTS[family]
-    format = dialect.format
-    found = [*dialect.think, "{", "}", "[", "]", '"', "'", "\\", ",", ":", "\n", " ", "(", ")", "=", "```json\n", "```"]
+    dialect = CHAT_FORMATS[family]
+    format = dialect.call_format
+    found = [
+        *dialect.reasoning_marks,
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "'",
+        "\\",
+        ",",
+        ":",
+        "\n",
+        " ",
+        "(",
+        ")",
+        "=",
+        "```json\n",
+        "```",
+    ]
     found += [
         '{"name": "now", "arguments": ',
         '{"name": "weather", ',
@@ -45,7 +63,7 @@ def marks(family: str) -> list[str]:
     return [mark for mark in found if mark]
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_any_text(family):
     """No exception, the same events however the text is cut, and every ended call is an object."""
     texts = st.lists(st.sampled_from(marks(family)) | st.text(max_size=3), max_size=14).map("".join)
@@ -69,11 +87,11 @@ def before(family: str, thinking: bool) -> str:
     """What a model writes before it thinks, or before it answers once it has thought."""
     if family == "gpt-oss":
         return f"<|channel|>{'analysis' if thinking else 'final'}<|message|>"
-    opening, closing = DIALECTS[family].think
+    opening, closing = CHAT_FORMATS[family].reasoning_marks
     return opening if thinking else f"{opening}Hm.{closing}"
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_any_text_that_goes_on(family):
     """The same events as behind the same words of the model's own, however the text is cut."""
     texts = st.lists(st.sampled_from(marks(family)) | st.text(max_size=3), max_size=14).map("".join)
@@ -86,7 +104,7 @@ def test_any_text_that_goes_on(family):
         assert parse(family, list(text), thinking, cut=cut, said=said) == (events, open_call)
         whole = parse(family, [before(family, thinking) + said + text], cut=cut)[0]
         own = whole if thinking or family == "gpt-oss" else whole[1:]
-        assert own == merged([Text(said, kind), *events])
+        assert own == merge_events([Text(said, kind), *events])
 
     check()
 
@@ -132,7 +150,7 @@ def seconds(family: str, text: str, length: int, piece: int = PIECE) -> float:
     first, _, again = text.rpartition("\0")
     whole = first + again * (length // len(again))
     start = time.process_time()
-    parser = Parser(DIALECTS[family], TOOLS)
+    parser = Parser(CHAT_FORMATS[family], TOOLS)
     for at in range(0, len(whole), piece):
         parser.feed(whole[at : at + piece])
     parser.finish()
@@ -152,7 +170,7 @@ def least(enough, *case):
     return best
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_a_megabyte_takes_two_seconds(family):
     """Each text as a fifteenth of a megabyte in pieces of 10 KB, then the slowest of them whole, and as one piece."""
     texts = hostile(family)
@@ -162,7 +180,7 @@ def test_a_megabyte_takes_two_seconds(family):
     assert least(LIMIT / 5, family, texts[worst], MEGABYTE // 5, MEGABYTE) < LIMIT / 5, worst
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_single_characters_are_no_dearer_as_the_text_grows(family):
     """Fed character by character, a text costs a few microseconds each, however long the call or the text is."""
     titles = ("letters", "spaces", "in a string: letters", "in a string: backslashes", "in a string: spaces", "starts")
@@ -172,10 +190,10 @@ def test_single_characters_are_no_dearer_as_the_text_grows(family):
             assert least(1.0, family, text, 20_000, 1) < 1.0, title
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_plain_text_flows_at_once(family):
     """Nothing is held but what may be layout or become a mark."""
-    parser, shown = Parser(DIALECTS[family], TOOLS), ""
+    parser, shown = Parser(CHAT_FORMATS[family], TOOLS), ""
     for character in "Hello, this is <b>text</b> [1] with {braces}.":
         shown += "".join(event.text for event in parser.feed(character) if isinstance(event, Text))
         parser.feed("")
@@ -187,7 +205,7 @@ def test_arguments_flow_while_they_come(family):
     """A long string is told long before it ends."""
     w = WRITINGS[family]
     text = w.calls(("write", {"path": "p", "content": "word " * 100}))
-    parser = Parser(DIALECTS[family], TOOLS)
+    parser = Parser(CHAT_FORMATS[family], TOOLS)
     told = "".join(e.text for e in parser.feed(text[: text.index("word") + 50]) if isinstance(e, CallArguments))
     assert told.count("word") >= 9
 

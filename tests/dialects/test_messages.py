@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ktx.chat_formats import DIALECTS, for_template
+from ktx.chat_formats import CHAT_FORMATS, to_template_messages
 
 
 def told(family, *messages):
-    return for_template(messages, DIALECTS[family])
+    return to_template_messages(messages, CHAT_FORMATS[family])
 
 
 def calls(*arguments, ids=("call_a", "call_b")):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd
+from ktx.chat_formats import CHAT_FORMATS, CallArguments, CallEnd
 from tests.dialects.cases import TOOLS, Case, parse, wanted
 from tests.dialects.messy import messy
 from tests.dialects.shared import shared
@@ -21,7 +21,7 @@ def outputs(family: str) -> list[Case]:
     return (shared(family) + messy(family) if family in WRITINGS else []) + own
 
 
-CASES = [(family, case) for family in DIALECTS for case in outputs(family)]
+CASES = [(family, case) for family in CHAT_FORMATS for case in outputs(family)]
 IDS = [f"{family}: {case.title}" for family, case in CASES]
 
 
@@ -37,7 +37,7 @@ def test_output(family, case):
     assert read(family, case, list(case.text)) == (events, open_call)
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_cut_anywhere(family):
     cases = outputs(family)
 
@@ -62,7 +62,7 @@ def test_ended_calls_are_objects(family, case):
             assert isinstance(json.loads(event.text), dict)
 
 
-@pytest.mark.parametrize("family", DIALECTS)
+@pytest.mark.parametrize("family", CHAT_FORMATS)
 def test_at_least_forty(family):
     texts = {case.text for case in outputs(family)}
     assert len(texts) >= (40 if family != "plain" else 15)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged, new_id
+from ktx.chat_formats import CHAT_FORMATS, CallArguments, CallEnd, CallStart, Parser, Text, merge_events, new_id
 from tests.dialects.cases import TOOLS, numbered
 
 CALL = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
-QWEN = DIALECTS["qwen3"]
+QWEN = CHAT_FORMATS["qwen3"]
 
 
 def test_ids_look_like_openai_s():
@@ -29,15 +29,15 @@ def test_calls_can_be_looked_for_without_tools():
 
 
 def test_tools_may_be_bare_functions():
-    parser = Parser(DIALECTS["qwen3-coder"], [tool["function"] for tool in TOOLS])
-    events = merged(parser.feed("<function=weather><parameter=city>7</parameter></function>") + parser.finish())
+    parser = Parser(CHAT_FORMATS["qwen3-coder"], [tool["function"] for tool in TOOLS])
+    events = merge_events(parser.feed("<function=weather><parameter=city>7</parameter></function>") + parser.finish())
     assert events[1] == CallArguments(0, '{"city": "7"}')
 
 
 def test_reading_ends_once():
     parser = Parser(QWEN, TOOLS)
     assert parser.feed("a <tool") == [Text("a")]
-    assert merged(parser.finish()) == [Text(" <tool")]
+    assert merge_events(parser.finish()) == [Text(" <tool")]
     assert parser.finish() == []
 
 
@@ -58,32 +58,32 @@ def test_a_whole_call_before_a_cut_is_no_open_one():
 
 def test_what_goes_on_keeps_its_white_space():
     for thinking, kind in ((False, "answer"), (True, "think")):
-        parser = Parser(QWEN, TOOLS, thinking, said="Hello")
-        assert merged(parser.feed("\n world ") + parser.finish()) == [Text("\n world ", kind)]
+        parser = Parser(QWEN, TOOLS, thinking, prefill_text="Hello")
+        assert merge_events(parser.feed("\n world ") + parser.finish()) == [Text("\n world ", kind)]
 
 
 def test_an_answer_that_goes_on_thinks_no_more():
     text = " and <think>more</think> words"
-    assert merged(Parser(QWEN, said="Hello").feed(text)) == [Text(text)]
-    thought = Parser(QWEN, thinking=True, said="Hm").feed(" <think> so.</think>\n\nYes.")
-    assert merged(thought) == [Text(" <think> so.", "think"), Text("Yes.")]
+    assert merge_events(Parser(QWEN, prefill_text="Hello").feed(text)) == [Text(text)]
+    thought = Parser(QWEN, thinking=True, prefill_text="Hm").feed(" <think> so.</think>\n\nYes.")
+    assert merge_events(thought) == [Text(" <think> so.", "think"), Text("Yes.")]
 
 
 def test_what_goes_on_may_call():
-    events = Parser(QWEN, TOOLS, ids=numbered(), said="Hello").feed(" you.\n" + CALL)
+    events = Parser(QWEN, TOOLS, ids=numbered(), prefill_text="Hello").feed(" you.\n" + CALL)
     assert events == [Text(" you."), CallStart(0, "call_0", "now"), CallArguments(0, "{}"), CallEnd(0)]
 
 
 def test_a_call_without_marks_begins_a_line():
     call = '{"name": "now", "parameters": {}}'
     for said, text, calls in (("So:\n", call, 1), ("So:", "\n" + call, 1), ("So: ", call, 0), ("So:\n", "x" + call, 0)):
-        events = Parser(DIALECTS["llama-3"], TOOLS, said=said).feed(text)
+        events = Parser(CHAT_FORMATS["llama-3"], TOOLS, prefill_text=said).feed(text)
         assert sum(isinstance(event, CallStart) for event in events) == calls, (said, text)
 
 
 def test_harmony_goes_on_inside_its_channel():
     rest = " four.<|end|><|start|>assistant<|channel|>final<|message|>4"
-    thought = Parser(DIALECTS["gpt-oss"], thinking=True, said="It is")
-    assert merged(thought.feed(rest) + thought.finish()) == [Text(" four.", "think"), Text("4")]
-    answer = Parser(DIALECTS["gpt-oss"], TOOLS, said="Say")
-    assert merged(answer.feed(" to=functions.now<|return|>")) == [Text(" to=functions.now")]
+    thought = Parser(CHAT_FORMATS["gpt-oss"], thinking=True, prefill_text="It is")
+    assert merge_events(thought.feed(rest) + thought.finish()) == [Text(" four.", "think"), Text("4")]
+    answer = Parser(CHAT_FORMATS["gpt-oss"], TOOLS, prefill_text="Say")
+    assert merge_events(answer.feed(" to=functions.now<|return|>")) == [Text(" to=functions.now")]

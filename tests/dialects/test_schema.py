@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktx.chat_formats.schema import convert, kinds, property_schema
+from ktx.chat_formats.schema import allowed_types, property_schema, to_json
 
 CASES = (
     ("75001", {"type": "string"}, '"75001"'),
@@ -49,7 +49,7 @@ CASES = (
 
 @pytest.mark.parametrize(("text", "schema", "want"), CASES)
 def test_convert(text, schema, want):
-    assert convert(text, schema) == want
+    assert to_json(text, schema) == want
     json.loads(want)
 
 
@@ -82,6 +82,6 @@ NONSENSE = st.recursive(
     NONSENSE,
 )
 def test_no_schema_is_too_odd(text, schema):
-    assert json.loads(convert(text, schema)) is not ...
-    assert kinds(schema) is not None
+    assert json.loads(to_json(text, schema)) is not ...
+    assert allowed_types(schema) is not None
     property_schema(schema if isinstance(schema, dict) else None, "a")

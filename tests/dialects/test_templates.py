@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Text, dialect_for, for_template, opened
+from ktx.chat_formats import (
+    CHAT_FORMATS,
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Text,
+    chat_format_for,
+    ends_in_reasoning,
+    to_template_messages,
+)
 from ktx.engine.prompt import PromptRenderer
 from ktx.errors import UsageError
 from tests.dialects.cases import TOOLS, parse
@@ -48,7 +57,7 @@ def template(family: str) -> str:
 
 
 def render(family: str, messages, prompt: bool = False, **how) -> str:
-    told = for_template(messages, DIALECTS[family])
+    told = to_template_messages(messages, CHAT_FORMATS[family])
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     out = render_jinja_template(
         [told], TOOLS, chat_template=template(family), add_generation_prompt=prompt, **tokens, **how
@@ -88,28 +97,32 @@ def read(family: str, text: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dialect_is_found_by_the_template(family):
-    assert dialect_for(template(family)).name == family
-    assert dialect_for(template(family), "something_else").name == family
+    assert chat_format_for(template(family)).name == family
+    assert chat_format_for(template(family), "something_else").name == family
 
 
 def test_the_dialect_is_found_by_the_model_type():
-    assert dialect_for(None, "deepseek_v3").name == "deepseek-v3"
-    assert dialect_for("{{ messages }}", "qwen3_moe").name == "qwen3"
-    assert dialect_for(None, "gpt_oss").name == "gpt-oss"
-    assert dialect_for(None, None).name == dialect_for("", "unheard_of").name == "plain"
+    assert chat_format_for(None, "deepseek_v3").name == "deepseek-v3"
+    assert chat_format_for("{{ messages }}", "qwen3_moe").name == "qwen3"
+    assert chat_format_for(None, "gpt_oss").name == "gpt-oss"
+    assert chat_format_for(None, None).name == chat_format_for("", "unheard_of").name == "plain"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whether_the_prompt_opens_the_block(family):
     prompt = render(family, QUESTION, prompt=True)
     assert (
-        opened(prompt, DIALECTS[family]) == DIALECTS[family].prompt_opens == (family in ("deepseek-r1", "minimax-m2"))
+        ends_in_reasoning(prompt, CHAT_FORMATS[family])
+        == CHAT_FORMATS[family].prompt_opens_reasoning
+        == (family in ("deepseek-r1", "minimax-m2"))
     )
 
 
 def test_thinking_that_is_asked_for():
-    assert opened(render("deepseek-v3.1", QUESTION, prompt=True, thinking=True), DIALECTS["deepseek-v3.1"])
-    assert not opened(render("qwen3", QUESTION, prompt=True, enable_thinking=False), DIALECTS["qwen3"])
+    assert ends_in_reasoning(
+        render("deepseek-v3.1", QUESTION, prompt=True, thinking=True), CHAT_FORMATS["deepseek-v3.1"]
+    )
+    assert not ends_in_reasoning(render("qwen3", QUESTION, prompt=True, enable_thinking=False), CHAT_FORMATS["qwen3"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,8 +205,8 @@ def prompts(family: str) -> PromptRenderer:
 def going_on(family: str, before=QUESTION, **last):
     """The prompt, and what it writes of the last message, which stands behind what is written of those before it."""
     made = prompts(family)
-    rendered = made.render([*before, {"role": "assistant", **last}], TOOLS, proceed=True)
-    begun = made.render(before, TOOLS, answer=False).text
+    rendered = made.render([*before, {"role": "assistant", **last}], TOOLS, continue_final_message=True)
+    begun = made.render(before, TOOLS, add_generation_prompt=False).text
     assert rendered.text.startswith(begun)
     return rendered, rendered.text[len(begun) :]
 
@@ -237,7 +250,7 @@ def test_reasoning_and_an_answer_that_goes_on(family):
     rendered, turn = going_on(family, content="The answer is", reasoning_content="Hm.\nParis.")
     assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nParis.", "The answer is", [])
     assert (rendered.prefill_text, rendered.thinking) == ("The answer is", False)
-    opening, closing = DIALECTS[family].think
+    opening, closing = CHAT_FORMATS[family].reasoning_marks
     if opening:
         inside = f"{opening}\nHm.\nParis.\n{closing}\n\nThe answer is"
         assert going_on(family, content=inside) == (rendered, turn)
@@ -248,7 +261,7 @@ def test_reasoning_goes_on(family):
     rendered, turn = going_on(family, content="", reasoning_content="Hm.\nPar")
     assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nPar", "", [])
     assert (rendered.prefill_text, rendered.thinking) == ("Hm.\nPar", True) and turn.endswith("Hm.\nPar")
-    opening = DIALECTS[family].think[0]
+    opening = CHAT_FORMATS[family].reasoning_marks[0]
     if opening:
         assert going_on(family, content=f"{opening}\nHm.\nPar") == (rendered, turn)
         begun, place = going_on(family, content=opening)
@@ -264,14 +277,16 @@ def test_reasoning_that_no_template_writes(family):
 
 def test_reasoning_of_a_model_that_was_told_to_think():
     last = {"role": "assistant", "reasoning_content": "Hm.", "content": "It"}
-    rendered = prompts("deepseek-v3.1").render([*QUESTION, last], words={"thinking": True}, proceed=True)
+    rendered = prompts("deepseek-v3.1").render(
+        [*QUESTION, last], template_kwargs={"thinking": True}, continue_final_message=True
+    )
     assert rendered.text.endswith("<｜Assistant｜><think>Hm.</think>It")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_cannot_go_on(family):
     with pytest.raises(UsageError, match="only a last message of the assistant"):
-        prompts(family).render(QUESTION, TOOLS, proceed=True)
+        prompts(family).render(QUESTION, TOOLS, continue_final_message=True)
     with pytest.raises(UsageError, match="has tool calls"):
         going_on(family, **assistant([("now", {})], "So"))
 
@@ -282,11 +297,13 @@ def test_text_that_a_template_changes_cannot_go_on():
     made = tokenizer()
     made.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
     with pytest.raises(UsageError, match="changes the last message's text"):
-        PromptRenderer(made).render([*QUESTION, {"role": "assistant", "content": "ab"}], proceed=True)
+        PromptRenderer(made).render([*QUESTION, {"role": "assistant", "content": "ab"}], continue_final_message=True)
 
 
 def test_a_model_without_a_template_goes_on():
     made = tokenizer()
     made.chat_template = None
-    rendered = PromptRenderer(made).render([*QUESTION, {"role": "assistant", "content": "It "}], proceed=True)
+    rendered = PromptRenderer(made).render(
+        [*QUESTION, {"role": "assistant", "content": "It "}], continue_final_message=True
+    )
     assert (rendered.text, rendered.prefill_text) == ("Be brief.\nWeather?\nIt ", "It ")

@@ -65,7 +65,7 @@ def test_sequences_one_after_another_read_the_weights_each(model):
     runner = SequentialRunner(model[0], 8)
     with Engine(*model, Options(max_batch_size=2), runner) as engine:
         usage = asked(engine, "c" * 30, "d" * 40, tokens=3)
-        done, reads = engine.activity.snapshot(), WeightTraffic.of(model[0])
+        done, reads = engine.stats.snapshot(), WeightTraffic.of(model[0])
         forwards = sum(one.answer for one in usage)  # the prompts' make the first tokens
         assert done.nbytes - done.expert_bytes == reads.bytes(forwards, 70 + forwards - 2, forwards)
 

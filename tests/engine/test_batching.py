@@ -106,7 +106,7 @@ def test_echo_tells_the_log_probabilities_of_the_prompt(loaded):
                 event
                 for _, event in engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=new, logprobs=3, echo=True))
             ]
-            told = next(event for event in events if isinstance(event, PromptLogprobs)).choices
+            told = next(event for event in events if isinstance(event, PromptLogprobs)).tokens
             assert events[-1].reason == "length" and len(events[-1].ids) == new
             with torch.inference_mode(), cpu.bf16_rows(0):  # as an echo's prompt is computed
                 share = model(torch.tensor([PROMPTS[1]])).logits[0].float().log_softmax(-1)

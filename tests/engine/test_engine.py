@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import ktx
 from ktx.chat_formats import Text
-from ktx.engine.budget import StepBudget, longest_step
+from ktx.engine.budget import StepBudget, max_step_tokens
 from ktx.engine.chat_session import Session
 from ktx.engine.detokenizer import Detokenizer, StopChecker
 from ktx.engine.prompt import RenderedPrompt
@@ -191,7 +191,7 @@ def session(loaded):
 def test_pieces_grow_with_the_past():
     assert [StepBudget().tokens(past) for past in (0, 8192, 16384, 1 << 20)] == [2048, 2048, 4096, 8192]
     assert StepBudget(3, 3).tokens(0) == StepBudget(3, 3).tokens(1 << 20) == 3
-    assert [longest_step(context) for context in (1, 16384, 1 << 20)] == [2048, 4096, 8192]
+    assert [max_step_tokens(context) for context in (1, 16384, 1 << 20)] == [2048, 4096, 8192]
 
 
 def test_cancel_keeps_what_was_said(loaded, session):

@@ -27,7 +27,7 @@ class World:
             "on_snapshot": lambda r, tokens: tokens if tokens in self.copied.get(r, {self.state.get(r)}) else None,
         }
         self.budget = StepBudget(chunk, chunk, seconds)
-        self.budget.fitting = chunk  # tests of time learn it
+        self.budget.fitting_tokens = chunk  # tests of time learn it
         self.scheduler = Scheduler(PagePool(pages), max_batch, self.budget, **told, **more)
         self.numbers = 0
         self.done = {}
@@ -69,17 +69,19 @@ class World:
             if self.scheduler.recurrent:
                 assert self.state.get(r, 0) == part.start
                 self.state[r] = part.start + part.count
-                marks = SequenceSpan(r.id, part.start, part.count, (), part.prompt, shared=True).marks
+                marks = SequenceSpan(
+                    r.id, part.start, part.count, (), part.num_prompt_tokens, shared=True
+                ).snapshot_lengths
                 self.copied[r] = {*marks, self.state[r]}
             if r is refused:
-                self.scheduler.drop(r)
+                self.scheduler.remove(r)
                 self.done[r] = self.steps
                 continue
             if part.start + part.count == len(r.ids):
                 r.ids.append(sum(r.ids[-3:]) * 7919 % 1000 + len(r.ids) % 5)
             self.scheduler.commit(r, part.count)
             if r.num_output >= r.sampling.max_new_tokens:
-                self.scheduler.drop(r)
+                self.scheduler.remove(r)
                 self.done[r] = self.steps
         self.scheduler.check_integrity()
         return parts
@@ -118,7 +120,7 @@ def test_any_mixture_is_answered_as_alone_and_in_a_small_cache(recurrent, data):
             if what == "leave":
                 leaving = requests[-1][0]
                 if leaving not in world.done:
-                    world.scheduler.drop(leaving)
+                    world.scheduler.remove(leaving)
                     world.done[leaving] = world.steps
                     gone.add(leaving)
             elif what == "give up":
@@ -140,7 +142,7 @@ def test_a_forward_that_was_given_up_leaves_no_state_and_takes_no_page_that_was_
     for _ in range(5):
         world.step()
     world.give_up()
-    assert not first.pages and first.preempted == 1 and not world.scheduler.pages.tails
+    assert not first.pages and first.preempted == 1 and not world.scheduler.pages.partial_pages
     world.run()
     assert first.ids == alone(prompt(300), 40)
     again = world.add(prompt(300), 1)
@@ -154,7 +156,7 @@ def test_a_request_refused_behind_its_forward_leaves_no_state_of_a_token_that_it
     world.step()
     world.step()
     world.step(refused)
-    assert not world.scheduler.pages.tails
+    assert not world.scheduler.pages.partial_pages
     again = world.add(refused.ids, 5)
     world.run()
     assert again.cached == 64 and again.ids == alone(refused.prompt, 9)[: len(again.ids)]
@@ -263,7 +265,7 @@ def test_a_cancelled_request_leaves_nothing():
     stays = world.add(prompt(1000), 5)
     world.step()
     assert stays not in world.scheduler.running  # it waits for what the other one computes
-    world.scheduler.drop(gone)
+    world.scheduler.remove(gone)
     world.run()
     assert stays.ids == alone(prompt(1000), 5)
 
@@ -295,13 +297,13 @@ class Timed(World):
 
     def __init__(self, seconds=0.5, fixed=0.1, each=0.005, deep=0.0, budget=None, **more):
         super().__init__(pages=2000, **more)
-        self.budget = self.scheduler.budget = budget or StepBudget(seconds=seconds)
+        self.budget = self.scheduler.budget = budget or StepBudget(target_s=seconds)
         self.fixed, self.each, self.deep = fixed, each, deep
 
     def timed(self):
         """A step: tokens of prompts, answers beside them, and seconds."""
         kinds, plan = [], self.scheduler.schedule
-        self.scheduler.schedule = lambda: [kinds.append((part, part.answers)) or part for part in plan()]
+        self.scheduler.schedule = lambda: [kinds.append((part, part.is_decode)) or part for part in plan()]
         try:
             self.step()
         finally:
@@ -310,7 +312,7 @@ class Timed(World):
         tokens = sum(part.count for part, answer in kinds if not answer)
         past = max(part.start for part, _ in kinds)
         seconds = self.fixed + (tokens + answers) * (self.each + self.deep * past / 1000)
-        self.budget.took(tokens, answers > 0, seconds)
+        self.budget.record(tokens, answers > 0, seconds)
         return tokens, answers, seconds
 
     def prefill(self, request):
@@ -394,16 +396,18 @@ def test_the_end_of_a_prompt_says_nothing_of_a_whole_step():
     world = Timed(each=0.001)
     talking(world)
     world.prefill(world.add(prompt(8000, 1), 1))
-    known = world.budget.tokens(answers=True)
+    known = world.budget.tokens(decoding=True)
     for i in range(5):
         world.prefill(world.add(prompt(3, i + 2), 1))  # 0.1 s for three tokens
-    assert world.budget.tokens(answers=True) == known > PAGE_TOKENS
+    assert world.budget.tokens(decoding=True) == known > PAGE_TOKENS
 
 
 @pytest.mark.parametrize("recurrent,grain", [(False, PAGE_TOKENS), (True, PAGE_TOKENS), (True, 4 * PAGE_TOKENS)])
 def test_no_stream_of_short_prompts_starves_a_long_one(recurrent, grain):
     """Where a page is all that fits, and each step brings another prompt that is shorter than a page."""
-    world = Timed(fixed=2.0, budget=StepBudget(seconds=0.5, least=grain), max_batch=6, recurrent=recurrent, grain=grain)
+    world = Timed(
+        fixed=2.0, budget=StepBudget(target_s=0.5, min_tokens=grain), max_batch=6, recurrent=recurrent, grain=grain
+    )
     talking(world)
     long = world.add(prompt(20 * grain, 1), 1)
     for i in range(60):

@@ -57,7 +57,7 @@ def pace(*seconds: float) -> ForwardCostModel:
     made = ForwardCostModel()
     for _ in range(20):
         for tokens, took in enumerate(seconds, 1):
-            made.took(tokens, took)
+            made.record(tokens, took)
     return made
 
 
@@ -92,10 +92,10 @@ def test_a_bad_start_is_tried_again():
         return hits / tries
 
     for _ in range(10):
-        speculation.checked(request, 3, 0)
+        speculation.record_verified(request, 3, 0)
     assert choose_draft_lengths(costs, [rate()], [8]) == [0]
     for _ in range(200):
-        speculation.checked(request, 0, 0)
+        speculation.record_verified(request, 0, 0)
     assert choose_draft_lengths(costs, [rate()], [8]) != [0]
 
 
@@ -107,7 +107,7 @@ def test_a_bad_start_is_tried_again():
 def test_a_draft_is_what_followed_the_latest_equal_tail(ids, most):
     """Ids whose bytes look like other ids' one byte further on."""
     request = Request(list(ids), SamplingParams(), print)
-    found = PromptLookup().found(request, most)
+    found = PromptLookup().lookup(request, most)
     for size in (4, 3, 2):
         places = [i for i in range(len(ids) - size) if ids[i : i + size] == ids[-size:]]
         if places:
@@ -118,9 +118,9 @@ def test_a_draft_is_what_followed_the_latest_equal_tail(ids, most):
 
 def test_a_text_that_grows_is_looked_up_whole():
     lookup, request = PromptLookup(), Request([1, 2, 3, 4], SamplingParams(), print)
-    assert lookup.found(request, 4) == []
+    assert lookup.lookup(request, 4) == []
     request.ids += [1, 2]
-    assert lookup.found(request, 2) == [3, 4]
+    assert lookup.lookup(request, 2) == [3, 4]
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.05}])

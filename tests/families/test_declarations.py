@@ -8,10 +8,10 @@ import pytest
 import transformers
 
 from ktx import families
-from ktx.chat_formats.registry import DIALECTS
+from ktx.chat_formats.registry import CHAT_FORMATS
 from ktx.families import FAMILIES, Family
 from ktx.families.family import RoutingSpec
-from ktx.injection.rules import shipped
+from ktx.injection.rules import shipped_rules
 
 
 def test_tables_have_every_declaration():
@@ -32,8 +32,8 @@ def test_a_key_that_is_declared_twice_is_an_error():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_types[0])
 def test_what_a_declaration_names_exists(family: Family):
-    assert family.rules in shipped()
-    assert not family.chat or family.chat in DIALECTS
+    assert family.rules in shipped_rules()
+    assert not family.chat or family.chat in CHAT_FORMATS
     if not (family.layers or family.attention or family.mla or family.routers):
         return
     module = importlib.import_module(_modeling_file(family.model_types[0]))
@@ -47,8 +47,8 @@ def _modeling_file(model_type: str) -> str:
 
 
 def test_earlier_names_of_rule_files_are_no_file_names():
-    assert not set(families.RULE_ALIASES) & set(shipped())
-    assert set(families.RULE_ALIASES.values()) <= set(shipped())
+    assert not set(families.RULE_ALIASES) & set(shipped_rules())
+    assert set(families.RULE_ALIASES.values()) <= set(shipped_rules())
 
 
 def test_gguf_of_knows_only_families_that_llama_cpp_writes():

@@ -82,4 +82,4 @@ def test_keys_in_eight_bits_are_no_blocks_on_a_gpu(pair, wish, kept):
     with torch.inference_mode():
         model(torch.tensor([[5, 6]]), position_ids=cache.batch.position_ids, past_key_values=cache)
     assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {kept}
-    offload.check(model)
+    offload.raise_offload_errors(model)

@@ -19,7 +19,7 @@ from ktx.devices import gpus
 from ktx.engine import graphs
 from ktx.engine.request import TokenEvent
 from ktx.engine.sampler import SamplingParams
-from ktx.transformers_compat import usual_cache_name
+from ktx.transformers_compat import default_cache_name
 from tests.engine.test_batching import answers
 from tests.gpu.placed import F32, SMALL, SMALLER, rules
 from tests.small_chat import write_model
@@ -107,7 +107,7 @@ def test_requests_join_and_leave_and_prompts_are_computed_between(placed):
             if isinstance(event, TokenEvent):
                 if waiting and len(found.setdefault(index, [])) == 1:
                     join(waiting.pop(0))
-                found.setdefault(index, []).append(event.choice.token)
+                found.setdefault(index, []).append(event.token.token)
 
         def join(index):
             engine.submit(PROMPTS[index], LONG, lambda event: heard(index, event))
@@ -141,7 +141,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
 
         def spied(**given):
             if inside[0]:
-                tables = given[usual_cache_name()].batch.on(gpus()[0].torch)
+                tables = given[default_cache_name()].batch.on(gpus()[0].torch)
                 held = [given["input_ids"], given["position_ids"], tables.pages, tables.slots, tables.sequences]
                 addresses = tuple(tensor.data_ptr() for tensor in held)
                 called.setdefault(tables.pages.shape[0], set()).add(addresses)
@@ -311,12 +311,12 @@ def test_models_that_are_not_on_one_gpu_say_why(hybrid):
     finally:
         scaled.fixed = True
     with hybrid.cpu.ktx.engine(max_batch_size=1) as engine:
-        assert engine.runner.graphs is None and graphs.gpu_of(engine.model) is None
+        assert engine.runner.graphs is None and graphs.first_gpu(engine.model) is None
 
 
 def test_sizes_are_powers_of_two_and_the_most():
-    assert graphs.sizes_up_to(1) == [1] and graphs.sizes_up_to(4) == [4, 2, 1]
-    assert graphs.sizes_up_to(6) == [6, 4, 2, 1] and graphs.sizes_up_to(32) == [32, 16, 8, 4, 2, 1]
+    assert graphs.capture_sizes(1) == [1] and graphs.capture_sizes(4) == [4, 2, 1]
+    assert graphs.capture_sizes(6) == [6, 4, 2, 1] and graphs.capture_sizes(32) == [32, 16, 8, 4, 2, 1]
 
 
 def test_the_benchmark_compares_both_ways(hybrid, monkeypatch, tmp_path, capsys):

@@ -13,7 +13,7 @@ import torch
 from ktx.engine.runner import to_cpu
 from ktx.ops.gpu import offload, streams
 from ktx.ops.gpu.offload import ExpertOffload
-from ktx.ops.gpu.padding import NO_EXPERT, Padding, chosen, padded
+from ktx.ops.gpu.padding import NO_EXPERT, Padding, mask_padding, with_padding
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
 
@@ -142,9 +142,9 @@ def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_a
         return hidden + 1
 
     padding, given = Padding(torch.tensor([2]), torch.tensor([1, 1, 0])), states(3)
-    with padded(padding):
+    with with_padding(padding):
         under_way = way.submit(counted, *given)
-        assert chosen(given[1])[:2].equal(given[1][:2]) and chosen(given[1])[2].tolist() == [NO_EXPERT] * 2
+        assert mask_padding(given[1])[:2].equal(given[1][:2]) and mask_padding(given[1])[2].tolist() == [NO_EXPERT] * 2
     recorded = list(stream.open)
     out = way.result(under_way)
     assert torch.equal(out[:2], given[0][:2] + 1) and not out[2].any()
@@ -152,7 +152,7 @@ def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_a
     for step in [*recorded, under_way.job.sync]:
         step()
     assert seen == [2, 1] and not under_way.job.out[1:].any()
-    assert chosen(given[1]) is given[1]
+    assert mask_padding(given[1]) is given[1]
 
 
 def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypatch):
@@ -160,7 +160,7 @@ def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypa
     monkeypatch.setattr(streams, "_native", lambda *types: lambda stream, function, number: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     launch, before = streams.host_functions(), set(streams._waiting)
-    with streams.captured() as numbers:
+    with streams.collect_graph_functions() as numbers:
         launch(0, lambda: seen.append("graph"))
     capturing[0] = False
     launch(0, lambda: seen.append("once"))
@@ -168,7 +168,7 @@ def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypa
     for number in (*numbers, once, *numbers):
         streams._called(number)
     assert seen == ["graph", "once", "graph"] and len(numbers) == 1
-    streams.forget(numbers)
+    streams.unregister(numbers)
     assert set(streams._waiting) == before
 
 
@@ -181,7 +181,7 @@ def hybrid(tmp_path_factory):
 def test_shared_experts_are_computed_while_the_cpu_computes_the_others(hybrid, monkeypatch):
     _, model = hybrid
     block, stream = model.model.layers[1].mlp, Recording()
-    monkeypatch.setattr(block, "handover", ExpertOffload(stream))
+    monkeypatch.setattr(block, "offload", ExpertOffload(stream))
     shared = block.shared_experts.register_forward_hook(lambda *args: stream.told.append("shared"))
     experts = block.experts.register_forward_hook(lambda *args: stream.told.append("experts"))
     try:
@@ -198,9 +198,9 @@ def test_experts_that_are_put_off_run_while_the_device_goes_on_to_the_next_layer
     rules, ids, stream = twins.rules(Experts="cpu"), torch.tensor([[5, 6, 7]]), Recording()
     on_cpu, model = twins.load(None, defer_experts=1), twins.load(rules, defer_experts=1)
     way, told = ExpertOffload(stream), stream.told
-    blocks = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "handover")]
+    blocks = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "offload")]
     for i, layer in blocks:
-        monkeypatch.setattr(layer.mlp, "handover", way)
+        monkeypatch.setattr(layer.mlp, "offload", way)
         layer.self_attn.register_forward_hook(lambda *args, i=i: told.append(f"attention {i}"))
         layer.mlp.shared_experts.register_forward_hook(lambda *args, i=i: told.append(f"shared {i}"))
     with torch.inference_mode():
@@ -282,7 +282,7 @@ def right(model, ids, expected):
 def test_models_have_ways_of_their_own(two, tmp_path):
     first, second, *_ = two
     blocks = [
-        [layer.mlp for layer in model.model.layers if getattr(layer.mlp, "handover", None)] for model in (first, second)
+        [layer.mlp for layer in model.model.layers if getattr(layer.mlp, "offload", None)] for model in (first, second)
     ]
     ways = [{block.handover for block in of} for of in blocks]
     assert [len(of) for of in ways] == [1, 1] and not ways[0] & ways[1]
@@ -290,7 +290,7 @@ def test_models_have_ways_of_their_own(two, tmp_path):
     apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
     assert len(apart.handovers) == 2  # one a device
     assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "handovers")
-    offload.check(hybrid_on_cpu), offload.give_up(hybrid_on_cpu)
+    offload.raise_offload_errors(hybrid_on_cpu), offload.reset_offloads(hybrid_on_cpu)
 
 
 def test_an_error_nobody_came_for_is_not_another_models(two):
@@ -324,9 +324,9 @@ def test_models_that_take_turns_fail_and_answer_each_for_itself(two):
 def test_what_one_model_gives_up_the_other_still_waits_for(two):
     first, second, ids, expected = two
     first.handovers[0].all_slots[0].job = second.handovers[0].all_slots[0].job = job = object()
-    offload.give_up(first)
+    offload.reset_offloads(first)
     assert first.handovers[0].all_slots[0].job is None and second.handovers[0].all_slots[0].job is job
-    offload.give_up(second)
+    offload.reset_offloads(second)
     assert right(first, ids, expected) and right(second, ids, expected)
 
 

@@ -10,7 +10,7 @@ from ktx.errors import DoesNotFit, UsageError
 from ktx.injection.rules import Rule
 from ktx.kernels import reference
 from ktx.kernels.gpu import norm
-from ktx.ops.base import ON_GPU, SHIPPED, resolve
+from ktx.ops.base import GPU_OPERATORS, OPERATORS, resolve
 from ktx.ops.gpu.kv_view import causal_spec, view_of_states
 from tests.gpu.placed import Twins, rules
 
@@ -57,8 +57,8 @@ def test_operators_hold_and_read_as_many_bytes_as_on_the_cpu(moe):
 
 
 def test_every_operator_but_the_recurrent_one_has_a_form():
-    assert set(SHIPPED) - set(ON_GPU) == {"Recurrent"}
-    for name, path in ON_GPU.items():
+    assert set(OPERATORS) - set(GPU_OPERATORS) == {"Recurrent"}
+    for name, path in GPU_OPERATORS.items():
         assert issubclass(resolve(path), resolve(name)) and resolve(path) is not resolve(name)
 
 

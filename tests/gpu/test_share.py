@@ -15,10 +15,10 @@ from ktx.__main__ import main
 from ktx.engine.stats import EngineStats
 from ktx.errors import SelfTestFailed, UsageError
 from ktx.injection.rules import Rule, load_rules
-from ktx.kernels.check import in_bf16
+from ktx.kernels.check import multiplies_in_bf16
 from ktx.loader.meta_model import read_config
 from ktx.model import self_test
-from ktx.placement.memory_model import on_gpu
+from ktx.placement.memory_model import gpu_packed_bytes
 from ktx.quant.types import expand_scale
 from tests.gpu.placed import Twins
 from tests.models.families import tiny
@@ -99,7 +99,7 @@ def test_a_tensor_for_each_expert_of_safetensors(tmp_path, kind):
     save_file(apart(original.state_dict(), kind), tmp_path / "model.safetensors")
     on_cpu = load(tmp_path, None, dtype=torch.float32)
     model = load(tmp_path, None, dtype=torch.float32, devices=BLOCK, gpu_experts=2)
-    assert relative(logits(model, IDS[:, :2]), logits(on_cpu, IDS[:, :2])) < (2e-2 if in_bf16() else 1e-4)
+    assert relative(logits(model, IDS[:, :2]), logits(on_cpu, IDS[:, :2])) < (2e-2 if multiplies_in_bf16() else 1e-4)
     assert bytes_are_held_once(model, on_cpu)
 
 
@@ -134,7 +134,7 @@ def bytes_are_held_once(model, on_cpu) -> bool:
     shapes = [(w.qtype, (count, w.n, w.k)) for w in alone.weights.values()]
     return (
         experts.weight_bytes()[0] * total == alone.weight_bytes()[0] * (total - count)
-        and experts.on_gpu.weight_bytes()[0] == on_gpu(shapes)
+        and experts.on_gpu.weight_bytes()[0] == gpu_packed_bytes(shapes)
         and (here.share, there.share, there.device) == (1 - there.share, Fraction(count, total), "cuda:0")
         and here.memory + there.memory == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory
     )
@@ -233,10 +233,10 @@ def test_a_file_says_it_for_all_layers_or_some(tmp_path):
     for text, wanted in (("4", {1: 4, 2: 4}), ("{layers 2: 3}", {2: 3}), ("{layers 2: 3, all: 1}", {1: 1, 2: 3})):
         file.write_text(f"rules: deepseek-v3\ndevices: {{all: cuda:0, experts: cpu}}\ngpu_experts: {text}\n")
         plan = ktx.plan(*DEMO[1::2], rules=file)
-        total = {step.path: step.share for step in plan if step.path.endswith("experts.on_gpu")}
+        total = {step.path: step.fraction for step in plan if step.path.endswith("experts.on_gpu")}
         of = experts_in_demo()
         assert {int(path.split(".")[2]): share * of for path, share in total.items()} == wanted
-    assert [step.share for step in ktx.plan(*DEMO[1::2], rules=file, gpu_experts=0) if "on_gpu" in step.path] == []
+    assert [step.fraction for step in ktx.plan(*DEMO[1::2], rules=file, gpu_experts=0) if "on_gpu" in step.path] == []
     for text, said in (("many", "must be a number"), ("{layers 2: x}", "must be a number"), ("[1]", "a number, or")):
         file.write_text(f"rules: deepseek-v3\ngpu_experts: {text}\n")
         with pytest.raises(UsageError, match=rf"mine\.yaml:2: gpu_experts.*{said}"):

@@ -124,8 +124,8 @@ def test_a_large_layer_comes_in_pieces(qwen, streamed, monkeypatch):
     one = of[0].weight_bytes()[0] // 4
     for limit, pieces in ((3 * one, [3, 1]), (1, [1, 1, 1, 1])):
         streamer = Streamer(torch.device("cpu"), of, ThreadStream(torch.device("cpu")), limit)
-        assert [piece.count for piece in streamer.pieces[of[1]]] == pieces
-        assert sum(map(len, streamer.raw.values())) == pieces[0] * one
+        assert [piece.count for piece in streamer.chunks[of[1]]] == pieces
+        assert sum(map(len, streamer.raw_buffers.values())) == pieces[0] * one
         for block in blocks(streamed):
             monkeypatch.setattr(block, "streamer", streamer)
         assert (logits(streamed) - logits(qwen.cpu)).abs().max() < BOUND

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ktx.errors import BadFile, UsageError
-from ktx.hub.file_selection import AmbiguousQuant, File, choose, quantisations
+from ktx.hub.file_selection import AmbiguousQuant, File, list_quantizations, select_files
 
 
 def files(*paths, size=10):
@@ -13,7 +13,7 @@ def files(*paths, size=10):
 
 
 def chosen(paths, **more):
-    return [file.path for file in choose("o/r", files(*paths), **more).files]
+    return [file.path for file in select_files("o/r", files(*paths), **more).files]
 
 
 SAFETENSORS = (
@@ -31,14 +31,14 @@ def test_safetensors_come_once_and_pickles_never():
     assert chosen(SAFETENSORS) == [
         *SAFETENSORS[1:3], "README.md", "config.json", "model.safetensors.index.json", "modeling_x.py", "tokenizer.json",
     ]  # fmt: skip
-    assert [file.path for file in choose("o/r", files(*SAFETENSORS)).pickles] == ["pytorch_model.bin"]
+    assert [file.path for file in select_files("o/r", files(*SAFETENSORS)).pickles] == ["pytorch_model.bin"]
 
 
 def test_pickles_that_are_asked_for():
     assert "pytorch_model.bin" in chosen(SAFETENSORS, include=["*.bin"])
     assert "pytorch_model.bin" not in chosen(SAFETENSORS, include=["*"])
     with pytest.raises(UsageError, match=r'run code when they are read.*--include "\*\.bin"'):
-        choose("o/r", files("config.json", "pytorch_model.bin"))
+        select_files("o/r", files("config.json", "pytorch_model.bin"))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_pickles_that_are_asked_for():
     ],
 )
 def test_quantisations_go_by_their_names(paths, names):
-    assert {one.name for one in quantisations(files(*paths))} == names
+    assert {one.name for one in list_quantizations(files(*paths))} == names
 
 
 def test_many_quantisations_and_none_named():
     with pytest.raises(AmbiguousQuant) as told:
-        choose("o/r", files(*GGUF))
+        select_files("o/r", files(*GGUF))
     assert len(told.value.found) == 5
     assert chosen(["only-Q4_K_M.gguf", "mmproj-F16.gguf", "config.json"]) == ["only-Q4_K_M.gguf", "config.json"]
 
@@ -73,16 +73,16 @@ def test_the_short_name_of_a_quantisation(tag, first):
 
 def test_a_short_name_that_fits_none_or_two():
     with pytest.raises(AmbiguousQuant, match="contains no model named Q3_K") as told:
-        choose("o/r", files(*GGUF), tag="Q3_K")
+        select_files("o/r", files(*GGUF), tag="Q3_K")
     assert len(told.value.found) == 5
     with pytest.raises(AmbiguousQuant, match="contains 2 models") as told:
-        choose("o/r", files("a-Q4_0.gguf", "b-Q4_0.gguf", "c-Q8_0.gguf"), tag="Q4_0")
+        select_files("o/r", files("a-Q4_0.gguf", "b-Q4_0.gguf", "c-Q8_0.gguf"), tag="Q4_0")
     assert [one.name for one in told.value.found] == ["a-Q4_0", "b-Q4_0"]
     assert chosen(["a-Q4_0.gguf", "b-Q4_0.gguf"], tag="b-q4_0") == ["b-Q4_0.gguf"]
     with pytest.raises(UsageError, match="contains no GGUF"):
-        choose("o/r", files(*SAFETENSORS), tag="Q4_K_M")
+        select_files("o/r", files(*SAFETENSORS), tag="Q4_K_M")
     with pytest.raises(BadFile, match="contains 1 of the 3 parts of Q4_0"):
-        choose("o/r", files("a-Q4_0-00001-of-00003.gguf"), tag="Q4_0")
+        select_files("o/r", files("a-Q4_0-00001-of-00003.gguf"), tag="Q4_0")
 
 
 def test_globs():
@@ -91,10 +91,10 @@ def test_globs():
     assert chosen(GGUF, include=["*.json"]) == ["config.json"]
     assert chosen(GGUF, include=["*Q4_K_M*"], exclude=["*.json"]) == ["M-Q4_K_M.gguf"]
     with pytest.raises(UsageError, match=r"no file matches \*Q9\*; it contains M-Q4_K_M.gguf, M-Q8_0.gguf"):
-        choose("o/r", files(*GGUF), include=["*Q9*"])
+        select_files("o/r", files(*GGUF), include=["*Q9*"])
 
 
 @pytest.mark.parametrize("path", ["../x.gguf", "/etc/x.gguf", "a/../../x.gguf", "a\\..\\x.gguf"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(path):
     with pytest.raises(BadFile, match="is outside of the repository"):
-        choose("o/r", files("x.gguf", path))
+        select_files("o/r", files("x.gguf", path))

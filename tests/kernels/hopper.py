@@ -79,7 +79,7 @@ def attend_to_latent(heads: int) -> None:
 
 def in_f32() -> None:
     for shape, wide in ((Shape(8, 2, 128, 128), 0), (Shape(16, 1, 512, 512, latent=True), 64)):
-        tiles = tiles_for(shape.key_columns, shape.latent, exact=True)
+        tiles = tiles_for(shape.key_columns, shape.latent, f32=True)
         work = AttentionSchedule([300], shape, "cpu", num_sms=132, tiles=tiles)
         plan = work.plan(torch.tensor([[0, 300, 300]]), torch.zeros(1, 32, dtype=torch.int32))
         q, pool = (

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ktx.cache.kv import put
+from ktx.cache.kv import store_kv
 from ktx.kernels import cpu, reference
-from ktx.kernels.check import relative
+from ktx.kernels.check import relative_error
 
 
 def bound(dtype):
@@ -45,7 +45,7 @@ def made(case):
 def test_causal(case):
     q, k, v = made(case)
     exact = reference.attention(q.double(), k, v, None, None, 0.1)
-    assert relative(cpu.attention(q, k, v, None, None, 0.1), exact) < bound(k.dtype)
+    assert relative_error(cpu.attention(q, k, v, None, None, 0.1), exact) < bound(k.dtype)
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
@@ -55,22 +55,22 @@ def test_ranges_and_masks(case):
     start = torch.randint(0, t, (b, s))
     ranges = torch.stack([start, (start + torch.randint(1, t + 1, (b, s))).clamp(max=t)], -1).int()
     exact = reference.attention(q.double(), k, v, ranges, None, 0.1)
-    assert relative(cpu.attention(q, k, v, ranges, None, 0.1), exact) < bound(k.dtype)
+    assert relative_error(cpu.attention(q, k, v, ranges, None, 0.1), exact) < bound(k.dtype)
     seen = torch.rand(b, 1, s, t) > 0.3
     seen[..., 0] = True
     sinks = torch.randn(h)
     got = cpu.attention(q, k, v, None, seen, 0.1, sinks, 30.0)
-    assert relative(got, reference.attention(q.double(), k, v, None, seen, 0.1, sinks, 30.0)) < bound(k.dtype)
+    assert relative_error(got, reference.attention(q.double(), k, v, None, seen, 0.1, sinks, 30.0)) < bound(k.dtype)
     added = torch.where(seen, torch.randn(b, 1, s, t), torch.finfo(torch.float32).min)
     exact = reference.attention(q.double(), k, v, None, added, 0.1)
-    assert relative(cpu.attention(q, k, v, None, added, 0.1), exact) < bound(k.dtype)
+    assert relative_error(cpu.attention(q, k, v, None, added, 0.1), exact) < bound(k.dtype)
 
 
 def test_error_is_no_worse_than_twice_torchs():
     q, k, v = (torch.randn(1, 8, 200, 64) for _ in range(3))
     exact = reference.attention(q.double(), k, v, None, None, 0.125)
     torchs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125).transpose(1, 2)
-    assert relative(cpu.attention(q, k, v, None, None, 0.125), exact) <= 2 * relative(torchs, exact)
+    assert relative_error(cpu.attention(q, k, v, None, None, 0.125), exact) <= 2 * relative_error(torchs, exact)
 
 
 def test_nothing_visible_gives_zeros():
@@ -116,10 +116,10 @@ def test_mla(shape, dtype):
         pytest.skip("columns are no whole blocks")
     c, p = kept(torch.randn(b, t, rank), dtype), kept(torch.randn(b, t, rope), dtype)
     exact = reference.mla_attention(q.double(), qr.double(), c, p, None, None, 0.05)
-    assert relative(cpu.mla_attention(q, qr, c, p, None, None, 0.05), exact) < bound(dtype)
+    assert relative_error(cpu.mla_attention(q, qr, c, p, None, None, 0.05), exact) < bound(dtype)
     ranges = torch.tensor([[3 % t, t], [0, t - 2]], dtype=torch.int32)[:b, None].expand(b, s, 2).contiguous()
     exact = reference.mla_attention(q.double(), qr.double(), c, p, ranges, None, 0.05)
-    assert relative(cpu.mla_attention(q, qr, c, p, ranges, None, 0.05), exact) < bound(dtype)
+    assert relative_error(cpu.mla_attention(q, qr, c, p, ranges, None, 0.05), exact) < bound(dtype)
 
 
 def test_q8_0_is_stored_as_ggml_stores_it():
@@ -137,7 +137,7 @@ def test_q8_0_is_stored_as_ggml_stores_it():
     )  # not finite: the block, and nothing else
     got[0, 0, 1, 34:68] = got[0, 0, 2, 68:] = 0
     assert (got.view(torch.int8).int() - twin.view(torch.int8).int()).abs().max() <= 1  # ties of rounding
-    assert relative(cpu.ops.load_q8_0(got).float(), sound) < 6e-3
+    assert relative_error(cpu.ops.load_q8_0(got).float(), sound) < 6e-3
     torch.testing.assert_close(cpu.ops.load_q8_0(twin).float(), reference.from_q8_0(twin), rtol=1e-3, atol=1e-6)
     with pytest.raises(RuntimeError, match="no whole blocks"):
         cpu.ops.load_q8_0(torch.zeros(1, 1, 1, 33, dtype=torch.uint8))
@@ -281,7 +281,7 @@ def test_a_sequence_on_pages_beside_others_is_exactly_as_it_is_alone(case, dtype
     sequences = sequences_of(RAGGED)
     found = cpu.attention(q, k, v, ranges, None, 0.1, sequences=sequences, pages=pages)
     exact = reference.attention(q.double(), k, v, ranges, None, 0.1, sequences=sequences, pages=pages)
-    assert relative(found, exact) < bound(dtype)
+    assert relative_error(found, exact) < bound(dtype)
     for (first, queries, _), own_k, own_v in zip(sequences.tolist(), keys, values, strict=True):
         these = slice(first, first + queries)
         alone = cpu.attention(q[:, :, these], own_k, own_v, ranges[:, these].contiguous(), None, 0.1)
@@ -298,7 +298,7 @@ def test_latents_on_pages(dtype):
     sequences = sequences_of(RAGGED)
     found = cpu.mla_attention(q, qr, pool[:, 0], kpe[:, 0], None, None, 0.05, sequences=sequences, pages=pages)
     exact = reference.mla_attention(q.double(), qr.double(), pool[:, 0], kpe[:, 0], None, None, 0.05, sequences, pages)
-    assert relative(found, exact) < bound(dtype)
+    assert relative_error(found, exact) < bound(dtype)
     for (first, queries, _), own, rope in zip(sequences.tolist(), latents, ropes, strict=True):
         these = slice(first, first + queries)
         alone = cpu.mla_attention(q[:, :, these], qr[:, :, these], own[:, 0], rope[:, 0], None, None, 0.05)
@@ -326,7 +326,7 @@ def test_rows_go_to_their_slots(dtype):
     rows, pool = torch.randn(1, 2, 150, 64), kept(torch.zeros(5, 2, PAGE, 64), dtype)
     slots = torch.cat([torch.arange(70, 170), torch.arange(10, 40), torch.arange(300, 320)])
     want, stored = pool.clone(), torch.empty(1, 2, 150, pool.shape[3], dtype=dtype)
-    put(rows, stored)
+    store_kv(rows, stored)
     for i, slot in enumerate(slots.tolist()):
         want[slot // PAGE, :, slot % PAGE] = stored[0, :, i]
     cpu.ops.store_slots(rows, pool, slots)

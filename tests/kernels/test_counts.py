@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from ktx.kernels import cpu
-from ktx.kernels.check import sample
+from ktx.kernels.check import random_matrix
 
 COUNT, HIDDEN, INNER, TOP = 7, 256, 320, 3
 
 
 def stack(name, n, k):
-    return cpu.pack_experts([sample(name, n, k, seed) for seed in range(COUNT)])
+    return cpu.pack_experts([random_matrix(name, n, k, seed) for seed in range(COUNT)])
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from ktx.errors import UsageError
 from ktx.kernels import reference
-from ktx.kernels.check import relative
+from ktx.kernels.check import relative_error
 from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.mla_decode import as_pages, mla_attention
 from ktx.kernels.gpu.paged_attention import attention
@@ -116,7 +116,7 @@ def test_chunks_and_decodes_beside_each_other(case):
     on_device = None if sinks is None else sinks.to(DEVICE)
     got = attention(q, k, v, plan, 0.2, on_device, softcap, **scales(stored))
     exact = true_attention(q, k, v, RAGGED, pools, 0.2, window, sinks, softcap)
-    assert relative(got.cpu(), exact) < BOUND[dtype]
+    assert relative_error(got.cpu(), exact) < BOUND[dtype]
 
 
 MLA_CASES = [  # heads, rank, rotated columns, page, type of q, of the latent
@@ -145,7 +145,7 @@ def test_mla_chunks_and_decodes_beside_each_other(case):
     plan = planned(RAGGED, Shape(heads, 1, rank, rank, latent=True), pools)
     got = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1, KV_SCALE if stored == E4M3 else 1.0)
     exact = true_attention(q, ckv, ckv, RAGGED, pools, 0.1, q_rope=qr, k_rope=kpe)
-    assert relative(got.cpu(), exact) < BOUND[dtype]
+    assert relative_error(got.cpu(), exact) < BOUND[dtype]
 
 
 def test_queries_in_f32_are_multiplied_in_f32():
@@ -154,13 +154,13 @@ def test_queries_in_f32_are_multiplied_in_f32():
     pools, (keys, vals) = made(ragged, 2, (24, 40))
     q = torch.randn(1, 6, 4, 24).to(DEVICE)
     k, v = pools.filled(keys, torch.float32), pools.filled(vals, torch.float32)
-    plan = planned(ragged, Shape(6, 2, 24, 40), pools, 30, tiles_for(24, False, exact=True))
+    plan = planned(ragged, Shape(6, 2, 24, 40), pools, 30, tiles_for(24, False, f32=True))
     exact = true_attention(q, k, v, ragged, pools, 0.2, 30)
-    assert relative(attention(q, k, v, plan, 0.2).cpu(), exact) < BOUND[torch.float32]
+    assert relative_error(attention(q, k, v, plan, 0.2).cpu(), exact) < BOUND[torch.float32]
     pools, q, qr, ckv, kpe = latents((6, 32, 16, 64, torch.float32, torch.float32), ragged)
-    plan = planned(ragged, Shape(6, 1, 32, 32, latent=True), pools, tiles=tiles_for(32, True, exact=True))
+    plan = planned(ragged, Shape(6, 1, 32, 32, latent=True), pools, tiles=tiles_for(32, True, f32=True))
     exact = true_attention(q, ckv, ckv, ragged, pools, 0.1, q_rope=qr, k_rope=kpe)
-    assert relative(mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1).cpu(), exact) < BOUND[torch.float32]
+    assert relative_error(mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1).cpu(), exact) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, E4M3], ids=str)
@@ -225,7 +225,7 @@ def test_extreme_scores_are_merged_without_overflow():
     q = torch.full((1, 4, 1, 32), 10.0).to(DEVICE, torch.bfloat16)
     k, v = pools.filled(keys, torch.bfloat16), pools.filled(vals, torch.bfloat16)
     got = attention(q, k, v, planned(ragged, Shape(4, 1, 32, 32), pools, slots=9), 1.0)
-    assert relative(got.cpu(), true_attention(q, k, v, ragged, pools, 1.0)) < BOUND[torch.bfloat16]
+    assert relative_error(got.cpu(), true_attention(q, k, v, ragged, pools, 1.0)) < BOUND[torch.bfloat16]
 
 
 def test_expanded_mla_with_shared_rotated_columns():
@@ -243,7 +243,7 @@ def test_expanded_mla_with_shared_rotated_columns():
     plan = planned(ragged, Shape(heads, heads, nope, wide), pools)
     got = attention(q, k, v, plan, 0.2, q_rope=qr, k_rope=kpe)
     exact = true_attention(q, k, v, ragged, pools, 0.2, q_rope=qr, k_rope=kpe.expand(-1, heads, -1, -1))
-    assert relative(got.cpu(), exact) < BOUND[torch.bfloat16]
+    assert relative_error(got.cpu(), exact) < BOUND[torch.bfloat16]
     with pytest.raises(ValueError, match="pad the rows"):
         as_pages(matrix[:100], heads, 64)
 
@@ -257,7 +257,7 @@ def test_error_is_no_worse_than_twice_torchs():
     got = attention(q, k, v, planned(ragged, Shape(heads, 2, 64, 64), pools), 0.125)
     dense = (x[0].to(DEVICE, torch.float16).repeat_interleave(2, 0)[None] for x in (keys, vals))
     torchs = F.scaled_dot_product_attention(q, *dense, is_causal=True, scale=0.125).transpose(1, 2)
-    assert relative(got.cpu(), exact) <= 2 * relative(torchs.cpu(), exact)
+    assert relative_error(got.cpu(), exact) <= 2 * relative_error(torchs.cpu(), exact)
 
 
 def test_a_place_that_is_kept_free_gives_zeros_and_a_plan_fits_other_lengths():
@@ -274,7 +274,7 @@ def test_a_place_that_is_kept_free_gives_zeros_and_a_plan_fits_other_lengths():
                 assert not got[0, i].any()
                 continue
             exact = (q[0, :, i].double().cpu() @ keys[i][0, :length].half().double().T * 0.2).softmax(-1)
-            assert relative(got[0, i].cpu(), exact @ vals[i][0, :length].half().double()) < 2e-3
+            assert relative_error(got[0, i].cpu(), exact @ vals[i][0, :length].half().double()) < 2e-3
 
 
 def test_views_and_a_given_result_are_used_as_they_are():
@@ -475,8 +475,8 @@ def test_mla_at_deepseeks_size_errs_at_most_twice_what_torch_does(heads, stored)
     )
     few = torch.cat([q, qr], -1)[:, :, 2][:, None]
     torchs = F.scaled_dot_product_attention(few, torch.cat([keys, rope], -1)[None, None], keys[None, None], scale=0.07)
-    assert relative(got[:, 2].cpu(), exact[:, 2]) <= 2 * relative(torchs[:, 0].cpu(), exact[:, 2])
-    assert relative(got.cpu(), exact) < BOUND[torch.bfloat16]
+    assert relative_error(got[:, 2].cpu(), exact[:, 2]) <= 2 * relative_error(torchs[:, 0].cpu(), exact[:, 2])
+    assert relative_error(got.cpu(), exact) < BOUND[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -509,6 +509,6 @@ def test_gqa_at_real_sizes(window, with_sinks, columns):
     plan = planned(ragged, Shape(64, 8, columns, columns), pools, window, tiles=(), slots=0)
     got = attention(q, k, v, plan, columns**-0.5, None if sinks is None else sinks.cuda())
     assert (
-        relative(got.cpu(), true_attention(q, k, v, ragged, pools, columns**-0.5, window, sinks))
+        relative_error(got.cpu(), true_attention(q, k, v, ragged, pools, columns**-0.5, window, sinks))
         < BOUND[torch.bfloat16]
     )

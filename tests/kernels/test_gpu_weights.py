@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ktx.errors import KtxError
 from ktx.kernels import reference
-from ktx.kernels.check import relative, sample
+from ktx.kernels.check import random_matrix, relative_error
 from ktx.kernels.gpu import dequant, fp8, linear, moe, quant_matmul, soa_layout
 from ktx.kernels.gpu.soa_layout import FIELDS, pack, pack_experts
 from ktx.quant.types import QTYPES
@@ -37,7 +37,7 @@ def columns(name):
 
 
 def stack(name, count, rows, k):
-    parts = [sample(name, rows, k, seed) for seed in range(count)]
+    parts = [random_matrix(name, rows, k, seed) for seed in range(count)]
     scale = None if parts[0].scale is None else torch.stack([p.scale for p in parts])
     return QuantizedTensor(torch.stack([p.data for p in parts]), parts[0].qtype, (count, rows, k), scale)
 
@@ -66,7 +66,7 @@ def test_planes_hold_every_byte_of_a_block_once(name):
 @pytest.mark.parametrize("name", QTYPES)
 def test_dequantising_is_exact(name):
     for rows, k in ((33, columns(name)), (1, max(16, QTYPES[name].block))):
-        weight = sample(name, rows, k)
+        weight = random_matrix(name, rows, k)
         got = dequant.dequantize(pack(weight, device=DEVICE), torch.float32)
         torch.testing.assert_close(got.cpu(), weight.dequantize(), rtol=1e-6, atol=NEAR)
 
@@ -101,35 +101,35 @@ def test_rows_by_number_and_a_range_of_rows(name):
 @pytest.mark.parametrize("name", QTYPES)
 def test_linear(name, tokens):
     k = min(columns(name), 512)
-    weight, bias = sample(name, 19, k), torch.randn(19)
+    weight, bias = random_matrix(name, 19, k), torch.randn(19)
     x = torch.randn(tokens, k)
     got = linear.linear(x.to(DEVICE), pack(weight, device=DEVICE), bias.to(DEVICE))
-    assert relative(got.cpu(), exact_linear(x, weight) + bias.double()) < SUMS
+    assert relative_error(got.cpu(), exact_linear(x, weight) + bias.double()) < SUMS
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [*TWO, "BF16", "F32"])
 def test_activation_types(name, dtype):
-    weight, k = sample(name, 12, columns(name)), columns(name)
+    weight, k = random_matrix(name, 12, columns(name)), columns(name)
     packed = pack(weight, device=DEVICE)
     for tokens in (2, 20, 70):
         x = torch.randn(tokens, k).to(dtype)
         y = linear.linear(x.view(2, -1, k).to(DEVICE), packed)
         assert y.dtype == dtype and y.shape == (2, tokens // 2, 12)
-        assert relative(y.cpu().view(tokens, 12), exact_linear(x, weight)) < HALVES
+        assert relative_error(y.cpu().view(tokens, 12), exact_linear(x, weight)) < HALVES
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_many_tokens_are_dequantised_in_pieces(name, monkeypatch):
-    weight, x = sample(name, 20, columns(name)), torch.randn(70, columns(name))
+    weight, x = random_matrix(name, 20, columns(name)), torch.randn(70, columns(name))
     monkeypatch.setattr(linear, "PIECE", 7 * columns(name))
     got = linear.linear(x.to(DEVICE), pack(weight, device=DEVICE))
-    assert relative(got.cpu(), exact_linear(x, weight)) < SUMS
+    assert relative_error(got.cpu(), exact_linear(x, weight)) < SUMS
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_columns_split_among_programs(name, monkeypatch):
-    weight, bias = sample(name, 3, 2560), torch.randn(3)
+    weight, bias = random_matrix(name, 3, 2560), torch.randn(3)
     packed = pack(weight, device=DEVICE)
     for tokens in (1, 3, 20):
         x = torch.randn(tokens, 2560)
@@ -137,13 +137,13 @@ def test_columns_split_among_programs(name, monkeypatch):
         for programs in (1, 256):
             monkeypatch.setattr(quant_matmul, "MIN_PROGRAMS", programs)
             found.append(linear.linear(x.to(DEVICE), packed, bias.to(DEVICE)).cpu())
-            assert relative(found[-1], exact_linear(x, weight) + bias.double()) < SUMS
+            assert relative_error(found[-1], exact_linear(x, weight) + bias.double()) < SUMS
         assert not torch.equal(*found)  # sums of another order: they were split
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_S", "F32"])
 def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
-    packed, x = pack(sample(name, 9, 512), device=DEVICE), torch.randn(4, 512, device=DEVICE).half()
+    packed, x = pack(random_matrix(name, 9, 512), device=DEVICE), torch.randn(4, 512, device=DEVICE).half()
     whole = linear.linear(x, packed)
     for tokens in (
         (3,) if DEVICE == "cuda" else (1, 2, 3)
@@ -154,7 +154,7 @@ def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_what_is_not_finite_stays_in_its_row(value, tokens):
-    packed, x = pack(sample("Q4_K", 9, 512), device=DEVICE), torch.randn(tokens, 512, device=DEVICE)
+    packed, x = pack(random_matrix("Q4_K", 9, 512), device=DEVICE), torch.randn(tokens, 512, device=DEVICE)
     expected = linear.linear(x, packed)
     x[1, 77] = value
     got = linear.linear(x, packed)
@@ -169,12 +169,12 @@ def test_linear_batched(name, tokens):
     weights = stack(name, 3, 24, 256)
     x = torch.randn(3, tokens, 256)
     got = linear.linear_batched(x.to(DEVICE), pack(weights, device=DEVICE))
-    assert relative(got.cpu(), reference.linear_batched(x.double(), weights)) < SUMS
+    assert relative_error(got.cpu(), reference.linear_batched(x.double(), weights)) < SUMS
 
 
 @pytest.mark.parametrize("name", ["INT8_128", "INT4_64", "INT4_128", "Q8_0"])
 def test_weights_are_quantised_on_the_way(name):
-    weight = sample("BF16", 20, 256)
+    weight = random_matrix("BF16", 20, 256)
     packed = pack(weight, QTYPES[name], DEVICE)
     assert packed.qtype is QTYPES[name]
     got = dequant.dequantize(packed, torch.float32).cpu()
@@ -204,7 +204,7 @@ def test_experts(types, tokens, few_pairs):
         ids[1, 1] = count  # out of range: skipped too
     packed = [pack_experts(part, device=DEVICE) for part in (gate, up, down)]
     got = moe.experts(x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), *packed)
-    assert relative(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down)) < SUMS
+    assert relative_error(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down)) < SUMS
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
@@ -218,7 +218,7 @@ def test_a_layer_split_between_two_devices_adds_up(tokens, few_pairs):
         parts = [pack_experts([p[i] for i in range(first, last)], device=DEVICE) for p in (gate, up, down)]
         shares.append(moe.experts(x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), *parts, first=first).cpu())
     assert not shares[1][0].any()
-    assert relative(sum(shares), reference.experts(x.double(), ids, weights, gate, up, down)) < SUMS
+    assert relative_error(sum(shares), reference.experts(x.double(), ids, weights, gate, up, down)) < SUMS
 
 
 @pytest.mark.parametrize("act", moe.ACTIVATIONS)
@@ -231,7 +231,7 @@ def test_expert_activations_and_biases(act, tokens, few_pairs):
     there = [t.to(DEVICE) for t in (x, ids, weights)], [b.to(DEVICE) for b in biases]
     got = moe.experts(*there[0], *packed, *there[1], act, 1.702, 7.0)
     assert (
-        relative(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0))
+        relative_error(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0))
         < SUMS
     )
 
@@ -244,7 +244,7 @@ def test_experts_in_half_precision_and_all_tokens_on_one(tokens, few_pairs):
     ids = torch.ones(tokens, 2, dtype=torch.int64)
     got = moe.experts(x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), *packed)
     assert got.dtype is torch.bfloat16
-    assert relative(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down)) < 2 * HALVES
+    assert relative_error(got.cpu(), reference.experts(x.double(), ids, weights, gate, up, down)) < 2 * HALVES
 
 
 def test_groups_of_pairs_cover_each_pair_once():
@@ -262,7 +262,7 @@ def test_groups_of_pairs_cover_each_pair_once():
 
 
 def test_nothing_to_multiply():
-    packed = pack(sample("Q8_0", 32, 64), device=DEVICE)
+    packed = pack(random_matrix("Q8_0", 32, 64), device=DEVICE)
     assert linear.linear(torch.zeros(0, 64, device=DEVICE), packed).shape == (0, 32)
     gate, down = (pack_experts(stack("Q8_0", 2, *shape), device=DEVICE) for shape in ((32, 64), (64, 32)))
     none = torch.zeros(0, 1, dtype=torch.int64, device=DEVICE)
@@ -278,7 +278,7 @@ def test_activations_in_fp8_are_near_and_scaled_by_128_columns():
     bound = 4e-2 if DEVICE == "cuda" else 8e-2  # the interpreter cuts
     for token in range(5):
         for group in (slice(0, 128), slice(128, 256), slice(256, 300)):
-            assert relative(back[token, group], x[token, group]) < bound
+            assert relative_error(back[token, group], x[token, group]) < bound
 
 
 BAD = {
@@ -287,7 +287,7 @@ BAD = {
     "a bias": (lambda w: linear.linear(torch.randn(2, 256, device=DEVICE), w, torch.randn(5)), "bias"),
     "bytes": (lambda w: soa_layout.SoAWeight(w.data[:-1], w.qtype, 32, 256), "bytes"),
     "matrices": (lambda w: linear.linear_batched(torch.randn(2, 1, 256, device=DEVICE), w), "1 matrices"),
-    "types": (lambda w: pack([sample("Q8_0", 4, 64), sample("Q4_0", 4, 64)], device=DEVICE), "differ"),
+    "types": (lambda w: pack([random_matrix("Q8_0", 4, 64), random_matrix("Q4_0", 4, 64)], device=DEVICE), "differ"),
     "an activation": (lambda w: moe.experts(*[torch.zeros(1, 1)] * 3, w, w, w, act="swish"), "swish"),
     "a down matrix": (lambda w: moe.experts(*[torch.zeros(1, 1)] * 3, w, w, w), "transposed"),
 }
@@ -297,7 +297,7 @@ BAD = {
 def test_bad_arguments_are_told(what):
     call, word = BAD[what]
     with pytest.raises(KtxError, match=word):
-        call(pack(sample("Q8_0", 32, 256), device=DEVICE))
+        call(pack(random_matrix("Q8_0", 32, 256), device=DEVICE))
 
 
 def test_the_rest_of_ktx_needs_no_triton():
@@ -340,15 +340,15 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CU
 @pytest.mark.parametrize("name", QTYPES)
 def test_linear_of_a_real_shape(name):
     n, k = 1537, 7168
-    rows = sample(name, 64, k)
+    rows = random_matrix(name, 64, k)
     scale = torch.rand(-(-n // 128), k // 128) + 0.5 if name == "F8_E4M3" else None
     weight = QuantizedTensor(rows.data.repeat(25, 1)[:n].contiguous(), rows.qtype, (n, k), scale)
     packed, values = pack(weight, device="cuda"), weight.dequantize().cuda().double()
     for tokens in (1, 2, 7, 8, 9, 33, 64, 200):
         x = torch.randn(tokens, k, device="cuda")
-        assert relative(linear.linear(x, packed), x.double() @ values.T) < SUMS
+        assert relative_error(linear.linear(x, packed), x.double() @ values.T) < SUMS
         low = x.bfloat16()
-        assert relative(linear.linear(low, packed), low.double() @ values.T) < HALVES
+        assert relative_error(linear.linear(low, packed), low.double() @ values.T) < HALVES
 
 
 @gpu
@@ -359,7 +359,7 @@ def test_a_cuda_graph_holds_a_layer(tokens):
     packed = [pack_experts(part, device="cuda") for part in (gate, up, down)]
     x, weights = torch.randn(tokens, 2048, device="cuda").bfloat16(), torch.rand(tokens, 4, device="cuda")
     ids = torch.stack([torch.randperm(16)[:4] for _ in range(tokens)]).cuda()
-    router = pack(sample("Q8_0", 64, 2048), device="cuda")
+    router = pack(random_matrix("Q8_0", 64, 2048), device="cuda")
 
     def layer():
         return moe.experts(x, ids, weights, *packed, first=2), linear.linear(x, router)
@@ -376,16 +376,16 @@ def test_a_cuda_graph_holds_a_layer(tokens):
         assert torch.equal(got, expected)
     inner = ids.cpu() - 2
     exact = reference.experts(x.cpu().double(), inner, weights.cpu(), gate, up, down)
-    assert relative(kept[0].cpu(), exact) < 2 * HALVES
+    assert relative_error(kept[0].cpu(), exact) < 2 * HALVES
 
 
 @gpu
 @pytest.mark.gpu
 def test_fp8_by_blocks_in_cublas():
-    weight = sample("F8_E4M3", 1536, 7168 - 128)
+    weight = random_matrix("F8_E4M3", 1536, 7168 - 128)
     packed, x = pack(weight, device="cuda"), torch.randn(200, 7168 - 128, device="cuda").bfloat16()
     if not fp8.supports(x, packed):
         pytest.skip(f"{torch.cuda.get_device_name()} and CUDA {torch.version.cuda} multiply no blocks of FP8")
     exact = x.double() @ weight.dequantize().cuda().double().T
-    assert relative(fp8.linear(x, packed), exact) < 4e-2
-    assert relative(linear.linear(x, packed), exact) < 4e-2
+    assert relative_error(fp8.linear(x, packed), exact) < 4e-2
+    assert relative_error(linear.linear(x, packed), exact) < 4e-2

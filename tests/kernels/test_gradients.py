@@ -11,7 +11,7 @@ import torch
 
 from ktx.errors import NoGradient
 from ktx.kernels import cpu, gradients, reference
-from ktx.kernels.check import sample
+from ktx.kernels.check import random_matrix
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
 
@@ -37,16 +37,16 @@ def differ(mine, exact, *inputs):
 
 def stack(name, count, n, k):
     """Matrices, packed as experts, and their f32 values as one tensor."""
-    parts = [sample(name, n, k, seed) for seed in range(count)]
+    parts = [random_matrix(name, n, k, seed) for seed in range(count)]
     values = torch.stack([part.dequantize() for part in parts])
-    return parts, QuantizedTensor.of(values)
+    return parts, QuantizedTensor.from_float(values)
 
 
 @pytest.mark.parametrize("name", QTYPES)
 def test_linear_of_every_type(name):
     block = QTYPES[name].block
     for n, k in ((33, 3 * block if block > 1 else 40), (7, block if block > 1 else 1)):
-        weight = sample(name, n, k)
+        weight = random_matrix(name, n, k)
         packed = cpu.pack(weight)
         for shape in ((1, k), (2, 3, k), (70, k)):
             assert (
@@ -59,7 +59,7 @@ def test_linear_of_every_type(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_activations(dtype):
-    weight = sample("Q8_0", 33, 64)
+    weight = random_matrix("Q8_0", 33, 64)
     packed, x = cpu.pack(weight), torch.randn(5, 64).to(dtype)
     assert differ(lambda x: cpu.linear(x, packed), lambda x: reference.linear(x, weight), x) < 1e-2
     norm = torch.rand(64)
@@ -67,7 +67,7 @@ def test_half_precision_activations(dtype):
 
 
 def test_a_matrix_is_taken_some_rows_at_a_time(monkeypatch):
-    weight, x = sample("Q8_0", 100, 64), torch.randn(9, 64)
+    weight, x = random_matrix("Q8_0", 100, 64), torch.randn(9, 64)
     packed, asked = cpu.pack(weight), []
     monkeypatch.setattr(gradients, "DEQUANT_CHUNK_WEIGHTS", 16 * 64)
     spans = gradients._row_chunks
@@ -77,7 +77,7 @@ def test_a_matrix_is_taken_some_rows_at_a_time(monkeypatch):
 
 
 def test_a_bias_has_a_gradient():
-    weight = sample("F32", 33, 40)
+    weight = random_matrix("F32", 33, 40)
     packed = cpu.pack(weight)
     inputs = torch.randn(2, 5, 40), torch.randn(33)
     assert differ(lambda x, b: cpu.linear(x, packed, b), lambda x, b: reference.linear(x, weight, b), *inputs) < NEAR
@@ -243,7 +243,7 @@ def test_what_has_no_gradient_says_so():
 
 
 def test_a_second_derivative_is_right_and_derivatives_that_the_kernels_do_not_have_are_errors():
-    matrix = sample("F32", 32, 32)
+    matrix = random_matrix("F32", 32, 32)
     packed, plain = cpu.pack(matrix), matrix.dequantize()
     x = torch.randn(3, 32, requires_grad=True)
     second = []
@@ -257,7 +257,7 @@ def test_a_second_derivative_is_right_and_derivatives_that_the_kernels_do_not_ha
 
 
 def test_weights_that_change_before_backward_are_an_error():
-    packed = cpu.pack(sample("F32", 32, 32))
+    packed = cpu.pack(random_matrix("F32", 32, 32))
     out = cpu.linear(torch.randn(3, 32, requires_grad=True), packed)
     packed.data.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

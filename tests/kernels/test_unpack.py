@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ktx.kernels import cpu
-from ktx.kernels.blocks import rows_of
-from ktx.kernels.check import sample
+from ktx.kernels.blocks import unpack_rows
+from ktx.kernels.check import random_matrix
 from ktx.kernels.gpu import soa_layout
 from ktx.kernels.gpu.repack_from_cpu import unpack
 from ktx.quant.types import QTYPES
@@ -18,7 +18,7 @@ def both(
     name: str, rows: int, k: int, count: int = 3
 ) -> tuple[torch.Tensor, soa_layout.SoAWeight, soa_layout.SoAWeight]:
     """Groups as the CPU has them, the planes that should come of them, and empty ones."""
-    parts: list[QuantizedTensor] = [sample(name, rows, k, seed) for seed in range(count)]
+    parts: list[QuantizedTensor] = [random_matrix(name, rows, k, seed) for seed in range(count)]
     held, wanted = cpu.pack(parts), soa_layout.pack(parts, device="cpu")
     scale = None if wanted.scale is None else torch.zeros_like(wanted.scale)
     empty = soa_layout.SoAWeight(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
@@ -57,7 +57,7 @@ def test_bits_are_put_back_some_matrices_at_a_time(name, monkeypatch):
 def test_rows_are_those_of_the_file(name, rows, monkeypatch):
     """Of one matrix, of experts, and of planes; in one piece or several."""
     k = max(320, QTYPES[name].block * 3) // QTYPES[name].block * QTYPES[name].block
-    parts = [sample(name, rows, k, seed) for seed in range(3)]
+    parts = [random_matrix(name, rows, k, seed) for seed in range(3)]
     for span in (1 << 26, 128 * k):
         monkeypatch.setattr("ktx.kernels.blocks.UNPACK_CHUNK_WEIGHTS", span)
         for found, wanted in (
@@ -65,7 +65,7 @@ def test_rows_are_those_of_the_file(name, rows, monkeypatch):
             (cpu.pack_experts(parts), parts),
             (soa_layout.pack(parts, device="cpu"), parts),
         ):
-            taken = list(rows_of(found))
+            taken = list(unpack_rows(found))
             assert torch.equal(torch.cat([some.data for some in taken]), torch.cat([part.data for part in wanted]))
             scales = [some.scale for some in taken if some.scale is not None]
             assert len(scales) == (len(taken) if name == "F8_E4M3" else 0)

@@ -12,7 +12,7 @@ import torch
 
 from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.check import ISAS_WITH_FAST, MAX_REL_ERROR_FLOAT, bounds, relative, sample
+from ktx.kernels.check import ISAS_WITH_FAST, MAX_REL_ERROR_FLOAT, bounds, random_matrix, relative_error
 from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
@@ -34,7 +34,7 @@ def bound(name):
 def test_unpacking_is_exact(name):
     for n in (1, 16, 33):
         for k in columns(name):
-            weight = sample(name, n, k)
+            weight = random_matrix(name, n, k)
             got = cpu.pack(weight).rows(torch.arange(n))
             torch.testing.assert_close(got, weight.dequantize(), rtol=1e-6, atol=1e-9)
 
@@ -43,13 +43,13 @@ def test_unpacking_is_exact(name):
 @pytest.mark.parametrize("name", QTYPES)
 def test_linear(name, tokens):
     n, k = 50, columns(name)[-1]
-    weight, bias = sample(name, n, k), torch.randn(50)
+    weight, bias = random_matrix(name, n, k), torch.randn(50)
     x = torch.randn(tokens, k)
     packed = cpu.pack(weight)
     exact = reference.linear(x.double(), weight)
     # A row of few tokens is a small sample: the bound is on the root mean square over many, so few tokens get room for chance.
     room = 1 if QTYPES[name].is_float or tokens * n > 800 else 2
-    assert relative(cpu.linear(x, packed), exact) < bound(name) * room
+    assert relative_error(cpu.linear(x, packed), exact) < bound(name) * room
     torch.testing.assert_close(cpu.linear(x, packed, bias), cpu.linear(x, packed) + bias, rtol=1e-5, atol=1e-5)
 
 
@@ -57,13 +57,13 @@ def test_linear(name, tokens):
 @pytest.mark.parametrize("name", QTYPES)
 def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
     k = columns(name)[-1]
-    packed = cpu.pack(sample(name, 50, k))
+    packed = cpu.pack(random_matrix(name, 50, k))
     x = torch.randn(70, k)
     for wide in (False, True):
         with cpu.bf16_rows(0):
-            alone = torch.cat([cpu.linear(row[None], packed, wide=wide) for row in x])
+            alone = torch.cat([cpu.linear(row[None], packed, all_bf16=wide) for row in x])
             for tokens in (2, 3, 5, 6, 7, 8, 9, 12, 17, 33, 70):
-                assert torch.equal(cpu.linear(x[:tokens], packed, wide=wide), alone[:tokens])
+                assert torch.equal(cpu.linear(x[:tokens], packed, all_bf16=wide), alone[:tokens])
     with cpu.bf16_rows(70, [3, 20, 30, 1]):
         mixed = cpu.linear(x, packed)
     for rows, wide in (
@@ -74,7 +74,7 @@ def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
         (range(31, 70), False),
     ):
         with cpu.bf16_rows(0):
-            assert torch.equal(mixed[list(rows)], cpu.linear(x[list(rows)], packed, wide=wide))
+            assert torch.equal(mixed[list(rows)], cpu.linear(x[list(rows)], packed, all_bf16=wide))
 
 
 @pytest.mark.skipif(cpu.ops.fast_gemm(), reason="many tokens are requantised")
@@ -104,50 +104,50 @@ def test_the_largest_codes_and_activations_fit_where_they_are_summed(name, token
     try:
         weight = QuantizedTensor(quantize(values, QTYPES[name]), QTYPES[name], (32, 512))
     except UsageError:
-        weight = sample(name, 32, 512)
+        weight = random_matrix(name, 32, 512)
     packed = cpu.pack(weight)
     for x in (torch.ones(512), weight.dequantize()[0].sign()):
         x = torch.where(x == 0, 1.0, x).expand(tokens, -1).contiguous() * 3
         slack = 1e-5 if not cpu.ops.fast_gemm() else bound(name)
-        assert relative(cpu.linear(x, packed), reference.linear(x.double(), weight)) < slack
+        assert relative_error(cpu.linear(x, packed), reference.linear(x.double(), weight)) < slack
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "Q4_K", "Q5_0", "Q6_K", "Q8_0", "IQ2_XXS"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_activation_types(name, dtype):
-    weight = sample(name, 40, 512)
+    weight = random_matrix(name, 40, 512)
     x = torch.randn(3, 2, 512).to(dtype)
     y = cpu.linear(x, cpu.pack(weight))
     assert y.dtype == dtype and y.shape == (3, 2, 40)
-    assert relative(y, reference.linear(x.double(), weight)) < bound(name) * 1.5 + (
+    assert relative_error(y, reference.linear(x.double(), weight)) < bound(name) * 1.5 + (
         0 if dtype == torch.float32 else 4e-3
     )
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])
 def test_many_tokens_are_each_token(name):
-    weight = cpu.pack(sample(name, 35, 256))
+    weight = cpu.pack(random_matrix(name, 35, 256))
     x = torch.randn(1100, 256)
     with cpu.bf16_rows(0):
         whole = cpu.linear(x, weight)
         singly = torch.cat([cpu.linear(row[None], weight) for row in x])
     if cpu.ops.fast_gemm():
-        assert relative(whole, singly.double()) < bound(name) + 4e-3  # of few tokens
+        assert relative_error(whole, singly.double()) < bound(name) + 4e-3  # of few tokens
     else:
         torch.testing.assert_close(whole, singly, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0", "Q5_0"])
 def test_linear_batched(name):
-    weights = [sample(name, 24, 64, seed) for seed in range(3)]
+    weights = [random_matrix(name, 24, 64, seed) for seed in range(3)]
     x = torch.randn(3, 7, 64)
     got = cpu.linear_batched(x, cpu.pack(weights))
     for i, weight in enumerate(weights):
-        assert relative(got[i], reference.linear(x[i].double(), weight)) < bound(name) * 1.5
+        assert relative_error(got[i], reference.linear(x[i].double(), weight)) < bound(name) * 1.5
 
 
 def stack(name, count, rows, k):
-    parts = [sample(name, rows, k, seed) for seed in range(count)]
+    parts = [random_matrix(name, rows, k, seed) for seed in range(count)]
     return QuantizedTensor(torch.stack([p.data for p in parts]), parts[0].qtype, (count, rows, k))
 
 
@@ -177,7 +177,7 @@ def test_experts(types, tokens):
         ids[1, 1] = count  # out of range: skipped too
     got = cpu.experts(x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down))
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
-    assert relative(got, exact) < (1e-5 if types == ("F32",) * 3 else bounds("Q8_0")[1])
+    assert relative_error(got, exact) < (1e-5 if types == ("F32",) * 3 else bounds("Q8_0")[1])
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])
@@ -189,7 +189,10 @@ def test_expert_activations_and_biases(act):
     got = cpu.experts(
         x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down), *biases, act, 1.702, 7.0
     )
-    assert relative(got, reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0)) < 1e-5
+    assert (
+        relative_error(got, reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0))
+        < 1e-5
+    )
 
 
 def test_no_tokens():
@@ -206,7 +209,7 @@ def test_no_tokens():
 
 
 def test_two_models_in_two_threads_and_too_many_workers():
-    weights = [sample("Q4_K", 64, 512, seed) for seed in range(2)]
+    weights = [random_matrix("Q4_K", 64, 512, seed) for seed in range(2)]
     packed = [cpu.pack(weight) for weight in weights]
     x = torch.randn(5, 512)
     expected = [cpu.linear(x, p) for p in packed]
@@ -244,13 +247,13 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments_are_exceptions(what):
-    packed = cpu.pack(sample("Q8_0", 32, 256))
+    packed = cpu.pack(random_matrix("Q8_0", 32, 256))
     with pytest.raises((RuntimeError, KtxError)):
         BAD[what](packed)
 
 
 def test_compiles_without_a_graph_break():
-    packed = cpu.pack(sample("Q8_0", 32, 256))
+    packed = cpu.pack(random_matrix("Q8_0", 32, 256))
     traced = torch.compile(lambda x: cpu.linear(x, packed) * 2, fullgraph=True, backend="eager")
     x = torch.randn(2, 256)
     torch.testing.assert_close(traced(x), cpu.linear(x, packed) * 2)
@@ -260,21 +263,21 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("rows", [7, 1000])
 def test_odd_shapes_and_many_tokens(name, rows):
     k = columns(name)[-1]
-    weight = sample(name, rows, k)
+    weight = random_matrix(name, rows, k)
     packed = cpu.pack(weight)
     for tokens in (1, 6, 7, 8, 9, 13, 600, 4096 if rows == 7 else 64):
         x = torch.randn(tokens, k)
         room = 1 if tokens * rows > 2000 else 2
-        assert relative(cpu.linear(x, packed), reference.linear(x.double(), weight)) < bound(name) * room, tokens
+        assert relative_error(cpu.linear(x, packed), reference.linear(x.double(), weight)) < bound(name) * room, tokens
 
 
 @pytest.mark.parametrize("name", [q for q in INTS if q not in ("TQ1_0", "TQ2_0")])
 def test_channels_that_stand_out(name):
     """Real models have channels ten times larger than the others; one scale for a whole row would drown the rest."""
     k = 1536 if QTYPES[name].block == 256 else 1408
-    weight, x = sample(name, 64, k), torch.randn(64, k)
+    weight, x = random_matrix(name, 64, k), torch.randn(64, k)
     x[:, torch.randperm(k)[: k // 100]] *= 10
-    assert relative(cpu.linear(x, cpu.pack(weight)), reference.linear(x.double(), weight)) < (
+    assert relative_error(cpu.linear(x, cpu.pack(weight)), reference.linear(x.double(), weight)) < (
         1.6e-2 if cpu.ops.fast_gemm() else 1.3e-2
     )
 
@@ -282,7 +285,7 @@ def test_channels_that_stand_out(name):
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "F16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(name, value):
-    packed = cpu.pack(sample(name, 40, 512))
+    packed = cpu.pack(random_matrix(name, 40, 512))
     for tokens in (2, 9, 40):
         x = torch.randn(tokens, 512)
         expected = cpu.linear(x, packed)
@@ -322,7 +325,7 @@ def test_the_number_of_threads_changes_nothing(tokens):
     finally:
         cpu.ops.set_threads(before)
     for mixture, product in found[1:]:
-        assert relative(mixture, found[0][0]) < 1e-6 and relative(product, found[0][1]) < 1e-6
+        assert relative_error(mixture, found[0][0]) < 1e-6 and relative_error(product, found[0][1]) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 50])
@@ -332,28 +335,28 @@ def test_the_same_expert_twice_and_all_tokens_on_one(tokens):
     x, weights = torch.randn(tokens, 256), torch.rand(tokens, 2)
     ids = torch.ones(tokens, 2, dtype=torch.int64)
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
-    assert relative(cpu.experts(x, ids, weights, *packed), exact) < 1.8e-2
+    assert relative_error(cpu.experts(x, ids, weights, *packed), exact) < 1.8e-2
 
 
 @pytest.mark.parametrize("name", ["INT8_128", "Q8_0", "INT4_64", "INT4_128", "Q4_0"])
 @pytest.mark.parametrize("origin", ["F32", "F16", "BF16", "F8_E4M3"])
 def test_weights_are_quantised_on_the_way(name, origin):
     """As near to the floats as the plain maker of the type comes, for each row on its own and in pieces of many rows."""
-    weight, k = sample(origin, 1100, 256), 256
+    weight, k = random_matrix(origin, 1100, 256), 256
     values = weight.dequantize()
     packed = cpu.pack(weight, QTYPES[name])
     got = packed.rows(torch.arange(1100))
     plain = QTYPES[name].dequantize(QTYPES[name].quantize(values)).reshape(1100, k)
     assert packed.qtype is QTYPES[name]
-    assert relative(got, values) < 1.02 * relative(plain, values) + 1e-7
-    assert relative(got, values) < (8e-3 if "8" in name[:4] else 0.13)
+    assert relative_error(got, values) < 1.02 * relative_error(plain, values) + 1e-7
+    assert relative_error(got, values) < (8e-3 if "8" in name[:4] else 0.13)
 
 
 def test_a_row_of_zeros_and_one_large_weight():
     values = torch.zeros(16, 128)
     values[1, 5] = -1000.0
     for name in ("INT8_128", "INT4_128", "INT4_64"):
-        got = cpu.pack(QuantizedTensor.of(values), QTYPES[name]).rows(torch.arange(16))
+        got = cpu.pack(QuantizedTensor.from_float(values), QTYPES[name]).rows(torch.arange(16))
         torch.testing.assert_close(got, values, rtol=2e-3, atol=0)
 
 

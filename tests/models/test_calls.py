@@ -13,10 +13,10 @@ import ktx
 from ktx.cache.kv import KVCache
 from ktx.cli.bench_ktx import forward
 from ktx.engine.sampler import SamplingParams
-from ktx.ops.forward_signature import Call
+from ktx.ops.forward_signature import ForwardSignature
 from ktx.ops.fusion.layer import Layer
 from ktx.ops.recurrent import Recurrent
-from ktx.transformers_compat import CACHE_NAMES, cache_aliases, cache_argument, cache_name, cache_of, usual_cache_name
+from ktx.transformers_compat import CACHE_NAMES, cache_aliases, cache_argument, cache_name, cache_of, default_cache_name
 from tests.models.test_blocks import modules
 from tests.models.test_families import IDS, Pair, relative
 from tests.small_chat import write_model
@@ -25,7 +25,7 @@ FAMILIES = ["llama", "deepseek_v3", "qwen3_next", "gpt_oss", "minimax_m2", "phi3
 
 
 def accepted(module):
-    name = cache_name(type(module)) or usual_cache_name()
+    name = cache_name(type(module)) or default_cache_name()
     return [name, *(alias for alias in cache_aliases(name) if alias != "cache_params")]
 
 
@@ -123,9 +123,9 @@ class Without(nn.Module):
     ],
 )
 def test_the_cache_is_found_as_the_forward_names_it(module, args, kwargs, given, cache):
-    call = Call.of(module())
+    call = ForwardSignature.of(module())
     assert call.split(args, dict(kwargs)) == (given, cache)
-    assert call.joined(given, cache) == (given | {call.cache: cache} if call.cache else given)
+    assert call.join(given, cache) == (given | {call.cache: cache} if call.cache else given)
 
 
 def test_a_wrapper_is_asked_as_models_are():
@@ -133,11 +133,11 @@ def test_a_wrapper_is_asked_as_models_are():
         def forward(self, *args, **kwargs):
             return kwargs
 
-    assert Wrapper()(**cache_argument(Wrapper(), 5)) == {usual_cache_name(): 5}
+    assert Wrapper()(**cache_argument(Wrapper(), 5)) == {default_cache_name(): 5}
 
 
 def test_every_module_with_a_cache_is_known_by_the_forward_that_it_replaces(pair):
-    names = {usual_cache_name(), "cache_params"} if usual_cache_name() != "cache" else {"cache"}
+    names = {default_cache_name(), "cache_params"} if default_cache_name() != "cache" else {"cache"}
     for module in [*modules(pair.model, Layer), *modules(pair.model, Recurrent)]:
         assert module.call.cache in names
 

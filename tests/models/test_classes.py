@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from ktx.ops import class_patches
-from ktx.ops.change_counter import Changes
+from ktx.ops.change_counter import ChangeCounter
 from ktx.transformers_compat import cache_argument
 from tests.models.families import tiny
 from tests.models.test_families import IDS, Pair, load, relative
@@ -243,7 +243,7 @@ def test_an_engine(tmp_path, monkeypatch):
 
     write_model(tmp_path, quant="F32")
     model, tokenizer = ktx.load(tmp_path, tmp_path / "model.gguf", progress=False)
-    kind = class_patches.replaced_by(type(model.model.layers[0].mlp))
+    kind = class_patches.replaced_class(type(model.model.layers[0].mlp))
 
     def answer():
         with model.ktx.engine(cache_lens=256) as engine:
@@ -263,9 +263,9 @@ def test_a_look_costs_little(tmp_path):
     """Nothing counts as a change where no class has changed."""
     model = Pair(tmp_path, "qwen3_moe", "F32", {}).model
     model(IDS[:, :1])
-    before = Changes.count
+    before = ChangeCounter.count
     model(IDS[:, :1])
-    assert Changes.count == before and model.model.layers[0].block.guard.holds()
+    assert ChangeCounter.count == before and model.model.layers[0].block.guard.holds()
 
 
 def test_gradients_through_a_patched_class(tmp_path, monkeypatch):

@@ -16,11 +16,11 @@ from ktx.errors import UsageError
 from ktx.injection.inject import inject
 from ktx.injection.rules import load_rules
 from ktx.ops import contract
-from ktx.transformers_compat import usual_cache_name
+from ktx.transformers_compat import default_cache_name
 from ktx.utils import versions
 from tests.models.families import COMMON, FAMILIES
 
-CACHE = usual_cache_name()
+CACHE = default_cache_name()
 
 
 def rewritten(family, changes):
@@ -46,7 +46,7 @@ def rewritten(family, changes):
 def planned(family, changes=()):
     model = rewritten(family, changes)
     rules = load_rules(family.replace("_", "-"))
-    return inject(model, rules, model.config, torch.float32, tell_unmatched=False)
+    return inject(model, rules, model.config, torch.float32, warn_unmatched=False)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_the_error_names_class_versions_and_what_to_do():
     for part in (
         "LlamaDecoderLayer",
         "'kv_store'",
-        versions.installed("transformers"),
-        versions.tested("transformers"),
+        versions.installed_version("transformers"),
+        versions.tested_range("transformers"),
         "pip install",
     ):
         assert part in str(error.value)

@@ -9,7 +9,7 @@ from ktx.cache.kv import KVCache
 from ktx.ops.experts import Experts
 from ktx.ops.fusion.layer import Layer
 from ktx.ops.moe import MoE
-from ktx.ops.weight_traffic import WeightTraffic, sizes
+from ktx.ops.weight_traffic import WeightTraffic, module_bytes
 from tests.models.test_blocks import modules, without
 from tests.models.test_families import IDS, Pair, logits
 
@@ -79,14 +79,16 @@ def test_two_models_count_apart(pair, tmp_path):
 
 
 def test_bytes_of_modules_are_those_of_the_model(pair):
-    own = sizes(pair.model)
-    assert sum(size.held for size in own) == pair.model.ktx.nbytes
-    assert sum(size.token for size in own) == pair.model.ktx.bytes_per_token
+    own = module_bytes(pair.model)
+    assert sum(size.held_bytes for size in own) == pair.model.ktx.nbytes
+    assert sum(size.bytes_per_token for size in own) == pair.model.ktx.bytes_per_token
     reads = WeightTraffic.of(pair.model)
-    experts = sum(size.token for size in own if isinstance(size.module, Experts))
+    experts = sum(size.bytes_per_token for size in own if isinstance(size.module, Experts))
     assert reads.bytes(1, 1, 1) == pair.model.ktx.bytes_per_token - experts
-    assert reads.head == pair.model.lm_head.weight_bytes()[1] and reads.row == 256 * 4
-    assert reads.bytes(3, 50, 2) == 3 * reads.always + 50 * reads.row + 2 * reads.head
+    assert reads.bytes_per_logits == pair.model.lm_head.weight_bytes()[1] and reads.bytes_per_token == 256 * 4
+    assert (
+        reads.bytes(3, 50, 2) == 3 * reads.bytes_per_forward + 50 * reads.bytes_per_token + 2 * reads.bytes_per_logits
+    )
 
 
 class Far:
@@ -105,9 +107,9 @@ def test_what_comes_from_another_device_is_waited_for(pair):
     path, module = next((p, m) for p, m in pair.model.named_modules() if isinstance(m, Experts))
     hidden, weights = torch.randn(4, 256), torch.rand(4, 2)
     ids = torch.tensor([[0, 1]] * 4)
-    waited, before = module.waited, sum(pair.model.ktx.activity()[path].activations)
+    waited, before = module.wait_s, sum(pair.model.ktx.activity()[path].activations)
     module(hidden, ids, weights)
-    assert module.waited == waited
+    assert module.wait_s == waited
     assert module(Far(hidden), ids, weights).device.type == "meta"
-    assert module.waited > waited
+    assert module.wait_s > waited
     assert sum(pair.model.ktx.activity()[path].activations) - before == 16

@@ -8,13 +8,13 @@ import torch
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.errors import BadFile
-from ktx.kernels.check import in_bf16
+from ktx.kernels.check import multiplies_in_bf16
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, LLAMA3, MEMBERS, tiny
 
 IDS = torch.randint(3, 320, (1, 150), generator=torch.Generator().manual_seed(3))
 FLOATS = ("F32", "BF16")
-IN_BF16 = in_bf16()  # where BF16 weights and half precision caches are multiplied so
+IN_BF16 = multiplies_in_bf16()  # where BF16 weights and half precision caches are multiplied so
 
 
 def mixed(name: str) -> str:

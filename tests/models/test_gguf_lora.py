@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ktx.errors import BadFile, UsageError
 from ktx.model.lora import read
-from ktx.weights.lora import Wish
+from ktx.weights.lora import AdapterSpec
 from tests.gguf_writer import LoraWriter, write_gguf, write_gguf_lora
 from tests.models.families import LINEAR, tiny
 from tests.models.test_families import IDS, load, relative
@@ -104,7 +104,7 @@ def test_beside_a_model_from_gguf_and_in_an_engine(tmp_path):
 def test_types_of_halves(tmp_path, quant):
     adapter("qwen3_moe", tmp_path / "one")
     write_gguf_lora(tmp_path / f"{quant}.gguf", tmp_path / "one", made("qwen3_moe"), quant)
-    exact, rounded = (read(Wish.of(tmp_path / f"{name}.gguf")).matrices for name in ("one", quant))
+    exact, rounded = (read(AdapterSpec.parse(tmp_path / f"{name}.gguf")).matrices for name in ("one", quant))
     assert exact.keys() == rounded.keys()
     for name, one in rounded.items():
         assert 0 < relative(one.b, exact[name].b) < 0.01 and relative(one.a, exact[name].a) < 0.01
@@ -117,8 +117,8 @@ def test_scales_are_llama_cpps(tmp_path, alpha):
     base = made("llama")
     adapter("llama", tmp_path / "one", rank_pattern={"q_proj": 2}, target_modules=["q_proj", "o_proj"])
     write_gguf_lora(tmp_path / "one.gguf", tmp_path / "one", base, **{gguf.Keys.Adapter.LORA_ALPHA: alpha})
-    file = read(Wish.of(f"{tmp_path / 'one.gguf'}=0.5")).matrices
-    whole = read(Wish.of(tmp_path / "one")).matrices
+    file = read(AdapterSpec.parse(f"{tmp_path / 'one.gguf'}=0.5")).matrices
+    whole = read(AdapterSpec.parse(tmp_path / "one")).matrices
     for name, path, rank in (("attn_q", "q_proj", 2), ("attn_output", "o_proj", 4)):
         one, (other,) = file[f"blk.1.{name}.weight"], whole[f"model.layers.1.self_attn.{path}"]
         factor = 0.5 * (alpha / rank if alpha else 1) / (12 / rank)
@@ -242,7 +242,7 @@ def test_a_folder_of_one_file(plain, tmp_path):
     folder = tmp_path / "style"
     folder.mkdir()
     file(folder / "style-f16.gguf", base, Q)
-    assert model.ktx.load_lora(folder) == "style" and Wish.of(folder / "style-f16.gguf").name == "style-f16"
+    assert model.ktx.load_lora(folder) == "style" and AdapterSpec.parse(folder / "style-f16.gguf").name == "style-f16"
     model.ktx.unload_lora("style")
     shutil.copy(folder / "style-f16.gguf", folder / "style-q8.gguf")
     with pytest.raises(BadFile, match=r"style-f16.gguf and style-q8.gguf; pass the file to use"):

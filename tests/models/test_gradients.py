@@ -471,7 +471,7 @@ def test_fused_calls_are_for_what_autograd_does_not_record(pairs, family, monkey
     gradient(model, loss, x)
     assert not called
     with pytest.raises(NoGradient, match="one by one"):
-        steps.run(x.requires_grad_(), [], [torch.empty_like(x)])
+        steps.run_steps(x.requires_grad_(), [], [torch.empty_like(x)])
 
 
 @pytest.mark.parametrize("quant", ["Q8_0", mixed], ids=["Q8_0", "Q4_K_M"])

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 from ktx.errors import NoGradient, UsageError
-from ktx.ops.experts_interface import HELD
+from ktx.ops.experts_interface import PACKED_ATTRIBUTE
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import IDS, relative
 
@@ -39,7 +39,7 @@ def computed(model, ids=PROMPT, **more):
 
 def packed(model):
     """The operators that its modules hold, by identity."""
-    return [module.__dict__[HELD].operator for module in experts_of(model)]
+    return [module.__dict__[PACKED_ATTRIBUTE].operator for module in experts_of(model)]
 
 
 @pytest.fixture(params=TYPICAL)

@@ -21,10 +21,10 @@ import ktx
 from ktx.engine.request import Finished
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, Overloaded, UsageError
-from ktx.ops.guard import current
+from ktx.ops.guard import valid_fast_path
 from ktx.ops.linear import Linear
-from ktx.ops.lora import Use
-from ktx.weights.lora import CONFIG, WEIGHTS, Wish
+from ktx.ops.lora import AdapterUse
+from ktx.weights.lora import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 from tests.small_chat import tokenizer
@@ -219,12 +219,16 @@ def test_adapters_come_and_go_in_a_running_engine(folder, right):
 def test_a_factor_on_a_requests_adapter(model, folder):
     """What an adapter that was loaded with this scale computes, in steps with requests of other factors."""
     model.ktx.load_lora(folder / "one", "half", 0.5)
-    pairs = [(Use("one", 0.5), "half"), ((Use("one", 0.5), "two"), ("half", "two")), (Use("half", 2.0), "one")]
+    pairs = [
+        (AdapterUse("one", 0.5), "half"),
+        ((AdapterUse("one", 0.5), "two"), ("half", "two")),
+        (AdapterUse("half", 2.0), "one"),
+    ]
     try:
         with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
             asked = [(prompt, lora) for prompt in PROMPTS[:3] for pair in pairs for lora in pair]
             found, cached = ask(engine, asked)
-            base, none = ask(engine, [(PROMPTS[1], ()), (PROMPTS[1], Use("one", 0.0))])[0]
+            base, none = ask(engine, [(PROMPTS[1], ()), (PROMPTS[1], AdapterUse("one", 0.0))])[0]
     finally:
         model.ktx.unload_lora("half")
     assert found[::2] == found[1::2] and base == none
@@ -242,7 +246,7 @@ def test_generate(model, right):
 
 def blocks(model):
     found = [getattr(layer, name, None) for layer in model.model.layers for name in ("self_attn", "mlp")]
-    return [current(module) is not None for module in found if getattr(module, "block", None) is not None]
+    return [valid_fast_path(module) is not None for module in found if getattr(module, "block", None) is not None]
 
 
 def test_blocks_without_an_adapter_stay_one_call(family, folder):
@@ -264,8 +268,8 @@ def test_a_scale_and_a_name(folder, right):
     half = load(folder, None, kv_dtype="f32")
     path = folder / "half"
     shutil.copytree(folder / "one", path)
-    config = json.loads((path / CONFIG).read_text())
-    (path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 8}))
+    config = json.loads((path / CONFIG_FILE).read_text())
+    (path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 8}))
     half.ktx.load_lora(path, "half"), half.ktx.use_lora("half")
     shutil.rmtree(path)
     assert list(mine.ktx.loras) == ["style"] and list(half.ktx.loras) == ["half"]
@@ -286,7 +290,7 @@ def test_a_scale_and_a_name(folder, right):
     ],
 )
 def test_what_an_adapter_is_called(text, name, scale):
-    wish = Wish.of(text)
+    wish = AdapterSpec.parse(text)
     assert (wish.name, wish.scale) == (name, scale) and str(wish.path) == text.removeprefix("n=").split("=")[0].rstrip(
         "/"
     )
@@ -295,7 +299,7 @@ def test_what_an_adapter_is_called(text, name, scale):
 @pytest.mark.parametrize("text", ["a=nan", "=a", "n="])
 def test_what_is_no_adapter_is_refused(text):
     with pytest.raises(UsageError, match="scale|NAME="):
-        Wish.of(text)
+        AdapterSpec.parse(text)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
@@ -324,15 +328,15 @@ def test_experts_that_were_adapted_one_by_one(name, tmp_path):
                 experts.gate_up_proj[number, half] += 2 * b @ a
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    save_file(tensors, adapter / WEIGHTS)
-    (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    save_file(tensors, adapter / WEIGHTS_FILE)
+    (adapter / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     mine = load(tmp_path, None, kv_dtype="f32", lora=adapter)
     with torch.no_grad():
         expected = base(input_ids=IDS).logits
         assert relative(mine(input_ids=IDS).logits, expected) < NEAR
         mine.ktx.use_lora()
         assert relative(mine(input_ids=IDS).logits, expected) > 1e-3
-    save_file({key.replace("experts.3", "experts.33"): value for key, value in tensors.items()}, adapter / WEIGHTS)
+    save_file({key.replace("experts.3", "experts.33"): value for key, value in tensors.items()}, adapter / WEIGHTS_FILE)
     with pytest.raises(BadFile, match="experts 0 to 33"):
         mine.ktx.load_lora(adapter, "other")
 
@@ -378,10 +382,10 @@ def changed(plain, tmp_path):
         folder = tmp_path / "adapter"
         shutil.copytree(plain / "one", folder)
         if config:
-            known = json.loads((folder / CONFIG).read_text())
-            (folder / CONFIG).write_text(json.dumps(known | config))
+            known = json.loads((folder / CONFIG_FILE).read_text())
+            (folder / CONFIG_FILE).write_text(json.dumps(known | config))
         if tensors:
-            save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+            save_file(tensors(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
         return folder
 
     return make
@@ -458,17 +462,17 @@ def test_files_that_are_not_there_or_broken(plain, changed, tmp_path):
     with pytest.raises(BadFile, match="no such file or folder"):
         load(plain, None, lora=tmp_path / "nothing")
     folder = changed()
-    (folder / WEIGHTS).write_bytes(b"no tensors")
+    (folder / WEIGHTS_FILE).write_bytes(b"no tensors")
     with pytest.raises(BadFile, match="is not a safetensors file"):
         load(plain, None, lora=folder)
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS_FILE).unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(BadFile, match="pickle"):
         load(plain, None, lora=folder)
-    shutil.copy(plain / "one" / WEIGHTS, folder)
-    (folder / CONFIG).unlink()
+    shutil.copy(plain / "one" / WEIGHTS_FILE, folder)
+    (folder / CONFIG_FILE).unlink()
     with pytest.raises(BadFile, match="no adapter_config.json"):
-        load(plain, None, lora=folder / WEIGHTS)
+        load(plain, None, lora=folder / WEIGHTS_FILE)
 
 
 def test_forwards_beside_an_engine_are_computed_with_the_adapters_in_use(plain, tmp_path):

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from ktx.errors import UsageError
 from ktx.ops import parameters
-from ktx.ops.experts import Experts, of_layers
-from ktx.ops.guard import current
+from ktx.ops.experts import Experts, experts_by_path
+from ktx.ops.guard import valid_fast_path
 from ktx.ops.moe import MoE
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
@@ -94,7 +94,7 @@ def check_gradients(theirs, ours):
 
 
 def blocks(model):
-    return [current(module) is not None for module in model.modules() if isinstance(module, MoE)]
+    return [valid_fast_path(module) is not None for module in model.modules() if isinstance(module, MoE)]
 
 
 def test_an_adapter_of_experts(two, folder, tmp_path):
@@ -219,7 +219,7 @@ def test_quantised_experts(tmp_path, family):
         assert relative(before, right) > 0.1 and relative(experts_of(ours)(x, ids, weights), right) < 0.02
         merged = ours.merge_and_unload()
         assert relative(experts_of(merged)(x, ids, weights), right) < 1e-5
-    assert {w.qtype.name for _, own in of_layers(merged) for w in own.weights.values()} == {"F32"}
+    assert {w.qtype.name for _, own in experts_by_path(merged) for w in own.weights.values()} == {"F32"}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "nemotron_h"])

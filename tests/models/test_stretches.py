@@ -38,7 +38,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each call computes."""
-    found, really = [], layer_module.run
+    found, really = [], layer_module.run_steps
 
     def counted(x, steps, outs, *args):
         found.append(len(outs))
@@ -57,7 +57,7 @@ def trusted(request):
 
 
 def one_by_one(model):
-    return without(modules(model, Layer), "stretch")
+    return without(modules(model, Layer), "fused_group")
 
 
 def test_a_token_is_one_call_and_a_long_piece_several(model, calls):

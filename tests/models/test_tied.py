@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 from ktx.injection.rules import Rule, load_rules
-from ktx.ops.tied import Tied
+from ktx.ops.tied import TiedLinear
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 
@@ -33,7 +33,7 @@ def pair(request, tmp_path):
         return load(folder, None, rules=rules, **more)
 
     mine = again(tmp_path / "model")
-    assert type(mine.lm_head) is Tied
+    assert type(mine.lm_head) is TiedLinear
     return original, mine, again
 
 
@@ -54,7 +54,7 @@ def state_of_the_head(model):
 
 
 def head(model):
-    if isinstance(model.lm_head, Tied):
+    if isinstance(model.lm_head, TiedLinear):
         with ktx.edit(model.lm_head, dtype="F32") as weight:
             weight.mul_(1.5)
     else:
@@ -121,7 +121,7 @@ def test_they_are_written_once_and_read_tied(pair, tmp_path, packed):
     read = again(tmp_path / "written")
     for model in (original, read):
         in_place(model)
-    assert type(read.lm_head) is Tied and relative(answers(read), answers(original)) < 1e-4
+    assert type(read.lm_head) is TiedLinear and relative(answers(read), answers(original)) < 1e-4
     if not packed:
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
         in_place(theirs)

@@ -11,7 +11,7 @@ import pytest
 from ktx.__main__ import main
 from ktx.cli import serve_ray
 from ktx.errors import DoesNotFit
-from ktx.hardware import share_of_cpus
+from ktx.hardware import cpu_share
 from ktx.replicas.affinity import KEY_CHARS, MAX_KEYS, UNSENT_TIMEOUT_S, Affinity, prefix_keys
 from ktx.replicas.spread import Node, place_replicas
 
@@ -142,10 +142,10 @@ def test_a_replica_forgets_as_its_cache_does():
 
 def test_processes_share_a_machines_cores():
     usable = os.sched_getaffinity(0)
-    shares = [share_of_cpus(number, 2) for number in range(2)]
+    shares = [cpu_share(number, 2) for number in range(2)]
     if len(usable) > 1:
         assert not shares[0] & shares[1] and shares[0] | shares[1] <= usable
-    assert share_of_cpus(0, 1) == usable and share_of_cpus(3, 10_000) == usable == share_of_cpus(7, 2)
+    assert cpu_share(0, 1) == usable and cpu_share(3, 10_000) == usable == cpu_share(7, 2)
 
 
 def test_copies_that_do_not_fit_are_refused_with_the_numbers():

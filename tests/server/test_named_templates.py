@@ -33,7 +33,7 @@ def serves(template):
 
 
 def prompt(template, tools=None, name=None):
-    return PromptRenderer(words(template)).render(HELLO, tools or [], name=name).ids
+    return PromptRenderer(words(template)).render(HELLO, tools or [], template_name=name).ids
 
 
 def right(template, tools=None, name=None):
@@ -66,7 +66,9 @@ def test_without_a_default_a_name_is_needed():
     assert prompt(only, name="tool_use") == right(only, name="tool_use")
     with pytest.raises(UsageError, match=r"no default: choose one with chat_template \(tool_use\)"):
         prompt(only)
-    with pytest.raises(UsageError, match=r"this model has no chat_template 'toll_use' \(it has: tool_use\).*did you mean"):
+    with pytest.raises(
+        UsageError, match=r"this model has no chat_template 'toll_use' \(it has: tool_use\).*did you mean"
+    ):
         prompt(only, name="toll_use")
     with pytest.raises(BadFile, match="of type int"):
         named_templates(7)

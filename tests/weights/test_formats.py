@@ -110,7 +110,7 @@ def test_round_trip(tmp_path, family, options):
     plan = ktx.plan(tmp_path, tmp_path / "m.gguf")
     plan.check()
     assert not plan.unread, plan.unread
-    assert not source.differences(model.config)
+    assert not source.config_mismatches(model.config)
 
 
 def check_experts(source, name, tensor, family):
@@ -141,7 +141,7 @@ def test_per_expert_files_of_old(tmp_path):
         step()
     source = open_weights(tmp_path / "m.gguf", model.config)
     assert torch.equal(source.get("model.layers.0.mlp.experts.gate_proj").dequantize(), w)
-    assert len(source.parts("model.layers.0.mlp.experts.gate_proj")) == 4
+    assert len(source.get_parts("model.layers.0.mlp.experts.gate_proj")) == 4
 
 
 def split(path, parts):

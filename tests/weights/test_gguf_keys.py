@@ -39,7 +39,7 @@ def file(folder, family, keys, tensors=(), **config):
 
 def said(path, config):
     """What a file and a configuration differ in."""
-    return "; ".join(open_weights(path, config).differences(config))
+    return "; ".join(open_weights(path, config).config_mismatches(config))
 
 
 OFF = [  # what nothing here computes, and values that ask for nothing

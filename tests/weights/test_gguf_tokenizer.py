@@ -13,8 +13,8 @@ import ktx
 from ktx.engine.request import Finished
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, KtxError
-from ktx.weights.gguf_tokenizer import end_tokens, sampling_in, tokenizer_from_gguf
-from ktx.weights.pretokenizers import PRE
+from ktx.weights.gguf_tokenizer import eog_token_ids, recommended_sampling, tokenizer_from_gguf
+from ktx.weights.pretokenizers import PRE_TOKENIZERS
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 
@@ -102,7 +102,7 @@ def test_words_are_cut_as_the_name_says(pre):
 
 def test_every_name_makes_a_tokenizer_that_loses_nothing():
     text = "Hello, I'LL say: 1234567 × ½ 漢字 かな 한국 नमस्ते\r\n\t  fn(x) {  return _y2; }\n\n\n"
-    for pre in PRE:
+    for pre in PRE_TOKENIZERS:
         tokenizer = tokenizer_from_gguf(keys(pre=pre), "m.gguf")
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text, pre
 
@@ -187,7 +187,7 @@ def test_falcon_has_its_own_mark_where_a_file_names_none():
     marks = [f"<|{i}|>" for i in range(11)] + ["<|endoftext|>"]
     own = {"marks": marks, "pre": "falcon3", "bos_token_id": None, "eos_token_id": None}
     assert tokenizer_from_gguf(keys(**own), "m.gguf")("a")["input_ids"][0] == 11
-    assert end_tokens(keys(**own), "m.gguf") == [11]
+    assert eog_token_ids(keys(**own), "m.gguf") == [11]
 
 
 def sentencepiece(**own):
@@ -266,7 +266,7 @@ def test_white_space_behind_marks_of_phi_3(name, stripped):
     ],
 )  # fmt: skip
 def test_ends(marks, own, expected):
-    assert end_tokens(keys(marks=marks, **own), "m.gguf") == expected
+    assert eog_token_ids(keys(marks=marks, **own), "m.gguf") == expected
 
 
 def test_an_end_that_a_file_calls_text_is_a_mark_all_the_same():
@@ -342,12 +342,12 @@ def test_an_answer_ends_there(tmp_path, own, end, folder):
     ],
 )
 def test_settings_that_a_file_recommends(said, expected):
-    assert sampling_in({f"general.sampling.{key}": value for key, value in said.items()}, "m.gguf") == expected
+    assert recommended_sampling({f"general.sampling.{key}": value for key, value in said.items()}, "m.gguf") == expected
 
 
 def test_settings_that_ktx_does_not_have_are_named():
     with pytest.warns(UserWarning, match=r"recommends general.sampling.mirostat, which ktx does not support"):
-        assert sampling_in({"general.sampling.mirostat": 2}, "m.gguf") == {}
+        assert recommended_sampling({"general.sampling.mirostat": 2}, "m.gguf") == {}
 
 
 # ---- a file is what its first bytes say
@@ -407,9 +407,9 @@ def test_what_is_none_is_not_called_missing(tmp_path, raw):
 def test_a_command_takes_such_a_name(tmp_path, file):
     import argparse
 
-    from ktx.cli.arguments import named_model
+    from ktx.cli.arguments import infer_model
 
     path = shutil.copy(file[0], tmp_path / "sha256-5f2a")
     for weights in (path, tmp_path):
         args = argparse.Namespace(model=None, weights=str(weights))
-        assert named_model(args) and args.model == str(path)
+        assert infer_model(args) and args.model == str(path)

@@ -13,9 +13,9 @@ import ktx
 import ktx.loader.load
 from ktx.__main__ import main
 from ktx.errors import BadFile
-from ktx.kernels.check import in_bf16
+from ktx.kernels.check import multiplies_in_bf16
 from ktx.quant.types import expand_scale
-from ktx.weights.quantization import REFUSED, SCHEMES, scheme_of
+from ktx.weights.quantization import SCHEMES, UNSUPPORTED_METHODS, check_quantization
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import IDS, logits, relative
@@ -93,11 +93,11 @@ def test_methods_that_are_not_computed_are_refused_by_name(plain, method):
 
 def test_every_method_of_transformers_is_computed_or_refused():
     """Also those that a newer version adds: by name, as unknown."""
-    assert not {*REFUSED} & {*SCHEMES}
+    assert not {*UNSUPPORTED_METHODS} & {*SCHEMES}
     theirs = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
     for method in theirs - {*SCHEMES}:
         with pytest.raises(BadFile, match=f"config.json: quantization_config: quant_method .?{method}.? "):
-            scheme_of({"quantization_config": {"quant_method": method}}, "config.json")
+            check_quantization({"quantization_config": {"quant_method": method}}, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_block_fp8_is_computed(fp8, more, capsys):
     folder, model, _ = fp8
     said(folder, {"quantization_config": FP8 | more})
     loaded = ktx.load(folder, progress=False)[0]
-    assert relative(logits(loaded), logits(model)) < (1e-2 if in_bf16() else 1e-4)
+    assert relative(logits(loaded), logits(model)) < (1e-2 if multiplies_in_bf16() else 1e-4)
     assert main(["plan", "--model", str(folder)]) == 0
     assert (
         f"quantized: fp8, e4m3 with one scale per 128 x 128 weights ({folder / 'config.json'}"

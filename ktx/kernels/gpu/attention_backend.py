@@ -18,7 +18,7 @@ BACKENDS = ("triton", "flashinfer", "auto")
 
 
 @dataclass(frozen=True)
-class Kernels:
+class AttentionKernels:
     """The attention kernels of a backend, which all have the same interface.
 
     Attributes:
@@ -29,7 +29,7 @@ class Kernels:
     """
 
     name: str
-    work: Callable[..., Any]
+    schedule: Callable[..., Any]
     attention: Callable[..., torch.Tensor]
     mla_attention: Callable[..., torch.Tensor]
 
@@ -56,8 +56,8 @@ def kernels_for(
     backend: str = "triton",
     rope_columns: int = 0,
     sinks: bool = False,
-    stored: torch.dtype = torch.bfloat16,
-) -> Kernels:
+    cache_dtype: torch.dtype = torch.bfloat16,
+) -> AttentionKernels:
     """Selects the attention kernels when a model is built.
 
     Args:
@@ -71,10 +71,12 @@ def kernels_for(
         UsageError: if the backend is unknown, not installed, or does not support the shape.
     """
     if known_backend(backend) != "triton":
-        reason = _flashinfer_unsupported_reason(shape, rope_columns, sinks, stored)
+        reason = _flashinfer_unsupported_reason(shape, rope_columns, sinks, cache_dtype)
         if not reason:
             flashinfer = importlib.import_module("ktx.kernels.gpu.flashinfer")
-            return Kernels("flashinfer", flashinfer.AttentionSchedule, flashinfer.attention, flashinfer.mla_attention)
+            return AttentionKernels(
+                "flashinfer", flashinfer.AttentionSchedule, flashinfer.attention, flashinfer.mla_attention
+            )
         if backend == "flashinfer":
             raise UsageError(f"attention backend FlashInfer: {reason}; use triton or auto")
     if importlib.util.find_spec("triton") is None:
@@ -82,7 +84,7 @@ def kernels_for(
     paged_attention, mla_decode = (
         importlib.import_module(f"ktx.kernels.gpu.{module}") for module in ("paged_attention", "mla_decode")
     )
-    return Kernels("triton", AttentionSchedule, paged_attention.attention, mla_decode.mla_attention)
+    return AttentionKernels("triton", AttentionSchedule, paged_attention.attention, mla_decode.mla_attention)
 
 
 def _flashinfer_unsupported_reason(shape: Shape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:

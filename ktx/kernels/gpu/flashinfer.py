@@ -14,7 +14,7 @@ import flashinfer
 import torch
 
 from ktx.kernels.gpu.split_kv import Shape
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 MLA_COLUMNS = (512, 64)  # latent and rotated columns that FlashInfer's MLA kernels support
 WORKSPACE_BYTES = 128 << 20
@@ -107,7 +107,7 @@ def attention(
     Raises:
         ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
     """
-    none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
+    refuse_gpu_gradient("attention", q, k, v, sinks, q_rope, k_rope)
     if reason := unsupported_reason(
         plan.schedule.shape, 0 if q_rope is None else q_rope.shape[3], sinks is not None, k.dtype
     ):
@@ -135,7 +135,7 @@ def mla_attention(
     Raises:
         ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
     """
-    none_on_gpu("attention", q_nope, q_rope, ckv, kpe)
+    refuse_gpu_gradient("attention", q_nope, q_rope, ckv, kpe)
     if reason := unsupported_reason(plan.schedule.shape, kpe.shape[2], stored=ckv.dtype):
         raise ValueError(f"FlashInfer: {reason}")
     key = (scale, q_nope.dtype, ckv.dtype, ckv.shape[1])

@@ -19,8 +19,8 @@ import triton.language as tl
 from ktx.errors import KtxError
 from ktx.kernels.gpu import fp8, quant_matmul
 from ktx.kernels.gpu.dequant import book, decoding, dequantize, rows
-from ktx.kernels.gpu.soa_layout import PIECE, SoAWeight, pack, pack_experts
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gpu.soa_layout import DEQUANT_CHUNK_WEIGHTS, SoAWeight, pack, pack_experts
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 __all__ = ["SoAWeight", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
 
@@ -166,7 +166,7 @@ def _linear_float(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> t
 
 def _linear_dequantized(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiplies by cuBLAS, after dequantizing as many rows at a time as PIECE weights are."""
-    chunk_rows = max(1, PIECE // w.k)
+    chunk_rows = max(1, DEQUANT_CHUNK_WEIGHTS // w.k)
     y = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
     for first_row in range(0, w.n, chunk_rows):
         chunk = dequantize(w, x.dtype, first_row, min(chunk_rows, w.n - first_row))
@@ -175,7 +175,7 @@ def _linear_dequantized(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None
 
 
 def _check(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> None:
-    none_on_gpu("Linear", x)
+    refuse_gpu_gradient("Linear", x)
     if x.dtype not in DTYPES.values():
         raise KtxError(f"activations have dtype {x.dtype}: it must be float32, float16 or bfloat16")
     if x.shape[-1] != w.k:

@@ -20,7 +20,7 @@ from ktx.errors import KtxError
 from ktx.kernels.gpu import quant_matmul
 from ktx.kernels.gpu.dequant import book, decoding
 from ktx.kernels.gpu.soa_layout import SoAWeight
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 MAX_GEMV_PAIRS = 64  # largest number of pairs that are multiplied one by one
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
@@ -165,7 +165,7 @@ def experts(
     alpha: float = 0.0,
     limit: float = 0.0,
     first: int = 0,
-    chosen: torch.Tensor | None = None,
+    expert_counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes routed experts; see reference.experts.
 
@@ -209,7 +209,17 @@ def experts(
         HAS_BIAS=down_bias is not None, **shape, **decoding(down),
     )  # fmt: skip
     _combine[(tokens, triton.cdiv(down.n, 1024))](
-        y, ids, weights, out, chosen, first, gate.matrices, top, down.n, COUNT=chosen is not None, WIDTH=1024
+        y,
+        ids,
+        weights,
+        out,
+        expert_counts,
+        first,
+        gate.matrices,
+        top,
+        down.n,
+        COUNT=expert_counts is not None,
+        WIDTH=1024,
     )
     return out
 
@@ -257,7 +267,7 @@ def _check(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: SoAWeight, up: SoAWeight, down: SoAWeight,
     gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, act: str,
 ) -> None:  # fmt: skip
-    none_on_gpu("Experts", x, weights)
+    refuse_gpu_gradient("Experts", x, weights)
     if act not in ACTIVATIONS:
         raise KtxError(f"activation {act} is not supported for experts; available: {', '.join(ACTIVATIONS)}")
     shapes = (gate.n, gate.k, gate.matrices), (up.n, up.k, up.matrices), (down.k, down.n, down.matrices)

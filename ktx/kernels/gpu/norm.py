@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ktx.errors import KtxError
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 MIN_ELEMENTS = 4096  # elements of a program if a row has fewer
 
@@ -46,7 +46,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool =
         raise KtxError(
             f"the weight is {list(weight.shape)} {weight.dtype}: rows of {columns} columns need as many float32 values"
         )
-    none_on_gpu("RMSNorm", x)
+    refuse_gpu_gradient("RMSNorm", x)
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // columns

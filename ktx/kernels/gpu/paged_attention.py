@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ktx.kernels.gpu.reduce_splits import merge
 from ktx.kernels.gpu.split_kv import Plan, WorkRange
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 LOG2E = 1.4426950408889634
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -234,7 +234,7 @@ def attention(
         ValueError: if a tensor does not fit the plan.
         NoGradient: if autograd records an input.
     """
-    none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
+    refuse_gpu_gradient("attention", q, k, v, sinks, q_rope, k_rope)
     shape = plan.schedule.shape
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]) if out is None else out
     _check(q, k, v, q_rope, k_rope, out, plan)

@@ -15,7 +15,7 @@ from ktx.kernels.gpu.iq_codebooks import book
 
 Words = torch.Tensor
 CHUNK_BYTES = 8 << 20  # bytes of words that are converted at once
-UNDOING = 12 * CHUNK_BYTES  # bytes of temporary memory that this needs at most, in addition to the words
+PEAK_TEMPORARY_BYTES = 12 * CHUNK_BYTES  # bytes of temporary memory that this needs at most, in addition to the words
 
 
 def _to_int32(bits: int) -> int:
@@ -155,7 +155,7 @@ def _iq1_m(x: Words) -> Words:
     return torch.cat([low, _join_bits(halves.unflatten(-2, (4, 2)), 16), x[..., 14:, :]], -2)
 
 
-UNDO: Mapping[str, Callable[[Words], Words]] = {
+RESTORE: Mapping[str, Callable[[Words], Words]] = {
     "Q5_0": _q5,
     "Q5_1": _q5,
     "IQ1_S": _iq1_s,

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ktx.kernels.gpu.repack_bits import CHUNK_BYTES, EXTRA_WORDS, UNDO
+from ktx.kernels.gpu.repack_bits import CHUNK_BYTES, EXTRA_WORDS, RESTORE
 from ktx.kernels.gpu.soa_layout import FIELDS, HALF, SoAWeight
 from ktx.quant.types import FP8_BLOCK
 
 GROUP_ROWS, PLANE_ALIGNMENT = 16, 64  # rows of a group, and bytes to which a plane of a group is padded
 # Packed bytes of experts that are streamed to a GPU at once (ktx.ops.gpu.expert_streaming), at least one expert.
-STREAMED = 512 << 20
+STREAM_CHUNK_BYTES = 512 << 20
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the bytes of an element of a copy
 
 
@@ -70,7 +70,7 @@ def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor,
             offset += -(-blocks * GROUP_ROWS * element_bytes // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
     count = sum(plane.shape[-1] for plane in words) + EXTRA_WORDS.get(into.qtype.name, 0)
     field_data = data[..., offset:].view(torch.int32).unflatten(-1, (blocks, count, GROUP_ROWS))
-    undo = UNDO.get(into.qtype.name)
+    undo = RESTORE.get(into.qtype.name)
     num_at_once = into.matrices if undo is None else max(1, CHUNK_BYTES * into.matrices // (field_data.numel() * 4))
     for first_matrix in range(0, into.matrices, num_at_once):
         restored = field_data[first_matrix : first_matrix + num_at_once]

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 
 HEADS_PER_PROGRAM = 16
 
@@ -272,7 +272,7 @@ def rope_and_cache_kv(
         ValueError: if shapes or strides do not fit.
         NoGradient: if autograd records an input.
     """
-    none_on_gpu("attention", q, k, v)
+    refuse_gpu_gradient("attention", q, k, v)
     (_, heads, tokens, columns), kv_heads, rope_dim = q.shape, k.shape[1], cos.shape[2]
     _check(
         {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool}, tokens, rope_dim, columns
@@ -342,7 +342,7 @@ def rope_and_cache_mla(
         ValueError: if shapes or strides do not fit.
         NoGradient: if autograd records an input.
     """
-    none_on_gpu("MLA", latent, k_rope, q_rope)
+    refuse_gpu_gradient("MLA", latent, k_rope, q_rope)
     heads, tokens, rope_dim = q_rope.shape[1], q_rope.shape[2], q_rope.shape[3]
     named = {"latent": latent, "k_rope": k_rope, "q_rope": q_rope, "cos": cos, "sin": sin, "ckv": ckv, "kpe": kpe}
     _check(named, tokens, cos.shape[2], rope_dim)

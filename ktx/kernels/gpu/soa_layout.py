@@ -29,7 +29,9 @@ class Field(NamedTuple):
     dtype: torch.dtype
 
 
-PIECE = 1 << 26  # weights dequantized at once; here because a placement plan needs it where Triton is not installed
+DEQUANT_CHUNK_WEIGHTS = (
+    1 << 26
+)  # weights dequantized at once; here because a placement plan needs it where Triton is not installed
 BYTE, SIGNED, WORD, HALF = torch.uint8, torch.int8, torch.int32, torch.float16
 FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; dequant_blocks.py and dequant_iq.py decode them
     "F32": (Field(0, 4, torch.float32),),

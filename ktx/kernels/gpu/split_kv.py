@@ -78,7 +78,7 @@ F32_HEAD_TILES = (
 )
 
 
-def tiles_for(columns: int, latent: bool, exact: bool = False) -> tuple[Tile, ...]:
+def tiles_for(columns: int, latent: bool, f32: bool = False) -> tuple[Tile, ...]:
     """Returns the tiles for keys of a number of columns, in the order of their rows.
 
     Args:
@@ -86,7 +86,7 @@ def tiles_for(columns: int, latent: bool, exact: bool = False) -> tuple[Tile, ..
         latent: whether a latent is both key and value.
         exact: whether queries are f32.
     """
-    if exact:
+    if f32:
         return F32_LATENT_TILES if latent or columns > 128 else F32_HEAD_TILES
     return LATENT_TILES if latent else HEAD_TILES if columns <= 128 else WIDE_HEAD_TILES
 
@@ -221,10 +221,10 @@ class AttentionSchedule:
         self.num_sms = num_sms or num_multiprocessors(self.device)
         self.groups = self._tile_groups(counts, tiles or tiles_for(shape.key_columns, shape.latent))
         if scratch is None:
-            scratch = torch.empty(self.floats, dtype=torch.float32, device=self.device)
-        if scratch.dtype != torch.float32 or scratch.numel() < self.floats:
+            scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=self.device)
+        if scratch.dtype != torch.float32 or scratch.numel() < self.scratch_floats:
             raise ValueError(
-                f"scratch of {scratch.numel()} {scratch.dtype} is too small: {self.floats} float32 are needed"
+                f"scratch of {scratch.numel()} {scratch.dtype} is too small: {self.scratch_floats} float32 are needed"
             )
         self.scratch = scratch
 
@@ -250,7 +250,7 @@ class AttentionSchedule:
         )
 
     @cached_property
-    def floats(self) -> int:
+    def scratch_floats(self) -> int:
         """Number of f32 elements of scratch memory.
 
         A program leaves at most the end of one tile and the beginning of another to be merged.

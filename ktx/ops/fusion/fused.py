@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 import torch
 
-from ktx.cache.kv import GrowingLayer, KVType, growing
+from ktx.cache.kv import GrowingLayer, KVType, growing_layer
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.fused_steps import FusedStepHandle, run
-from ktx.kernels.gradients import recorded
-from ktx.ops.base import is_ours
+from ktx.kernels.fused_steps import FusedStepHandle, run_steps
+from ktx.kernels.gradients import is_recorded
+from ktx.ops.base import is_ktx_operator
 from ktx.ops.linear import Linear
-from ktx.ops.masks import Intervals, edits_of, ranges_of
+from ktx.ops.masks import Intervals, mask_version, ranges_of
 
 # The norm at the start of a fused block: weight f32 (None for no norm), epsilon, whether 1 is added to the weight.
 PreNorm = tuple[torch.Tensor | None, float, bool]
@@ -39,7 +39,7 @@ class FusedStep:
     """
 
     def __init__(self, make: str, *args: Any):
-        self.make, self.args = make, args
+        self.factory, self.args = make, args
         self.steps: dict[bool, tuple[Any, FusedStepHandle]] = {}
 
     def step(self, before: PreNorm = NO_NORM) -> FusedStepHandle:
@@ -48,7 +48,7 @@ class FusedStep:
         norm_key = None if weight is None else (weight.data_ptr(), *rest)
         cached = self.steps.get(weight is None)
         if cached is None or cached[0] != norm_key:  # the step keeps the weight alive, so its address is unique
-            cached = self.steps[weight is None] = norm_key, FusedStepHandle(self.make, *self.args, *before)
+            cached = self.steps[weight is None] = norm_key, FusedStepHandle(self.factory, *self.args, *before)
         return cached[1]
 
     def __call__(self, x: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
@@ -58,7 +58,7 @@ class FusedStep:
         """
         x = x.contiguous()
         out = torch.empty_like(x)
-        run(x, [self.step(before)], [out])
+        run_steps(x, [self.step(before)], [out])
         return out
 
 
@@ -95,9 +95,9 @@ class WeightDescriptor:
         self.packed.append(weights.data)
 
 
-def plain_linear(child: Any) -> bool:
+def is_plain_linear(child: Any) -> bool:
     """Whether a child is a loaded Linear of ktx, and not a module that wraps or replaces it."""
-    return is_ours(child, Linear) and bool(child.parts)
+    return is_ktx_operator(child, Linear) and bool(child.parts)
 
 
 class FusedAttention(Protocol):
@@ -113,9 +113,9 @@ class FusedAttention(Protocol):
 
     owner: Any
     heads: int
-    columns: tuple[int, int]
-    halved: bool
-    made: FusedStep
+    head_dims: tuple[int, int]
+    half_rotary: bool
+    fused_step: FusedStep
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ class KVTarget:
     mask: torch.Tensor | None
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
     layers: Sequence[GrowingLayer] = ()
-    numbers: Sequence[int] = ()
+    layer_indices: Sequence[int] = ()
     edits: Any = 0
 
-    def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
+    def kernel_args(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
         """Returns the arguments of `ktx.kernels.fused_steps.run` for this target and these rotary tables."""
         return (
             self.buffers,
@@ -154,7 +154,7 @@ class KVTarget:
             *self.ragged,
         )
 
-    def fits(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
+    def is_unchanged(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
         """Whether the mask and the cache layer of a block are unchanged since this target was created.
 
         False if other code has written to the mask or the layer, replaced the layer, or read its tensors.
@@ -164,15 +164,15 @@ class KVTarget:
             cache: The cache.
             mask: The mask.
         """
-        if edits_of(mask) != self.edits:
+        if mask_version(mask) != self.edits:
             return False
         if not self.layers:
             return True
         layer = self.layers[index]
-        current = cache.layers[self.numbers[index]]
-        return current is layer and layer.length == self.past and not layer.given and not layer.lent
+        current = cache.layers[self.layer_indices[index]]
+        return current is layer and layer.length == self.past and not layer.assigned and not layer.exported
 
-    def store_converted(self, index: int, new: int) -> None:
+    def commit(self, index: int, new: int) -> None:
         """Adds the `new` tokens that a block has written to the length of its cache layer."""
         if self.layers:
             self.layers[index].length += new
@@ -192,26 +192,26 @@ def kv_target(
     Returns:
         The target of the blocks, or None if they cannot write to this cache or do not support the input.
     """
-    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
+    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or is_recorded(hidden, mask):
         return None
     first = blocks[0].owner
-    dtype = float_type(first.kv_dtype, hidden.dtype)
+    dtype = kv_float_dtype(first.kv_dtype, hidden.dtype)
     buffers: list[torch.Tensor] = []
     if type(cache) is PagedCache:
         batch = cache.batch
         for block in blocks:
             pages: Any = cache.layers[block.owner.layer_idx]
-            if batch is None or not pages.fits(block.heads, block.columns, dtype):
+            if batch is None or not pages.fits(block.heads, block.head_dims, dtype):
                 return None
             buffers += pages.buffers
         assert batch is not None
         cache.check_cancelled()
         ragged = batch.sequences, batch.pages, batch.slots
-        return KVTarget(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
+        return KVTarget(buffers, 0, batch.window_ranges(sliding_window(first)), None, ragged, edits=mask_version(mask))
     layers, indices = [], [block.owner.layer_idx for block in blocks]
     for block, index in zip(blocks, indices, strict=True):
-        layer = growing(cache, index, first.kv_dtype)
-        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, dtype):
+        layer = growing_layer(cache, index, first.kv_dtype)
+        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.head_dims, dtype):
             return None
         layers.append(layer)
     past, new = layers[0].length, hidden.shape[1]
@@ -221,7 +221,7 @@ def kv_target(
         layer.reserve(new)
         buffers += layer.buffers
     visible = split_mask(mask, hidden.shape[0], new, past + new)
-    return KVTarget(buffers, past, *visible, layers=layers, numbers=indices, edits=edits_of(mask))
+    return KVTarget(buffers, past, *visible, layers=layers, layer_indices=indices, edits=mask_version(mask))
 
 
 def run_attention(
@@ -245,8 +245,8 @@ def run_attention(
         return None
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    run(hidden, [block.made.step(before)], [out], *target.about(embeddings, block.halved))
-    target.store_converted(0, hidden.shape[1])
+    run_steps(hidden, [block.fused_step.step(before)], [out], *target.kernel_args(embeddings, block.half_rotary))
+    target.commit(0, hidden.shape[1])
     return out
 
 
@@ -306,7 +306,7 @@ def _mask_length_error(mask_keys: int, keys: int) -> UsageError:
     )
 
 
-def window_of(module: Any) -> int:
+def sliding_window(module: Any) -> int:
     """Returns the sliding window of a layer in tokens, 0 for none, by its layer type or else by the configuration."""
     config = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
@@ -321,7 +321,7 @@ def window_of(module: Any) -> int:
     return int(window or 0)
 
 
-def float_type(kv_dtype: KVType, model_dtype: torch.dtype) -> torch.dtype:
+def kv_float_dtype(kv_dtype: KVType, model_dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which keys and values are passed to a cache; f16 for a cache that quantizes them."""
     return torch.float16 if isinstance(kv_dtype, str) else model_dtype if kv_dtype is None else kv_dtype
 

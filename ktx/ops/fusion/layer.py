@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ktx.families import PRE_NORM_LAYERS
-from ktx.kernels.fused_steps import run
-from ktx.kernels.gradients import recorded
+from ktx.kernels.fused_steps import run_steps
+from ktx.kernels.gradients import is_recorded
 from ktx.ops import class_patches, contract
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class, unpack
 from ktx.ops.fusion.fused import MAX_FUSED_TOKENS, KVTarget, PreNorm, kv_target
-from ktx.ops.guard import Changes, Guard, current
+from ktx.ops.guard import ChangeCounter, Guard, valid_fast_path
 from ktx.ops.mla import MLA
 from ktx.ops.mlp import MLP
 from ktx.ops.moe import MoE
@@ -46,38 +46,38 @@ class Layer(Operator):
         stretch: The fused group that starts with this layer, if there is one.
     """
 
-    remade = ("block", "stretch")
-    block: Block | None
-    stretch: FusedLayerGroup | None
+    remade = ("block", "fused_group")
+    block: LayerBlock | None
+    fused_group: FusedLayerGroup | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
         known_class(old, PRE_NORM_LAYERS, ctx, "ktx does not know how {} combines attention and feed-forward")
         contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
-        new.block, new.stretch = None, None
+        new.block, new.fused_group = None, None
         return new
 
     def ready(self) -> None:
-        self.block = Block.of(self)
+        self.block = LayerBlock.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, cache = self.call.split((hidden_states, *args), kwargs)
         if torch.compiler.is_compiling():  # a graph contains the kernels of the children, but no attributes of tensors
-            return super().forward(**self.call.joined(given, cache))
+            return super().forward(**self.call.join(given, cache))
         inputs = LayerInputs(given.get("attention_mask"), given.get("position_embeddings"), cache)
         precomputed = hidden_states.__dict__.get("ktx_ahead")
         if precomputed is not None and precomputed.layer is self and precomputed.take_if_valid(hidden_states, inputs):
             return precomputed.out
-        if (block := current(self)) is not None:
-            out = None if self.stretch is None else self.stretch(hidden_states, inputs)
+        if (block := valid_fast_path(self)) is not None:
+            out = None if self.fused_group is None else self.fused_group(hidden_states, inputs)
             out = block(hidden_states, inputs) if out is None else out
             if out is not None:
                 return out
-        return super().forward(**self.call.joined(given, cache))
+        return super().forward(**self.call.join(given, cache))
 
 
-class Block:
+class LayerBlock:
     """The two fused steps of a layer: attention with its norm, and feed-forward with its norm."""
 
     def __init__(self, owner: Layer, norms: list[RMSNorm]):
@@ -85,12 +85,12 @@ class Block:
         self.guard = Guard(
             [owner],
             [child for name in CHILDREN if (child := owner._modules[name]) is not None],
-            [norm.copied() for norm in norms],
+            [norm.copied_weight() for norm in norms],
         )
-        self.before: list[PreNorm] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
+        self.norms: list[PreNorm] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
 
     @classmethod
-    def of(cls, owner: Layer) -> Block | None:
+    def of(cls, owner: Layer) -> LayerBlock | None:
         """Builds the block of `owner`; None if its norms or its attention are not operators of ktx."""
         children: dict[str, Any] = owner._modules
         norms: list[Any] = [children.get(CHILDREN[0]), children.get(CHILDREN[2])]
@@ -98,25 +98,25 @@ class Block:
             return None
         return None if children.get("mlp") is None else cls(owner, norms)
 
-    def parts(self) -> tuple[Any, Any]:
+    def current_blocks(self) -> tuple[Any, Any]:
         """Returns the current fused blocks of attention and feed-forward; None for one that is missing or invalid."""
         children: dict[str, Any] = self.owner._modules
         mlp = children["mlp"]
-        return current(children["self_attn"]), current(mlp) if isinstance(mlp, MoE | MLP) else None
+        return valid_fast_path(children["self_attn"]), valid_fast_path(mlp) if isinstance(mlp, MoE | MLP) else None
 
     def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
         """Computes the layer: hidden_states f32 [B, S, D] -> [B, S, D]; None if the call needs the unfused forward."""
-        attention, mlp = self.parts()
+        attention, mlp = self.current_blocks()
         if attention is None:
             return None
-        attention_norm, mlp_norm = self.before
+        attention_norm, mlp_norm = self.norms
         x: torch.Tensor | None = attention(
             hidden_states, inputs.embeddings, inputs.mask, cache=inputs.cache, before=attention_norm
         )
         if x is None:
             return None
-        if mlp is not None and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS and not (mlp.drops and self.owner.training):
-            return mlp.made(x, mlp_norm)  # type: ignore[no-any-return]
+        if mlp is not None and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS and not (mlp.has_dropout and self.owner.training):
+            return mlp.fused_step(x, mlp_norm)  # type: ignore[no-any-return]
         children: dict[str, Any] = self.owner._modules
         return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]
 
@@ -164,15 +164,15 @@ class PrecomputedOutput:
         mask, embeddings, cache = self.inputs
         if (
             hidden_states._version != self.version
-            or recorded(hidden_states)
+            or is_recorded(hidden_states)
             or inputs.mask is not mask
             or inputs.cache is not cache
             or not _same_tables(inputs.embeddings, embeddings)
-            or not self.target.fits(self.index, cache, mask)
+            or not self.target.is_unchanged(self.index, cache, mask)
         ):
             return False
-        self.target.store_converted(self.index, hidden_states.shape[1])
-        self.group.left -= 1
+        self.target.commit(self.index, hidden_states.shape[1])
+        self.group.num_unused -= 1
         del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # stored hidden states must not retain later ones
         return True
 
@@ -193,23 +193,23 @@ class LayerBlocks(NamedTuple):
     """The fused blocks of a layer at the time its group was built, and a guard over all of them."""
 
     layer: Layer
-    block: Block
+    block: LayerBlock
     attention: Any
-    feed: Any
+    mlp: Any
     guard: Guard
 
     @classmethod
     def of(cls, layer: Layer) -> LayerBlocks | None:
         """Returns the current blocks of a layer; None if one is missing or invalid."""
-        block = current(layer)
+        block = valid_fast_path(layer)
         if block is None:
             return None
-        attention, mlp = block.parts()
+        attention, mlp = block.current_blocks()
         if attention is None or mlp is None:
             return None
-        return cls(layer, block, attention, mlp, Guard.over((block.guard, attention.guard, mlp.guard)))
+        return cls(layer, block, attention, mlp, Guard.merge((block.guard, attention.guard, mlp.guard)))
 
-    def hold(self) -> bool:
+    def are_valid(self) -> bool:
         """Whether these are still the valid blocks of the layer."""
         layer, block, attention, mlp, guard = self
         if layer.block is not block or not guard.holds():
@@ -236,17 +236,17 @@ class FusedLayerGroup:
     """
 
     def __init__(self, layers: list[LayerBlocks]):
-        self.left, self.missed, self.resting = 0, 0, 0
+        self.num_unused, self.num_misses, self.disabled_calls_left = 0, 0, 0
         self._set_layers(layers)
 
     def _set_layers(self, layers: list[LayerBlocks]) -> None:
-        self.layers, self.changes = layers, Changes.count
+        self.layers, self.changes = layers, ChangeCounter.count
         self.blocks = [parts.attention for parts in layers]
-        self.drops = any(parts.attention.drops or parts.feed.drops for parts in layers)
+        self.has_dropout = any(parts.attention.has_dropout or parts.mlp.has_dropout for parts in layers)
         self.steps = [
             made.step(before)
             for _, block, attention, feed, _ in layers
-            for made, before in zip((attention.made, feed.made), block.before, strict=True)
+            for made, before in zip((attention.made, feed.made), block.norms, strict=True)
         ]
 
     def _rebuilt(self) -> bool:
@@ -255,9 +255,9 @@ class FusedLayerGroup:
         Returns:
             Whether it was rebuilt; False if nothing has changed or a layer has no valid blocks.
         """
-        if self.changes == Changes.count:
+        if self.changes == ChangeCounter.count:
             return False
-        self.changes = Changes.count
+        self.changes = ChangeCounter.count
         layers = [LayerBlocks.of(parts.layer) for parts in self.layers]
         valid = [parts for parts in layers if parts is not None]
         if len(valid) < len(layers):
@@ -275,9 +275,9 @@ class FusedLayerGroup:
         if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._is_enabled():
             return None
         layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
-        if not first.takes(hidden_states, inputs.cache) or self.drops and _is_training(layers):
+        if not first.supports(hidden_states, inputs.cache) or self.has_dropout and _is_training(layers):
             return None
-        if not all(parts.hold() for parts in layers):
+        if not all(parts.are_valid() for parts in layers):
             if not self._rebuilt():
                 return None
             first, layers = self.blocks[0], self.layers[: len(layers)]
@@ -286,30 +286,30 @@ class FusedLayerGroup:
             return None
         with torch.inference_mode(False):  # inference tensors have no version counter
             outs = [torch.empty(hidden_states.shape, dtype=torch.float32, device="cpu") for _ in layers]
-        run(
+        run_steps(
             hidden_states.contiguous(),
             self.steps[: 2 * len(layers)],
             outs,
-            *target.about(inputs.embeddings, first.halved),
+            *target.kernel_args(inputs.embeddings, first.half_rotary),
         )
         for i in range(1, len(outs)):
             precomputed = PrecomputedOutput(layers[i].layer, outs[i], outs[i - 1]._version, inputs, target, i, self)
             outs[i - 1].ktx_ahead = precomputed  # type: ignore[attr-defined]
-        target.store_converted(0, hidden_states.shape[1])
-        self.left = len(outs) - 1
+        target.commit(0, hidden_states.shape[1])
+        self.num_unused = len(outs) - 1
         return outs[0]
 
     def _is_enabled(self) -> bool:
         """Whether the group is enabled: the last calls did not leave precomputed outputs unused; counts this call."""
-        self.missed = self.missed + 1 if self.left else 0
-        self.left = 0
-        if self.missed == MAX_MISSES:
-            self.resting = DISABLED_CALLS
-        self.resting -= self.resting > 0
-        return not self.resting
+        self.num_misses = self.num_misses + 1 if self.num_unused else 0
+        self.num_unused = 0
+        if self.num_misses == MAX_MISSES:
+            self.disabled_calls_left = DISABLED_CALLS
+        self.disabled_calls_left -= self.disabled_calls_left > 0
+        return not self.disabled_calls_left
 
 
-class Row(nn.ModuleList):
+class GroupedLayers(nn.ModuleList):
     """A ModuleList of layers that groups them again after a copy or an unpickling."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -328,19 +328,19 @@ class Row(nn.ModuleList):
 
 def group_layers(model: nn.Module) -> None:
     """Groups consecutive layers of a loaded model that attend in the same way (`_grouping_key`)."""
-    class_patches.follow()
+    class_patches.update()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):
             continue
         if type(module) is nn.ModuleList and any(isinstance(child, Layer) for child in module):
-            module.__class__ = Row
+            module.__class__ = GroupedLayers
         row: list[LayerBlocks] = []
         for child in [*module, None]:
             parts = LayerBlocks.of(child) if isinstance(child, Layer) else None
             if row and (parts is None or _grouping_key(parts) != _grouping_key(row[0])):
                 for i in range(0, len(row) - 1, GROUP_LAYERS):
                     # A group extends to the end of the row; calls of many tokens use only its first layers.
-                    row[i].layer.stretch = FusedLayerGroup(row[i:])
+                    row[i].layer.fused_group = FusedLayerGroup(row[i:])
                 row = []
             if parts is not None:
                 row.append(parts)
@@ -355,6 +355,6 @@ def _grouping_key(parts: LayerBlocks) -> tuple[Any, ...]:
         type(parts.attention),
         layer_types and layer_types[attention.layer_idx],
         attention.kv_dtype,
-        parts.attention.halved,
+        parts.attention.half_rotary,
         expands,
     )

@@ -12,10 +12,10 @@ from ktx.kernels import reference
 from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv
 from ktx.kernels.gpu.split_kv import Shape
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import attention
 from ktx.ops.base import Context
-from ktx.ops.fusion.fused import rotary_tables, split_mask, window_of
+from ktx.ops.fusion.fused import rotary_tables, sliding_window, split_mask
 from ktx.ops.gpu.kv_view import PagedView, layer_in_floats, reserve_kv, view_of_batch, view_of_states
 
 NAME = "ktx_gpu"
@@ -54,28 +54,28 @@ def attend(
         ValueError: no mask is given for more queries than keys.
     """
     batch = getattr(key, "ktx_batch", None)
-    choice = attention.choice_of(module)
-    if choice.foreign or dropout > 0 or (batch is None and not choice.plain()):
+    choice = attention.attention_choice(module)
+    if choice.is_custom or dropout > 0 or (batch is None and not choice.uses_kernel()):
         args = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
         return attention.attend(module, *args, **kwargs)
     num_new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
     if batch is not None:
-        view: PagedView | None = view_of_batch(batch, (key, value), window_of(module))
+        view: PagedView | None = view_of_batch(batch, (key, value), sliding_window(module))
     else:
         if attention_mask is None and num_new > key.shape[2]:
             raise ValueError(f"{num_new} queries on {key.shape[2]} keys need an attention mask")
         view = view_of_states(key, value, num_new, attention_mask)
     cap = float(softcap or 0.0)
     if view is None:
-        return attend_reference(query, key, value, attention_mask, scale, sinks, cap), None
+        return attend_in_torch(query, key, value, attention_mask, scale, sinks, cap), None
     flat = query.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3]).transpose(1, 2)
     backend = getattr(module, "backend", "triton")
-    return on_pages(flat, view, scale, sinks, cap, backend).view(len(query), num_new, query.shape[1], -1), None
+    return attend_on_pages(flat, view, scale, sinks, cap, backend).view(len(query), num_new, query.shape[1], -1), None
 
 
-def on_pages(
+def attend_on_pages(
     q: torch.Tensor, view: PagedView, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
 ) -> torch.Tensor:
     """Runs paged attention on q [1, H, T, Dk], the sequences of the batch concatenated; returns [1, T, H, Dv]."""
@@ -85,7 +85,7 @@ def on_pages(
     return kernels.attention(q, keys, values, view.plan(kernels, shape, q.dtype), scale, sinks, softcap)
 
 
-def attend_reference(
+def attend_in_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -123,7 +123,7 @@ class Attention(attention.Attention):
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if new.usual:  # an unsupported backend or shape raises here, before any weight is loaded
+        if new.fusable:  # an unsupported backend or shape raises here, before any weight is loaded
             num_heads = old.config.num_attention_heads
             shape = Shape(num_heads, num_heads // old.num_key_value_groups, old.head_dim, old.head_dim)
             kernels_for(shape, backend, sinks=hasattr(old, "sinks"))
@@ -133,14 +133,14 @@ class Attention(attention.Attention):
         sinks = getattr(self, "sinks", None)
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
-    def computed(self, given: dict[str, Any], cache: Any) -> Any:
+    def compute(self, given: dict[str, Any], cache: Any) -> Any:
         drops = self.training and getattr(self, "attention_dropout", 0.0) > 0
-        if self.usual and not drops and self.choice.plain(cache):
+        if self.fusable and not drops and self.choice.uses_kernel(cache):
             output = self.forward_on_pages(cache=cache, **given)
             if output is not None:
                 return output, None
         layer_in_floats(cache, self.layer_idx)
-        return super().computed(given, cache)
+        return super().compute(given, cache)
 
     def forward_on_pages(
         self,
@@ -163,11 +163,11 @@ class Attention(attention.Attention):
         view = reserve_kv(self, cache, hidden_states, num_kv_heads, (self.head_dim, self.head_dim), attention_mask)
         if view is None:
             return None
-        none_on_gpu("Attention", getattr(self, "sinks", None))
+        refuse_gpu_gradient("Attention", getattr(self, "sinks", None))
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
         cos, sin = flatten_tables(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = rope_and_cache_kv(q, k, v, cos, sin, view.tables.slots, *view.pools)
-        attended = on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)
+        attended = attend_on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)
         return self.o_proj(attended.view(*hidden_states.shape[:2], -1))
 
     def _heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:

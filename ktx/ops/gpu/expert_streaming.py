@@ -21,10 +21,10 @@ import torch
 from ktx.devices import Device
 from ktx.errors import DoesNotFit
 from ktx.hardware import format_bytes
-from ktx.injection.device_map import streaming
+from ktx.injection.device_map import parse_stream_experts
 from ktx.kernels import cpu, microbench
 from ktx.kernels.gpu import soa_layout
-from ktx.kernels.gpu.repack_from_cpu import STREAMED, unpack
+from ktx.kernels.gpu.repack_from_cpu import STREAM_CHUNK_BYTES, unpack
 from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.gpu.experts import run_experts
 from ktx.ops.gpu.moe import MoE
@@ -46,14 +46,14 @@ class ExpertChunk:
     experts: Experts
     first: int
     count: int
-    following: ExpertChunk | None = None
+    next_chunk: ExpertChunk | None = None
 
-    def stretches(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
+    def numa_spans(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Yields a projection's packed bytes on each NUMA node, with the first row group there and the group count."""
         packed = self.experts.weights[name]
         groups = -(-packed.n // cpu.GROUP_ROWS)
         group_bytes = packed.nbytes // packed.matrices // groups
-        ends = [cpu.ops.share_of(groups, node + 1) for node in range(cpu.ops.nodes())] if packed.ends else [groups]
+        ends = [cpu.ops.share_of(groups, node + 1) for node in range(cpu.ops.nodes())] if packed.numa_ends else [groups]
         for begin, end in zip([0, *ends], ends, strict=False):
             node_bytes = (end - begin) * group_bytes
             offset = begin * group_bytes * packed.matrices + self.first * node_bytes
@@ -62,7 +62,7 @@ class ExpertChunk:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a projection in the CPU's packed layout."""
-        return sum(data.numel() for data, _, _ in self.stretches(name))
+        return sum(data.numel() for data, _, _ in self.numa_spans(name))
 
     def file_bytes(self, name: str) -> int:
         """Bytes of a projection as stored in the weight file, which is also its size in SoA layout."""
@@ -80,17 +80,21 @@ class Streamer:
         limit: maximum packed bytes of a chunk; a chunk has at least one expert.
     """
 
-    def __init__(self, device: torch.device, layers: Sequence[Experts], stream: Stream, limit: int = STREAMED):
+    def __init__(
+        self, device: torch.device, layers: Sequence[Experts], stream: Stream, limit: int = STREAM_CHUNK_BYTES
+    ):
         self.device, self.stream = device, stream
-        self.pieces = {experts: list(_chunks_of(experts, limit)) for experts in layers}
-        chunks_in_order = [chunk for chunks in self.pieces.values() for chunk in chunks]
+        self.chunks = {experts: list(_chunks_of(experts, limit)) for experts in layers}
+        chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
         for chunk, following in zip(chunks_in_order, chunks_in_order[1:], strict=False):
-            chunk.following = following
+            chunk.next_chunk = following
         self.prefetching: ExpertChunk | None = None  # in `raw`, or being copied there
         self.resident: ExpertChunk | None = None  # the chunk of `matrices`
         self.matrices: list[soa_layout.SoAWeight] = []
-        self.raw = {name: self._buffer(chunk.nbytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
-        self.planes = {name: self._buffer(chunk.file_bytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
+        self.raw_buffers = {name: self._buffer(chunk.nbytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
+        self.soa_buffers = {
+            name: self._buffer(chunk.file_bytes(name) for chunk in chunks_in_order) for name in PROJECTIONS
+        }
         self.biases = {experts: self._biases(experts) for experts in layers}
 
     def _buffer(self, sizes: Iterable[int]) -> torch.Tensor:
@@ -108,13 +112,13 @@ class Streamer:
         The outputs of a layer's chunks are summed in f32.
         """
         inputs = hidden, ids.to(torch.int64), weights.to(torch.float32)
-        chosen = experts.chosen if experts.on_gpu is None else experts.on_gpu.chosen
-        chunks, total = self.pieces[experts], None
+        chosen = experts.gpu_counts if experts.on_gpu is None else experts.on_gpu.gpu_counts
+        chunks, total = self.chunks[experts], None
         for chunk in chunks:
             matrices = self._fetch(chunk)
             indices = slice(chunk.first, chunk.first + chunk.count)
             biases = [None if bias is None else bias[indices] for bias in self.biases[experts]]
-            out = run_experts(experts.gate, inputs, matrices, biases, experts.first + chunk.first, chosen)
+            out = run_experts(experts.gate, inputs, matrices, biases, experts.first_expert + chunk.first, chosen)
             total = out if len(chunks) == 1 else out.float() if total is None else total + out
         assert total is not None
         return total.to(hidden.dtype)
@@ -127,7 +131,7 @@ class Streamer:
             for name in PROJECTIONS:
                 self._copy(chunk, name)
         self.stream.join()
-        self.resident, self.matrices, self.prefetching = chunk, [], chunk.following
+        self.resident, self.matrices, self.prefetching = chunk, [], chunk.next_chunk
         for name in PROJECTIONS:
             self.matrices.append(self._unpack(chunk, name))
             if self.prefetching is not None:
@@ -138,16 +142,16 @@ class Streamer:
         """Queues the copy of a projection behind the caller's stream, whose kernels may still read the buffer."""
         self.stream.fork()
         offset = 0
-        for data, _, _ in chunk.stretches(name):
-            self.stream.copy(self.raw[name][offset : offset + data.numel()], data)
+        for data, _, _ in chunk.numa_spans(name):
+            self.stream.copy(self.raw_buffers[name][offset : offset + data.numel()], data)
             offset += data.numel()
 
     def _unpack(self, chunk: ExpertChunk, name: str) -> soa_layout.SoAWeight:
         """Repacks a projection from the raw buffer into the SoA buffer."""
         packed, offset = chunk.experts.weights[name], 0
-        target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.planes[name])
-        for data, begin, groups in chunk.stretches(name):
-            unpack(self.raw[name][offset : offset + data.numel()].view(chunk.count, groups, -1), target, begin)
+        target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.soa_buffers[name])
+        for data, begin, groups in chunk.numa_spans(name):
+            unpack(self.raw_buffers[name][offset : offset + data.numel()].view(chunk.count, groups, -1), target, begin)
             offset += data.numel()
         return target
 
@@ -172,10 +176,10 @@ def install(model: Any, requested: object = "auto") -> None:
         UsageError: `requested` is none of these.
         DoesNotFit: the buffers do not fit on the device and a number of tokens was requested.
     """
-    min_tokens = streaming(requested)
+    min_tokens = parse_stream_experts(requested)
     blocks: dict[Device, list[MoE]] = defaultdict(list)
     for module in model.modules():
-        if isinstance(module, MoE) and module.handover is not None and type(module.experts) is Experts:
+        if isinstance(module, MoE) and module.offload is not None and type(module.experts) is Experts:
             blocks[module.placement].extend([module] if module.experts.num_experts else [])
     if min_tokens == 0:
         return
@@ -183,7 +187,7 @@ def install(model: Any, requested: object = "auto") -> None:
         reason = "no layer has its experts on the CPU and its MoE block on a GPU"
         warnings.warn(f"stream_experts={requested}: {reason}; nothing is streamed", stacklevel=3)
     for device, device_blocks in blocks.items():
-        if device_blocks and (min_tokens is not None or not device.pretended):
+        if device_blocks and (min_tokens is not None or not device.fake):
             _install_on(device, device_blocks, min_tokens)
 
 
@@ -194,7 +198,9 @@ def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -
         streamer = Streamer(device.torch, layers, _stream(device, layers))
     except torch.OutOfMemoryError:
         needed_bytes = 2 * max(
-            sum(chunk.nbytes(name) for name in PROJECTIONS) for e in layers for chunk in _chunks_of(e, STREAMED)
+            sum(chunk.nbytes(name) for name in PROJECTIONS)
+            for e in layers
+            for chunk in _chunks_of(e, STREAM_CHUNK_BYTES)
         )
         message = f"{device}: the buffers for streaming experts need {format_bytes(needed_bytes)} that are not free"
         if min_tokens is not None:
@@ -209,8 +215,11 @@ def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -
         )
     for block in blocks:
         if block.experts.on_gpu is None:
-            block.experts.chosen = torch.zeros(block.experts.total, dtype=torch.int64, device=device.torch)
-        block.streamer, block.streamed_from = streamer, min_tokens or _min_tokens(block.experts, link_gb_s, cpu_gops)
+            block.experts.gpu_counts = torch.zeros(block.experts.total_experts, dtype=torch.int64, device=device.torch)
+        block.streamer, block.stream_min_tokens = (
+            streamer,
+            min_tokens or _min_tokens(block.experts, link_gb_s, cpu_gops),
+        )
 
 
 def _min_tokens(experts: Experts, link_gb_s: float, cpu_gops: float) -> int:

@@ -13,7 +13,7 @@ from ktx.kernels.gpu import linear, moe
 from ktx.kernels.gpu.soa_layout import SoAWeight
 from ktx.ops import experts
 from ktx.ops.activation_probe import Activation
-from ktx.ops.base import packed_as
+from ktx.ops.base import pack_as
 from ktx.ops.experts import PROJECTIONS
 from ktx.weights.base import WeightSource
 
@@ -34,12 +34,12 @@ class Experts(experts.Experts):
 
     def _pack(self, source: WeightSource, path: str) -> Any:
         pack = partial(linear.pack_experts, device=self.placement.torch)
-        return packed_as(self._select(source.parts(path)), self.quant_target, pack)
+        return pack_as(self._select(source.get_parts(path)), self.quant_target, pack)
 
     def ready(self) -> None:
-        self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.placement.torch)
+        self.gpu_counts = torch.zeros(self.total_experts, dtype=torch.int64, device=self.placement.torch)
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+    def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Experts(experts.Experts):
         ids, weights = ids.to(torch.int64), weights.to(torch.float32)
         matrices = [self.weights[name] for name in PROJECTIONS]
         biases = [self.biases[name] for name in PROJECTIONS]
-        return run_experts(self.gate, (hidden, ids, weights), matrices, biases, self.first, self.chosen)
+        return run_experts(self.gate, (hidden, ids, weights), matrices, biases, self.first_expert, self.gpu_counts)
 
 
 def run_experts(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ktx.cache.kv import growing
+from ktx.cache.kv import growing_layer
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, PageTables, paged
-from ktx.kernels.gpu.attention_backend import Kernels
+from ktx.cache.paged import BatchMetadata, PageTables, paged_layer
+from ktx.kernels.gpu.attention_backend import AttentionKernels
 from ktx.kernels.gpu.split_kv import Shape, tiles_for
-from ktx.ops.fusion.fused import float_type, window_of
+from ktx.ops.fusion.fused import kv_float_dtype, sliding_window
 from ktx.ops.masks import Intervals, ranges_of
 
 Row = tuple[int, int, int]  # per sequence: index of its first token in the forward, number of tokens, number of keys
@@ -44,23 +44,28 @@ class PagedView:
     window: int = 0
     full_pages: tuple[tuple[int, int], ...] = ()
 
-    def plan(self, kernels: Kernels, shape: Shape, dtype: torch.dtype) -> Any:
+    def plan(self, kernels: AttentionKernels, shape: Shape, dtype: torch.dtype) -> Any:
         """Returns the kernels' plan for queries of `dtype`; the first layer of a kind builds it for all others."""
         return cached_plan(kernels, self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
 
 
 def cached_plan(
-    kernels: Kernels, tables: PageTables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0
+    kernels: AttentionKernels,
+    tables: PageTables,
+    counts: Sequence[int],
+    shape: Shape,
+    dtype: torch.dtype,
+    window: int = 0,
 ) -> Any:
     """Returns the kernels' plan for the sequences of `tables`, cached there with its schedule and scratch."""
     plans, exact = tables.plans, dtype is torch.float32
     work_key, plan_key = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
-    if work_key not in tables.works:
+    if work_key not in tables.token_plans:
         tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(work_key)
-        schedule = kernels.work(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
-        tables.works[work_key], tables.scratch[work_key] = schedule, schedule.scratch
+        schedule = kernels.schedule(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
+        tables.token_plans[work_key], tables.scratch[work_key] = schedule, schedule.scratch
     if plan_key not in plans:
-        plans[plan_key] = tables.works[work_key].plan(tables.sequences, tables.pages, window)
+        plans[plan_key] = tables.token_plans[work_key].plan(tables.sequences, tables.pages, window)
     return plans[plan_key]
 
 
@@ -82,18 +87,18 @@ def reserve_kv(
     """
     layer = layer_in_floats(cache, owner.layer_idx)
     stored_dtype, device, (sequences, num_new) = (
-        float_type(owner.kv_dtype, hidden.dtype),
+        kv_float_dtype(owner.kv_dtype, hidden.dtype),
         hidden.device,
         hidden.shape[:2],
     )
-    pages = paged(cache, owner.layer_idx)
+    pages = paged_layer(cache, owner.layer_idx)
     if pages is not None:
         batch = pages.owner.batch
         if batch is None or not pages.fits(heads, columns, stored_dtype, device):
             return None
         pages.owner.check_cancelled()
-        return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), window_of(owner))
-    layer = growing(cache, owner.layer_idx)
+        return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), sliding_window(owner))
+    layer = growing_layer(cache, owner.layer_idx)
     if layer is None or not layer.fits(sequences, heads, columns, stored_dtype, device):
         return None
     spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
@@ -112,8 +117,8 @@ def layer_in_floats(cache: Any, index: int) -> Any:
     """
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    if layer is not None and hasattr(layer, "keep_floats"):
-        layer.keep_floats()
+    if layer is not None and hasattr(layer, "store_floats"):
+        layer.store_floats()
     return layer
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ktx.kernels.gpu import linear as gpu_linear
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import linear
-from ktx.ops.base import packed_as
+from ktx.ops.base import pack_as
 from ktx.ops.float_views import Floats
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor, WeightSource
@@ -24,11 +24,11 @@ class Linear(linear.Linear):
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer already has the embedding's
             pack = partial(gpu_linear.pack, device=self.placement.torch)
-            self.parts = [packed_as(part, self.quant_target, pack) for part in source.parts(self.tensors()[0])]
+            self.parts = [pack_as(part, self.quant_target, pack) for part in source.get_parts(self.tensors()[0])]
         self.load_bias(source)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        none_on_gpu("Linear", self.bias)
+        refuse_gpu_gradient("Linear", self.bias)
         bias = self.bias_in_f32
         if len(self.parts) == 1:
             return gpu_linear.linear(x, self.parts[0], bias)

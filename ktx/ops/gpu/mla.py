@@ -13,12 +13,12 @@ from ktx.cache.paged import PageTables
 from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.kernels.gpu import linear
-from ktx.kernels.gpu.attention_backend import Kernels, kernels_for
+from ktx.kernels.gpu.attention_backend import AttentionKernels, kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_mla
 from ktx.kernels.gpu.split_kv import Shape
 from ktx.ops import mla
 from ktx.ops.base import Context
-from ktx.ops.fusion.fused import float_type, rotary_tables, split_mask
+from ktx.ops.fusion.fused import kv_float_dtype, rotary_tables, split_mask
 from ktx.ops.gpu.attention import flatten_tables
 from ktx.ops.gpu.kv_view import PagedView, Row, cached_plan, layer_in_floats, reserve_kv, view_of_states
 from ktx.ops.gpu.norm import RMSNorm
@@ -32,26 +32,26 @@ class MLA(mla.MLA):
     replaces only the absorbed form.
     """
 
-    def check(self, ctx: Context) -> None:
+    def check_options(self, ctx: Context) -> None:
         self._kernels(stored_row(self.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])
 
-    def _kernels(self, stored: torch.dtype) -> Kernels:
+    def _kernels(self, stored: torch.dtype) -> AttentionKernels:
         """Returns the kernels of the absorbed form for latents stored in dtype `stored`."""
-        return kernels_for(self._latent(), self.backend, self.qk_rope_head_dim, stored=stored)
+        return kernels_for(self._latent(), self.backend, self.qk_rope_head_dim, cache_dtype=stored)
 
     def _latent(self) -> Shape:
         """The shape of absorbed attention: all heads share one latent key."""
         return Shape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
 
     def load(self, source: WeightSource) -> None:
-        exact = self.is_exact(source)
-        halves = [mla.as_half(source.get(name), exact) for name in self.tensors()]
+        exact = self.stores_f32(source)
+        halves = [mla.to_f16(source.get(name), exact) for name in self.tensors()]
         self.w_uk_t, self.w_uv = (linear.pack(weight, device=self.placement.torch) for weight in halves)
 
     def ready(self) -> None:
         self.block = None
 
-    def by_transformers(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call_replaced(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise self._refused()
 
     def _refused(self) -> UsageError:
@@ -60,7 +60,7 @@ class MLA(mla.MLA):
             " ktx's; load the model with device='cpu'"
         )
 
-    def computed(
+    def compute(
         self,
         kv_cache: Any,
         hidden_states: torch.Tensor,
@@ -73,7 +73,7 @@ class MLA(mla.MLA):
         Raises:
             UsageError: attention weights, or another attention implementation than ktx's, are requested.
         """
-        if not self.choice.plain(kv_cache):
+        if not self.choice.uses_kernel(kv_cache):
             raise self._refused()
         columns = self.kv_lora_rank, self.qk_rope_head_dim
         view = reserve_kv(self, kv_cache, hidden_states, 1, columns, attention_mask)
@@ -146,7 +146,7 @@ class MLA(mla.MLA):
         if cache is None:
             return normalized, rotated
         layer_in_floats(cache, self.layer_idx)
-        dtype = float_type(self.kv_dtype, latent.dtype)
+        dtype = kv_float_dtype(self.kv_dtype, latent.dtype)
         return cache.update(normalized.to(dtype), rotated.to(dtype), self.layer_idx)
 
     def _on_pages(self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView) -> torch.Tensor:

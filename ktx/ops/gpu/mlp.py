@@ -6,16 +6,16 @@ import torch
 
 from ktx.kernels import reference
 from ktx.ops import mlp
-from ktx.ops.guard import Inside
+from ktx.ops.guard import ChildrenGuard
 
 
 class MLP(mlp.MLP):
     """GPU version of ktx.ops.mlp.MLP: one kernel per projection."""
 
     def ready(self) -> None:
-        self.inside = Inside.of(self)
+        self.inside = ChildrenGuard.of(self)
 
-    def computed(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "gate_up_proj"):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:

@@ -11,7 +11,7 @@ from ktx.ops.base import Context
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
 from ktx.ops.gpu.offload import ExpertOffload, Pending, install
-from ktx.ops.guard import Inside
+from ktx.ops.guard import ChildrenGuard
 
 if TYPE_CHECKING:
     from ktx.ops.gpu.expert_streaming import Streamer
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class PendingMoE(NamedTuple):
     """Routed experts in flight: the output [tokens, D] of those on the GPU, and the pending job of those on the CPU."""
 
-    here: torch.Tensor | None
-    there: Pending | None
+    gpu_output: torch.Tensor | None
+    cpu_job: Pending | None
 
 
 class MoE(moe.MoE):
@@ -30,9 +30,9 @@ class MoE(moe.MoE):
     The CPU computes its experts while the device computes its own and the shared experts.
     """
 
-    handover: ExpertOffload | None
+    offload: ExpertOffload | None
     streamer: Streamer | None  # see ktx.ops.gpu.expert_streaming
-    streamed_from: int  # minimum number of tokens to stream experts for
+    stream_min_tokens: int  # minimum number of tokens to stream experts for
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> moe.MoE:
@@ -41,48 +41,48 @@ class MoE(moe.MoE):
         return new
 
     def ready(self) -> None:
-        self.inside = Inside.of(self)
+        self.inside = ChildrenGuard.of(self)
 
-    def listened(self) -> bool:
-        return self.handover is None and super().listened()
+    def children_observed(self) -> bool:
+        return self.offload is None and super().children_observed()
 
     @property
-    def apart(self) -> bool:
+    def experts_on_cpu(self) -> bool:
         """Whether the experts are in CPU memory."""
         return isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
 
-    def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
-        if self.handover is None:
-            return super().begin(flat, ids, weights)
+    def start_experts(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        if self.offload is None:
+            return super().start_experts(flat, ids, weights)
         gpu_experts, pending, streamed = self.experts.on_gpu, None, None
-        if self.streams(flat):
+        if self.should_stream(flat):
             assert self.streamer is not None
             streamed = self.streamer(self.experts, flat, ids, weights)
         elif self.experts.num_experts:
-            pending = self.handover.submit(self.experts, flat, ids, weights)
+            pending = self.offload.submit(self.experts, flat, ids, weights)
         out = None if gpu_experts is None else gpu_experts(flat, ids, weights)
         return PendingMoE(out if streamed is None else streamed if out is None else streamed + out, pending)
 
-    def streams(self, flat: torch.Tensor) -> bool:
+    def should_stream(self, flat: torch.Tensor) -> bool:
         """Whether to stream the CPU's experts to the GPU for these tokens.
 
         Never if the experts have forward hooks, which must run, nor in a step captured as a CUDA graph, because a
         graph cannot depend on which chunk is resident.
         """
-        if self.streamer is None or len(flat) < self.streamed_from or padding.count() is not None:
+        if self.streamer is None or len(flat) < self.stream_min_tokens or padding.num_tokens() is not None:
             return False
         return not (self.experts._forward_hooks or self.experts._forward_pre_hooks)
 
-    def end(self, started: Any) -> torch.Tensor:
-        if self.handover is None:
-            return super().end(started)
+    def finish_experts(self, started: Any) -> torch.Tensor:
+        if self.offload is None:
+            return super().finish_experts(started)
         gpu_out, pending = started
         if pending is None:
             return gpu_out
-        cpu_out = self.handover.result(pending)
+        cpu_out = self.offload.result(pending)
         return cpu_out if gpu_out is None else cpu_out + gpu_out
 
 
-def hand_over(model: Any) -> None:
+def install_offload(model: Any) -> None:
     """Installs expert offload on all MoE blocks of a model whose experts are in CPU memory. Call it after `ready`."""
-    install(model, [module for module in model.modules() if isinstance(module, MoE) and module.apart])
+    install(model, [module for module in model.modules() if isinstance(module, MoE) and module.experts_on_cpu])

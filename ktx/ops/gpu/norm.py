@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ktx.kernels.gpu import norm as gpu_norm
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import norm
 
 
@@ -13,5 +13,5 @@ class RMSNorm(norm.RMSNorm):
     """GPU version of ktx.ops.norm.RMSNorm, one launch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        none_on_gpu("RMSNorm", self.weight)
+        refuse_gpu_gradient("RMSNorm", self.weight)
         return gpu_norm.rms_norm(x, self.in_f32, self.epsilon, self.plus_one)

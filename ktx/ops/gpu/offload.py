@@ -21,12 +21,12 @@ import torch
 
 from ktx.devices import Device
 from ktx.kernels import cpu
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
-from ktx.utils.fork_handlers import Renewed, Threads
+from ktx.utils.fork_handlers import ForkSafeThreadPool, RecreatedOnFork
 
-SLOTS = 2  # sets of buffers: one is filled while the result of the other may still be in flight
+NUM_BUFFER_SETS = 2  # sets of buffers: one is filled while the result of the other may still be in flight
 
 
 class Stream(Protocol):
@@ -58,7 +58,7 @@ class PinnedBuffers:
 
     job: Job | None
 
-    def part(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def buffer_for(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Returns the buffer of a name for a tensor of the shape [tokens, columns] and dtype of `like`."""
         buffer = self.buffers.get(name)
         if (
@@ -94,11 +94,11 @@ class Job:
     count: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.done = threading.Event()
+        self.finished = threading.Event()
 
     def submit(self) -> None:
         """Submits the call to the worker thread and returns."""
-        self.done.clear()
+        self.finished.clear()
         self.owner.worker.submit(self.run)
 
     def run(self) -> None:
@@ -114,11 +114,11 @@ class Job:
             self.out.fill_(torch.nan)
         finally:
             self.owner.ended = time.perf_counter()
-            self.done.set()
+            self.finished.set()
 
     def sync(self) -> None:
         """Waits until the call is done."""
-        self.done.wait()
+        self.finished.wait()
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Pending:
     like: torch.Tensor
 
 
-class ExpertOffload(Renewed):
+class ExpertOffload(RecreatedOnFork):
     """Runs experts on the CPU for the layers of a model that are on one device; all these layers share it.
 
     Args:
@@ -140,24 +140,24 @@ class ExpertOffload(Renewed):
 
     def __init__(self, stream: Stream, pinned: bool = False):
         self.stream, self.pinned = stream, pinned
-        self.worker = Threads(1, "ktx-experts")
+        self.worker = ForkSafeThreadPool(1, "ktx-experts")
         super().__init__()
 
-    def renew(self) -> None:
-        self.all_slots = [PinnedBuffers(self.pinned) for _ in range(SLOTS)]
-        self.slots = itertools.cycle(self.all_slots)
+    def recreate(self) -> None:
+        self.all_buffers = [PinnedBuffers(self.pinned) for _ in range(NUM_BUFFER_SETS)]
+        self.slots = itertools.cycle(self.all_buffers)
         self.errors: list[BaseException] = []
         self.layer, self.ended = -1, 0.0  # index of the last layer computed on the CPU, and the time when it ended
 
     def count_waiting(self, experts: Any) -> None:
-        """Adds the time since an earlier layer of the forward ended to `experts.waited`, the wait for the device.
+        """Adds the time since an earlier layer of the forward ended to `experts.wait_s`, the wait for the device.
 
         The time between two forwards is not counted.
         """
         number = re.search(r"\.(\d+)\.", getattr(experts, "path", ""))
         before, self.layer = self.layer, int(number[1]) if number else -1
         if 0 <= before < self.layer:
-            experts.waited += time.perf_counter() - self.ended
+            experts.wait_s += time.perf_counter() - self.ended
 
     def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Queues the experts' computation of flat [tokens, D] with ids and weights [tokens, K], all on the device.
@@ -165,17 +165,19 @@ class ExpertOffload(Renewed):
         Raises:
             BaseException: the first error of an earlier job that was not raised yet.
         """
-        none_on_gpu("MoE", flat, weights)
+        refuse_gpu_gradient("MoE", flat, weights)
         self.check()
         slot, stream = next(self.slots), self.stream
         stream.fork()
         if slot.job is not None:  # its result was not fetched
             stream.call(slot.job.sync)
         sources = {"hidden": flat, "ids": ids, "weights": weights}
-        inputs = tuple(slot.part(name, source) for name, source in sources.items())
+        inputs = tuple(slot.buffer_for(name, source) for name, source in sources.items())
         for target, source in zip(inputs, sources.values(), strict=True):
             stream.copy(target, source)
-        slot.job = Job(self, experts, inputs, slot.part("out", flat), cpu.rows_told(), padding.count())
+        slot.job = Job(
+            self, experts, inputs, slot.buffer_for("out", flat), cpu.current_bf16_rows(), padding.num_tokens()
+        )
         stream.call(slot.job.submit)
         return Pending(slot, slot.job, flat)
 
@@ -195,7 +197,7 @@ class ExpertOffload(Renewed):
 
     def reset(self) -> None:
         """Discards jobs in flight: they were captured for a CUDA graph that failed, and never ran."""
-        for slot in self.all_slots:
+        for slot in self.all_buffers:
             slot.job = None
 
     def check(self) -> None:
@@ -223,17 +225,17 @@ def install(model: Any, blocks: Iterable[Any]) -> None:
     for block in blocks:
         if block.placement not in offloads:
             offloads[block.placement] = create_offload(block.placement.torch)
-        block.handover = offloads[block.placement]
+        block.offload = offloads[block.placement]
     model.handovers = list(offloads.values())
 
 
-def give_up(model: Any) -> None:
+def reset_offloads(model: Any) -> None:
     """Resets all of a model's offloads, see ExpertOffload.reset."""
     for offload in getattr(model, "handovers", ()):
         offload.reset()
 
 
-def check(model: Any) -> None:
+def raise_offload_errors(model: Any) -> None:
     """Raises an error of any of a model's offloads; call it when a forward's results are complete."""
     for offload in getattr(model, "handovers", ()):
         offload.check()

@@ -26,14 +26,14 @@ class Padding:
     """
 
     count: torch.Tensor
-    real: torch.Tensor
+    is_token: torch.Tensor
 
 
 _padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
 
 
 @contextmanager
-def padded(padding: Padding) -> Iterator[None]:
+def with_padding(padding: Padding) -> Iterator[None]:
     """Context in which this thread's forwards may have padding rows."""
     token = _padding.set(padding)
     try:
@@ -42,13 +42,13 @@ def padded(padding: Padding) -> Iterator[None]:
         _padding.reset(token)
 
 
-def count() -> torch.Tensor | None:
+def num_tokens() -> torch.Tensor | None:
     """Returns `Padding.count`; None where all rows are tokens."""
     current = _padding.get()
     return None if current is None else current.count
 
 
-def chosen(ids: torch.Tensor) -> torch.Tensor:
+def mask_padding(ids: torch.Tensor) -> torch.Tensor:
     """Replaces the expert ids int64 [rows, K] of padding rows by NO_EXPERT."""
     current = _padding.get()
-    return ids if current is None else ids.masked_fill(current.real[:, None] == 0, NO_EXPERT)
+    return ids if current is None else ids.masked_fill(current.is_token[:, None] == 0, NO_EXPERT)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ktx.kernels import reference
-from ktx.kernels.gradients import none_on_gpu
+from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import router
 from ktx.ops.gpu import padding
 
@@ -25,7 +25,7 @@ class Router(router.Router):
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Routes hidden [..., D]; returns logits f32 [tokens, E], weights [tokens, K] and ids int64 [tokens, K]."""
-        none_on_gpu("Router", self.weight, getattr(self, "bias", None))
+        refuse_gpu_gradient("Router", self.weight, getattr(self, "bias", None))
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = F.linear(flat, self.weight_f32, self.in_f32)
         correction = (
@@ -33,4 +33,4 @@ class Router(router.Router):
         )
         top_k, scoring, mode, groups, topk_group, renormalize, scale = self.route_args()
         ids, weights = reference.route(logits, top_k, scoring, correction, groups, topk_group, mode, renormalize, scale)
-        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, padding.chosen(ids)
+        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, padding.mask_padding(ids)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ktx.errors import KtxError
-from ktx.utils.fork_handlers import Renewed
+from ktx.utils.fork_handlers import RecreatedOnFork
 
 Launch = Callable[[int, Callable[[], None]], None]
 PORTABLE = 1  # cudaHostRegisterPortable
@@ -36,7 +36,7 @@ def _called(number: int) -> None:
 
 
 @contextmanager
-def captured() -> Iterator[list[int]]:
+def collect_graph_functions() -> Iterator[list[int]]:
     """Collects the numbers of the functions that a CUDA graph captured inside calls at each replay.
 
     Pass them to `forget` when the graph is freed.
@@ -49,7 +49,7 @@ def captured() -> Iterator[list[int]]:
         _graph_numbers.reset(token)
 
 
-def forget(numbers: Iterable[int]) -> None:
+def unregister(numbers: Iterable[int]) -> None:
     """Unregisters functions that are not called any more, and frees what they reference."""
     for number in numbers:
         _waiting.pop(number, None)
@@ -134,7 +134,7 @@ class CudaStream:
 Jobs = queue.SimpleQueue[Callable[[], None] | None]
 
 
-class ThreadStream(Renewed):
+class ThreadStream(RecreatedOnFork):
     """The same stream as a thread: runs copies and functions in order; `join` waits and raises a copy's error."""
 
     def __init__(self, device: torch.device):
@@ -142,7 +142,7 @@ class ThreadStream(Renewed):
         self.device = device
         super().__init__()
 
-    def renew(self) -> None:
+    def recreate(self) -> None:
         self.thread: threading.Thread | None = None
         self.error: list[BaseException] = []
         self.jobs: Jobs = queue.SimpleQueue()

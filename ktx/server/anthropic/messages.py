@@ -198,8 +198,8 @@ def _tool_result_text(content: Any) -> str:
 
 def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
     """Returns the `usage` of a message; without `finish` that of its start."""
-    num_cached = finish.finished.usage.cached if finish else 0
-    num_output_tokens = finish.finished.usage.answer if finish else 0
+    num_cached = finish.event.usage.cached if finish else 0
+    num_output_tokens = finish.event.usage.answer if finish else 0
     return {
         "input_tokens": num_prompt_tokens - num_cached,
         "cache_creation_input_tokens": 0,
@@ -210,7 +210,7 @@ def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
 
 def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
     """Returns stop_reason and stop_sequence."""
-    stop_string = finish.finished.stop
+    stop_string = finish.event.stop
     if finish.reason == "stop" and stop_string in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_string}
     return {"stop_reason": STOP_REASONS[finish.reason], "stop_sequence": None}
@@ -233,7 +233,7 @@ async def _complete(
                     {"type": "tool_use", "id": delta.id, "name": delta.name, "input": delta.parsed_arguments()}
                 )
             else:
-                streaming.raise_for_finish(delta.finished)
+                streaming.raise_for_finish(delta.event)
     assert parser.end is not None
     return {
         **base,
@@ -306,7 +306,7 @@ async def _stream(
                 )
                 yield "content_block_stop", {"type": "content_block_stop", "index": index}
             else:
-                streaming.raise_for_finish(delta.finished)
+                streaming.raise_for_finish(delta.event)
                 for sse_event in close_block():
                     yield sse_event
                 open_type = ""

@@ -194,7 +194,7 @@ def _logprob_fields(formatter: LogprobFormatter | None, choices: list[SampledTok
 
 def _finish_fields(finish: Finish, num_prompt_tokens: int) -> dict[str, Any]:
     """Returns the fields of the last object: reason, token counts and durations in nanoseconds."""
-    usage = finish.finished.usage
+    usage = finish.event.usage
     return {
         "done": True,
         "done_reason": "length" if finish.reason == "length" else "stop",
@@ -219,7 +219,7 @@ async def _complete(
     async for _, event in group:
         for delta in parser.feed(event):
             if isinstance(delta, Finish):
-                streaming.raise_for_finish(delta.finished)
+                streaming.raise_for_finish(delta.event)
     assert parser.end is not None
     body = format_delta("answer", parser.texts["answer"], parser.calls)
     if parser.texts["think"] and include_thinking:
@@ -246,7 +246,7 @@ async def _stream(
             elif isinstance(delta, ToolCallDelta):
                 yield {**base, **format_delta("answer", "", [delta]), **logprobs, "done": False}
             else:
-                streaming.raise_for_finish(delta.finished)
+                streaming.raise_for_finish(delta.event)
                 yield {
                     **base,
                     **format_delta("answer", "", []),
@@ -258,7 +258,7 @@ async def _stream(
 def details(state: ServerState, name: str) -> dict[str, Any]:
     """Returns size, digest and details of a model or adapter."""
     engine, _, _ = state.require_ready()
-    adapter = state.adapter_of(name)
+    adapter = state.select_adapter(name)
     config = engine.model.config
     nbytes = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
     return {
@@ -310,8 +310,8 @@ def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
     model_type = engine.model.config.model_type
     capabilities = (
         ["completion"]
-        + (["tools"] if prompts.dialect.format else [])
-        + (["thinking"] if prompts.dialect.think[0] else [])
+        + (["tools"] if prompts.chat_format.call_format else [])
+        + (["thinking"] if prompts.chat_format.reasoning_marks[0] else [])
     )
     return {
         "modelfile": "",

@@ -112,12 +112,12 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 def usage_dict(num_prompt_tokens: int, parsers: list[OutputParser]) -> dict[str, Any]:
     """Returns the `usage` of all choices of a request."""
     ends = [parser.end for parser in parsers if parser.end is not None]
-    num_output_tokens = sum(end.finished.usage.answer for end in ends)
+    num_output_tokens = sum(end.event.usage.answer for end in ends)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": max((end.finished.usage.cached for end in ends), default=0)},
+        "prompt_tokens_details": {"cached_tokens": max((end.event.usage.cached for end in ends), default=0)},
         "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
     }
 
@@ -138,7 +138,7 @@ async def _complete(
     async for index, event in group:
         for delta in parsers[index].feed(event):
             if isinstance(delta, Finish):
-                streaming.raise_for_finish(delta.finished)
+                streaming.raise_for_finish(delta.event)
     choices = []
     for i, parser in enumerate(parsers):
         assert parser.end is not None
@@ -218,7 +218,7 @@ async def _stream(
                     index, {"tool_calls": [{"index": output.index, "function": {"arguments": output.arguments}}]}
                 )
             else:
-                streaming.raise_for_finish(output.finished)
+                streaming.raise_for_finish(output.event)
                 yield chunk(index, {}, output.choices, output.reason)
     if include_usage:
         yield (

@@ -115,7 +115,7 @@ def finish_token(event: Finished) -> list[SampledToken]:
 
     It is reported in `logprobs`, because a client that requests one token, such as lm-eval, expects one entry.
     """
-    return [event.choice] if event.choice is not None else []
+    return [event.end_token] if event.end_token is not None else []
 
 
 def _usage(group: RequestGroup, prompts: list[list[int]], finished: dict[int, Finished]) -> dict[str, Any]:
@@ -149,10 +149,10 @@ async def _complete(
     )
     async for index, event in group:
         if isinstance(event, PromptLogprobs):
-            choices[index] = list(event.choices)
+            choices[index] = list(event.tokens)
         elif isinstance(event, TokenEvent):
             texts[index] += event.text
-            choices[index].append(event.choice)
+            choices[index].append(event.token)
         else:
             streaming.raise_for_finish(event)
             texts[index] += event.text
@@ -205,7 +205,7 @@ async def _stream(
     async for index, event in group:
         if isinstance(event, TokenEvent):
             num_tokens[index] += 1
-            pending[index].append(event.choice)
+            pending[index].append(event.token)
             if event.text:
                 yield chunk(index, event.text)
         elif isinstance(event, Finished):

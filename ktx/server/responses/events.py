@@ -181,12 +181,12 @@ class ResponseEvents:
 
     def on_finish(self, finish: Finish) -> list[tuple[str, dict[str, Any]]]:
         """Sets the final status and the usage, and returns the last events. Raises APIError if the request failed."""
-        streaming.raise_for_finish(finish.finished)
+        streaming.raise_for_finish(finish.event)
         truncated = finish.reason == "length"
         events = self.close("incomplete" if truncated else "completed")
         if not self.items:  # an empty answer has an empty message
             events += self._begin("answer") + self.close("incomplete" if truncated else "completed")
-        usage = finish.finished.usage
+        usage = finish.event.usage
         self.base |= {
             "status": "incomplete" if truncated else "completed",
             "completed_at": None if truncated else int(time.time()),
