@@ -88,7 +88,7 @@ def test_planes_are_as_large_as_is_planned(name):
 def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
     tiny(family).save_pretrained(tmp_path)
     found, model = measure_footprint(tmp_path)[0], load(tmp_path, None)
-    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.cpu.held_bytes for part in found.modules) == pytest.approx(held(model), rel=0.001)
     cache = PagedCache(model.config, 10, torch.float16)
     cache.batch = BatchMetadata([SequenceSpan(0, 0, 3, [0], 3)])
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def held_states(layer) -> int:
 def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
     file = write(tmp_path, preset, "--quant", quant)
     found, model = measure_footprint(tmp_path, file)[0], load(tmp_path, file)
-    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.cpu.held_bytes for part in found.modules) == pytest.approx(held(model), rel=0.001)
     assert sum(part.read_bytes(1, False) for part in found.modules) == pytest.approx(
         model.ktx.bytes_per_token, rel=0.02
     )
@@ -119,7 +119,7 @@ def test_weights_that_are_made_on_loading_count_as_made():
     options = {"weight_dtype": "int8", "moe_dtype": "int4"}
     found = measure_footprint(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
     model = load(ktx.demo.path(), ktx.demo.safetensors(), **options)
-    assert sum(part.cpu.held for part in found.modules) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.cpu.held_bytes for part in found.modules) == pytest.approx(held(model), rel=0.001)
 
 
 @pytest.mark.parametrize("kind", ["f16", "f32", "q8_0", "fp8"])
@@ -152,7 +152,7 @@ def test_deepseek_v3_beside_the_experts_fits_a_small_gpu(v3, context, most):
 def test_experts_fill_what_is_left_and_no_more(v3):
     budget = Budget((48 * GB,), 420 * GB, 32 << 10)
     made = fit(v3, budget)
-    sizes = {part.layer: part.gpu.held for part in v3.parts if part.experts}
+    sizes = {part.layer: part.gpu.held_bytes for part in v3.modules if part.num_experts}
     assert len(made.experts) >= 4 and made.total_bytes("cuda:0") <= 48 * GB
     left = [size for layer, size in sizes.items() if layer not in made.experts]
     assert made.total_bytes("cuda:0") + min(left) > 48 * GB
@@ -171,8 +171,8 @@ def test_what_is_left_takes_a_share_of_one_more_layer(v3):
     without = replace(made, num_gpu_experts={})
     moved = without.bytes["routed experts"][CPU] - made.bytes["routed experts"][CPU]
     assert moved == pytest.approx(made.bytes["routed experts"]["cuda:0"] - without.bytes["routed experts"]["cuda:0"])
-    one = next(part for part in v3.parts if part.path == path)
-    assert moved == pytest.approx(one.cpu.held * count / 256, abs=256)
+    one = next(part for part in v3.modules if part.path == path)
+    assert moved == pytest.approx(one.cpu.held_bytes * count / 256, abs=256)
     assert without.read_bytes_per_token(CPU) - made.read_bytes_per_token(CPU) == pytest.approx(
         one.read(1, False) * count / 256, abs=256
     )
@@ -191,8 +191,8 @@ def test_room_to_bring_experts_for_prompts_is_counted_and_given_up_first(v3):
 
 
 def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
-    part = next(part for part in v3.parts if part.experts)
-    assert not part.rearranged
+    part = next(part for part in v3.modules if part.num_experts)
+    assert not part.needs_repacking
     assert (
         workspace.streaming_bytes([replace(part, rearranged=True)])
         == workspace.streaming_bytes([part]) + PEAK_TEMPORARY_BYTES
@@ -201,9 +201,11 @@ def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
 
 def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):
     made = fit(v3, Budget((24 * GB,), 420 * GB))
-    layer = max((part for part in v3.parts if part.experts), key=lambda part: part.cpu.held / part.weights)
+    layer = max(
+        (part for part in v3.modules if part.num_experts), key=lambda part: part.cpu.held_bytes / part.num_weights
+    )
     alone = 2 * layer.weights * 8 / 256 / (FAST.cpu_gops * 1e9)  # seconds of a token on the CPU
-    assert made.min_streamed_tokens(FAST) == pytest.approx(layer.cpu.held / (FAST.link_gb_s * 1e9) / alone, abs=1)
+    assert made.min_streamed_tokens(FAST) == pytest.approx(layer.cpu.held_bytes / (FAST.link_gb_s * 1e9) / alone, abs=1)
     assert made.min_streamed_tokens(replace(FAST, cpu_gops=FAST.cpu_gops * 2)) == pytest.approx(
         2 * made.min_streamed_tokens(FAST), abs=2
     )

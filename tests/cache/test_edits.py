@@ -354,7 +354,7 @@ def test_blocks_of_eight_bits_are_read_as_floats_and_replaced_by_them():
     assert relative(layer.floats()[0], keys) < 1e-2 and relative(layer.floats()[1], values) < 1e-2
     before = layer.buffers[0]
     layer.values = values[:, :, :6] * 3
-    assert layer.values is layer.given[1]
+    assert layer.values is layer.assigned[1]
     layer.update(torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 64))
     assert layer.buffers[0] is before  # what was not assigned is not rounded again
     assert relative(layer.floats()[1][:, :, :6], values * 3) < 1e-2

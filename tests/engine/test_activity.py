@@ -32,7 +32,7 @@ def asked(engine, *prompts, tokens=5):
 
 def test_an_engine_begins_with_nothing(model):
     with model[0].ktx.engine(cache_lens=256) as engine:
-        done = engine.activity.snapshot()
+        done = engine.stats.snapshot()
         assert done.nbytes == done.expert_bytes == done.prompt_tokens == done.answer_tokens == 0 and done.seconds == 0
         assert done.layers == {1: (0,) * 16}
 
@@ -40,7 +40,7 @@ def test_an_engine_begins_with_nothing(model):
 def test_bytes_are_those_of_every_forward(model):
     with model[0].ktx.engine(cache_lens=512, chunk_size=PAGE_TOKENS) as engine:
         (usage,) = asked(engine, "a" * 100, tokens=6)  # two forwards for the prompt, of which the second makes logits
-        done, reads = engine.activity.snapshot(), WeightTraffic.of(model[0])
+        done, reads = engine.stats.snapshot(), WeightTraffic.of(model[0])
         assert (done.prompt_tokens, done.answer_tokens) == (usage.prompt, usage.answer) == (100, 6)
         assert engine.steps == 7
         assert done.nbytes - done.expert_bytes == reads.bytes(7, 105, 6)
@@ -49,16 +49,16 @@ def test_bytes_are_those_of_every_forward(model):
         assert done.expert_bytes % one == 0 and 6 * 3 * one <= done.expert_bytes <= (3 * 16 + 5 * 3) * one
         assert sum(done.layers[1]) == 105 * 3
         assert 0 < max(done.node_seconds) <= done.expert_seconds <= done.seconds
-        assert done.gpu_wait_seconds == 0
+        assert done.gpu_wait_s == 0
 
 
 def test_what_is_shared_is_not_computed(model):
     with model[0].ktx.engine(cache_lens=1024) as engine:
         asked(engine, "b" * 200)
-        before = engine.activity.snapshot()
+        before = engine.stats.snapshot()
         (usage,) = asked(engine, "b" * 200)
         assert usage.cached > 0
-        assert engine.activity.snapshot().prompt_tokens - before.prompt_tokens == 200 - usage.cached
+        assert engine.stats.snapshot().prompt_tokens - before.prompt_tokens == 200 - usage.cached
 
 
 def test_sequences_one_after_another_read_the_weights_each(model):
@@ -76,7 +76,7 @@ def test_it_can_be_read_while_answers_are_made(model):
 
         def look():
             while not stop.is_set():
-                seen.append(engine.activity.snapshot())
+                seen.append(engine.stats.snapshot())
                 time.sleep(0.001)
 
         watcher = threading.Thread(target=look)
@@ -84,7 +84,7 @@ def test_it_can_be_read_while_answers_are_made(model):
         usage = asked(engine, *(chr(97 + i) * 50 for i in range(6)), tokens=20)
         stop.set()
         watcher.join()
-        last = engine.activity.snapshot()
+        last = engine.stats.snapshot()
         assert last.answer_tokens == sum(one.answer for one in usage) == 120
         assert len({done.answer_tokens for done in seen}) > 5  # it grows while they are made
         for before, after in zip(seen, [*seen[1:], last], strict=True):

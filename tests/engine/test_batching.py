@@ -226,7 +226,7 @@ def test_a_thread_that_dies_is_replaced_and_its_requests_hear_of_it(llama):
 
         engine.scheduler.schedule = broken
         assert answers(engine, [PROMPTS[0]], SamplingParams())[0].reason == "error"
-        assert engine.scheduler.schedule is not plan and engine.restarts == 1
+        assert engine.scheduler.schedule is not plan and engine.num_restarts == 1
         assert answers(engine, [PROMPTS[0]], SamplingParams(max_new_tokens=2))[0].reason != "error"
         for _ in range(3):
             engine.scheduler.schedule = broken
@@ -286,14 +286,14 @@ def test_asyncio_hears_the_same_and_cancels_when_it_leaves(llama):
     sampling = SamplingParams(max_new_tokens=10, ignore_eos=True)
 
     async def one(engine, prompt):
-        async with engine.listen(prompt, sampling) as events:
+        async with engine.stream(prompt, sampling) as events:
             return [event async for event in events][-1].ids
 
     async def all_of_them(engine):
         return await asyncio.gather(*(one(engine, prompt) for prompt in PROMPTS))
 
     async def leave(engine):
-        async with engine.listen([9], SamplingParams(max_new_tokens=400, ignore_eos=True)) as events:
+        async with engine.stream([9], SamplingParams(max_new_tokens=400, ignore_eos=True)) as events:
             async for event in events:
                 if isinstance(event, TokenEvent):
                     break

@@ -207,7 +207,7 @@ def test_what_was_said_is_kept_until_it_is_forgotten(session):
     prompt = "A conversation that is longer than a page, so that what it shares with the next one is found."
     for cached in (0, len(prompt) - 1):
         assert answer(session, prompt)[1].usage.cached == cached
-    session.forget()
+    session.reset()
     assert answer(session, prompt)[1].usage.cached == 0
 
 

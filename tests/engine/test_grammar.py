@@ -53,7 +53,7 @@ def answered(engine, constraint, **settings):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_model_answers_in_the_schema(engine, grammars, seed):
-    text, done = answered(engine, grammars.constraint(schema_grammar(SCHEMA)), seed=seed)
+    text, done = answered(engine, grammars.compile(schema_grammar(SCHEMA)), seed=seed)
     assert done.reason == "stop"
     value = json.loads(text)
     assert set(value) == {"name", "age"} and 0 <= value["age"] <= 150 and len(value["name"]) <= 12
@@ -61,13 +61,13 @@ def test_a_random_model_answers_in_the_schema(engine, grammars, seed):
 
 @pytest.mark.parametrize("pattern", [r"[a-c]{3,5}-\d+/x", r"(yes|no)\n?", "é+"])
 def test_or_as_the_expression_says(engine, grammars, pattern):
-    text, done = answered(engine, grammars.constraint(regex_grammar(pattern)), seed=1, logit_bias={2: 5.0})
+    text, done = answered(engine, grammars.compile(regex_grammar(pattern)), seed=1, logit_bias={2: 5.0})
     assert done.reason == "length" or re.fullmatch(pattern, text)
 
 
 def test_an_object_of_as_many_members_as_are_read(engine, grammars):
     schema = {"type": "object", "properties": {f"p{i}": {"type": "integer", "minimum": i} for i in range(660)}}
-    text, done = answered(engine, grammars.constraint(schema_grammar(schema)), max_new_tokens=40, seed=3)
+    text, done = answered(engine, grammars.compile(schema_grammar(schema)), max_new_tokens=40, seed=3)
     assert done.reason in ("stop", "length") and text.startswith("{")
 
 
@@ -75,24 +75,24 @@ BEYOND = "(?:a?){500}a{500}"  # more than the parser keeps in mind, which shows 
 
 
 def test_what_goes_beyond_the_parser_is_the_requests_fault(engine, grammars):
-    _, done = answered(engine, grammars.constraint(regex_grammar(BEYOND)))
+    _, done = answered(engine, grammars.compile(regex_grammar(BEYOND)))
     assert (done.reason, done.client_error) == ("error", True) and "cannot be followed any further" in done.error
-    text, done = answered(engine, grammars.constraint(regex_grammar("yes|no")))
+    text, done = answered(engine, grammars.compile(regex_grammar("yes|no")))
     assert text in ("yes", "no")
 
 
 def test_lark_rules(engine, grammars):
-    text, done = answered(engine, grammars.constraint('start: "a" other\nother: /[xy]{2}/'))
+    text, done = answered(engine, grammars.compile('start: "a" other\nother: /[xy]{2}/'))
     assert re.fullmatch("a[xy]{2}", text) and done.reason == "stop"
 
 
 def test_any_object(engine, grammars):
-    text, done = answered(engine, grammars.constraint(schema_grammar(True)), max_new_tokens=400, logit_bias={2: 50.0})
+    text, done = answered(engine, grammars.compile(schema_grammar(True)), max_new_tokens=400, logit_bias={2: 50.0})
     assert done.reason == "length" or isinstance(json.loads(text), dict)
 
 
 def test_the_rules_begin_behind_a_mark(engine, grammars):
-    constraint = grammars.constraint(regex_grammar("[0-9]{3}"), after="</think>")
+    constraint = grammars.compile(regex_grammar("[0-9]{3}"), after="</think>")
     end = engine.tokenizer.convert_tokens_to_ids("</think>")
     assert constraint.mask() is None
     constraint.accept(100)
@@ -150,7 +150,7 @@ def refused(make, harmless=False):
 @pytest.mark.wall_clock
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_in_time(grammars, name):
-    refused(lambda: grammars.constraint(schema_grammar(HOSTILE[name])), name in HARMLESS)
+    refused(lambda: grammars.compile(schema_grammar(HOSTILE[name])), name in HARMLESS)
 
 
 @pytest.mark.wall_clock
@@ -168,10 +168,10 @@ def test_a_hostile_schema_is_refused_in_time(grammars, name):
     ids=range(7),
 )
 def test_and_so_are_hostile_rules(grammars, rules):
-    refused(lambda: grammars.constraint(rules), "999" in rules)
+    refused(lambda: grammars.compile(rules), "999" in rules)
 
 
 @pytest.mark.wall_clock
 @pytest.mark.parametrize("pattern", ["[", "(" * 3000, "(?=x)y", r"(a)\1", "(((a+)+)+)+$", "a{1,100000}{1,100000}"])
 def test_and_hostile_expressions(grammars, pattern):
-    refused(lambda: grammars.constraint(regex_grammar(pattern)), "a" in pattern and "(a)" not in pattern)
+    refused(lambda: grammars.compile(regex_grammar(pattern)), "a" in pattern and "(a)" not in pattern)

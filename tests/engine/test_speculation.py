@@ -35,7 +35,7 @@ def demo():
 
 def eager(engine):
     """Guesses whatever a forward costs: a tiny model's are too quick for a guess to pay."""
-    engine.speculation.pace.cost = lambda tokens: 1.0
+    engine.speculation.cost_model.cost = lambda tokens: 1.0
     return engine
 
 

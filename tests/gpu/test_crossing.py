@@ -163,7 +163,7 @@ def test_layers_on_the_cpu_beside_a_gpu_compute_in_f32_by_their_blocks(twins, ha
     logits = run(halves, KVCache(halves.config, "f32"))
     assert halves.dtype is torch.bfloat16 and logits.dtype is torch.float32
     assert [found[i] for i in range(4)] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    assert together == [2] and halves.model.layers[2].stretch.left == 0
+    assert together == [2] and halves.model.layers[2].fused_group.num_unused == 0
     assert (logits - run(twins.cpu)).abs().max() < 2e-2 * run(twins.cpu).abs().max()
 
 

@@ -250,15 +250,15 @@ def test_what_cannot_be_captured_is_computed_without_and_told(hybrid, monkeypatc
 
 def test_a_capture_that_breaks_off_inside_a_layer_leaves_nothing_that_is_waited_for(hybrid, monkeypatch):
     """On a CUDA device nothing runs while it is recorded: a hand-over would be waited for that never began."""
-    way = hybrid.model.model.layers[1].mlp.handover
+    way = hybrid.model.model.layers[1].mlp.offload
 
     def broken(self, function):
-        way.all_slots[0].job = object()
+        way.all_buffers[0].job = object()
         raise RuntimeError("no")
 
     monkeypatch.setattr(KIND, "capture", broken)
     with hybrid.engine(max_batch_size=1):
-        assert all(slot.job is None for slot in way.all_slots)
+        assert all(slot.job is None for slot in way.all_buffers)
 
 
 def test_what_is_captured_is_told_and_an_option_switches_it_off(hybrid, caplog):
@@ -348,7 +348,7 @@ def test_beside_a_share_of_the_experts_and_prompts_that_bring_the_others(hybrid)
     block = model.model.layers[1].mlp
     with model.ktx.engine(max_batch_size=4, chunk_size=16, cache_lens=512) as engine:
         replayed = engine.runner.graphs
-        assert block.streams(torch.zeros(2, 64)) and not block.streams(torch.zeros(1, 64))
+        assert block.should_stream(torch.zeros(2, 64)) and not block.should_stream(torch.zeros(1, 64))
         before = block.experts.counts[: block.experts.total].clone()
         assert [event.ids for event in answers(engine, PROMPTS, LONG)] == hybrid.expected
         assert (

@@ -284,7 +284,7 @@ def test_models_have_ways_of_their_own(two, tmp_path):
     blocks = [
         [layer.mlp for layer in model.model.layers if getattr(layer.mlp, "offload", None)] for model in (first, second)
     ]
-    ways = [{block.handover for block in of} for of in blocks]
+    ways = [{block.offload for block in of} for of in blocks]
     assert [len(of) for of in ways] == [1, 1] and not ways[0] & ways[1]
     assert [set(model.handovers) for model in (first, second)] == ways
     apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
@@ -298,8 +298,8 @@ def test_an_error_nobody_came_for_is_not_another_models(two):
     block = first.model.layers[1].mlp
     hook = block.experts.register_forward_pre_hook(fail)
     with torch.inference_mode():
-        under_way = block.begin(torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
-    assert under_way.there.job.done.wait(60)
+        under_way = block.start_experts(torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
+    assert under_way.cpu_job.job.finished.wait(60)
     hook.remove()
     assert right(second, ids, expected)
     assert to_cpu(second, expected) is expected  # as the engine asks when a forward's results are there
@@ -323,9 +323,9 @@ def test_models_that_take_turns_fail_and_answer_each_for_itself(two):
 
 def test_what_one_model_gives_up_the_other_still_waits_for(two):
     first, second, ids, expected = two
-    first.handovers[0].all_slots[0].job = second.handovers[0].all_slots[0].job = job = object()
+    first.handovers[0].all_buffers[0].job = second.handovers[0].all_buffers[0].job = job = object()
     offload.reset_offloads(first)
-    assert first.handovers[0].all_slots[0].job is None and second.handovers[0].all_slots[0].job is job
+    assert first.handovers[0].all_buffers[0].job is None and second.handovers[0].all_buffers[0].job is job
     offload.reset_offloads(second)
     assert right(first, ids, expected) and right(second, ids, expected)
 

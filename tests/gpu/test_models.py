@@ -112,7 +112,7 @@ def test_keys_in_eight_bits(dense, family):
 
 def test_numbers_beyond_eight_bits_are_the_largest(dense):
     cache = KVCache(dense["llama"].cpu.config, "fp8")
-    cache.layers[0].keep_floats()
+    cache.layers[0].store_floats()
     keys, values = cache.update(torch.full((1, 1, 1, 32), 1e4), torch.full((1, 1, 1, 32), -1e4), 0)
     assert keys.float().unique().tolist() == [448] and values.float().unique().tolist() == [-448]
 

@@ -56,15 +56,15 @@ def test_both_sides_together_make_what_the_cpu_makes(twins):
     for count in (1, 3):
         model = twins.load(twins.rules(Experts="cpu"), gpu_experts=count)
         experts = experts_of(model)
-        assert (experts.on_gpu.first, experts.on_gpu.num_experts) == (0, count)
-        assert (experts.first, experts.num_experts) == (count, experts.total - count)
+        assert (experts.on_gpu.first_expert, experts.on_gpu.num_experts) == (0, count)
+        assert (experts.first_expert, experts.num_experts) == (count, experts.total_experts - count)
         assert (logits(model) - logits(twins.cpu)).abs().max() < BOUND
 
 
 def test_the_self_test_sees_both_sides(v3, monkeypatch):
     """It refuses none where one side was not chosen, counts nothing, and sees a layer that drops its cache."""
     model = v3.load(v3.rules(Experts="cpu"), gpu_experts=1, self_test=True)
-    assert not experts_of(model).counted().any()
+    assert not experts_of(model).total_counts().any()
     monkeypatch.setattr(self_test, "TRIES", 1)  # the interpreter is slow
     layer = model.model.layers[1]
     whole = layer.forward
@@ -73,7 +73,7 @@ def test_the_self_test_sees_both_sides(v3, monkeypatch):
     )
     with pytest.raises(SelfTestFailed, match="through the cache"):
         self_test.check(model)
-    assert not experts_of(model).counted().any()
+    assert not experts_of(model).total_counts().any()
 
 
 def test_either_side_may_be_empty(twins):
@@ -135,8 +135,9 @@ def bytes_are_held_once(model, on_cpu) -> bool:
     return (
         experts.weight_bytes()[0] * total == alone.weight_bytes()[0] * (total - count)
         and experts.on_gpu.weight_bytes()[0] == gpu_packed_bytes(shapes)
-        and (here.share, there.share, there.device) == (1 - there.share, Fraction(count, total), "cuda:0")
-        and here.memory + there.memory == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory
+        and (here.fraction, there.fraction, there.device) == (1 - there.fraction, Fraction(count, total), "cuda:0")
+        and here.memory_bytes + there.memory_bytes_bytes
+        == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory_bytes
     )
 
 
@@ -175,7 +176,7 @@ def test_a_rule_says_it_for_its_layers_and_stands_before_the_option(tmp_path):
     one = Rule(r"\.2\.mlp\.experts$", replace="Experts", device="cpu", kwargs={"gpu_experts": 5}, recursive=False)
     model = twins.load([one, *twins.rules(Experts="cpu")], gpu_experts=2)
     assert [model.model.layers[i].mlp.experts.on_gpu.num_experts for i in (1, 2)] == [2, 5]
-    rows = {step.path: (step.device, step.share) for step in model.ktx.plan if "experts" in step.path}
+    rows = {step.path: (step.device, step.fraction) for step in model.ktx.plan if "experts" in step.path}
     assert (
         rows["model.layers.2.mlp.experts.on_gpu"] == ("cuda:0", 5 / 8)
         and rows["model.layers.2.mlp.experts"][0] == "cpu"

@@ -165,7 +165,7 @@ def test_loaded_after_a_patch_was_taken_back(tmp_path, monkeypatch, how):
         "copy": lambda: copy.deepcopy(pair.model),
         "pickle": lambda: pickle.loads(pickle.dumps(pair.model)),
     }[how]()
-    assert made.model.layers[0].stretch is not None and made.model.layers[0].block.guard.holds()
+    assert made.model.layers[0].fused_group is not None and made.model.layers[0].block.guard.holds()
     assert relative(computed(made), computed(pair.reference)) < 1e-4
 
 

@@ -208,7 +208,7 @@ def test_adapters_come_and_go_in_a_running_engine(folder, right):
         assert ended().ids[:6] == one[0]
         assert ask(engine, [(prompt, ())])[0] == plain
         engine.check_integrity()
-        assert not mine.ktx.loras and not engine.leaving and not mine.ktx.adapters.loras
+        assert not mine.ktx.loras and not engine.unloading_adapters and not mine.ktx.adapters.loras
     assert plain[0] == one[1] == two[1] == answer(right, prompt)
     assert one[0] == answer(lambda ids: right(ids, "one"), prompt)
     assert two[0] == answer(lambda ids: right(ids, "two"), prompt) and cached[0] == 0

@@ -52,8 +52,8 @@ def calls(monkeypatch):
 def trusted(request):
     if "model" in request.fixturenames:
         for layer in modules(request.getfixturevalue("model"), Layer):
-            if layer.stretch is not None:
-                layer.stretch.missed = layer.stretch.left = layer.stretch.resting = 0
+            if layer.fused_group is not None:
+                layer.fused_group.num_misses = layer.fused_group.num_unused = layer.fused_group.disabled_calls_left = 0
 
 
 def one_by_one(model):
@@ -265,7 +265,7 @@ def test_layers_of_another_kind_begin_a_stretch(tmp_path):
         "max_window_layers": 0,
     }
     model = Pair(tmp_path, "qwen3", "Q8_0", config).model
-    assert [layer.stretch and len(layer.stretch.layers) for layer in modules(model, Layer)] == [
+    assert [layer.fused_group and len(layer.fused_group.layers) for layer in modules(model, Layer)] == [
         None, 3, None, None, None, 3, None, None,
     ]  # fmt: skip
     together = decode(model)
@@ -274,7 +274,7 @@ def test_layers_of_another_kind_begin_a_stretch(tmp_path):
 
 
 def numbers(model):
-    return {step.step_id for layer in modules(model, Layer) if layer.stretch for step in layer.stretch.steps}
+    return {step.step_id for layer in modules(model, Layer) if layer.fused_group for step in layer.fused_group.steps}
 
 
 def test_a_copied_body_is_one_of_its_own(model):
@@ -295,7 +295,7 @@ def test_a_copied_body_is_one_of_its_own(model):
 def test_steps_go_with_their_model(tmp_path):
     model = Pair(tmp_path, "qwen3_moe", "Q8_0").model
     decode(model)
-    step = modules(model, Layer)[0].stretch.steps[0].step_id
+    step = modules(model, Layer)[0].fused_group.steps[0].step_id
     weights = weakref.ref(next(m for m in model.modules() if type(m).__name__ == "Experts"))
     del model
     gc.collect()
@@ -305,7 +305,7 @@ def test_steps_go_with_their_model(tmp_path):
 
 
 def test_a_call_that_does_not_fit_says_so(model):
-    steps = [step.step_id for step in modules(model, Layer)[0].stretch.steps]
+    steps = [step.step_id for step in modules(model, Layer)[0].fused_group.steps]
     width = model.config.hidden_size
     x, out = torch.zeros(1, 1, width), torch.zeros(1, 1, width)
     for wrong, said in (

@@ -102,7 +102,7 @@ def client(server):
     engine, deadline = served.engine, time.monotonic() + 20
     while engine.runner.adapters.known and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not engine.runner.adapters.known and not engine.runner.adapters.loras and not engine.leaving
+    assert not engine.runner.adapters.known and not engine.runner.adapters.loras and not engine.unloading_adapters
     engine.check_integrity()
     served.adapter_ids = itertools.count()
 
@@ -176,7 +176,7 @@ def test_another_adapter_by_the_same_name_shares_no_pages(client, root, expected
         assert expected[kind].startswith(answer["choices"][0]["text"])
         return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-    client.served.engine.clear()
+    client.served.engine.reset_prefix_cache()
     for kind, seen in (("one", False), ("two", False), ("one", True)):
         loaded(client, "style", root / kind)
         assert bool(cached("style")) is seen, "what another adapter has computed, or not what the same one has"
@@ -317,7 +317,7 @@ def test_requests_that_run_are_answered_to_their_end(client, root, expected):
         assert client.post("/v1/completions", json=asked("style")).status_code == 404
         loaded(client, "style", "two")
         assert expected["two"].startswith(said(client, "style"))
-        assert client.served.engine.leaving, "the first answer was over too soon to show anything"
+        assert client.served.engine.unloading_adapters, "the first answer was over too soon to show anything"
         rest = [line for line in lines if line.startswith("data: {")]
     text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in [first, *rest])
     assert text == expected["one"]

@@ -57,7 +57,7 @@ def test_an_error_in_every_protocol(served, monkeypatch, path, error, status, co
 def test_the_engines_own_errors(served):
     base, server = served
     with pytest.raises(ContextExceeded):
-        server.engine.checked([1] * (server.engine.context + 1), SamplingParams())
+        server.engine.check_request([1] * (server.engine.context + 1), SamplingParams())
     long = {"model": NAME, "messages": [{"role": "user", "content": "x" * 40_000}]}
     told = httpx.post(f"{base}/v1/chat/completions", json=long, timeout=60)
     assert (told.status_code, told.json()["error"]["code"]) == (400, "context_length_exceeded")
