@@ -46,7 +46,7 @@ int64_t share_of_(int64_t groups, int64_t node) {
   return node_begin(groups, int(node));
 }
 Ints pages_on_(const Tensor& memory) { return pages_on(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
-std::tuple<int64_t, int64_t> units_taken_() { return {steal_stats().own, steal_stats().stolen}; }
+std::tuple<int64_t, int64_t> steal_stats_() { return {steal_stats().own, steal_stats().stolen}; }
 
 int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
@@ -80,7 +80,7 @@ Tensor map_file_(StringHandle handle) {
                                   [file](void*) { unmap(file); });
 }
 
-bool to_memory_(Tensor& mapped, int64_t begin, int64_t length) {
+bool remap_huge_pages_(Tensor& mapped, int64_t begin, int64_t length) {
   STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE_PAGE) == 0 && begin + length <= mapped.numel(),
                   "begin must be a multiple of a huge page inside the file");
   return remap_huge_pages(static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin, size_t(length));
@@ -114,7 +114,7 @@ Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, co
   return out;
 }
 
-Tensor quantise_rows_(const Tensor& x, int64_t code) {
+Tensor quantize_rows_(const Tensor& x, int64_t code) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float, "x must be contiguous float32 [rows, k]");
   STD_TORCH_CHECK(code == INT8_128 || code == INT4_64 || code == INT4_128 || code == Q4_0 || code == Q8_0,
                   "weights are made in INT8_128, INT4_64, INT4_128, Q4_0 and Q8_0 only, not in type ", code);
@@ -137,14 +137,14 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
 }
 
 // See cpu/driver/bf16_rows.h; `tokens` -1: not set.
-void wide_rows_(int64_t tokens, Ints ranges) {
+void bf16_rows_(int64_t tokens, Ints ranges) {
   STD_TORCH_CHECK(ranges.size() % 2 == 0, "ranges are pairs of a first row and a count");
   int64_t end = 0;
   for (size_t i = 0; i < ranges.size(); end = ranges[i] + ranges[i + 1], i += 2)
     STD_TORCH_CHECK(ranges[i] >= end && ranges[i + 1] >= 0 && ranges[i] + ranges[i + 1] <= tokens, "ranges must rise up to ", tokens, " rows");
   bf16_rows().tokens = tokens, bf16_rows().ranges.assign(ranges.begin(), ranges.end());
 }
-bool has_wide() { return kernels().bf16_tiles; }
+bool has_bf16_tiles() { return kernels().bf16_tiles; }
 
 Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
   const Layout& layout = layout_of(code, k);
@@ -207,18 +207,18 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
   m.def("idle_seconds() -> float");
   m.def("nodes() -> int");
-  m.def("share_of(int groups, int node) -> int");
+  m.def("node_begin(int groups, int node) -> int");
   m.def("map_file(str path) -> Tensor");
-  m.def("to_memory(Tensor(a!) mapped, int begin, int length) -> bool");
+  m.def("remap_huge_pages(Tensor(a!) mapped, int begin, int length) -> bool");
   m.def("populate(Tensor memory) -> ()");
   m.def("pages_on(Tensor memory) -> int[]");
-  m.def("units_taken() -> (int, int)");
+  m.def("steal_stats() -> (int, int)");
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
-  m.def("quantise_rows(Tensor x, int code) -> Tensor");
+  m.def("quantize_rows(Tensor x, int code) -> Tensor");
   m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None, bool all_wide=False) -> Tensor");
-  m.def("wide_rows(int tokens, int[] ranges) -> ()");
-  m.def("has_wide() -> bool");
+  m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None, bool all_bf16=False) -> Tensor");
+  m.def("bf16_rows(int tokens, int[] ranges) -> ()");
+  m.def("has_bf16_tiles() -> bool");
   m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
   m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
         "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit, "
@@ -239,17 +239,17 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("idle_seconds", TORCH_BOX(&idle_seconds_));
   m.impl("nodes", TORCH_BOX(&nodes_));
-  m.impl("wide_rows", TORCH_BOX(&wide_rows_));
-  m.impl("has_wide", TORCH_BOX(&has_wide));
-  m.impl("share_of", TORCH_BOX(&share_of_));
-  m.impl("units_taken", TORCH_BOX(&units_taken_));
+  m.impl("bf16_rows", TORCH_BOX(&bf16_rows_));
+  m.impl("has_bf16_tiles", TORCH_BOX(&has_bf16_tiles));
+  m.impl("node_begin", TORCH_BOX(&share_of_));
+  m.impl("steal_stats", TORCH_BOX(&steal_stats_));
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
-  m.impl("to_memory", TORCH_BOX(&to_memory_));
+  m.impl("remap_huge_pages", TORCH_BOX(&remap_huge_pages_));
   m.impl("populate", TORCH_BOX(&populate_));
   m.impl("pages_on", TORCH_BOX(&pages_on_));
-  m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
   m.impl("tile_dot", TORCH_BOX(&tile_dot));
   m.impl("linear", TORCH_BOX(&linear_));

@@ -325,7 +325,7 @@ int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_
   return known().add([=] { return std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, before, eps, plus_one); });
 }
 
-void forget_step(int64_t number) { known().forget(number); }
+void erase_step(int64_t number) { known().forget(number); }
 
 // Runs steps in order on x. Each of `outs` receives the result of one or two consecutive steps. `kept`: two cache tensors per step that attends.
 void run_steps(const Tensor& x, Tensors outs, Ints numbers, Tensors kept, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
@@ -364,11 +364,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
         "bool norm_plus_one, Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
   m.def("moe_step(Tensor[] packed, int[] about, int[] sizes, Tensor? router_bias, Tensor? correction, int top, str scoring, str group_mode, int n_group, int topk_group, bool renorm, "
         "float scale, str act, float alpha, float limit, Tensor? counts=None, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
-  m.def("forget_step(int number) -> ()");
+  m.def("erase_step(int number) -> ()");
   m.def("run_steps(Tensor x, Tensor(a!)[] outs, int[] steps, Tensor(b!)[] kept, int past=0, Tensor? cos=None, Tensor? sin=None, Tensor? ranges=None, Tensor? mask=None, "
         "Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) { m.impl("forget_step", TORCH_BOX(&forget_step)); }
+STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) { m.impl("erase_step", TORCH_BOX(&erase_step)); }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("mla_step", TORCH_BOX(&mla_step));
   m.impl("gqa_step", TORCH_BOX(&gqa_step));

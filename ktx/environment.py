@@ -41,13 +41,6 @@ VARIABLES = {
             " NUMA nodes, for tests",
         ),
         Variable(
-            "KTX_GEMM",
-            str,
-            "exact",
-            "`exact` (default) or `fast`: large batches use weights requantized to one scale per 256 columns (AVX-512);"
-            " `make cpu-check` prints the error of both",
-        ),
-        Variable(
             "KTX_GPU",
             str,
             "",
@@ -66,7 +59,6 @@ ALLOWED = {  # (regular expression, description) of accepted values; variables t
     "KTX_ISA": ("|".join(ISAS), ", ".join(ISAS)),
     "KTX_THREADS": (r"0*(\d{1,3}|10[01]\d|102[0-4])", "a number from 1 to 1024, or 0 for the usable cores"),
     "KTX_NUMA": ("auto|off|fake:[1-8]", "auto, off or fake:N with N from 1 to 8"),
-    "KTX_GEMM": ("exact|fast", "exact or fast"),
     "KTX_GPU": (r"(fake|split):[1-9]\d?", "fake:N or split:N with N from 1 to 99"),
 }
 

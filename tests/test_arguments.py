@@ -110,7 +110,6 @@ WRONG = [
     ("KTX_ISA", "foo", "scalar, avx2"),
     ("KTX_ISA", "AVX2", "scalar, avx2"),
     ("KTX_ISA", "avx2 ", "scalar, avx2"),
-    ("KTX_GEMM", "quick", "exact or fast"),
     ("KTX_NUMA", "bar", "auto, off or fake:N"),
     ("KTX_NUMA", "fake:0", "from 1 to 8"),
     ("KTX_NUMA", "fake:99", "from 1 to 8"),
@@ -135,7 +134,6 @@ def test_a_variable_with_a_value_that_means_nothing_is_an_error(name, value, all
     "name, value",
     [
         ("KTX_ISA", "amxmodel"),
-        ("KTX_GEMM", "exact"),
         ("KTX_NUMA", "fake:8"),
         ("KTX_THREADS", "1024"),
         ("KTX_THREADS", "0"),

@@ -581,7 +581,7 @@ def test_mapped_weights_move_to_memory(tmp_path):
     # Less than a huge page stays in the file.
     assert of_the_file() == [(PROMOTE_CHUNK_BYTES + 3 * huge, PROMOTE_CHUNK_BYTES + 3 * huge + 4096)]
     with pytest.raises(RuntimeError, match="multiple of a huge page"):
-        cpu.ops.to_memory(mapped, 4096, 4096)
+        cpu.ops.remap_huge_pages(mapped, 4096, 4096)
     with pytest.raises(RuntimeError, match="cannot be opened"):
         cpu.ops.map_file(str(tmp_path / "none"))
 

@@ -140,17 +140,11 @@ def test_blocks_that_a_gpu_does_not_keep_are_told(qwen, monkeypatch):
 
 
 def test_an_instruction_set_that_this_cpu_lacks_is_told(qwen, monkeypatch):
-    monkeypatch.setattr(
-        notes, "cpu", type("Cpu", (), {"ops": type("Ops", (), {"isa": lambda: "avx2", "fast_gemm": lambda: False})})
-    )
+    monkeypatch.setattr(notes, "cpu", type("Cpu", (), {"ops": type("Ops", (), {"isa": lambda: "avx2"})}))
     monkeypatch.setenv("KTX_ISA", "amx")
-    monkeypatch.setenv("KTX_GEMM", "fast")
     found = [note.text for note in ktx.plan(qwen, qwen / "model.gguf").model_notes]
-    assert (
-        found[0] == "KTX_ISA=amx: this CPU supports at most avx2, which is used" and "KTX_GEMM=fast: avx2" in found[1]
-    )
+    assert found[0] == "KTX_ISA=amx: this CPU supports at most avx2, which is used"
     monkeypatch.setenv("KTX_ISA", "avx2")
-    monkeypatch.setenv("KTX_GEMM", "exact")
     assert ktx.plan(qwen, qwen / "model.gguf").model_notes == []
 
 

@@ -109,7 +109,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     for packed in packed_matrices(model):
         groups = -(-packed.n // cpu.GROUP_ROWS)
-        node_groups = groups if packed.matrices == 1 else cpu.ops.share_of(groups, 1)
+        node_groups = groups if packed.matrices == 1 else cpu.ops.node_begin(groups, 1)
         if packed.qtype.name in errors or not node_groups:
             continue
         n = min(packed.n, node_groups * cpu.GROUP_ROWS)

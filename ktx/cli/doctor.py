@@ -104,7 +104,6 @@ def _kernels(quick: bool) -> dict[str, Any]:
         "best possible": ops.best_isa(),
         "threads": threads,
         "memory nodes": ops.nodes(),
-        "GEMM": "fast" if ops.fast_gemm() else "exact",
         "KTX_ISA": os.environ.get("KTX_ISA", "not set"),
     }
     section: dict[str, Any] = {

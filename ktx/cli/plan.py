@@ -230,7 +230,8 @@ def write(path: Path, placement: Any, base: str) -> None:
     is_shipped = Path(base).resolve().parent == rule_folder().resolve()
     budget = placement.budget
     usage = ", ".join(
-        f"{name} {format_bytes(placement.total_bytes(name))} of {format_bytes(budget.bytes_of(name))}" for name in placement.device_names
+        f"{name} {format_bytes(placement.total_bytes(name))} of {format_bytes(budget.bytes_of(name))}"
+        for name in placement.device_names
     )
     lines = [
         f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {usage}",

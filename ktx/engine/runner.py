@@ -62,7 +62,9 @@ class ModelRunner:
 
     def __init__(self, model: Any, pages: int, max_captured_requests: int = 0):
         self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
-        self.page_aligned_numerics = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
+        self.page_aligned_numerics = cpu.ops.has_bf16_tiles() or any(
+            isinstance(module, MLA) for module in model.modules()
+        )
         if max_captured_requests and first_gpu(model) is not None:
             self.unsupported_reason = unsupported_reason(model)
             self.max_captured_requests = 0 if self.unsupported_reason else max_captured_requests

@@ -13,7 +13,6 @@ import sys
 
 # Largest relative RMS errors: of a matrix, of a MoE layer, and of float weights multiplied in f32 and in bf16.
 MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER, MAX_REL_ERROR_FLOAT, MAX_REL_ERROR_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
-MAX_REL_ERRORS_FAST = 1.2e-2, 3e-2  # matrix and MoE layer with KTX_GEMM=fast
 BF16_EXACT_TYPES = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
 NOT_TIMED_ISAS = ("scalar", "amxmodel")  # instruction sets whose speed is not measured
@@ -27,9 +26,6 @@ MIN_PEAK_SHARES = {
     **dict.fromkeys(("IQ1_S", "IQ1_M"), (0.40, 0.35, 0.35)),
     **dict.fromkeys(("BF16", "F16", "F8_E4M3"), (0.60, 0.0, 0.60)),
 }
-MIN_PEAK_SHARES_FAST = dict.fromkeys(FINE_TYPES, (0.0, 0.50, 0.60))
-FAST_SUFFIX = " fast"  # appended to the name of an instruction set with KTX_GEMM=fast
-ISAS_WITH_FAST = ("avx512bf16", "avx512vbmi", "avx512vnni")
 RESULT_KEYS = (("gemv_gb_s", "gemv_share"), ("gemm_48_gops", "gemm_48_share"), ("gemm_512_gops", "gemm_512_share"))
 # What limits a type that misses its floor, as measured; see benchmarks/NOTES.md.
 KNOWN_LIMITS = dict.fromkeys(
@@ -57,19 +53,17 @@ def main() -> int:
 
     best = ops.best_isa()
     isas = list(ISAS)[list(ISAS).index(best) :: -1]
-    fast_isas = next(([isa + FAST_SUFFIX] for isa in isas if isa in ISAS_WITH_FAST), [])
     print(f"this CPU: {best}; errors are relative RMS against float64 on the dequantized weights")
     print(
         f"bounds: {MAX_REL_ERROR_MATRIX:.1e} for a matrix, {MAX_REL_ERROR_LAYER:.1e} for a mixture-of-experts layer;"
-        f" float weights {MAX_REL_ERROR_FLOAT:.0e}, in bf16 {MAX_REL_ERROR_BF16:.0e}; KTX_GEMM=fast"
-        f" {MAX_REL_ERRORS_FAST[0]:.1e} and {MAX_REL_ERRORS_FAST[1]:.1e}\n"
+        f" float weights {MAX_REL_ERROR_FLOAT:.0e}, in bf16 {MAX_REL_ERROR_BF16:.0e}\n"
     )
-    failures = _print_errors([*isas[:1], *fast_isas, *isas[1:]])
+    failures = _print_errors(isas)
     if best == "amx":
         failures += _check_amx_tiles()
     if not args.errors:
         _print_speeds(
-            [*isas[:1], *fast_isas, *(isa for isa in isas[1:] if isa not in NOT_TIMED_ISAS)],
+            [*isas[:1], *(isa for isa in isas[1:] if isa not in NOT_TIMED_ISAS)],
             args.threads or default_threads(),
         )
     return 1 if failures else 0
@@ -146,18 +140,15 @@ def _print_speeds(isas: list[str], threads: int) -> None:
             name.ljust(10) + cells + "    " + " ".join(f"{floor:.0%}" for floor in MIN_PEAK_SHARES.get(name, ())),
             flush=True,
         )
-        fast_isas = [isa for isa in isas[1:2] if isa.endswith(FAST_SUFFIX)]
-        for isa, row, floors in zip([isas[0], *fast_isas], rows, (MIN_PEAK_SHARES, MIN_PEAK_SHARES_FAST), strict=False):
-            shortfalls = [
-                f"{size} {row[share]:.0%} of {floor:.0%}"
-                for size, (_, share), floor in zip(
-                    ("1 token", "48 tokens", "512 tokens"), RESULT_KEYS, floors.get(name, ()), strict=False
-                )
-                if row[share] < floor
-            ]
-            missed += [(name + isa.removeprefix(isas[0]), shortfalls)] if shortfalls else []
-    for worker in workers:
-        worker.communicate()
+        shortfalls = [
+            f"{size} {rows[0][share]:.0%} of {floor:.0%}"
+            for size, (_, share), floor in zip(
+                ("1 token", "48 tokens", "512 tokens"), RESULT_KEYS, MIN_PEAK_SHARES.get(name, ()), strict=False
+            )
+            if rows[0][share] < floor
+        ]
+        if shortfalls:
+            missed.append((name, shortfalls))
     print(f"\nbelow a floor on {isas[0]}:" if missed else f"\nall floors are reached on {isas[0]}")
     for name, shortfalls in missed:
         print(f"  {name}: {', '.join(shortfalls)}" + (f" ({KNOWN_LIMITS[name]})" if name in KNOWN_LIMITS else ""))
@@ -179,7 +170,7 @@ def _run_worker(isa: str, worker: str) -> str:
 
 def _isa_environment(isa: str) -> dict[str, str]:
     """Environment variables that select an instruction set."""
-    return {"KTX_ISA": isa.removesuffix(FAST_SUFFIX), "KTX_GEMM": "fast" if isa.endswith(FAST_SUFFIX) else "exact"}
+    return {"KTX_ISA": isa}
 
 
 def _start_worker(isa: str, threads: int) -> subprocess.Popen[str]:
@@ -225,11 +216,10 @@ def multiplies_in_bf16() -> bool:
 
 def bounds(name: str) -> tuple[float, float]:
     """Returns the largest relative error of a matrix and of a MoE layer on the selected instruction set."""
-    from ktx.kernels.cpu import ops
     from ktx.quant.types import QTYPES
 
     if not QTYPES[name].is_float:
-        return MAX_REL_ERRORS_FAST if ops.fast_gemm() else (MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER)
+        return MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER
     return (
         (MAX_REL_ERROR_BF16,) * 2 if name in BF16_EXACT_TYPES and multiplies_in_bf16() else (MAX_REL_ERROR_FLOAT,) * 2
     )

@@ -58,7 +58,7 @@ def _load() -> Any:
 
     Raises:
         KtxError: if the library is missing or does not load.
-        UsageError: if KTX_ISA, KTX_NUMA or KTX_GEMM has an unknown value.
+        UsageError: if KTX_ISA or KTX_NUMA has an unknown value.
     """
     if not LIBRARY.exists():
         raise KtxError(f"{LIBRARY} is missing: build it with `pip install --no-build-isolation -e .` (needs g++)")
@@ -69,8 +69,8 @@ def _load() -> Any:
             f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer"
         ) from error
     try:
-        torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
-    except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM has an unknown value
+        torch.ops.ktx.isa(), torch.ops.ktx.nodes()
+    except RuntimeError as error:  # KTX_ISA or KTX_NUMA has an unknown value
         raise UsageError(str(error).splitlines()[0]) from error
     torch.ops.ktx.set_threads(num_threads())
     return torch.ops.ktx
@@ -214,7 +214,7 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
     matrix_bytes, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
     groups, num_matrices = -(-n // GROUP_ROWS), len(matrices)
     node_ends = [
-        ops.share_of(groups, i + 1) * (matrix_bytes // groups)
+        ops.node_begin(groups, i + 1) * (matrix_bytes // groups)
         if num_matrices == 1
         else num_matrices * (i + 1) // nodes * matrix_bytes
         for i in range(nodes)
@@ -234,7 +234,7 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     matrices, n, k, qtype = _list_matrices(weight, to)
     matrix_bytes, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
     group_bytes, num_matrices = matrix_bytes // groups, len(matrices)
-    first_groups = [ops.share_of(groups, node) for node in range(nodes + 1)]
+    first_groups = [ops.node_begin(groups, node) for node in range(nodes + 1)]
     ends = tuple(end * group_bytes * num_matrices for end in first_groups[1:]) if nodes > 1 else ()
     data = ops.empty_packed(matrix_bytes * num_matrices, ends)
     for start, end in zip(first_groups, first_groups[1:], strict=False):
@@ -256,7 +256,7 @@ def _node_shares(w: Packed) -> Iterator[tuple[int, int, int]]:
     matrix_bytes = packed_nbytes(w.qtype, w.n, w.k)
     groups = -(-w.n // GROUP_ROWS)
     for node in range(ops.nodes()):
-        start, end = (ops.share_of(groups, index) * (matrix_bytes // groups) for index in (node, node + 1))
+        start, end = (ops.node_begin(groups, index) * (matrix_bytes // groups) for index in (node, node + 1))
         if end > start:
             yield start, end - start, start * w.matrices
 
@@ -298,7 +298,7 @@ def _pack_rows(matrix: QuantizedTensor, rows: range, to: QType | None, data: tor
     for row in range(rows.start, rows.stop, PACK_ROWS):
         chunk = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
         if to is not None:
-            chunk = ops.quantise_rows(_dequantized_rows(matrix, chunk, row), to.code)
+            chunk = ops.quantize_rows(_dequantized_rows(matrix, chunk, row), to.code)
         ops.pack(chunk, (to or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
 
 
@@ -326,12 +326,12 @@ def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
     """
     previous = current_bf16_rows()
     _thread.rows = (tokens, tuple(ranges))
-    ops.wide_rows(tokens, ranges)
+    ops.bf16_rows(tokens, ranges)
     try:
         yield
     finally:
         _thread.rows = previous
-        ops.wide_rows(*previous)
+        ops.bf16_rows(*previous)
 
 
 def current_bf16_rows() -> tuple[int, tuple[int, ...]]:
@@ -465,7 +465,7 @@ rms_norm, rope, route, gated = ops.rms_norm, ops.rope, ops.route, ops.gated
 
 
 @torch.library.register_fake("ktx::linear")
-def _(x, packed, code, n, k, bias=None, all_wide=False):  # type: ignore[no-untyped-def]
+def _(x, packed, code, n, k, bias=None, all_bf16=False):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], n))
 
 

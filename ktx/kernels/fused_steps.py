@@ -24,7 +24,7 @@ class FusedStepHandle:
     def __init__(self, factory: str, *args: Any):
         self.factory_args = factory, args
         self.step_id: int = getattr(ops, factory)(*args)
-        finalize(self, ops.forget_step, self.step_id).atexit = False
+        finalize(self, ops.erase_step, self.step_id).atexit = False
 
     def __reduce__(self) -> Any:  # a copy creates a step of its own
         factory, args = self.factory_args

@@ -126,7 +126,7 @@ def _expert_row_chunks(
     """
     groups = -(-n // GROUP_ROWS)
     group_bytes = data.numel() // (experts * groups)
-    node_groups = [ops.share_of(groups, node) for node in range(ops.nodes() + 1)]
+    node_groups = [ops.node_begin(groups, node) for node in range(ops.nodes() + 1)]
     for start, end in zip(node_groups, node_groups[1:], strict=False):
         share_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
         if not share_bytes:

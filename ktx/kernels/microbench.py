@@ -159,7 +159,7 @@ def peak_gops(qtype: QType, threads: int) -> float:
 
     A multiplication and an addition count as two operations.
     """
-    if qtype.name in BF16_EXACT_TYPES or (not qtype.is_float and cpu.ops.has_wide()):
+    if qtype.name in BF16_EXACT_TYPES or (not qtype.is_float and cpu.ops.has_bf16_tiles()):
         return cpu.ops.probe_bf16(threads, 0.05)
     return (cpu.ops.probe_fma if qtype.is_float else cpu.ops.probe_int8)(threads, 0.05)
 

@@ -231,7 +231,7 @@ def promote_to_huge_pages(data: torch.Tensor, stop: threading.Event) -> None:
             if stop.wait(IDLE_S / 2):
                 return
             waited_s += IDLE_S / 2
-        if stop.is_set() or not cpu.ops.to_memory(data, offset, min(PROMOTE_CHUNK_BYTES, data.numel() - offset)):
+        if stop.is_set() or not cpu.ops.remap_huge_pages(data, offset, min(PROMOTE_CHUNK_BYTES, data.numel() - offset)):
             return
 
 

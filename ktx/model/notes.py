@@ -170,8 +170,6 @@ def _ignored_options(plan: Plan, targets: Mapping[str, str | None], kv_dtype: ob
     isa, requested = cpu.ops.isa(), os.environ.get("KTX_ISA", "")
     if requested and requested != isa:
         yield Note("flag", f"KTX_ISA={requested}: this CPU supports at most {isa}, which is used")
-    if os.environ.get("KTX_GEMM") == "fast" and not cpu.ops.fast_gemm():
-        yield Note("flag", f"KTX_GEMM=fast: {isa} kernels have no fast variant, so the exact one is used")
 
 
 def _ignored_kv_dtype(devices: set[Device], kv_dtype: object) -> Iterator[Note]:

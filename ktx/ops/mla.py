@@ -625,7 +625,9 @@ class MLABlock:
         q_norm: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, rope_dim = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
         self.heads, self.head_dims, self.half_rotary, self.has_dropout = 1, (rank, rope_dim), False, owner.dropout > 0
-        self.guard = Guard([owner], descendants(owner), [norm.copied_weight(), None if q_norm is None else q_norm.copied_weight()])
+        self.guard = Guard(
+            [owner], descendants(owner), [norm.copied_weight(), None if q_norm is None else q_norm.copied_weight()]
+        )
         self.fused_step = FusedStep(
             "mla_step",
             matrices.packed,

@@ -74,7 +74,7 @@ def test_each_pass_over_the_weights_reads_them(packed):
     counts.zero_()
     with cpu.bf16_rows(70, (3, 64)):
         cpu.experts(torch.randn(70, HIDDEN), ids[:70], torch.rand(70, TOP), *packed, counts=counts)
-    apart = (ids[:3], ids[3:67], ids[67:70]) if cpu.ops.has_wide() else (ids[:70],)
+    apart = (ids[:3], ids[3:67], ids[67:70]) if cpu.ops.has_bf16_tiles() else (ids[:70],)
     assert cpu.ExpertStats.read(counts).nbytes == sum(map(chosen, apart)) * one
 
 

@@ -52,10 +52,10 @@ x = torch.randn(1, 1024)
 one = stacked(cpu.pack(matrices(QTYPES["Q4_0"], 4, 1 << 15, 1024)))
 for again in range(20):  # on a busy machine one member may have to wait while the other helps it out
     time.sleep(0.1 * again)
-    own, stolen = cpu.ops.units_taken()
+    own, stolen = cpu.ops.steal_stats()
     for _ in range(10):
         cpu.linear(x, one)
-    now = cpu.ops.units_taken()
+    now = cpu.ops.steal_stats()
     out["own"], out["stolen"] = now[0] - own, now[1] - stolen
     if out["nodes"] != 2 or out["own"] > 4 * out["stolen"]:
         break

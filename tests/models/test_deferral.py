@@ -39,7 +39,7 @@ def one_by_one(folder, count, monkeypatch):
     blocks, late = [module for module in model.modules() if isinstance(module, MoE)], {}
 
     def mixed(self, flat, ids, weights):
-        out = self.shared(flat)
+        out = self.shared_output(flat)
         out = torch.zeros_like(flat) if out is None else out.clone()
         kept = torch.zeros_like(flat)
         for t in range(len(flat)):

@@ -115,7 +115,11 @@ class LayerBlock:
         )
         if x is None:
             return None
-        if mlp is not None and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS and not (mlp.has_dropout and self.owner.training):
+        if (
+            mlp is not None
+            and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS
+            and not (mlp.has_dropout and self.owner.training)
+        ):
             return mlp.fused_step(x, mlp_norm)  # type: ignore[no-any-return]
         children: dict[str, Any] = self.owner._modules
         return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]

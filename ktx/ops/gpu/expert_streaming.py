@@ -53,7 +53,9 @@ class ExpertChunk:
         packed = self.experts.weights[name]
         groups = -(-packed.n // cpu.GROUP_ROWS)
         group_bytes = packed.nbytes // packed.matrices // groups
-        ends = [cpu.ops.share_of(groups, node + 1) for node in range(cpu.ops.nodes())] if packed.numa_ends else [groups]
+        ends = (
+            [cpu.ops.node_begin(groups, node + 1) for node in range(cpu.ops.nodes())] if packed.numa_ends else [groups]
+        )
         for begin, end in zip([0, *ends], ends, strict=False):
             node_bytes = (end - begin) * group_bytes
             offset = begin * group_bytes * packed.matrices + self.first * node_bytes

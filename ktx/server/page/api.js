@@ -1,12 +1,12 @@
-// Asking the server: the key, errors in words, and streams.
+// HTTP client: the API key, errors with the server's message, and server-sent events.
 
 import { byId } from "./dom.js";
 
 const KEY = "ktx.key";
-let asking = null; // of one dialog, whoever needs the key
-let unkept = ""; // where the browser keeps nothing
+let keyPrompt = null; // the promise of the open key dialog, shared by all calls that need a key
+let fallbackKey = ""; // used if the browser has no session storage
 
-/** An answer that is an error. `status` is 0 when there was none. */
+/** An error response or a failed connection. `status` is 0 if there was no response. */
 export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -14,36 +14,36 @@ export class ApiError extends Error {
   }
 }
 
-function key() {
+function readKey() {
   try {
-    return sessionStorage.getItem(KEY) ?? unkept;
+    return sessionStorage.getItem(KEY) ?? fallbackKey;
   } catch {
-    return unkept;
+    return fallbackKey;
   }
 }
 
-function keep(value) {
-  unkept = value;
+function storeKey(value) {
+  fallbackKey = value;
   try {
     sessionStorage.setItem(KEY, value);
   } catch (error) {
-    console.info("The key is kept until this page is left:", error.message);
+    console.info("No session storage; the key is lost when this page is closed:", error.message);
   }
 }
 
-/** The response, once it is a good one. Asks for a key when the server wants one, and throws ApiError. */
+/** Returns the response if its status is 2xx. Prompts for a key on 401; throws ApiError otherwise. */
 export async function call(path, { body, signal, method = body ? "POST" : "GET" } = {}) {
   for (;;) {
-    const used = key();
-    const headers = { ...(used && { authorization: `Bearer ${used}` }), ...(body && { "content-type": "application/json" }) };
-    const response = await reached(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
+    const key = readKey();
+    const headers = { ...(key && { authorization: `Bearer ${key}` }), ...(body && { "content-type": "application/json" }) };
+    const response = await send(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
     if (response.ok) return response;
-    if (response.status !== 401) throw await problem(response);
-    if (used === key() && !(await askForKey(used !== ""))) throw new ApiError("This server wants a key, and none was given.", 401);
+    if (response.status !== 401) throw await toApiError(response);
+    if (key === readKey() && !(await promptForKey(key !== ""))) throw new ApiError("This server requires an API key.", 401);
   }
 }
 
-async function reached(path, options) {
+async function send(path, options) {
   try {
     return await fetch(path, options);
   } catch (error) {
@@ -52,68 +52,69 @@ async function reached(path, options) {
   }
 }
 
-async function problem(response) {
+async function toApiError(response) {
   const text = await response.text();
-  let said = "";
+  let message = "";
   try {
-    said = JSON.parse(text).error?.message ?? "";
+    message = JSON.parse(text).error?.message ?? "";
   } catch {
-    said = ""; // not ours: a proxy's page
+    message = ""; // the body is not the server's, for example a proxy's error page
   }
-  said ||= `The server answered with status ${response.status} and no reason.`;
-  const wait = response.headers.get("retry-after");
-  if (wait && (response.status === 429 || response.status === 503)) said += ` It asks to be tried again in ${wait} s.`;
-  return new ApiError(said, response.status);
+  message ||= `The server returned status ${response.status} without an error message.`;
+  const retryAfter = response.headers.get("retry-after");
+  if (retryAfter && (response.status === 429 || response.status === 503)) message += ` Retry after ${retryAfter} s.`;
+  return new ApiError(message, response.status);
 }
 
-function askForKey(refused) {
-  asking ??= new Promise((resolve) => {
+/** Resolves to whether a key was entered. */
+function promptForKey(rejected) {
+  keyPrompt ??= new Promise((resolve) => {
     const [dialog, form, field] = [byId("key"), byId("key-form"), byId("key-field")];
-    const done = (given) => {
-      asking = null;
+    const finish = (entered) => {
+      keyPrompt = null;
       form.onsubmit = dialog.onclose = null;
       dialog.close();
-      resolve(given);
+      resolve(entered);
     };
-    byId("key-words").textContent = refused
-      ? "That key was refused. Is it one of those the server was started with?"
-      : "It was started with --api_key. The key stays in this tab and is forgotten with it.";
+    byId("key-text").textContent = rejected
+      ? "The server rejected this key. Enter one of the keys that it was started with."
+      : "It was started with --api_key. The key is stored in this tab only, until the tab is closed.";
     field.value = "";
     form.onsubmit = (event) => {
       event.preventDefault();
-      keep(field.value.trim());
-      done(true);
+      storeKey(field.value.trim());
+      finish(true);
     };
-    byId("no-key").onclick = () => done(false);
-    dialog.onclose = () => done(false);
+    byId("no-key").onclick = () => finish(false);
+    dialog.onclose = () => finish(false);
     dialog.showModal();
     field.focus();
   });
-  return asking;
+  return keyPrompt;
 }
 
-/** The events of a stream, each a parsed value, until [DONE]. Throws ApiError for one that is an error. */
+/** Yields the parsed server-sent events up to [DONE]. Throws ApiError for an error event or a broken connection. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let buffer = "";
   for (;;) {
-    let piece;
+    let chunk;
     try {
-      piece = await reader.read();
+      chunk = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError("The connection broke before the answer ended.");
+      throw new ApiError("The connection was lost before the answer was complete.");
     }
-    if (piece.done) throw new ApiError("The connection ended before the answer did.");
-    const lines = (rest + piece.value).split("\n");
-    rest = lines.pop();
+    if (chunk.done) throw new ApiError("The connection closed before the answer was complete.");
+    const lines = (buffer + chunk.value).split("\n");
+    buffer = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
-      const value = JSON.parse(data);
-      if (value.error) throw new ApiError(value.error.message ?? "The answer failed.");
-      yield value;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(event.error.message ?? "The request failed.");
+      yield event;
     }
   }
 }

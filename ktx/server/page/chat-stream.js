@@ -1,71 +1,73 @@
-// One answer: asks for it, reads the stream into a message, and says when something has changed.
+// One chat completion: sends the request, appends the stream's deltas to a message, and reports every change.
 
 import { call, events } from "./api.js";
-import { asked, systemPrompt } from "./settings.js";
+import { samplingFields, systemPrompt } from "./settings.js";
 
-/** A new message of the assistant's. `state`: running, done, stopped or failed. */
-export const emptyAnswer = () => ({ role: "assistant", text: "", thought: "", state: "running", error: "", numbers: {} });
+/** An empty message of the assistant. `state` is running, done, stopped or failed. */
+export const newAnswer = () => ({ role: "assistant", text: "", thought: "", state: "running", error: "", numbers: {} });
 
-/** What of a conversation is sent: texts alone, without answers that hold none. */
-function history(talk) {
+/** The `messages` field of the request: text only, without answers that are empty. */
+function requestMessages(conversation) {
   const system = systemPrompt();
-  const said = talk.messages.filter((message) => message.role === "user" || message.text);
-  return [...(system ? [{ role: "system", content: system }] : []), ...said.map(({ role, text }) => ({ role, content: text }))];
+  const messages = conversation.messages.filter((message) => message.role === "user" || message.text);
+  return [...(system ? [{ role: "system", content: system }] : []), ...messages.map(({ role, text }) => ({ role, content: text }))];
 }
 
-export class Answering {
-  constructor(talk, message, changed) {
-    Object.assign(this, { talk, message, changed });
-    this.abort = new AbortController();
+export class ChatStream {
+  constructor(conversation, message, onChange) {
+    Object.assign(this, { conversation, message, onChange });
+    this.controller = new AbortController();
     this.started = performance.now();
-    this.finish = null;
-    this.pieces = 0;
+    this.finishReason = null;
+    this.numDeltas = 0;
   }
 
-  /** Resolves when the answer has ended, however it did. */
+  /** Resolves when the answer is done, stopped or failed; never rejects. */
   async run(model) {
     const { message } = this;
     try {
-      const body = { model, messages: history(this.talk), stream: true, stream_options: { include_usage: true }, ...asked() };
-      const response = await call("v1/chat/completions", { body, signal: this.abort.signal });
-      for await (const event of events(response)) this.hear(event);
+      const messages = requestMessages(this.conversation);
+      const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...samplingFields() };
+      const response = await call("v1/chat/completions", { body, signal: this.controller.signal });
+      for await (const event of events(response)) this.onEvent(event);
       message.state = "done";
     } catch (error) {
-      message.state = this.abort.signal.aborted ? "stopped" : "failed";
+      message.state = this.controller.signal.aborted ? "stopped" : "failed";
       if (message.state === "failed") message.error = error.message;
     }
     message.numbers.seconds = this.elapsed();
-    message.numbers.finish = this.finish;
-    this.changed();
+    message.numbers.finish = this.finishReason;
+    this.onChange();
   }
 
   stop() {
-    this.abort.abort();
+    this.controller.abort();
   }
 
+  /** Seconds since the request was sent. */
   elapsed() {
     return (performance.now() - this.started) / 1000;
   }
 
-  hear(event) {
+  onEvent(event) {
     const { message } = this;
     const choice = event.choices?.[0];
-    const { content, reasoning_content: thought } = choice?.delta ?? {};
-    if (content || thought) {
+    const { content, reasoning_content: reasoning } = choice?.delta ?? {};
+    if (content || reasoning) {
       const { numbers } = message;
       numbers.first ??= this.elapsed();
       numbers.last = this.elapsed();
-      numbers.pieces = this.pieces += 1;
+      numbers.pieces = this.numDeltas += 1;
       if (content && message.thought) numbers.thinking ??= numbers.last - numbers.first;
-      message.thought += thought ?? "";
+      message.thought += reasoning ?? "";
       message.text += content ?? "";
     }
-    this.finish = choice?.finish_reason ?? this.finish;
-    if (event.usage) this.count(event.usage);
-    this.changed();
+    this.finishReason = choice?.finish_reason ?? this.finishReason;
+    if (event.usage) this.setUsage(event.usage);
+    this.onChange();
   }
 
-  count(usage) {
+  setUsage(usage) {
     const { numbers } = this.message;
     numbers.prompt = usage.prompt_tokens;
     numbers.answer = usage.completion_tokens;
@@ -74,8 +76,8 @@ export class Answering {
   }
 }
 
-/** Tokens a second from the first to the last; while it runs, pieces of the stream, of which each is a token or a few. */
-export function speed({ first, last, answer, pieces }) {
+/** Tokens per second between the first and the last token; until usage arrives, counts deltas of one or a few tokens. */
+export function tokensPerSecond({ first, last, answer, pieces }) {
   const tokens = answer ?? pieces;
   return tokens > 1 && last > first ? (tokens - 1) / (last - first) : null;
 }

@@ -1,188 +1,192 @@
-// The conversation that is shown: asking, stopping, asking again.
+// The visible conversation: sends, stops and regenerates messages.
 
-import { Answering, emptyAnswer } from "./chat-stream.js";
+import { ChatStream, newAnswer } from "./chat-stream.js";
 import { byId, copy } from "./dom.js";
+import { count } from "./format.js";
 import { AnswerView, QuestionView } from "./message.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
-import { count } from "./format.js";
 
-const SAVED_EACH = 2000; // milliseconds while an answer grows
-const NEAR = 80; // pixels from the end within which the view follows it
-const TITLE = 60; // letters
+const SAVE_INTERVAL_MS = 2000; // while an answer streams
+const REDRAW_INTERVAL_MS = 500; // updates the elapsed time until the first token
+const FOLLOW_PX = 80; // the view follows the end if it is at most this far away
+const MAX_TITLE_CHARS = 60;
 
-const newTalk = () => ({ id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] });
+const newConversation = () => ({ id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] });
 
 export class Chat {
-  /** `listChanged(id)` is called when the list of conversations has to be drawn anew. */
-  constructor(listChanged) {
-    this.listChanged = listChanged;
-    this.model = null; // {id, context} once the server has told
-    this.running = new Map(); // conversation's id -> Answering; they go on while another one is shown
-    this.place = byId("messages");
-    this.question = byId("question");
-    this.drawing = 0;
-    this.talk = newTalk();
+  /** `onListChange(id)` is called when the sidebar must be redrawn; `id` is the visible conversation's. */
+  constructor(onListChange) {
+    this.onListChange = onListChange;
+    this.model = null; // {id, context}, once /v1/models has returned it
+    this.streams = new Map(); // conversation id -> ChatStream; they continue while another conversation is visible
+    this.log = byId("messages");
+    this.input = byId("question");
+    this.frame = 0; // the pending animation frame
+    this.conversation = newConversation();
     this.views = [];
-    byId("ask").addEventListener("submit", (event) => {
+    byId("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.send();
     });
     byId("stop").addEventListener("click", () => this.stop());
-    byId("keep").addEventListener("click", () => this.edit(false));
-    this.question.addEventListener("input", () => this.fit());
-    this.question.addEventListener("keydown", (event) => this.key(event));
-    addEventListener("pagehide", () => this.running.forEach((answering) => answering.stop()));
-    this.place.addEventListener("click", (event) => copyCode(event.target));
+    byId("cancel-edit").addEventListener("click", () => this.edit(false));
+    this.input.addEventListener("input", () => this.resizeInput());
+    this.input.addEventListener("keydown", (event) => this.onKey(event));
+    addEventListener("pagehide", () => this.streams.forEach((stream) => stream.stop()));
+    this.log.addEventListener("click", (event) => copyCode(event.target));
   }
 
-  /** Shows a conversation by its id, or a new one. */
+  /** Shows the stored or running conversation with this id, else a new one. */
   show(id) {
-    this.talk = this.running.get(id)?.talk ?? (id && store.read(id)) ?? newTalk();
+    this.conversation = this.streams.get(id)?.conversation ?? (id && store.read(id)) ?? newConversation();
     this.views = [];
-    this.place.replaceChildren();
+    this.log.replaceChildren();
     this.edit(false);
     this.draw(true);
-    store.rememberShown(this.talk.id);
-    this.listChanged(this.talk.id);
+    store.writeCurrent(this.conversation.id);
+    this.onListChange(this.conversation.id);
   }
 
-  key(event) {
+  onKey(event) {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     this.send();
   }
 
   send() {
-    const text = this.question.value.trim();
-    if (!text || !this.model || this.running.has(this.talk.id)) return;
-    if (this.editing) this.talk.messages.splice(this.lastQuestion());
+    const { conversation } = this;
+    const text = this.input.value.trim();
+    if (!text || !this.model || this.streams.has(conversation.id)) return;
+    if (this.editing) conversation.messages.splice(this.lastQuestion());
     this.edit(false);
-    this.talk.title ||= text.split("\n")[0].slice(0, TITLE);
-    this.talk.messages.push({ role: "user", text });
-    this.answer();
+    conversation.title ||= text.split("\n")[0].slice(0, MAX_TITLE_CHARS);
+    conversation.messages.push({ role: "user", text });
+    this.generate();
   }
 
-  again() {
-    if (this.running.has(this.talk.id)) return;
-    this.talk.messages.splice(this.lastQuestion() + 1);
-    this.question.focus();
-    this.answer();
+  regenerate() {
+    const { conversation } = this;
+    if (this.streams.has(conversation.id)) return;
+    conversation.messages.splice(this.lastQuestion() + 1);
+    this.input.focus();
+    this.generate();
   }
 
+  /** The index of the last message of the user. */
   lastQuestion() {
-    return this.talk.messages.findLastIndex((message) => message.role === "user");
+    return this.conversation.messages.findLastIndex((message) => message.role === "user");
   }
 
-  /** Puts the last question back into the field, or takes it out again. */
+  /** Starts editing the last question in the input field, or cancels it. */
   edit(on) {
-    this.question.value = on ? this.talk.messages[this.lastQuestion()].text : "";
+    this.input.value = on ? this.conversation.messages[this.lastQuestion()].text : "";
     this.editing = on;
     byId("editing").hidden = !on;
-    this.fit();
-    if (on) this.question.focus();
+    this.resizeInput();
+    if (on) this.input.focus();
   }
 
   stop() {
-    const answering = this.running.get(this.talk.id);
-    if (!answering) return;
-    answering.stop();
-    this.question.focus();
+    const stream = this.streams.get(this.conversation.id);
+    if (!stream) return;
+    stream.stop();
+    this.input.focus();
   }
 
-  async answer() {
-    const { talk } = this;
-    const message = emptyAnswer();
-    talk.messages.push(message);
+  /** Requests an answer to the conversation and streams it into a new message. */
+  async generate() {
+    const { conversation } = this;
+    const message = newAnswer();
+    conversation.messages.push(message);
     let saved = performance.now();
-    const answering = new Answering(talk, message, () => {
-      if (performance.now() - saved > SAVED_EACH) {
+    const stream = new ChatStream(conversation, message, () => {
+      if (performance.now() - saved > SAVE_INTERVAL_MS) {
         saved = performance.now();
-        store.write(talk);
+        store.write(conversation);
       }
-      this.drawSoon();
+      this.requestDraw();
     });
-    this.running.set(talk.id, answering);
-    this.keep(talk);
+    this.streams.set(conversation.id, stream);
+    this.save(conversation);
     this.draw(true);
-    const ticking = setInterval(() => this.drawSoon(), 500); // the seconds before the first token
-    await answering.run(this.model.id);
-    clearInterval(ticking);
-    this.running.delete(talk.id);
-    this.keep(talk);
+    const timer = setInterval(() => this.requestDraw(), REDRAW_INTERVAL_MS);
+    await stream.run(this.model.id);
+    clearInterval(timer);
+    this.streams.delete(conversation.id);
+    this.save(conversation);
     this.draw(false);
-    if (talk === this.talk) this.say(message);
+    if (conversation === this.conversation) this.announce(message);
   }
 
-  keep(talk) {
-    if (!store.write(talk)) toast("This browser could not keep the conversation.");
-    this.listChanged(this.talk.id);
+  save(conversation) {
+    if (!store.write(conversation)) toast("The browser could not store the conversation.");
+    this.onListChange(this.conversation.id);
   }
 
-  /** For screen readers, once and whole. */
-  say(message) {
+  /** Announces the complete answer to screen readers, once. */
+  announce(message) {
     const last = this.views.at(-1)?.element.querySelector(".answer > .text")?.textContent ?? message.text;
     const end = { done: "", stopped: " The answer was stopped.", failed: ` The answer failed: ${message.error}` }[message.state];
-    byId("said").textContent = last + end;
+    byId("announcer").textContent = last + end;
   }
 
-  drawSoon() {
-    this.drawing ||= requestAnimationFrame(() => this.draw(false));
+  requestDraw() {
+    this.frame ||= requestAnimationFrame(() => this.draw(false));
   }
 
   draw(toEnd) {
-    cancelAnimationFrame(this.drawing);
-    this.drawing = 0;
-    const { talk, place, views } = this;
-    const follow = toEnd || place.scrollHeight - place.scrollTop - place.clientHeight < NEAR;
-    const same = views.findIndex((view, i) => view.message !== talk.messages[i]);
-    if (same >= 0) views.splice(same).forEach((view) => view.element.remove());
-    for (const message of talk.messages.slice(views.length)) {
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
+    const { conversation, log, views } = this;
+    const follow = toEnd || log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PX;
+    const stale = views.findIndex((view, i) => view.message !== conversation.messages[i]);
+    if (stale >= 0) views.splice(stale).forEach((view) => view.element.remove());
+    for (const message of conversation.messages.slice(views.length)) {
       const view = message.role === "user" ? new QuestionView(message) : new AnswerView(message);
       view.message = message;
       views.push(view);
-      place.append(view.element);
+      log.append(view.element);
     }
-    const answering = this.running.get(talk.id);
-    const question = answering ? -1 : this.lastQuestion();
+    const stream = this.streams.get(conversation.id);
+    const question = stream ? -1 : this.lastQuestion();
     views.forEach((view, i) =>
       view.update({
-        last: !answering && (i === question || i === views.length - 1),
-        elapsed: answering?.elapsed(),
+        last: !stream && (i === question || i === views.length - 1),
+        elapsed: stream?.elapsed(),
         edit: () => this.edit(true),
-        again: () => this.again(),
-        copy: () => copied(view.message.text),
+        regenerate: () => this.regenerate(),
+        copy: () => copyText(view.message.text),
       }),
     );
-    place.classList.toggle("empty", views.length === 0);
-    byId("title").textContent = talk.title || "New chat";
-    byId("send").hidden = Boolean(answering);
-    byId("stop").hidden = !answering;
-    this.tellRoom();
-    if (follow) place.scrollTop = place.scrollHeight;
+    log.classList.toggle("empty", views.length === 0);
+    byId("title").textContent = conversation.title || "New chat";
+    byId("send").hidden = Boolean(stream);
+    byId("stop").hidden = !stream;
+    this.showContextUsage();
+    if (follow) log.scrollTop = log.scrollHeight;
   }
 
-  /** How much of the context the conversation takes. */
-  tellRoom() {
-    const { prompt, answer } = this.talk.messages.findLast((message) => message.numbers?.answer !== undefined)?.numbers ?? {};
+  showContextUsage() {
+    const { prompt, answer } = this.conversation.messages.findLast((message) => message.numbers?.answer !== undefined)?.numbers ?? {};
     const context = this.model?.context;
-    byId("room").textContent = !context ? "" : prompt === undefined ? `${count(context)} tokens of context.` : `${count(prompt + answer)} of ${count(context)} tokens of context used.`;
+    byId("context-usage").textContent = !context ? "" : prompt === undefined ? `${count(context)} tokens of context.` : `${count(prompt + answer)} of ${count(context)} tokens of context used.`;
   }
 
-  fit() {
-    this.question.style.height = "auto";
-    this.question.style.height = `${this.question.scrollHeight + 2}px`;
+  resizeInput() {
+    this.input.style.height = "auto";
+    this.input.style.height = `${this.input.scrollHeight + 2}px`;
   }
 
-  /** The server has told which model it has. */
-  meet(model) {
+  /** Sets the served model; null disables sending. */
+  setModel(model) {
     this.model = model;
     byId("send").disabled = !model;
-    this.tellRoom();
+    this.showContextUsage();
   }
 }
 
-async function copied(text) {
+async function copyText(text) {
   try {
     await copy(text);
     toast("Copied.");
@@ -192,5 +196,5 @@ async function copied(text) {
 }
 
 function copyCode(target) {
-  if (target.classList.contains("copy")) copied(target.closest(".code").querySelector("pre").textContent);
+  if (target.classList.contains("copy")) copyText(target.closest(".code").querySelector("pre").textContent);
 }

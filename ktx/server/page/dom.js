@@ -1,7 +1,7 @@
-// Making elements. Text becomes text nodes; nothing here reads markup.
+// Creates and patches elements. Text becomes text nodes; nothing here parses markup.
 
-/** Children may be lists: a call with a hundred thousand arguments would be too many. */
-function filled(node, properties, children) {
+/** Children may be arrays, because a call with a hundred thousand arguments fails. */
+function fill(node, properties, children) {
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
     if (typeof value === "function") node.addEventListener(name, value);
@@ -11,19 +11,19 @@ function filled(node, properties, children) {
   return node;
 }
 
-/** An element: functions among the properties are listeners, the others attributes. */
+/** Creates an HTML element. A function among the properties is an event listener, any other value an attribute. */
 export function make(name, properties = {}, ...children) {
-  return filled(document.createElement(name), properties, children);
+  return fill(document.createElement(name), properties, children);
 }
 
-/** The same for pictures. */
+/** Creates an SVG element; arguments as for `make`. */
 export function draw(name, properties = {}, ...children) {
-  return filled(document.createElementNS("http://www.w3.org/2000/svg", name), properties, children);
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", name), properties, children);
 }
 
 export const byId = (id) => document.getElementById(id);
 
-/** Makes `old` equal to `fresh` with as few changes as it takes: what stays keeps its selection, focus and scroll position. */
+/** Changes `old` to equal `fresh` with few edits: nodes that stay retain their selection, focus and scroll position. */
 export function patch(old, fresh) {
   if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName || !sameAttributes(old, fresh)) {
     old.replaceWith(fresh);
@@ -44,13 +44,13 @@ export function patch(old, fresh) {
 
 function sameAttributes(a, b) {
   if (a.nodeType !== Node.ELEMENT_NODE) return true;
-  return a.attributes.length === b.attributes.length && [...a.attributes].every((one) => b.getAttribute(one.name) === one.value);
+  return a.attributes.length === b.attributes.length && [...a.attributes].every(({ name, value }) => b.getAttribute(name) === value);
 }
 
-/** Copies text, in pages without TLS too, where browsers offer no clipboard. */
+/** Copies text to the clipboard, also on pages without TLS, where browsers have no clipboard API. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const field = make("textarea", { class: "unseen", "aria-label": "Text to copy" });
+  const field = make("textarea", { class: "sr-only", "aria-label": "Text to copy" });
   const focused = document.activeElement;
   field.value = text;
   document.body.append(field);
@@ -58,5 +58,5 @@ export async function copy(text) {
   const done = document.execCommand("copy");
   field.remove();
   focused?.focus();
-  if (!done) throw new Error("the browser did not let this page copy");
+  if (!done) throw new Error("the browser denied access to the clipboard");
 }

@@ -1,33 +1,33 @@
-// Which experts are used: layers down, experts across. An expert's colour is its use over an even share of its layer.
+// The heat map of expert activations: a row per layer, a column per expert. The color is the load over the layer's mean.
 
 import { make } from "./dom.js";
 import { count, percent, seconds } from "./format.js";
 
-const LEFT = 36; // pixels for the layers' numbers
-const TOP = 18; // for the experts'
-const SHADES = 64;
+const LEFT_PX = 36; // for the layer numbers
+const TOP_PX = 18; // for the expert numbers
+const NUM_COLORS = 64;
 
 export class HeatMap {
   constructor() {
     this.canvas = make("canvas", { tabindex: 0, role: "img", "aria-describedby": "expert-read" });
-    this.read = make("output", { id: "expert-read" });
-    this.words = make("p", { class: "below" });
+    this.output = make("output", { id: "expert-read" });
+    this.summary = make("p", { class: "below" });
     this.nodes = make("p", { class: "below", hidden: true });
-    this.most = make("span");
+    this.maximum = make("span");
     this.scale = ["low", "mid", "high"].map((name) => make("span", { class: `heat-${name}` }));
-    const legend = make("p", { class: "legend", "aria-hidden": "true" }, "never", make("span", { class: "ramp" }, ...this.scale), this.most);
-    const choice = (value, name, chosen) => make("label", {}, make("input", { type: "radio", name: "since", value, checked: chosen, change: () => this.draw() }), ` ${name}`);
-    this.choices = make("fieldset", {}, make("legend", { class: "unseen" }, "Activations"), choice("minute", "last minute", true), choice("start", "since the start", false));
-    this.body = make("div", {}, this.canvas, make("div", { class: "under-map" }, this.read, legend), this.words, this.nodes);
+    const legend = make("p", { class: "legend", "aria-hidden": "true" }, "unused", make("span", { class: "ramp" }, ...this.scale), this.maximum);
+    const choice = (value, name, checked) => make("label", {}, make("input", { type: "radio", name: "since", value, checked, change: () => this.draw() }), ` ${name}`);
+    this.choices = make("fieldset", {}, make("legend", { class: "sr-only" }, "Activations"), choice("minute", "last minute", true), choice("start", "since the start", false));
+    this.body = make("div", {}, this.canvas, make("div", { class: "under-map" }, this.output, legend), this.summary, this.nodes);
     this.element = make("section", { class: "experts", "aria-labelledby": "experts-title" }, make("div", { class: "heading" }, make("h3", { id: "experts-title" }, "Experts"), this.choices), this.body);
     this.cursor = null; // [row, expert]
-    this.canvas.addEventListener("pointermove", (event) => this.point(event));
+    this.canvas.addEventListener("pointermove", (event) => this.onPointer(event));
     this.canvas.addEventListener("pointerleave", () => this.move(null));
-    this.canvas.addEventListener("keydown", (event) => this.key(event));
+    this.canvas.addEventListener("keydown", (event) => this.onKey(event));
   }
 
-  show(told, history) {
-    this.experts = told.experts ?? null;
+  show(stats, history) {
+    this.experts = stats.experts ?? null;
     this.history = history;
     this.draw();
   }
@@ -35,147 +35,148 @@ export class HeatMap {
   draw() {
     const { experts } = this;
     const known = Boolean(experts?.layers?.length);
-    for (const part of [this.canvas, this.choices, this.canvas.nextSibling]) part.hidden = !known;
+    for (const element of [this.canvas, this.choices, this.canvas.nextSibling]) element.hidden = !known;
     if (!known) {
-      this.words.textContent = "No routed experts: this model has none, or this backend does not count them.";
+      this.summary.textContent = "No routed experts: this model has none, or this backend does not count them.";
       return;
     }
-    this.table = this.chosen();
-    this.totals = this.table.map((row) => row.reduce((sum, one) => sum + one, 0));
+    this.table = this.selectCounts();
+    this.totals = this.table.map((row) => row.reduce((sum, n) => sum + n, 0));
     this.paint();
-    this.tell();
+    this.describe();
   }
 
-  /** The counts that were asked for; `this.over` says of how many seconds, null being all. */
-  chosen() {
+  /** The counts of the selected period. Sets `this.seconds` to its length, null for all since the start. */
+  selectCounts() {
     const { activations } = this.experts;
     if (this.choices.querySelector("[value=start]").checked) {
-      this.over = null;
+      this.seconds = null;
       return activations;
     }
-    const [recent, over] = this.history.recent(activations, this.history.samples.at(-1).at);
-    this.over = over;
+    const [recent, length] = this.history.recent(activations, this.history.samples.at(-1).at);
+    this.seconds = length;
     return recent;
   }
 
-  /** Use over an even share of the layer's: 1 is even. */
+  /** Activations of an expert over the mean of its layer. */
   load(row, expert) {
     return this.totals[row] ? (this.table[row][expert] * this.experts.count) / this.totals[row] : 0;
   }
 
   paint() {
     const { canvas, table } = this;
-    const across = this.experts.count;
+    const columns = this.experts.count;
     const width = canvas.parentElement.clientWidth;
     if (!width) return;
-    const high = Math.max(6, Math.min(24, Math.floor(460 / table.length)));
-    const [height, sharp] = [TOP + high * table.length, devicePixelRatio || 1];
-    canvas.width = Math.round(width * sharp);
-    canvas.height = Math.round(height * sharp);
-    canvas.style.height = `${height}px`;
-    this.cell = [(width - LEFT) / across, high];
-    const pen = canvas.getContext("2d");
-    pen.scale(sharp, sharp);
-    const shades = this.shades();
-    const most = Math.max(2, ...table.flatMap((row, i) => row.map((_, expert) => this.load(i, expert))));
-    const [wide, gap] = [this.cell[0], this.cell[0] > 5 && high > 5 ? 1 : 0];
+    const height = Math.max(6, Math.min(24, Math.floor(460 / table.length)));
+    const [total, ratio] = [TOP_PX + height * table.length, devicePixelRatio || 1];
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(total * ratio);
+    canvas.style.height = `${total}px`;
+    this.cell = [(width - LEFT_PX) / columns, height];
+    const ctx = canvas.getContext("2d");
+    ctx.scale(ratio, ratio);
+    const colors = this.colors();
+    const max = Math.max(2, ...table.flatMap((row, i) => row.map((_, expert) => this.load(i, expert))));
+    const [cell, gap] = [this.cell[0], this.cell[0] > 5 && height > 5 ? 1 : 0];
     table.forEach((row, i) =>
       row.forEach((_, expert) => {
-        pen.fillStyle = shades[Math.round(shade(this.load(i, expert), most) * (SHADES - 1))];
-        pen.fillRect(LEFT + expert * wide, TOP + i * high, wide - gap, high - gap);
+        ctx.fillStyle = colors[Math.round(intensity(this.load(i, expert), max) * (NUM_COLORS - 1))];
+        ctx.fillRect(LEFT_PX + expert * cell, TOP_PX + i * height, cell - gap, height - gap);
       }),
     );
-    this.label(pen, across, high);
-    this.most.textContent = `${most.toFixed(1)} times an even share`;
-    if (this.cursor) this.frame(pen, getComputedStyle(canvas).color);
+    this.drawLabels(ctx);
+    this.maximum.textContent = `${max.toFixed(1)} × mean`;
+    if (this.cursor) this.drawCursor(ctx, getComputedStyle(canvas).color);
   }
 
-  label(pen, across, high) {
-    const style = getComputedStyle(this.words);
-    pen.fillStyle = style.color;
-    pen.font = `11px ${style.fontFamily}`;
-    pen.textBaseline = "middle";
-    pen.textAlign = "right";
-    const step = Math.ceil(12 / high);
-    this.experts.layers.forEach((layer, i) => i % step === 0 && pen.fillText(String(layer), LEFT - 8, TOP + (i + 0.5) * high));
-    pen.textAlign = "center";
-    const every = [1, 2, 4, 8, 16, 32, 64].find((one) => one * this.cell[0] > 24) ?? 128;
-    for (let expert = 0; expert < across; expert += every) pen.fillText(String(expert), LEFT + (expert + 0.5) * this.cell[0], TOP / 2);
+  drawLabels(ctx) {
+    const [width, height] = this.cell;
+    const style = getComputedStyle(this.summary);
+    ctx.fillStyle = style.color;
+    ctx.font = `11px ${style.fontFamily}`;
+    ctx.textBaseline = "middle";
+    ctx.textAlign = "right";
+    const step = Math.ceil(12 / height);
+    this.experts.layers.forEach((layer, i) => i % step === 0 && ctx.fillText(String(layer), LEFT_PX - 8, TOP_PX + (i + 0.5) * height));
+    ctx.textAlign = "center";
+    const every = [1, 2, 4, 8, 16, 32, 64].find((n) => n * width > 24) ?? 128;
+    for (let expert = 0; expert < this.experts.count; expert += every) ctx.fillText(String(expert), LEFT_PX + (expert + 0.5) * width, TOP_PX / 2);
   }
 
-  frame(pen, colour) {
-    const [[row, expert], [wide, high]] = [this.cursor, this.cell];
-    pen.strokeStyle = colour;
-    pen.lineWidth = 2;
-    pen.strokeRect(LEFT + expert * wide, TOP + row * high, wide, high);
+  drawCursor(ctx, color) {
+    const [[row, expert], [width, height]] = [this.cursor, this.cell];
+    ctx.strokeStyle = color;
+    ctx.lineWidth = 2;
+    ctx.strokeRect(LEFT_PX + expert * width, TOP_PX + row * height, width, height);
   }
 
-  /** From the legend's colours, which are those of the theme. */
-  shades() {
-    const stops = this.scale.map((one) => getComputedStyle(one).backgroundColor.match(/[\d.]+/g).slice(0, 3).map(Number));
-    return Array.from({ length: SHADES }, (_, i) => {
-      const [half, part] = i < SHADES / 2 ? [0, i / (SHADES / 2)] : [1, i / (SHADES / 2) - 1];
-      return `rgb(${stops[half].map((from, c) => Math.round(from + (stops[half + 1][c] - from) * part)).join(" ")})`;
+  /** Interpolates the legend's colors, which the theme sets. */
+  colors() {
+    const stops = this.scale.map((span) => getComputedStyle(span).backgroundColor.match(/[\d.]+/g).slice(0, 3).map(Number));
+    return Array.from({ length: NUM_COLORS }, (_, i) => {
+      const [half, t] = i < NUM_COLORS / 2 ? [0, i / (NUM_COLORS / 2)] : [1, i / (NUM_COLORS / 2) - 1];
+      return `rgb(${stops[half].map((from, c) => Math.round(from + (stops[half + 1][c] - from) * t)).join(" ")})`;
     });
   }
 
-  tell() {
-    const used = this.table.flat().filter((one) => one > 0).length;
-    const all = this.table.length * this.experts.count;
-    const when = this.over === null ? "since the start" : `over the last ${seconds(this.over)}`;
-    this.words.textContent = used
-      ? `${count(used)} of ${count(all)} experts (${percent(used / all)}) were used ${when}; a token uses ${this.experts.top} in each of ${this.table.length} layers. ${this.busiest()}`
+  describe() {
+    const used = this.table.flat().filter((n) => n > 0).length;
+    const total = this.table.length * this.experts.count;
+    const when = this.seconds === null ? "since the start" : `in the last ${seconds(this.seconds)}`;
+    this.summary.textContent = used
+      ? `${count(used)} of ${count(total)} experts (${percent(used / total)}) were used ${when}; a token activates ${this.experts.top} in each of ${this.table.length} layers. ${this.busiest()}`
       : `No expert was used ${when}.`;
-    this.canvas.setAttribute("aria-label", `Use of experts by layer. ${this.words.textContent} Arrow keys read single experts.`);
-    this.tellNodes(this.experts.seconds ?? []);
-    this.readCursor();
+    this.canvas.setAttribute("aria-label", `Expert activations by layer. ${this.summary.textContent} Use the arrow keys to select an expert.`);
+    this.describeNodes(this.experts.seconds ?? []);
+    this.describeCursor();
   }
 
   busiest() {
-    const [row, expert, load] = this.table.reduce((best, counts, i) => counts.reduce((found, _, j) => (this.load(i, j) > found[2] ? [i, j, this.load(i, j)] : found), best), [0, 0, 0]);
-    return `The busiest is expert ${expert} of layer ${this.experts.layers[row]} with ${load.toFixed(1)} times an even share.`;
+    const [row, expert, load] = this.table.reduce((best, counts, i) => counts.reduce((max, _, j) => (this.load(i, j) > max[2] ? [i, j, this.load(i, j)] : max), best), [0, 0, 0]);
+    return `The busiest is expert ${expert} of layer ${this.experts.layers[row]} with ${load.toFixed(1)} times the layer's mean.`;
   }
 
-  tellNodes(times) {
+  describeNodes(times) {
     this.nodes.hidden = times.length < 2;
-    this.nodes.textContent = `Time in experts by memory node: ${times.map((time, i) => `${i}: ${seconds(time)}`).join(", ")}.`;
+    this.nodes.textContent = `Time in experts per NUMA node: ${times.map((time, i) => `${i}: ${seconds(time)}`).join(", ")}.`;
   }
 
-  point(event) {
-    const [wide, high] = this.cell ?? [1, 1];
+  onPointer(event) {
+    const [width, height] = this.cell ?? [1, 1];
     const box = this.canvas.getBoundingClientRect();
-    this.move([Math.floor((event.clientY - box.top - TOP) / high), Math.floor((event.clientX - box.left - LEFT) / wide)]);
+    this.move([Math.floor((event.clientY - box.top - TOP_PX) / height), Math.floor((event.clientX - box.left - LEFT_PX) / width)]);
   }
 
-  key(event) {
+  onKey(event) {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (!step || !this.table) return;
     event.preventDefault();
     const [row, expert] = this.cursor ?? [0, 0];
     const next = this.cursor ? [row + step[0], expert + step[1]] : [0, 0];
-    if (this.inside(next)) this.move(next);
+    if (this.contains(next)) this.move(next);
   }
 
-  inside([row, expert]) {
+  contains([row, expert]) {
     return row >= 0 && expert >= 0 && row < this.table.length && expert < this.experts.count;
   }
 
-  move(place) {
+  move(cell) {
     if (!this.table) return;
-    this.cursor = place && this.inside(place) ? place : null;
+    this.cursor = cell && this.contains(cell) ? cell : null;
     this.paint();
-    this.readCursor();
+    this.describeCursor();
   }
 
-  readCursor() {
-    if (!this.cursor || !this.inside(this.cursor)) {
-      this.read.textContent = "Point at an expert, or move with the arrow keys.";
+  describeCursor() {
+    if (!this.cursor || !this.contains(this.cursor)) {
+      this.output.textContent = "Point at an expert or use the arrow keys.";
       return;
     }
     const [row, expert] = this.cursor;
-    this.read.textContent = `Layer ${this.experts.layers[row]}, expert ${expert}: ${count(this.table[row][expert])} activations, ${this.load(row, expert).toFixed(2)} times an even share.`;
+    this.output.textContent = `Layer ${this.experts.layers[row]}, expert ${expert}: ${count(this.table[row][expert])} activations, ${this.load(row, expert).toFixed(2)} times the layer's mean.`;
   }
 }
 
-/** 0 to 1: an even share is the middle, more than it grows by its logarithm. */
-const shade = (load, most) => (load <= 1 ? load / 2 : 0.5 + (0.5 * Math.log(load)) / Math.log(most));
+/** Maps a load to 0..1: linear up to the mean at 0.5, logarithmic above it. */
+const intensity = (load, max) => (load <= 1 ? load / 2 : 0.5 + (0.5 * Math.log(load)) / Math.log(max));

@@ -1,19 +1,19 @@
-// Markdown within a paragraph: code, emphasis, links. Makes DOM nodes of text; a link leads to http or https or stays text.
-// Everything is found in one pass with a stack, so that a hostile line costs no more than its length.
+// Inline Markdown: code, emphasis, links. Converts text to DOM nodes; links other than http and https stay text.
+// Parses in one pass with a stack, so that hostile input takes linear time.
 
 import { make } from "./dom.js";
 
-const LONGEST = 2000; // letters of an address
-const DEEPEST = 16; // of emphasis of one kind and of brackets: deeper ones are text
+const MAX_URL_CHARS = 2000;
+const MAX_DEPTH = 16; // of open brackets, and of open emphasis of one kind; deeper ones are text
 const TARGET = /\(\s{0,9}<?([^\s<>()]{0,2000}(?:\([^\s<>()]{0,200}\)[^\s<>()]{0,200}){0,9})>?(?:\s{1,9}"[^"]{0,300}")?\s{0,9}\)/y;
 const BARE = /https?:\/\/[^\s<>"'`*|\\]{1,2000}/y;
 const ANGLE = /<(https?:\/\/[^\s<>]{1,2000})>/y;
 const SPECIAL = /[\\`*_~[\]!<h\n]/g;
 const WORD = /[\p{L}\p{N}]/u;
 
-/** The address if it is one of the web, else null. */
-export function webAddress(text) {
-  if (text.length > LONGEST || !/^https?:\/\//i.test(text)) return null;
+/** The normalized URL if it is http or https, else null. */
+export function httpUrl(text) {
+  if (text.length > MAX_URL_CHARS || !/^https?:\/\//i.test(text)) return null;
   try {
     return new URL(text).href;
   } catch {
@@ -21,34 +21,34 @@ export function webAddress(text) {
   }
 }
 
-function link(address, children) {
-  return make("a", { href: address, rel: "noopener noreferrer", target: "_blank" }, children);
+function link(href, children) {
+  return make("a", { href, rel: "noopener noreferrer", target: "_blank" }, children);
 }
 
-/** The nodes of a line or several. */
+/** Parses inline Markdown and returns DOM nodes and strings. */
 export function inline(text) {
-  return new Inline(text).read();
+  return new InlineParser(text).parse();
 }
 
-class Inline {
+class InlineParser {
   constructor(text) {
     this.text = text;
     this.at = 0;
-    this.nodes = []; // nodes and marks: {mark, count, opens, closes}
-    this.brackets = []; // where in nodes an opening one stands, and whether it is a picture's
-    this.lonely = new Set(); // lengths of runs of ` that nothing closes
+    this.nodes = []; // DOM nodes, strings and delimiter runs: {mark, count, opens, closes}
+    this.brackets = []; // open brackets: {index in nodes, isImage}
+    this.unclosed = new Set(); // lengths of backtick runs without a closing run
   }
 
-  read() {
-    const steps = { "\\": "escape", "`": "code", "*": "mark", _: "mark", "~": "mark", "[": "open", "!": "open", "]": "close", "<": "angle", h: "bare", "\n": "line" };
+  parse() {
+    const handlers = { "\\": "escape", "`": "code", "*": "mark", _: "mark", "~": "mark", "[": "open", "!": "open", "]": "close", "<": "angle", h: "bare", "\n": "line" };
     while (this.at < this.text.length) {
       SPECIAL.lastIndex = this.at;
       const next = SPECIAL.exec(this.text)?.index ?? this.text.length;
       if (next > this.at) this.put(this.text.slice(this.at, next));
       this.at = next;
-      if (next < this.text.length && !this[steps[this.text[next]]]()) this.put(this.text[this.at++]);
+      if (next < this.text.length && !this[handlers[this.text[next]]]()) this.put(this.text[this.at++]);
     }
-    return emphasised(this.nodes);
+    return emphasize(this.nodes);
   }
 
   put(text) {
@@ -77,9 +77,9 @@ class Inline {
     run.lastIndex = this.at;
     const fence = run.exec(this.text)[0];
     const from = this.at + fence.length;
-    const end = this.lonely.has(fence.length) ? -1 : this.closing(from, fence.length);
+    const end = this.unclosed.has(fence.length) ? -1 : this.closing(from, fence.length);
     if (end < 0) {
-      this.lonely.add(fence.length);
+      this.unclosed.add(fence.length);
       this.put(fence);
       this.at = from;
       return true;
@@ -114,12 +114,12 @@ class Inline {
   }
 
   open() {
-    const picture = this.text[this.at] === "!";
-    if ((picture && this.text[this.at + 1] !== "[") || this.brackets.length >= DEEPEST) return false;
-    this.brackets.push({ place: this.nodes.length, picture });
-    this.nodes.push(picture ? "![" : "[");
-    this.nodes.push(""); // the text behind it is a node of its own
-    this.at += picture ? 2 : 1;
+    const isImage = this.text[this.at] === "!";
+    if ((isImage && this.text[this.at + 1] !== "[") || this.brackets.length >= MAX_DEPTH) return false;
+    this.brackets.push({ index: this.nodes.length, isImage });
+    this.nodes.push(isImage ? "![" : "[");
+    this.nodes.push(""); // the text after it is a separate node
+    this.at += isImage ? 2 : 1;
     return true;
   }
 
@@ -127,24 +127,24 @@ class Inline {
     const bracket = this.brackets.pop();
     if (!bracket) return false;
     TARGET.lastIndex = this.at + 1;
-    const found = this.text[this.at + 1] === "(" ? TARGET.exec(this.text) : null;
-    const address = found && webAddress(found[1]);
-    if (!address) return false;
-    const inner = emphasised(this.nodes.splice(bracket.place).slice(1));
-    const named = inner.length ? inner : [address];
-    if (bracket.picture && this.brackets.length) this.nodes = this.nodes.concat(named); // no link within a link
-    else this.nodes.push(link(address, named));
-    if (!bracket.picture) this.brackets.length = 0;
+    const match = this.text[this.at + 1] === "(" ? TARGET.exec(this.text) : null;
+    const url = match && httpUrl(match[1]);
+    if (!url) return false;
+    const inner = emphasize(this.nodes.splice(bracket.index).slice(1));
+    const label = inner.length ? inner : [url];
+    if (bracket.isImage && this.brackets.length) this.nodes = this.nodes.concat(label); // links cannot be nested
+    else this.nodes.push(link(url, label));
+    if (!bracket.isImage) this.brackets.length = 0;
     this.at = TARGET.lastIndex;
     return true;
   }
 
   angle() {
     ANGLE.lastIndex = this.at;
-    const found = ANGLE.exec(this.text);
-    const address = found && webAddress(found[1]);
-    if (!address) return false;
-    this.nodes.push(link(address, found[1]));
+    const match = ANGLE.exec(this.text);
+    const url = match && httpUrl(match[1]);
+    if (!url) return false;
+    this.nodes.push(link(url, match[1]));
     this.at = ANGLE.lastIndex;
     return true;
   }
@@ -152,23 +152,23 @@ class Inline {
   bare() {
     if (this.brackets.length || WORD.test(this.text[this.at - 1] ?? " ")) return false;
     BARE.lastIndex = this.at;
-    let found = BARE.exec(this.text)?.[0];
-    if (!found) return false;
-    found = found.replace(/[.,:;!?\])]$/, (last) => (last === ")" && found.includes("(") ? last : ""));
-    const address = webAddress(found);
-    if (!address) return false;
-    this.nodes.push(link(address, found));
-    this.at += found.length;
+    let text = BARE.exec(this.text)?.[0];
+    if (!text) return false;
+    text = text.replace(/[.,:;!?\])]$/, (last) => (last === ")" && text.includes("(") ? last : ""));
+    const url = httpUrl(text);
+    if (!url) return false;
+    this.nodes.push(link(url, text));
+    this.at += text.length;
     return true;
   }
 }
 
-const WRAPS = { "*": ["em", "strong"], _: ["em", "strong"], "~": [null, "del"] };
+const TAGS = { "*": ["em", "strong"], _: ["em", "strong"], "~": [null, "del"] };
 
-/** Text and elements, where marks that pair have become elements around what stood between them. */
-function emphasised(nodes) {
-  const done = []; // nodes, and marks that may still be closed
-  const open = { "*": [], _: [], "~": [] }; // places in done
+/** Replaces paired delimiter runs and the nodes between them by elements. */
+function emphasize(nodes) {
+  const done = []; // nodes, and delimiter runs that can still be closed
+  const open = { "*": [], _: [], "~": [] }; // indices into `done`
   for (const node of nodes) {
     if (!node.mark) {
       done.push(node);
@@ -176,36 +176,36 @@ function emphasised(nodes) {
     }
     let left = node.count;
     while (node.closes && left && open[node.mark].length) {
-      const place = open[node.mark].at(-1);
-      const opener = done[place];
+      const index = open[node.mark].at(-1);
+      const opener = done[index];
       const pair = Math.min(left, opener.count, 2);
-      const name = WRAPS[node.mark][pair - 1];
-      if (!name) break;
-      const inner = joined(done.splice(place + 1));
-      for (const places of Object.values(open)) while (places.length && places.at(-1) > place) places.pop();
+      const tag = TAGS[node.mark][pair - 1];
+      if (!tag) break;
+      const inner = mergeText(done.splice(index + 1));
+      for (const stack of Object.values(open)) while (stack.length && stack.at(-1) > index) stack.pop();
       opener.count -= pair;
       left -= pair;
       if (!opener.count) {
         open[node.mark].pop();
         done.pop();
       }
-      done.push(make(name, {}, inner));
+      done.push(make(tag, {}, inner));
     }
-    if (left && node.opens && open[node.mark].length < DEEPEST) {
+    if (left && node.opens && open[node.mark].length < MAX_DEPTH) {
       open[node.mark].push(done.length);
       done.push({ mark: node.mark, count: left });
     } else if (left) done.push(node.mark.repeat(left));
   }
-  return joined(done);
+  return mergeText(done);
 }
 
-/** Marks that stayed single are text, and texts side by side are one. */
-function joined(nodes) {
-  const found = [];
+/** Turns unpaired delimiter runs into text and merges adjacent strings. */
+function mergeText(nodes) {
+  const merged = [];
   for (const node of nodes) {
-    const one = node.mark ? node.mark.repeat(node.count) : node;
-    if (typeof one === "string" && typeof found.at(-1) === "string") found[found.length - 1] += one;
-    else if (one !== "") found.push(one);
+    const item = node.mark ? node.mark.repeat(node.count) : node;
+    if (typeof item === "string" && typeof merged.at(-1) === "string") merged[merged.length - 1] += item;
+    else if (item !== "") merged.push(item);
   }
-  return found;
+  return merged;
 }

@@ -1,19 +1,19 @@
-// The machine tab: asks /machine once a second while it is seen, keeps what it takes to tell rates, and hands both to the parts that draw.
+// The machine tab: polls /machine once per second while visible, stores samples to compute rates, and updates its views.
 
 import { call } from "./api.js";
 import { make } from "./dom.js";
-import { Bandwidth, Numbers } from "./gauges.js";
+import { Bandwidth, Tiles } from "./gauges.js";
 import { HeatMap } from "./heatmap.js";
 import { Modules } from "./modules.js";
 import { seconds } from "./format.js";
 
-const EACH = 1000; // milliseconds between two questions
-const KEPT = 120; // samples of counters
-const GAP = 10; // seconds without a sample after which rates begin anew
-const COUNTS_EACH = 5; // seconds between two kept tables of activations
-const WINDOW = 60; // seconds of activations told as "the last minute"
+const POLL_INTERVAL_MS = 1000;
+const MAX_SAMPLES = 120;
+const MAX_GAP_S = 10; // a longer gap between samples resets the history
+const COUNTS_INTERVAL_S = 5; // between stored tables of activations
+const COUNTS_WINDOW_S = 60; // "the last minute"
 
-/** Counters over time. `samples`: {at, ...counters}; `counts`: {at, activations}. */
+/** Counters over time. `samples` holds {at, ...counters}, `counts` holds {at, activations}; `at` is in seconds. */
 export class History {
   constructor() {
     this.samples = [];
@@ -21,11 +21,11 @@ export class History {
     this.uptime = 0;
   }
 
-  add(told, at) {
-    const before = this.samples.at(-1);
-    if ((before && at - before.at > GAP) || (told.uptime_seconds ?? 0) < this.uptime) [this.samples, this.counts] = [[], []];
-    this.uptime = told.uptime_seconds ?? 0;
-    const [bandwidth, requests] = [told.bandwidth ?? {}, told.requests ?? {}];
+  add(stats, at) {
+    const last = this.samples.at(-1);
+    if ((last && at - last.at > MAX_GAP_S) || (stats.uptime_seconds ?? 0) < this.uptime) [this.samples, this.counts] = [[], []];
+    this.uptime = stats.uptime_seconds ?? 0;
+    const [bandwidth, requests] = [stats.bandwidth ?? {}, stats.requests ?? {}];
     this.samples.push({
       at,
       bytes: bandwidth.bytes ?? null,
@@ -35,28 +35,28 @@ export class History {
       prompt_tokens: requests.prompt_tokens ?? null,
       answer_tokens: requests.answer_tokens ?? null,
     });
-    this.samples.splice(0, this.samples.length - KEPT);
-    if (told.experts && !(at - this.counts.at(-1)?.at < COUNTS_EACH)) this.counts.push({ at, activations: told.experts.activations });
-    while (this.counts.length > 1 && at - this.counts[1].at >= WINDOW) this.counts.shift();
+    this.samples.splice(0, this.samples.length - MAX_SAMPLES);
+    if (stats.experts && !(at - this.counts.at(-1)?.at < COUNTS_INTERVAL_S)) this.counts.push({ at, activations: stats.experts.activations });
+    while (this.counts.length > 1 && at - this.counts[1].at >= COUNTS_WINDOW_S) this.counts.shift();
   }
 
-  /** How much a counter has grown over the last seconds, or null: not known. */
-  grown(name, over = 5) {
+  /** A counter's growth over the last seconds as {amount, seconds}, or null if unknown. */
+  growth(name, window = 5) {
     const last = this.samples.at(-1);
-    const first = this.samples.find((sample) => last.at - sample.at <= over + 0.5);
+    const first = this.samples.find((sample) => last.at - sample.at <= window + 0.5);
     if (!last || first === last || last[name] === null || first[name] === null) return null;
-    return { by: last[name] - first[name], seconds: last.at - first.at };
+    return { amount: last[name] - first[name], seconds: last.at - first.at };
   }
 
-  /** [at, ratio of two counters' growth] between neighbouring samples; 0 where nothing was computed. */
-  ratios(over, under) {
+  /** [at, ratio of two counters' growth] between adjacent samples; 0 if the denominator did not grow. */
+  ratios(numerator, denominator) {
     return this.samples.slice(1).map((sample, i) => {
-      const time = sample[under] - this.samples[i][under];
-      return [sample.at, time > 0 ? (sample[over] - this.samples[i][over]) / time : 0];
+      const grown = sample[denominator] - this.samples[i][denominator];
+      return [sample.at, grown > 0 ? (sample[numerator] - this.samples[i][numerator]) / grown : 0];
     });
   }
 
-  /** Activations since the oldest kept table, and how many seconds that is. */
+  /** [activations since the oldest stored table, its age in seconds]. */
   recent(activations, at) {
     const [oldest] = this.counts;
     if (!oldest || oldest.activations.length !== activations.length) return [activations, 0];
@@ -65,58 +65,58 @@ export class History {
 }
 
 export class Machine {
-  constructor(place) {
+  constructor(panel) {
     this.history = new History();
-    this.told = null;
-    this.wanted = false;
+    this.stats = null;
+    this.selected = false;
     this.timer = 0;
     this.facts = make("p", { class: "facts" });
-    this.words = make("p", { class: "notice", role: "status" }, "Asking the server…");
-    this.parts = [new Numbers(), new Bandwidth(), new HeatMap(), new Modules()];
-    this.body = make("div", { class: "parts", hidden: true }, ...this.parts.map((part) => part.element));
-    place.append(make("h2", { class: "unseen" }, "Machine"), this.facts, this.words, this.body);
-    document.addEventListener("visibilitychange", () => this.visible(this.wanted));
+    this.notice = make("p", { class: "notice", role: "status" }, "Loading…");
+    this.views = [new Tiles(), new Bandwidth(), new HeatMap(), new Modules()];
+    this.body = make("div", { class: "parts", hidden: true }, ...this.views.map((view) => view.element));
+    panel.append(make("h2", { class: "sr-only" }, "Machine"), this.facts, this.notice, this.body);
+    document.addEventListener("visibilitychange", () => this.setSelected(this.selected));
     new ResizeObserver(() => this.redraw()).observe(this.body);
   }
 
-  /** Whether the tab is chosen; nothing is asked while it is not, or while the window is not seen. */
-  visible(wanted) {
-    this.wanted = wanted;
+  /** Sets whether the tab is selected. Polls only while it is and the window is visible. */
+  setSelected(selected) {
+    this.selected = selected;
     clearTimeout(this.timer);
-    if (this.seen()) this.ask();
+    if (this.isVisible()) this.poll();
   }
 
-  seen() {
-    return this.wanted && document.visibilityState === "visible";
+  isVisible() {
+    return this.selected && document.visibilityState === "visible";
   }
 
-  async ask() {
+  async poll() {
     const started = performance.now();
-    let again = true;
+    let retry = true;
     try {
-      this.told = await (await call("machine")).json();
-      this.history.add(this.told, performance.now() / 1000);
-      this.words.hidden = true;
+      this.stats = await (await call("machine")).json();
+      this.history.add(this.stats, performance.now() / 1000);
+      this.notice.hidden = true;
       this.body.hidden = false;
       this.redraw();
     } catch (error) {
-      this.words.hidden = false;
-      this.words.textContent = error.status === 404 ? "This server tells nothing of its machine." : error.message;
-      again = error.status !== 401 && error.status !== 404;
+      this.notice.hidden = false;
+      this.notice.textContent = error.status === 404 ? "This server has no route /machine." : error.message;
+      retry = error.status !== 401 && error.status !== 404;
     }
     clearTimeout(this.timer);
-    if (again && this.seen()) this.timer = setTimeout(() => this.ask(), Math.max(100, EACH - (performance.now() - started)));
+    if (retry && this.isVisible()) this.timer = setTimeout(() => this.poll(), Math.max(100, POLL_INTERVAL_MS - (performance.now() - started)));
   }
 
   redraw() {
-    if (!this.told || !this.wanted) return;
-    this.facts.textContent = facts(this.told);
-    for (const part of this.parts) part.show(this.told, this.history);
+    if (!this.stats || !this.selected) return;
+    this.facts.textContent = facts(this.stats);
+    for (const view of this.views) view.show(this.stats, this.history);
   }
 }
 
 function facts({ model, cpu, isa, threads, nodes, uptime_seconds: uptime }) {
-  const found = [model, cpu, isa && `${isa} kernels`, threads && `${threads} threads`, nodes > 1 && `${nodes} memory nodes`];
-  if (Number.isFinite(uptime)) found.push(`up ${seconds(uptime)}`);
-  return found.filter(Boolean).join(" · ");
+  const parts = [model, cpu, isa && `${isa} kernels`, threads && `${threads} threads`, nodes > 1 && `${nodes} NUMA nodes`];
+  if (Number.isFinite(uptime)) parts.push(`up ${seconds(uptime)}`);
+  return parts.filter(Boolean).join(" · ");
 }

@@ -1,17 +1,17 @@
-// Markdown in blocks: headings, paragraphs, lists, quotes, code, tables. Models write it, so nothing of it is trusted:
-// all text becomes text nodes, and HTML in it is text like any other.
+// Markdown blocks: headings, paragraphs, lists, quotes, code, tables. Model output is untrusted, so all of it, HTML
+// included, becomes text nodes.
 
 import { make, patch } from "./dom.js";
 import { inline } from "./inline.js";
 
-const DEEPEST = 8; // of lists and quotes within each other; below it they are paragraphs
+const MAX_DEPTH = 8; // of nested lists and quotes; deeper ones are paragraphs
 const HEADING = /^ {0,3}(#{1,6})(?=\s|$)/;
 const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|)$/;
 const QUOTE = /^ {0,3}> ?/;
 const CELL = /^\s*(:?)-+(:?)\s*$/;
 
-const blank = (line) => line.trim() === "";
+const isBlank = (line) => line.trim() === "";
 
 function isRule(line) {
   const marks = line.replaceAll(" ", "");
@@ -23,7 +23,7 @@ function isItem(line) {
   return item && item[1].length < 4 && !isRule(line) ? item : null;
 }
 
-/** Whether an item may follow a paragraph without a blank line: "1986. was a good year" begins no list. */
+/** Whether an item can interrupt a paragraph: "1986. was a good year" does not start a list. */
 function interrupts(line) {
   const item = isItem(line);
   return item && item[4] && (item[2].length === 1 || parseInt(item[2], 10) === 1);
@@ -35,11 +35,11 @@ function isTable(lines, at) {
   return below.every((cell) => CELL.test(cell)) && below.length === cells(lines[at]).length;
 }
 
-const begins = (lines, at, deep) =>
-  HEADING.test(lines[at]) || FENCE.test(lines[at]) || isRule(lines[at]) || isTable(lines, at) || (deep < DEEPEST && (QUOTE.test(lines[at]) || interrupts(lines[at])));
+const startsBlock = (lines, at, depth) =>
+  HEADING.test(lines[at]) || FENCE.test(lines[at]) || isRule(lines[at]) || isTable(lines, at) || (depth < MAX_DEPTH && (QUOTE.test(lines[at]) || interrupts(lines[at])));
 
-/** [element, the line behind it] of the block that begins at a line that is not blank. */
-function block(lines, at, deep) {
+/** Parses the block that starts at line `at`, which is not blank. Returns [element, index of the next line]. */
+function parseBlock(lines, at, depth) {
   const line = lines[at];
   const hashes = HEADING.exec(line);
   if (hashes) return [heading(hashes[1].length, line.slice(hashes[0].length).trim()), at + 1];
@@ -47,17 +47,17 @@ function block(lines, at, deep) {
   if (fence) return code(lines, at, fence);
   if (isRule(line)) return [make("hr"), at + 1];
   if (isTable(lines, at)) return table(lines, at);
-  if (deep < DEEPEST && QUOTE.test(line)) return quote(lines, at, deep);
-  const item = deep < DEEPEST && isItem(line);
-  if (item) return list(lines, at, deep, item);
-  return paragraph(lines, at, deep);
+  if (depth < MAX_DEPTH && QUOTE.test(line)) return quote(lines, at, depth);
+  const item = depth < MAX_DEPTH && isItem(line);
+  if (item) return list(lines, at, depth, item);
+  return paragraph(lines, at, depth);
 }
 
-/** The page has a first and a second level of its own. */
+/** Level 1 becomes h3, because the page itself has h1 and h2. */
 function heading(level, text) {
   let end = text.length;
   while (text[end - 1] === "#") end -= 1;
-  return make(`h${Math.min(6, level + 2)}`, {}, inline(end === 0 || blank(text[end - 1]) ? text.slice(0, end).trim() : text));
+  return make(`h${Math.min(6, level + 2)}`, {}, inline(end === 0 || isBlank(text[end - 1]) ? text.slice(0, end).trim() : text));
 }
 
 function code(lines, at, [, indent, fence, info]) {
@@ -87,14 +87,14 @@ function table(lines, at) {
   return [make("div", { class: "table" }, make("table", {}, make("thead", {}, row(lines[at], "th")), make("tbody", {}, body))), end];
 }
 
-function quote(lines, at, deep) {
+function quote(lines, at, depth) {
   let end = at;
   while (end < lines.length && QUOTE.test(lines[end])) end += 1;
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
-  return [make("blockquote", {}, blocks(inner, deep + 1)), end];
+  return [make("blockquote", {}, parseBlocks(inner, depth + 1)), end];
 }
 
-function list(lines, at, deep, first) {
+function list(lines, at, depth, first) {
   const kind = first[2].at(-1);
   const items = [];
   let loose = false;
@@ -103,97 +103,97 @@ function list(lines, at, deep, first) {
     if (!item || item[2].at(-1) !== kind) break;
     const width = item[1].length + item[2].length + Math.min(item[3]?.length ?? 1, 4);
     const [inner, end] = itemLines(lines, at, item[1].length + 2, width, item[4] ?? "");
-    const gap = end < lines.length && blank(lines[end - 1]) && isItem(lines[end]);
-    loose ||= Boolean(gap) || inner.some((line, i) => blank(line) && i < inner.length - 1 && !blank(inner[i + 1]) && !isItem(inner[i + 1].trimStart()));
+    const gap = end < lines.length && isBlank(lines[end - 1]) && isItem(lines[end]);
+    loose ||= Boolean(gap) || inner.some((line, i) => isBlank(line) && i < inner.length - 1 && !isBlank(inner[i + 1]) && !isItem(inner[i + 1].trimStart()));
     items.push(inner);
     at = end;
   }
   const number = parseInt(first[2], 10);
-  const made = items.map((inner) => make("li", {}, loose ? blocks(inner, deep + 1) : tight(inner, deep + 1)));
+  const children = items.map((inner) => make("li", {}, loose ? parseBlocks(inner, depth + 1) : tight(inner, depth + 1)));
   const ordered = !Number.isNaN(number);
-  return [make(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : undefined }, made), at];
+  return [make(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : undefined }, children), at];
 }
 
-/** The lines of an item without their indentation, and the line behind it. Two spaces more than the mark's are enough to belong. */
-function itemLines(lines, at, least, width, first) {
+/** [an item's lines without indentation, index of the next line]. `minIndent` is two more than the marker's indent. */
+function itemLines(lines, at, minIndent, width, first) {
   const inner = [first];
   let end = at + 1;
   for (; end < lines.length; end += 1) {
     const line = lines[end];
     const indent = line.length - line.trimStart().length;
-    if (blank(line)) {
+    if (isBlank(line)) {
       let next = end + 1;
-      while (next < lines.length && blank(lines[next])) next += 1;
-      if (next === lines.length || lines[next].length - lines[next].trimStart().length < least) return [inner, next];
+      while (next < lines.length && isBlank(lines[next])) next += 1;
+      if (next === lines.length || lines[next].length - lines[next].trimStart().length < minIndent) return [inner, next];
       for (; end < next - 1; end += 1) inner.push("");
       inner.push("");
-    } else if (indent >= least) inner.push(line.slice(Math.min(indent, width)));
-    else if (isItem(line) || begins(lines, end, 0) || blank(lines[end - 1])) break;
+    } else if (indent >= minIndent) inner.push(line.slice(Math.min(indent, width)));
+    else if (isItem(line) || startsBlock(lines, end, 0) || isBlank(lines[end - 1])) break;
     else inner.push(line.trimStart());
   }
   return [inner, end];
 }
 
-/** Blocks of which a paragraph is no element of its own. */
-function tight(lines, deep) {
-  return blocks(lines, deep).flatMap((one) => (one.nodeName === "P" ? [...one.childNodes] : [one]));
+/** Blocks with paragraphs unwrapped, for list items without blank lines. */
+function tight(lines, depth) {
+  return parseBlocks(lines, depth).flatMap((node) => (node.nodeName === "P" ? [...node.childNodes] : [node]));
 }
 
-function paragraph(lines, at, deep) {
+function paragraph(lines, at, depth) {
   let end = at + 1;
-  while (end < lines.length && !blank(lines[end]) && !begins(lines, end, deep)) end += 1;
+  while (end < lines.length && !isBlank(lines[end]) && !startsBlock(lines, end, depth)) end += 1;
   return [make("p", {}, inline(lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd())), end];
 }
 
-function blocks(lines, deep) {
-  const found = [];
+function parseBlocks(lines, depth) {
+  const elements = [];
   for (let at = 0; at < lines.length; ) {
-    if (blank(lines[at])) at += 1;
+    if (isBlank(lines[at])) at += 1;
     else {
-      const [element, end] = block(lines, at, deep);
-      found.push(element);
+      const [element, end] = parseBlock(lines, at, depth);
+      elements.push(element);
       at = end;
     }
   }
-  return found;
+  return elements;
 }
 
-const split = (text) => text.replaceAll("\r", "").replace(/^[ \t]*\t/gm, (tabs) => tabs.replaceAll("\t", "    ")).split("\n");
+const splitLines = (text) => text.replaceAll("\r", "").replace(/^[ \t]*\t/gm, (tabs) => tabs.replaceAll("\t", "    ")).split("\n");
 
-/** Draws a text that grows. Blocks that nothing can change any more are drawn once; the last ones are drawn again and patched in. */
-export class Growing {
-  constructor(place) {
-    this.place = place;
+/** Renders streaming Markdown. Final blocks are rendered once; the last ones are rendered again and patched. */
+export class MarkdownView {
+  constructor(element) {
+    this.element = element;
     this.clear();
   }
 
   clear() {
-    this.place.replaceChildren();
-    this.settled = 0; // letters whose blocks are final
-    this.drawn = ""; // the text that is shown
-    this.tail = []; // elements of what may still change
+    this.element.replaceChildren();
+    this.finalChars = 0; // of text whose blocks are final
+    this.text = ""; // the rendered text
+    this.tail = []; // elements that can still change
   }
 
   update(text) {
-    if (text === this.drawn) return;
-    if (!text.startsWith(this.drawn)) this.clear();
-    this.drawn = text;
-    const raw = text.slice(this.settled).split("\n");
-    const lines = split(raw.join("\n"));
-    const found = [];
+    if (text === this.text) return;
+    if (!text.startsWith(this.text)) this.clear();
+    this.text = text;
+    const raw = text.slice(this.finalChars).split("\n");
+    const lines = splitLines(raw.join("\n"));
+    const blocks = [];
     for (let at = 0; at < lines.length; ) {
-      if (blank(lines[at])) at += 1;
+      if (isBlank(lines[at])) at += 1;
       else {
-        const [element, end] = block(lines, at, 0);
-        found.push({ element, at });
+        const [element, end] = parseBlock(lines, at, 0);
+        blocks.push({ element, at });
         at = end;
       }
     }
-    this.show(found.map((one) => one.element));
-    // A block is final once the next one has begun and two lines of it are whole: one may still make a table of it.
-    const last = found.findLastIndex((one, i) => i > 0 && one.at + 2 < lines.length);
+    this.show(blocks.map((block) => block.element));
+    // A block is final once two lines of the next one are complete, because its second line can turn it into a table.
+    const last = blocks.findLastIndex((block, i) => i > 0 && block.at + 2 < lines.length);
     if (last > 0) {
-      this.settled += raw.slice(0, found[last].at).reduce((sum, line) => sum + line.length + 1, 0);
+      this.finalChars += raw.slice(0, blocks[last].at).reduce((sum, line) => sum + line.length + 1, 0);
       this.tail = this.tail.slice(last);
     }
   }
@@ -202,7 +202,7 @@ export class Growing {
     const before = this.tail;
     this.tail = elements.map((element, i) => {
       if (i < before.length) return patch(before[i], element);
-      this.place.append(element);
+      this.element.append(element);
       return element;
     });
     before.slice(elements.length).forEach((element) => element.remove());

@@ -1,13 +1,13 @@
-// How a message looks.
+// The views of one message: the user's question and the assistant's answer.
 
-import { speed } from "./chat-stream.js";
+import { tokensPerSecond } from "./chat-stream.js";
 import { make } from "./dom.js";
-import { Growing } from "./markdown.js";
+import { MarkdownView } from "./markdown.js";
 import { count, rate, seconds } from "./format.js";
 
-const button = (name, act, more = {}) => make("button", { type: "button", class: "quiet", click: act, ...more }, name);
+const button = (label, action) => make("button", { type: "button", class: "quiet", click: action }, label);
 
-/** A question as it was typed. `actions`: {edit} of the last one. */
+/** A question as plain text. The last one has an Edit button. */
 export class QuestionView {
   constructor(message) {
     this.buttons = make("div", { class: "buttons" });
@@ -21,24 +21,24 @@ export class QuestionView {
   }
 }
 
-/** An answer while it grows and after. */
+/** An answer, while it streams and when it is complete. */
 export class AnswerView {
   constructor(message) {
     this.message = message;
-    this.summary = make("summary", {}, "Thoughts");
-    const thoughts = make("div", { class: "text" });
-    this.details = make("details", { hidden: true }, this.summary, thoughts);
+    this.summary = make("summary", {}, "Reasoning");
+    const reasoning = make("div", { class: "text" });
+    this.details = make("details", { hidden: true }, this.summary, reasoning);
     const text = make("div", { class: "text" });
     this.notice = make("p", { class: "notice", hidden: true });
     this.numbers = make("span", { class: "numbers" });
     this.buttons = make("span", { class: "buttons" });
     this.foot = make("div", { class: "foot" }, this.buttons, this.numbers);
     this.element = make("article", { class: "answer", "aria-label": "Answer" }, this.details, text, this.notice, this.foot);
-    this.text = new Growing(text);
-    this.thoughts = new Growing(thoughts);
+    this.text = new MarkdownView(text);
+    this.reasoning = new MarkdownView(reasoning);
   }
 
-  update({ last, copy, again, elapsed = 0 }) {
+  update({ last, copy, regenerate, elapsed = 0 }) {
     const { message } = this;
     const running = message.state === "running";
     const drawn = `${message.state} ${last}`;
@@ -46,52 +46,52 @@ export class AnswerView {
     this.drawn = drawn;
     this.element.setAttribute("aria-busy", String(running));
     this.details.hidden = !message.thought;
-    this.summary.textContent = thinking(message, running);
-    this.thoughts.update(message.thought);
+    this.summary.textContent = reasoningTitle(message, running);
+    this.reasoning.update(message.thought);
     this.text.update(message.text);
-    const [notice, bad] = noticed(message);
+    const [notice, isError] = noticeOf(message);
     this.notice.hidden = !notice;
     this.notice.textContent = notice;
-    this.notice.classList.toggle("bad", bad);
-    this.numbers.textContent = running ? progress(message.numbers, elapsed) : told(message.numbers);
-    const wanted = running ? [] : [...(message.text ? ["Copy"] : []), ...(last ? [message.state === "failed" ? "Try again" : "Regenerate"] : [])];
-    this.buttons.replaceChildren(...wanted.map((name) => button(name, name === "Copy" ? copy : again)));
+    this.notice.classList.toggle("bad", isError);
+    this.numbers.textContent = running ? progress(message.numbers, elapsed) : statistics(message.numbers);
+    const labels = running ? [] : [...(message.text ? ["Copy"] : []), ...(last ? [message.state === "failed" ? "Try again" : "Regenerate"] : [])];
+    this.buttons.replaceChildren(...labels.map((label) => button(label, label === "Copy" ? copy : regenerate)));
   }
 }
 
-function thinking({ numbers, text, state }, running) {
+function reasoningTitle({ numbers, text, state }, running) {
   if (running && !text) return "Thinking";
-  const { thinking: took, reasoning } = numbers;
+  const { thinking: elapsed, reasoning } = numbers;
   const tokens = reasoning ? `, ${count(reasoning)} tokens` : "";
-  if (took !== undefined) return `Thought for ${seconds(took)}${tokens}`;
-  return state === "stopped" ? "Thoughts, cut short" : "Thoughts";
+  if (elapsed !== undefined) return `Thought for ${seconds(elapsed)}${tokens}`;
+  return state === "stopped" ? "Reasoning (interrupted)" : "Reasoning";
 }
 
-/** [what is told besides the text, whether it is bad news]. */
-function noticed({ state, error, numbers, text, thought }) {
+/** The notice below the text, as [text, whether it is an error]. */
+function noticeOf({ state, error, numbers, text, thought }) {
   if (state === "failed") return [error, true];
   if (state === "stopped") return ["Stopped.", false];
   if (state === "running") return ["", false];
-  if (numbers.finish === "length") return ["Cut: the largest number of tokens was reached.", false];
-  if (!text) return [thought ? "The model thought and said nothing." : "The model said nothing.", false];
+  if (numbers.finish === "length") return ["Truncated: the maximum number of tokens was reached.", false];
+  if (!text) return [thought ? "The model returned reasoning but no answer." : "The model returned an empty answer.", false];
   return ["", false];
 }
 
 function progress(numbers, elapsed) {
-  if (numbers.first === undefined) return `reading the prompt, ${seconds(elapsed)}`;
-  const now = speed(numbers);
-  return now === null ? "" : `about ${rate(now)} tok/s`;
+  if (numbers.first === undefined) return `processing the prompt, ${seconds(elapsed)}`;
+  const speed = tokensPerSecond(numbers);
+  return speed === null ? "" : `about ${rate(speed)} tok/s`;
 }
 
-function told(numbers) {
-  const found = [];
-  const { answer, prompt, cached, first, seconds: whole } = numbers;
-  const now = speed(numbers);
+function statistics(numbers) {
+  const parts = [];
+  const { answer, prompt, cached, first, seconds: total } = numbers;
+  const speed = tokensPerSecond(numbers);
   if (answer !== undefined) {
-    if (now !== null) found.push(`${rate(now)} tok/s`);
-    found.push(`${count(answer)} tokens`, `prompt of ${count(prompt)}${cached ? `, ${count(cached)} cached` : ""}`);
+    if (speed !== null) parts.push(`${rate(speed)} tok/s`);
+    parts.push(`${count(answer)} tokens`, `${count(prompt)} prompt tokens${cached ? `, ${count(cached)} cached` : ""}`);
   }
-  if (first !== undefined) found.push(`first after ${seconds(first)}`);
-  if (whole !== undefined) found.push(`${seconds(whole)} in all`);
-  return found.join(" · ");
+  if (first !== undefined) parts.push(`first token after ${seconds(first)}`);
+  if (total !== undefined) parts.push(`${seconds(total)} total`);
+  return parts.join(" · ");
 }

@@ -1,21 +1,21 @@
-// Where the page begins: views, theme, keys, and what the server says of itself.
+// The page's entry point: tabs, theme, keyboard, and the server's status.
 
 import { call } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
-import { List } from "./sidebar.js";
+import { Sidebar } from "./sidebar.js";
 import { Machine } from "./machine.js";
 import { startSettings } from "./settings.js";
-import { shownBefore, writeTheme } from "./store.js";
+import { readCurrent, writeTheme } from "./store.js";
 import { seconds } from "./format.js";
 
-const THEMES = { "": "as the system", light: "light", dark: "dark" };
-const WAIT = 1000; // milliseconds between two questions after the server's state
+const THEMES = { "": "system", light: "light", dark: "dark" };
+const POLL_INTERVAL_MS = 1000; // of /health while the model loads
 
-const list = new List();
-const chat = new Chat((id) => list.draw(id));
-list.chat = chat;
-chat.show(shownBefore());
+const sidebar = new Sidebar();
+const chat = new Chat((id) => sidebar.draw(id));
+sidebar.chat = chat;
+chat.show(readCurrent());
 const machine = new Machine(byId("machine"));
 
 startTabs();
@@ -24,35 +24,35 @@ startSettings();
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
 });
-byId("state-retry").addEventListener("click", watch);
-chat.meet(null);
+byId("state-retry").addEventListener("click", connect);
+chat.setModel(null);
 byId("question").focus();
-watch();
+connect();
 
 function startTabs() {
   const tabs = [...document.querySelectorAll("[role=tab]")];
-  const choose = (chosen) => {
+  const select = (selected) => {
     for (const tab of tabs) {
-      const on = tab === chosen;
+      const on = tab === selected;
       tab.setAttribute("aria-selected", String(on));
       tab.tabIndex = on ? 0 : -1;
       byId(tab.getAttribute("aria-controls")).hidden = !on;
     }
-    machine.visible(chosen.id === "tab-machine");
-    history.replaceState(null, "", chosen.id === "tab-machine" ? "#machine" : location.pathname);
+    machine.setSelected(selected.id === "tab-machine");
+    history.replaceState(null, "", selected.id === "tab-machine" ? "#machine" : location.pathname);
   };
   for (const tab of tabs) {
-    tab.addEventListener("click", () => choose(tab));
+    tab.addEventListener("click", () => select(tab));
     tab.addEventListener("keydown", (event) => {
       const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -tabs.indexOf(tab), End: tabs.length - 1 - tabs.indexOf(tab) };
       if (!(event.key in steps)) return;
       event.preventDefault();
       const next = tabs.at((tabs.indexOf(tab) + steps[event.key]) % tabs.length);
-      choose(next);
+      select(next);
       next.focus();
     });
   }
-  if (location.hash === "#machine") choose(byId("tab-machine"));
+  if (location.hash === "#machine") select(byId("tab-machine"));
 }
 
 function startTheme() {
@@ -76,40 +76,40 @@ function startTheme() {
   show();
 }
 
-/** Asks how the server is until it is well, then for its model. */
-async function watch() {
+/** Polls /health until the server is ready, then requests its model. */
+async function connect() {
   for (;;) {
     const state = await health();
-    tell(state);
+    showState(state);
     if (!state) break;
-    await new Promise((resolve) => setTimeout(resolve, WAIT));
+    await new Promise((resolve) => setTimeout(resolve, POLL_INTERVAL_MS));
   }
   try {
-    const found = (await (await call("v1/models")).json()).data[0];
-    byId("model").textContent = found.id;
-    chat.meet({ id: found.id, context: found.max_model_len });
+    const model = (await (await call("v1/models")).json()).data[0];
+    byId("model").textContent = model.id;
+    chat.setModel({ id: model.id, context: model.max_model_len });
   } catch (error) {
-    tell({ words: error.message, retry: true });
+    showState({ text: error.message, retry: true });
   }
 }
 
-/** Null when the server is well, else what is to be told: {words, percent}. */
+/** The state to show, as {text, percent}, or null if the server is ready. */
 async function health() {
   try {
     const response = await fetch("health", { cache: "no-store" });
     if (response.ok) return null;
     const { status, percent, eta_seconds: left, error } = await response.json();
-    if (status !== "loading") return { words: `The server is in trouble: ${error?.message ?? response.status}` };
-    return { words: `Loading the model: ${Math.round(percent)} %${left === null ? "" : `, about ${seconds(left)} left`}.`, percent };
+    if (status !== "loading") return { text: `The server has failed: ${error?.message ?? response.status}` };
+    return { text: `Loading the model: ${Math.round(percent)} %${left === null ? "" : `, about ${seconds(left)} left`}.`, percent };
   } catch (error) {
-    return { words: `The server cannot be reached (${error.message}). This page goes on trying.` };
+    return { text: `The server cannot be reached (${error.message}). Retrying.` };
   }
 }
 
-function tell(state) {
-  if (byId("state").hidden === Boolean(state)) byId("said").textContent = state ? state.words : "The server is ready.";
+function showState(state) {
+  if (byId("state").hidden === Boolean(state)) byId("announcer").textContent = state ? state.text : "The server is ready.";
   byId("state").hidden = !state;
-  byId("state-words").textContent = state?.words ?? "";
+  byId("state-text").textContent = state?.text ?? "";
   byId("state-progress").hidden = state?.percent === undefined;
   byId("state-progress").value = state?.percent ?? 0;
   byId("state-retry").hidden = !state?.retry;

@@ -1,4 +1,4 @@
-// What is asked of an answer: sampling, the system prompt, thinking. An empty field is left to the server.
+// The settings dialog: sampling parameters, system prompt, reasoning. Empty fields are left out of the request.
 
 import { byId } from "./dom.js";
 import { readSettings, writeSettings } from "./store.js";
@@ -7,14 +7,14 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"]
 const FIELDS = [...NUMBERS, "system", "thinking"];
 const THINKING = { on: true, off: false };
 
-/** The fields of a request that the settings name. */
-export function asked() {
+/** The request fields that the settings set. */
+export function samplingFields() {
   const settings = readSettings();
   const fields = {};
   for (const name of NUMBERS) if (Number.isFinite(settings[name])) fields[name] = settings[name];
   if (settings.thinking in THINKING) {
     const on = THINKING[settings.thinking];
-    fields.chat_template_kwargs = { enable_thinking: on, thinking: on }; // families of models name it either way
+    fields.chat_template_kwargs = { enable_thinking: on, thinking: on }; // model families use either name
   }
   return fields;
 }
@@ -27,7 +27,7 @@ export function startSettings() {
     const settings = readSettings();
     for (const name of FIELDS) form.elements[name].value = settings[name] ?? "";
   };
-  const keep = () => {
+  const save = () => {
     const settings = {};
     for (const name of NUMBERS) {
       const field = form.elements[name];
@@ -36,7 +36,7 @@ export function startSettings() {
     for (const name of ["system", "thinking"]) if (form.elements[name].value) settings[name] = form.elements[name].value;
     writeSettings(settings);
   };
-  form.addEventListener("input", keep);
+  form.addEventListener("input", save);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     dialog.close();
@@ -49,5 +49,5 @@ export function startSettings() {
     show();
     dialog.showModal();
   });
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside the form
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // a click outside the form
 }

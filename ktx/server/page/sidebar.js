@@ -1,87 +1,86 @@
-// The conversations at the side.
+// The sidebar: the list of stored conversations.
 
 import { byId, make } from "./dom.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
 
-/** Draws the list; `chat` shows what is chosen in it. */
-export class List {
+export class Sidebar {
   constructor() {
-    this.chat = null;
-    this.shown = null; // id
-    this.naming = null; // id of the one that gets another name
-    byId("new").addEventListener("click", () => this.choose(null));
-    byId("open-list").addEventListener("click", () => this.open(!document.body.classList.contains("listed")));
-    addEventListener("storage", () => this.draw(this.shown)); // another tab has written
+    this.chat = null; // the Chat that shows the selected conversation; the caller sets it
+    this.current = null; // id of the visible conversation
+    this.renaming = null; // id of the conversation whose title is being edited
+    byId("new").addEventListener("click", () => this.select(null));
+    byId("open-list").addEventListener("click", () => this.open(!document.body.classList.contains("sidebar-open")));
+    addEventListener("storage", () => this.draw(this.current)); // another tab has changed the list
   }
 
-  /** On a phone the list lies over the conversation. */
+  /** Opens or closes the sidebar, which covers the conversation on a phone. */
   open(on) {
-    document.body.classList.toggle("listed", on);
+    document.body.classList.toggle("sidebar-open", on);
     byId("open-list").setAttribute("aria-expanded", String(on));
   }
 
-  choose(id) {
+  select(id) {
     this.open(false);
     this.chat.show(id);
     byId("question").focus();
   }
 
-  draw(shown) {
-    this.shown = shown;
-    if (this.naming) return;
+  draw(current) {
+    this.current = current;
+    if (this.renaming) return;
     byId("list").replaceChildren(...store.list().map((entry) => this.item(entry)));
   }
 
   item({ id, title }) {
-    const name = title || "Without a title";
-    const choose = make("button", { type: "button", class: "choose", click: () => this.choose(id), "aria-current": id === this.shown ? "true" : null }, name);
+    const name = title || "Untitled";
+    const select = make("button", { type: "button", class: "choose", click: () => this.select(id), "aria-current": id === this.current ? "true" : null }, name);
     const rename = make("button", { type: "button", class: "quiet", "aria-label": `Rename ${name}`, title: "Rename", click: (event) => this.rename(id, name, event.target.closest("li")) }, "✎");
-    const forget = make("button", { type: "button", class: "quiet", "aria-label": `Delete ${name}`, title: "Delete", click: () => this.forget(id, name) }, "×");
-    return make("li", {}, choose, rename, forget);
+    const remove = make("button", { type: "button", class: "quiet", "aria-label": `Delete ${name}`, title: "Delete", click: () => this.remove(id, name) }, "×");
+    return make("li", {}, select, rename, remove);
   }
 
   rename(id, name, item) {
     const field = make("input", { "aria-label": "New title", maxlength: 120 });
-    const end = (kept) => {
-      if (this.naming !== id) return;
-      this.naming = null;
+    const finish = (accepted) => {
+      if (this.renaming !== id) return;
+      this.renaming = null;
       const title = field.value.trim();
-      if (kept && title) this.name(id, title);
-      this.draw(this.shown);
+      if (accepted && title) this.setTitle(id, title);
+      this.draw(this.current);
       byId("list").querySelector("[aria-current]")?.focus();
     };
-    this.naming = id;
+    this.renaming = id;
     field.value = name;
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === "Escape") {
         event.stopPropagation();
-        end(event.key === "Enter");
+        finish(event.key === "Enter");
       }
     });
-    field.addEventListener("blur", () => end(true));
+    field.addEventListener("blur", () => finish(true));
     item.replaceChildren(field);
     field.select();
   }
 
-  name(id, title) {
-    if (id === this.chat.talk.id) this.chat.talk.title = title;
-    const running = this.chat.running.get(id);
-    if (running) running.talk.title = title;
+  setTitle(id, title) {
+    if (id === this.chat.conversation.id) this.chat.conversation.title = title;
+    const stream = this.chat.streams.get(id);
+    if (stream) stream.conversation.title = title;
     store.rename(id, title);
     this.chat.draw(false);
   }
 
-  forget(id, name) {
-    this.chat.running.get(id)?.stop();
-    const talk = store.read(id);
-    store.forget(id);
-    if (id === this.shown) this.chat.show(null);
-    else this.draw(this.shown);
+  remove(id, name) {
+    this.chat.streams.get(id)?.stop();
+    const conversation = store.read(id);
+    store.remove(id);
+    if (id === this.current) this.chat.show(null);
+    else this.draw(this.current);
     byId("new").focus();
     toast(`Deleted: ${name}.`, "Undo", () => {
-      if (talk) store.write(talk);
-      this.choose(id);
+      if (conversation) store.write(conversation);
+      this.select(id);
     });
   }
 }

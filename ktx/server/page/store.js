@@ -1,96 +1,96 @@
-// Conversations and settings in this browser: bounded, and of several tabs the last writer of a conversation counts.
+// Conversations and settings in the browser's storage, bounded. If several tabs write a conversation, the last write wins.
 
-const LIST = "ktx.list";
-const TALK = "ktx.talk.";
-const MOST = 100; // conversations
-const LETTERS = 4_000_000; // of all of them together; browsers keep about five million
-const unkept = new Map(); // what a browser without storage holds until the page is left
+const LIST_KEY = "ktx.list";
+const CONVERSATION_KEY = "ktx.talk."; // a prefix of the id
+const MAX_CONVERSATIONS = 100;
+const MAX_CHARS = 4_000_000; // of all conversations; browsers store about five million
+const fallback = new Map(); // values that could not be stored, lost when the page is closed
 
-const get = (name) => {
+const get = (key) => {
   try {
-    return localStorage.getItem(name) ?? unkept.get(name) ?? null;
+    return localStorage.getItem(key) ?? fallback.get(key) ?? null;
   } catch {
-    return unkept.get(name) ?? null;
+    return fallback.get(key) ?? null;
   }
 };
 
-const parsed = (text, otherwise) => {
+const parse = (text, otherwise) => {
   try {
     return JSON.parse(text) ?? otherwise;
   } catch {
-    return otherwise; // something else wrote there
+    return otherwise; // not written by this page
   }
 };
 
-function put(name, text) {
+function put(key, text) {
   try {
-    localStorage.setItem(name, text);
-    unkept.delete(name);
+    localStorage.setItem(key, text);
+    fallback.delete(key);
     return true;
   } catch {
-    unkept.set(name, text);
+    fallback.set(key, text);
     return false;
   }
 }
 
-function drop(name) {
-  unkept.delete(name);
+function drop(key) {
+  fallback.delete(key);
   try {
-    localStorage.removeItem(name);
+    localStorage.removeItem(key);
   } catch {
-    return; // a browser that keeps nothing
+    return; // no storage, so there is nothing to remove
   }
 }
 
-/** [{id, title, size}], the latest first. */
+/** The stored conversations as [{id, title, size}], latest first; `size` is in characters. */
 export function list() {
-  const found = parsed(get(LIST), []);
-  return Array.isArray(found) ? found.filter((one) => typeof one?.id === "string") : [];
+  const entries = parse(get(LIST_KEY), []);
+  return Array.isArray(entries) ? entries.filter((entry) => typeof entry?.id === "string") : [];
 }
 
-/** A conversation, or null. An answer that was running when the page was left has stopped. */
+/** A conversation, or null. An answer that was running when the page was closed is marked as stopped. */
 export function read(id) {
-  const talk = parsed(get(TALK + id), null);
-  if (!Array.isArray(talk?.messages)) return null;
-  for (const message of talk.messages) if (message.state === "running") message.state = "stopped";
-  return talk;
+  const conversation = parse(get(CONVERSATION_KEY + id), null);
+  if (!Array.isArray(conversation?.messages)) return null;
+  for (const message of conversation.messages) if (message.state === "running") message.state = "stopped";
+  return conversation;
 }
 
-/** Writes a conversation and forgets the oldest ones that no longer fit. Whether the browser kept it. */
-export function write(talk) {
-  const text = JSON.stringify(talk);
-  const before = list();
-  const place = before.findIndex((one) => one.id === talk.id);
-  if (place >= 0) before.splice(place, 1);
-  before.unshift({ id: talk.id, title: talk.title, size: text.length });
-  let sum = 0;
-  const kept = before.filter((one, i) => (i < MOST && (sum += one.size) <= LETTERS) || one.id === talk.id);
-  before.filter((one) => !kept.includes(one)).forEach((one) => drop(TALK + one.id));
-  let done = put(TALK + talk.id, text);
-  while (!done && kept.length > 1) {
-    drop(TALK + kept.pop().id);
-    done = put(TALK + talk.id, text);
+/** Stores a conversation and evicts the oldest ones that no longer fit. Returns whether the browser stored it. */
+export function write(conversation) {
+  const text = JSON.stringify(conversation);
+  const entries = list();
+  const index = entries.findIndex((entry) => entry.id === conversation.id);
+  if (index >= 0) entries.splice(index, 1);
+  entries.unshift({ id: conversation.id, title: conversation.title, size: text.length });
+  let chars = 0;
+  const retained = entries.filter((entry, i) => (i < MAX_CONVERSATIONS && (chars += entry.size) <= MAX_CHARS) || entry.id === conversation.id);
+  entries.filter((entry) => !retained.includes(entry)).forEach((entry) => drop(CONVERSATION_KEY + entry.id));
+  let stored = put(CONVERSATION_KEY + conversation.id, text);
+  while (!stored && retained.length > 1) {
+    drop(CONVERSATION_KEY + retained.pop().id);
+    stored = put(CONVERSATION_KEY + conversation.id, text);
   }
-  return put(LIST, JSON.stringify(kept)) && done;
+  return put(LIST_KEY, JSON.stringify(retained)) && stored;
 }
 
 export function rename(id, title) {
-  const talk = read(id);
-  if (talk) put(TALK + id, JSON.stringify({ ...talk, title }));
-  put(LIST, JSON.stringify(list().map((one) => (one.id === id ? { ...one, title } : one))));
+  const conversation = read(id);
+  if (conversation) put(CONVERSATION_KEY + id, JSON.stringify({ ...conversation, title }));
+  put(LIST_KEY, JSON.stringify(list().map((entry) => (entry.id === id ? { ...entry, title } : entry))));
 }
 
-export function forget(id) {
-  drop(TALK + id);
-  put(LIST, JSON.stringify(list().filter((one) => one.id !== id)));
+export function remove(id) {
+  drop(CONVERSATION_KEY + id);
+  put(LIST_KEY, JSON.stringify(list().filter((entry) => entry.id !== id)));
 }
 
-export const readSettings = () => parsed(get("ktx.settings"), {});
+export const readSettings = () => parse(get("ktx.settings"), {});
 export const writeSettings = (settings) => put("ktx.settings", JSON.stringify(settings));
 export const writeTheme = (theme) => (theme ? put("ktx.theme", theme) : drop("ktx.theme"));
 
-/** The conversation that this tab showed before it was loaded anew. */
-export const shownBefore = () => {
+/** The id of the conversation that this tab showed before it was reloaded, or null. */
+export const readCurrent = () => {
   try {
     return sessionStorage.getItem("ktx.shown");
   } catch {
@@ -98,10 +98,10 @@ export const shownBefore = () => {
   }
 };
 
-export function rememberShown(id) {
+export function writeCurrent(id) {
   try {
     sessionStorage.setItem("ktx.shown", id);
   } catch (error) {
-    console.info("This page begins with a new conversation each time:", error.message);
+    console.info("No session storage; this page always starts with a new conversation:", error.message);
   }
 }

@@ -1,11 +1,11 @@
-// Before the first paint, so that a page that was switched to dark does not flash. The one script that is no module.
+// Sets the stored theme before the first paint, so that a dark page does not flash. The only script that is not a module.
 "use strict";
 {
   let theme = "";
   try {
     theme = localStorage.getItem("ktx.theme") ?? "";
   } catch {
-    theme = ""; // a browser that keeps nothing
+    theme = ""; // no storage
   }
   if (theme) document.documentElement.dataset.theme = theme;
 }

@@ -1,19 +1,19 @@
-// A word at the foot of the page that goes away by itself, with one thing to do about it if there is any.
+// A short notification that disappears after a timeout, with at most one action.
 
 import { byId, make } from "./dom.js";
 
-const SHOWN = 8000; // milliseconds
-let going = 0;
+const TIMEOUT_MS = 8000;
+let timer = 0;
 
-export function toast(words, name = "", act = () => {}) {
-  const place = byId("toast");
+export function toast(message, label = "", action = () => {}) {
+  const element = byId("toast");
   const hide = () => {
-    place.hidden = true;
-    place.replaceChildren();
+    element.hidden = true;
+    element.replaceChildren();
   };
-  const button = name && make("button", { type: "button", class: "quiet", click: () => (hide(), act()) }, name);
-  place.replaceChildren(words, ...(button ? [" ", button] : []));
-  place.hidden = false;
-  clearTimeout(going);
-  going = setTimeout(hide, SHOWN);
+  const button = label && make("button", { type: "button", class: "quiet", click: () => (hide(), action()) }, label);
+  element.replaceChildren(message, ...(button ? [" ", button] : []));
+  element.hidden = false;
+  clearTimeout(timer);
+  timer = setTimeout(hide, TIMEOUT_MS);
 }
