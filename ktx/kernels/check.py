@@ -149,6 +149,8 @@ def _print_speeds(isas: list[str], threads: int) -> None:
         ]
         if shortfalls:
             missed.append((name, shortfalls))
+    for worker in workers:
+        worker.communicate()
     print(f"\nbelow a floor on {isas[0]}:" if missed else f"\nall floors are reached on {isas[0]}")
     for name, shortfalls in missed:
         print(f"  {name}: {', '.join(shortfalls)}" + (f" ({KNOWN_LIMITS[name]})" if name in KNOWN_LIMITS else ""))
