@@ -26,12 +26,14 @@ test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx51
 	$(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 # What meets transformers: its models and configurations, caches, tokenizers and templates.
-OLDEST ?= tests/models tests/cache tests/weights tests/engine tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
+OLDEST ?= tests/ops tests/families tests/loader tests/model/test_lora.py tests/model/test_gguf_lora.py tests/model/test_peft.py tests/model/test_peft_experts.py \
+	tests/model/test_peft_methods.py tests/model/test_accelerate.py tests/model/test_matrix.py tests/model/test_programs.py tests/model/test_training.py \
+	tests/integrations/test_experts_interface.py tests/cache tests/weights tests/engine tests/chat_formats/test_templates.py tests/server/test_openai.py tests/demo/test_demo.py
 test-oldest: $(VENV)/.oldest  ## what meets transformers, on the oldest one that we support
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(SIDE_BY_SIDE) $(OLDEST)
 
 # What meets other people's code: theirs above, the hub, clients of the server, the terminal, their private names.
-OTHERS ?= tests/hub tests/server/test_clients.py tests/test_packaging.py::test_a_private_name_of_others_is_there
+OTHERS ?= tests/hub tests/server/test_clients.py tests/repo/test_packaging.py::test_a_private_name_of_others_is_there
 TORCH_NEWEST ?= torch
 test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of everything, whatever pyproject.toml admits
 	$(PYTHON) -m venv .venv-newest
@@ -39,9 +41,9 @@ test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of e
 	$(NEWEST) .ci/install_torch.py --upgrade $(TORCH_NEWEST)
 	$(NEWEST) .ci/newest.py requirements --lift > .venv-newest/requirements.txt
 	$(NEWEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
-	PYTHONPATH=$(CURDIR) $(NEWEST) .ci/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/test_chat.py
+	PYTHONPATH=$(CURDIR) $(NEWEST) .ci/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/chat/test_chat.py
 
-SMOKE ?= tests/test_demo.py $(OTHERS)
+SMOKE ?= tests/demo/test_demo.py $(OTHERS)
 test-allowed: $(VENV)/.dev  ## a few tests on the newest versions that pyproject.toml admits, over the torch of $(VENV)
 	$(PY) .ci/newest.py over .venv-allowed
 	$(PY) .ci/newest.py requirements > .venv-allowed/requirements.txt
@@ -79,7 +81,7 @@ lint: $(VENV)/.dev    ## ruff and mypy
 	$(PY) -m mypy
 
 docs: $(VENV)/.dev    ## run every command and code block of README and docs/
-	$(PY) -m pytest $(SIDE_BY_SIDE) tests/test_docs.py
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests/repo/test_docs.py
 
 lock:                 ## renew requirements.lock: the newest versions that pyproject.toml admits, for every Python
 	$(PYTHON) -m venv .venv-lock

@@ -11,7 +11,7 @@ import ktx
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers
-from tests.small_chat import write_model
+from tests.support.tiny_chat_model import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((200, 130, 64, 20))]
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.errors import UsageError
 from ktx.transformers_compat import cache_argument
-from tests.models.test_families import IDS, Pair, relative
+from tests.families.test_families import IDS, Pair, relative
 
 FAMILIES = {
     "llama": {"num_hidden_layers": 9},  # more layers than a call computes

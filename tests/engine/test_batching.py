@@ -14,7 +14,7 @@ from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import Overloaded, UsageError
 from ktx.kernels import cpu
-from tests.small_chat import write_model
+from tests.support.tiny_chat_model import write_model
 
 FAMILIES = ["llama", "deepseek_v3", "qwen3_next", "gpt_oss"]
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 150, 64, 1, 33, 128))]

@@ -12,10 +12,10 @@ import pytest
 from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from tests.models.families import tiny
-from tests.models.test_checkpoints import OTHERS
-from tests.models.test_families import load
-from tests.small_chat import tokenizer
+from tests.families.test_families import load
+from tests.loader.test_checkpoints import OTHERS
+from tests.support.tiny_chat_model import tokenizer
+from tests.support.tiny_models import tiny
 
 FAMILIES = ["qwen3_next", "lfm2_moe", "jamba", "falcon_h1", "minimax"]
 ROUNDS = int(os.environ.get("CANCEL_ROUNDS", "5"))

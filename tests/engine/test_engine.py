@@ -16,7 +16,7 @@ from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.request import Finished
 from ktx.engine.sampler import Sampler, SamplingParams
 from ktx.errors import UsageError
-from tests.small_chat import tokenizer, write_model
+from tests.support.tiny_chat_model import tokenizer, write_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ktx.engine.grammar import GrammarCompiler, regex_grammar, schema_grammar
 from ktx.engine.request import Finished, TokenEvent
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from tests.small_chat import write_model
+from tests.support.tiny_chat_model import write_model
 
 pytest.importorskip("llguidance")
 SCHEMA = {

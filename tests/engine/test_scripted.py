@@ -12,7 +12,7 @@ from ktx.engine.request import Finished
 from ktx.engine.sampler import SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.errors import BadFile
-from tests.small_chat import tokenizer
+from tests.support.tiny_chat_model import tokenizer
 
 TOK = tokenizer()
 

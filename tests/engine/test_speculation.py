@@ -14,9 +14,9 @@ from ktx.engine.sampler import SamplingParams
 from ktx.engine.speculation import ForwardCostModel, PromptLookup, SpeculativeDecoder, choose_draft_lengths
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers
-from tests.gguf_writer import write_gguf
-from tests.models.families import tiny
-from tests.small_chat import tokenizer, write_model
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_chat_model import tokenizer, write_model
+from tests.support.tiny_models import tiny
 
 TALE = [9, 40, 41, 42, 43, 44, 45, 46, 47, 48]
 PROMPTS = [TALE * 12, TALE * 5 + [77], [100, 101] * 70, list(range(9, 60)) * 2]

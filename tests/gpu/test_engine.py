@@ -10,8 +10,8 @@ from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.gpu import offload
 from tests.engine.test_batching import answers
-from tests.gpu.placed import F32, SMALL, SMALLER, rules
-from tests.small_chat import write_model
+from tests.gpu.helpers import F32, SMALL, SMALLER, rules
+from tests.support.tiny_chat_model import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 20, 1))]
 SHORT = SamplingParams(max_new_tokens=3, ignore_eos=True)

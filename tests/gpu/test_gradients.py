@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ktx.errors import NoGradient
-from tests.gpu.placed import Twins
+from tests.gpu.helpers import Twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
 IDS = torch.tensor([[5, 9, 200, 31]])

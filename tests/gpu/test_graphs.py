@@ -21,8 +21,8 @@ from ktx.engine.request import TokenEvent
 from ktx.engine.sampler import SamplingParams
 from ktx.transformers_compat import default_cache_name
 from tests.engine.test_batching import answers
-from tests.gpu.placed import F32, SMALL, SMALLER, rules
-from tests.small_chat import write_model
+from tests.gpu.helpers import F32, SMALL, SMALLER, rules
+from tests.support.tiny_chat_model import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 20, 1))]
 NEW = 6

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from ktx.errors import UsageError
 from ktx.transformers_compat import cache_argument
-from tests.gpu.placed import Twins
-from tests.models.test_families import IDS, relative
+from tests.families.test_families import IDS, relative
+from tests.gpu.helpers import Twins
 
 
 @pytest.fixture(scope="module", params=["glm4_moe", "deepseek_v3"])

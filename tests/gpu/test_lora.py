@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ktx.engine.request import Finished
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from tests.gpu.placed import Twins
-from tests.models.test_families import relative
-from tests.small_chat import tokenizer
+from tests.families.test_families import relative
+from tests.gpu.helpers import Twins
+from tests.support.tiny_chat_model import tokenizer
 
 IDS = torch.tensor([[5, 9, 200, 31, 7]])
 

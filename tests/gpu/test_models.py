@@ -15,8 +15,8 @@ from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.ops.gpu import attention as gpu_attention
 from ktx.ops.gpu import mla as gpu_mla
 from ktx.ops.gpu.mla import MLA
-from tests.gpu.placed import Twins
-from tests.models.test_families import mixed, relative
+from tests.families.test_families import mixed, relative
+from tests.gpu.helpers import Twins
 
 IDS = torch.randint(3, 320, (1, 130), generator=torch.Generator().manual_seed(3))
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")

@@ -12,7 +12,7 @@ from ktx.kernels import reference
 from ktx.kernels.gpu import norm
 from ktx.ops.base import GPU_OPERATORS, OPERATORS, resolve
 from ktx.ops.gpu.kv_view import causal_spec, view_of_states
-from tests.gpu.placed import Twins, rules
+from tests.gpu.helpers import Twins, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
 IDS = torch.tensor([[5, 9, 200, 31]])

@@ -20,9 +20,9 @@ from ktx.loader.meta_model import read_config
 from ktx.model import self_test
 from ktx.placement.memory_model import gpu_packed_bytes
 from ktx.quant.types import expand_scale
-from tests.gpu.placed import Twins
-from tests.models.families import tiny
-from tests.models.test_families import load, mixed, relative
+from tests.families.test_families import load, mixed, relative
+from tests.gpu.helpers import Twins
+from tests.support.tiny_models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
 IDS = torch.randint(3, 320, (1, 6), generator=torch.Generator().manual_seed(3))

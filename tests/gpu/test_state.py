@@ -9,8 +9,8 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.weights.base import open_weights
-from tests.gpu.placed import F32, Twins
-from tests.models.test_families import load
+from tests.families.test_families import load
+from tests.gpu.helpers import F32, Twins
 
 
 @pytest.mark.parametrize("family,others", [("deepseek_v3", {}), ("qwen3_moe", {}), ("qwen3_moe", {"Experts": "cpu"})])

@@ -17,7 +17,7 @@ from ktx import demo
 from ktx.__main__ import main
 from tests.hub.fake import Repo, asked_in_process, hub
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIG = random.Random(0).randbytes(6_000_000)
 TENSORS = {
     "config.json": b"{}",

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 import ktx
 from ktx import KtxConfig
 from ktx.errors import BadFile, KtxError, UsageError
-from tests.gguf_writer import write_gguf
+from tests.families.test_families import logits, relative
 from tests.hub.fake import COMMIT, Repo, asked_in_process, hub
-from tests.models.families import tiny
-from tests.models.test_families import logits, relative
-from tests.small_chat import tokenizer
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_chat_model import tokenizer
+from tests.support.tiny_models import tiny
 
 CODE = """
 from transformers import LlamaForCausalLM

@@ -435,9 +435,9 @@ def test_a_latent_is_normalised_rotated_and_stored(interleaved, stored):
 
 
 def compiled(*words):
-    """What hopper.py found."""
+    """What compile_sm90.py found."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = str(Path(__file__).with_name("hopper.py"))
+    script = str(Path(__file__).with_name("compile_sm90.py"))
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray Serve is not installed: pip install -e '.[ray]'"
 )
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KEY = {"authorization": "Bearer secret"}
 SCRIPT = [{"match": "greet", "text": "Good day, to you!"}, {"match": "long story", "text": "word " * 400}]
 

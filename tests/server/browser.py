@@ -12,7 +12,7 @@ import pytest
 from ktx.engine.engine import Options
 from ktx.engine.scripted import scripted_engine
 from tests.server.conftest import QWEN
-from tests.small_chat import tokenizer
+from tests.support.tiny_chat_model import tokenizer
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900")
 WAIT = 20.0  # seconds for what should take a fraction of one

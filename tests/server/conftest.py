@@ -16,7 +16,7 @@ from ktx.server.app import make_app
 from ktx.server.auth import AccessPolicy
 from ktx.server.run import listen, make_server
 from ktx.server.state import ServerSettings, ServerState
-from tests.small_chat import tokenizer
+from tests.support.tiny_chat_model import tokenizer
 
 NAME = "test-model"
 

@@ -12,10 +12,10 @@ from ktx.cli import serve
 from ktx.cli.arguments import Parser
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from tests.models.families import tiny
-from tests.models.test_families import load
+from tests.families.test_families import load
 from tests.server.conftest import NAME, serving
-from tests.small_chat import tokenizer
+from tests.support.tiny_chat_model import tokenizer
+from tests.support.tiny_models import tiny
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 ADAPTERS = ("one", "two")

@@ -12,7 +12,7 @@ from ktx.engine.scripted import read_script, scripted_engine
 from ktx.engine.template import named_templates
 from ktx.errors import BadFile, UsageError
 from tests.server.conftest import NAME, refused, sent, serving
-from tests.small_chat import TEMPLATE, tokenizer
+from tests.support.tiny_chat_model import TEMPLATE, tokenizer
 
 TOOL_USE = "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}" + TEMPLATE
 SHORT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
@@ -153,7 +153,7 @@ def test_a_template_that_refuses_some_messages_is_not_broken():
 
 
 def test_the_model_with_a_broken_template_of_its_own_ends_the_server(tmp_path, capsys):
-    from tests.small_chat import write_model
+    from tests.support.tiny_chat_model import write_model
 
     folder = write_model(tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content")

@@ -16,7 +16,7 @@ from ktx.server.auth import AccessPolicy
 from ktx.server.static import FILES, PAGE_DIR, TYPES
 from tests.server.conftest import serving
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 100_000  # bytes of the whole page
 HTML_FROM_TEXT = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "DOMParser")
 

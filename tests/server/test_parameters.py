@@ -16,7 +16,7 @@ from ktx.server.protocol import ChatCompletionRequest, CompletionRequest, parame
 from ktx.server.protocol.ollama import OllamaOptions
 from ktx.server.protocol.parameters import ALIASES, IGNORED, IGNORED_HEADER, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
-from tests.small_chat import tokenizer
+from tests.support.tiny_chat_model import tokenizer
 
 HELLO = [{"role": "user", "content": "greet"}]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]

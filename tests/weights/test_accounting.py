@@ -13,9 +13,9 @@ import ktx
 import ktx.loader.load
 from ktx.__main__ import main
 from ktx.errors import BadFile
-from tests.gguf_writer import write_gguf
-from tests.models.families import tiny
-from tests.models.test_families import logits, relative
+from tests.families.test_families import logits, relative
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_models import tiny
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from ktx.quant.types import BY_CODE, QTYPES
 from ktx.weights.base import open_weights
 from ktx.weights.gguf_header import parse_header
 from ktx.weights.safetensors import parse_safetensors_header
-from tests.gguf_writer import write_gguf
-from tests.models.families import FAMILIES, tiny
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_models import FAMILIES, tiny
 
 # relative RMS on gaussian rows: about what llama-quantize reaches without an importance matrix
 ERRORS = {

@@ -12,9 +12,9 @@ from ktx.errors import BadFile
 from ktx.families import GGUF_MODEL_TYPES
 from ktx.weights.base import open_weights
 from ktx.weights.check_config import gguf_mismatches
-from tests.gguf_writer import ARCH, write_gguf
-from tests.models.families import FAMILIES, LINEAR, LLAMA3, YARN, tiny
-from tests.models.test_families import IDS, LONGROPE, load, logits
+from tests.families.test_families import IDS, LONGROPE, load, logits
+from tests.support.gguf_writer import ARCH, write_gguf
+from tests.support.tiny_models import FAMILIES, LINEAR, LLAMA3, YARN, tiny
 
 HYBRID = LINEAR | {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 64}
 CONFIGS = {"qwen3_5_text": HYBRID, "mistral": {"sliding_window": None}}

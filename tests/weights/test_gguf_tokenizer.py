@@ -15,8 +15,8 @@ from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, KtxError
 from ktx.weights.gguf_tokenizer import eog_token_ids, recommended_sampling, tokenizer_from_gguf
 from ktx.weights.pretokenizers import PRE_TOKENIZERS
-from tests.gguf_writer import write_gguf
-from tests.models.families import tiny
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_models import tiny
 
 MARKS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|eot|>", "<|eom|>", "<|x|>"]
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())

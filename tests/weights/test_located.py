@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import ktx
 from ktx.errors import BadFile
-from tests.gguf_writer import write_gguf
-from tests.models.families import LINEAR, MOE, tiny
-from tests.models.test_families import IDS, logits, relative
-from tests.small_chat import tokenizer
+from tests.families.test_families import IDS, logits, relative
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_chat_model import tokenizer
+from tests.support.tiny_models import LINEAR, MOE, tiny
 
 SETTINGS = {"eos_token_id": [2, 5, 6], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 17}
 SHA = {"main": "a" * 40, "v2": "b" * 40}

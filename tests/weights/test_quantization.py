@@ -16,9 +16,9 @@ from ktx.errors import BadFile
 from ktx.kernels.check import multiplies_in_bf16
 from ktx.quant.types import expand_scale
 from ktx.weights.quantization import SCHEMES, UNSUPPORTED_METHODS, check_quantization
-from tests.gguf_writer import write_gguf
-from tests.models.families import tiny
-from tests.models.test_families import IDS, logits, relative
+from tests.families.test_families import IDS, logits, relative
+from tests.support.gguf_writer import write_gguf
+from tests.support.tiny_models import tiny
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 

@@ -1,5 +1,0 @@
-"""Outputs of this family alone: they are read as those of deepseek_v3."""
-
-from tests.dialects.outputs.deepseek_v3 import CASES
-
-__all__ = ["CASES"]
