@@ -81,12 +81,12 @@ def test_an_answer_comes_word_by_word_with_its_reasoning_folded(page):
 def test_numbers_of_an_answer_are_the_servers(page):
     page.answered("greet")
     first = page.text(".numbers")
-    assert "tok/s" in first and f"{len(ANSWERS['greet'])} tokens · prompt of 8" in first
+    assert "tok/s" in first and f"{len(ANSWERS['greet'])} tokens · 8 prompt tokens" in first
     page.answered("g" * 200)
     page.answered("greet")
     last = page.texts(".numbers")[-1]
-    assert "cached" in last and "first after" in last
-    assert page.text("#room").endswith("of 32,768 tokens of context used.")
+    assert "cached" in last and "first token after" in last
+    assert page.text("#context-usage").endswith("of 32,768 tokens of context used.")
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
@@ -123,7 +123,7 @@ def test_the_last_question_can_be_edited(page):
     page.answered("good mornign")
     page.button("Edit").click()
     assert page.one("#question").get_attribute("value") == "good mornign"
-    page.button("Keep it as it was").click()
+    page.button("Cancel").click()
     assert page.one("#question").get_attribute("value") == "" and len(page.all("article")) == 4
     page.button("Edit").click()
     page.one("#question").clear()
@@ -204,7 +204,7 @@ def test_settings_are_asked_for_and_left_out_when_empty(page):
     assert full["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
     assert (
         page.texts(".answer > .text")[-1] == "Good da"
-        and "largest number of tokens" in page.texts(".answer > .notice")[-1]
+        and "maximum number of tokens" in page.texts(".answer > .notice")[-1]
     )
     page.button("Settings").click()
     page.button("Reset").click()
@@ -238,7 +238,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_alone(visit):
         page.until("document.querySelector('#key[open]')")
         assert page.js("return document.activeElement.id") == "key-field" and not page.text("#model")
         page.one("#key-field").send_keys("wrong-key\n")
-        page.until("/refused/.test(document.getElementById('key-words').textContent)")
+        page.until("/rejected/.test(document.getElementById('key-text').textContent)")
         page.one("#key-field").send_keys("right-key\n")
         page.until(f"document.getElementById('model').textContent === {NAME!r}")
         page.answered("greet")
@@ -251,7 +251,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_alone(visit):
         page.until("document.querySelector('#key[open]')")
         page.button("Not now").click()
         page.until("!document.getElementById('state').hidden")
-        assert "wants a key" in page.text("#state-words") and page.button("Try again").is_displayed()
+        assert "requires an API key" in page.text("#state-text") and page.button("Try again").is_displayed()
         assert all("401" in complaint for complaint in page.complaints())
 
 
@@ -261,15 +261,15 @@ def test_loading_is_shown_until_it_is_over(visit):
         page = visit(base).open()
         page.until("document.getElementById('state-progress').value === 25")
         assert (
-            page.text("#state-words").startswith("Loading the model: 25 %, about ")
+            page.text("#state-text").startswith("Loading the model: 25 %, about ")
             and not page.button("Send").is_enabled()
         )
         served.load_error = "no such file"
-        page.until("/no such file/.test(document.getElementById('state-words').textContent)")
+        page.until("/no such file/.test(document.getElementById('state-text').textContent)")
         served.load_error = ""
         served.set_engine(talkative(ANSWERS))
         page.ready()
-        assert not page.one("#state").is_displayed() and page.text("#said") == "The server is ready."
+        assert not page.one("#state").is_displayed() and page.text("#announcer") == "The server is ready."
         page.answered("greet")
         assert all("503" in complaint for complaint in page.complaints())
 
@@ -313,7 +313,7 @@ def test_dark_follows_the_system_and_a_switch(page):
     page.emulate("prefers-color-scheme", "dark")
     dark = page.js(f"return {ground}")
     assert sum(map(int, light[4:-1].split(","))) > 700 and sum(map(int, dark[4:-1].split(","))) < 100
-    page.button("Theme: as the system").click()
+    page.button("Theme: system").click()
     assert page.js(f"return {ground}") == light
     page.driver.refresh()
     assert page.js(f"return {ground}") == light
@@ -341,7 +341,7 @@ def test_screen_readers_hear_names_landmarks_and_whole_answers(page):
     assert page.one("html").get_attribute("lang") == "en" and len(page.all("h1")) == 1
     assert [len(page.all(landmark)) for landmark in ("header", "main", "nav")] == [1, 1, 1]
     assert page.one("#tab-chat").aria_role == "tab" and page.one("#chat").aria_role == "tabpanel"
-    assert page.one("#said").get_attribute("aria-live") == "polite" and page.text("#said") == "It is four."
+    assert page.one("#announcer").get_attribute("aria-live") == "polite" and page.text("#announcer") == "It is four."
     assert page.one("#messages").get_attribute("aria-live") == "off"
     assert page.js("return new Set([...document.querySelectorAll('[id]')].map((one) => one.id)).size") == len(
         page.all("[id]")

@@ -172,7 +172,9 @@ def test_the_heat_map_shows_which_experts_are_used(page):
     assert sum(even) < sum(cold) - 50  # since the start the others were used too
     words = page.text(".experts .below")
     assert (
-        "24 of 24 experts" in words and f"The busiest is expert {HOT} of layer 1" in words and "a token uses 2" in words
+        "24 of 24 experts" in words
+        and f"The busiest is expert {HOT} of layer 1" in words
+        and "a token activates 2" in words
     )
     assert "0: 1.5 s, 1: 1.3 s" in page.text(".experts")
     page.one("[value=minute]").click()
@@ -200,7 +202,7 @@ def test_single_experts_are_read_by_keyboard_and_pointer(page):
 def test_rates_are_of_the_last_seconds(page):
     shown(page)
     page.until("/^(29|30|31)/.test(document.querySelector('.tile .value').textContent)")
-    assert "tok/s" in tile(page, "Answers")
+    assert "tok/s" in tile(page, "Generation")
     assert page.text(".gauge .big") == "10.0 GB/s" and page.text(".gauge .small") == "50 % of 20.0"
     assert len(page.one(".spark polyline").get_attribute("points").split()) >= 2
     assert "20.0 GB/s were measured" in page.text(".bandwidth")
@@ -209,12 +211,14 @@ def test_rates_are_of_the_last_seconds(page):
 def test_requests_cache_and_memory_are_told(page):
     shown(page)
     assert "2 running" in tile(page, "Requests") and "3 waiting" in tile(page, "Requests")
-    cache, memory = tile(page, "Cache"), tile(page, "Memory")
+    cache, memory = tile(page, "KV cache"), tile(page, "Memory")
     assert (
-        "25 % in use" in cache and "25 of 100 pages of 64 tokens, 10 kept" in cache and "64 % of prompt tokens" in cache
+        "25 % in use" in cache
+        and "25 of 100 pages of 64 tokens, 10 cached" in cache
+        and "64 % of prompt tokens" in cache
     )
-    assert "150 MB" in memory and "104 MB weights · 20.0 MB cache · 600 MB free · of 1.0 GB" in memory
-    assert "made-up · A processor · avx2 kernels · 4 threads · 2 memory nodes · up " in page.text(".facts")
+    assert "150 MB" in memory and "104 MB weights · 20.0 MB KV cache · 600 MB free · of 1.0 GB" in memory
+    assert "made-up · A processor · avx2 kernels · 4 threads · 2 NUMA nodes · up " in page.text(".facts")
 
 
 def test_modules_stand_in_a_picture_and_a_table_by_layer(page):
@@ -224,7 +228,7 @@ def test_modules_stand_in_a_picture_and_a_table_by_layer(page):
         "return [...document.querySelectorAll('.modules tbody tr')].map((row) => [...row.cells].map((cell) => cell.innerText.replaceAll('\\n', ' ')))"
     )
     assert rows == [
-        ["outside 10.0 MB", "Linear", "cuda:0", "Q6_K", "1", "6.0 MB"],
+        ["outside layers 10.0 MB", "Linear", "cuda:0", "Q6_K", "1", "6.0 MB"],
         ["Embedding", "cpu", "Q4_K", "1", "4.0 MB"],
         ["0 1.0 MB", "MLA", "cuda:0", "Q4_K", "1", "1.0 MB"],
         ["1–3 31.0 MB × 3", "Experts", "cpu", "Q4_K/Q6_K", "1", "30.0 MB"],
@@ -243,9 +247,9 @@ def test_modules_stand_in_a_picture_and_a_table_by_layer(page):
 
 def test_what_is_not_known_is_told_in_words(page):
     shown(page, UNKNOWN)
-    for words in ("No routed experts", "no modules to show", "no bandwidth is used", "keeps no pages"):
+    for words in ("No routed experts", "no modules to show", "uses no bandwidth", "no paged KV cache"):
         assert words in page.text("#machine"), words
-    assert page.texts(".tile .value") == ["not known"] * 4
+    assert page.texts(".tile .value") == ["unknown"] * 4
     assert not page.one("canvas").is_displayed()
 
 

@@ -134,9 +134,9 @@ def drawn(page, text):
     """What a text looks like when it comes at once, as HTML."""
     return page.run(
         """
-        const { Growing } = await import("/page/markdown.js");
+        const { MarkdownView } = await import("/page/markdown.js");
         const place = document.createElement("div");
-        new Growing(place).update(given[0]);
+        new MarkdownView(place).update(given[0]);
         return place.innerHTML;
         """,
         text,
@@ -224,12 +224,12 @@ def test_a_growing_text_looks_as_the_whole_does(page):
     texts = [PLAIN, HOSTILE] + ["".join(chance.choices(WORDS, k=chance.randint(5, 60))) for _ in range(400)]
     wrong = page.run(
         """
-        const { Growing } = await import("/page/markdown.js");
+        const { MarkdownView } = await import("/page/markdown.js");
         const wrong = [];
         for (const [text, cuts] of given[0]) {
           const [whole, parts] = [document.createElement("div"), document.createElement("div")];
-          new Growing(whole).update(text);
-          const growing = new Growing(parts);
+          new MarkdownView(whole).update(text);
+          const growing = new MarkdownView(parts);
           for (const cut of cuts) growing.update(text.slice(0, cut));
           growing.update(text);
           if (whole.innerHTML !== parts.innerHTML) wrong.push([text, whole.innerHTML, parts.innerHTML]);
@@ -244,14 +244,14 @@ def test_a_growing_text_looks_as_the_whole_does(page):
 def test_what_is_settled_is_not_drawn_again(page):
     kept = page.run(
         """
-        const { Growing } = await import("/page/markdown.js");
+        const { MarkdownView } = await import("/page/markdown.js");
         const place = document.createElement("div");
-        const growing = new Growing(place);
+        const growing = new MarkdownView(place);
         growing.update("first *one*\\n\\n```\\ncode");
         const [paragraph, code] = [place.children[0], place.querySelector("code").firstChild];
         growing.update("first *one*\\n\\n```\\ncode\\nmore\\n");
         const same = [paragraph === place.children[0], code === place.querySelector("code").firstChild, code.data];
-        let text = growing.drawn + "```\\n";
+        let text = growing.text + "```\\n";
         const started = performance.now();
         for (let i = 0; i < 3000; i += 1) growing.update((text += `paragraph ${i} with some words\\n\\n`));
         return [...same, place.children.length, performance.now() - started];
@@ -265,10 +265,10 @@ def test_what_is_settled_is_not_drawn_again(page):
 def test_a_long_hostile_text_takes_a_moment(page, name):
     took = page.run(
         """
-        const { Growing } = await import("/page/markdown.js");
+        const { MarkdownView } = await import("/page/markdown.js");
         const place = document.createElement("div");
         const started = performance.now();
-        const growing = new Growing(place);
+        const growing = new MarkdownView(place);
         growing.update(given[0]);
         growing.update(given[0] + "\\nend");
         const took = performance.now() - started;

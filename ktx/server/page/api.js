@@ -3,8 +3,8 @@
 import { byId } from "./dom.js";
 
 const KEY = "ktx.key";
-let keyPrompt = null; // the promise of the open key dialog, shared by all calls that need a key
-let fallbackKey = ""; // used if the browser has no session storage
+let keyPrompt = null; // of the open dialog, shared by all calls
+let fallbackKey = ""; // if there is no session storage
 
 /** An error response or a failed connection. `status` is 0 if there was no response. */
 export class ApiError extends Error {
@@ -27,11 +27,11 @@ function storeKey(value) {
   try {
     sessionStorage.setItem(KEY, value);
   } catch (error) {
-    console.info("No session storage; the key is lost when this page is closed:", error.message);
+    console.info("No session storage; reloading loses the key:", error.message);
   }
 }
 
-/** Returns the response if its status is 2xx. Prompts for a key on 401; throws ApiError otherwise. */
+/** Returns a 2xx response. Prompts for a key on 401, else throws ApiError. */
 export async function call(path, { body, signal, method = body ? "POST" : "GET" } = {}) {
   for (;;) {
     const key = readKey();
@@ -58,7 +58,7 @@ async function toApiError(response) {
   try {
     message = JSON.parse(text).error?.message ?? "";
   } catch {
-    message = ""; // the body is not the server's, for example a proxy's error page
+    // not JSON, for example a proxy's error page
   }
   message ||= `The server returned status ${response.status} without an error message.`;
   const retryAfter = response.headers.get("retry-after");
@@ -93,7 +93,7 @@ function promptForKey(rejected) {
   return keyPrompt;
 }
 
-/** Yields the parsed server-sent events up to [DONE]. Throws ApiError for an error event or a broken connection. */
+/** Yields the parsed events up to [DONE]. Throws ApiError for an error event or a lost connection. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";

@@ -1,4 +1,4 @@
-// One chat completion: sends the request, appends the stream's deltas to a message, and reports every change.
+// Streams one chat completion into a message.
 
 import { call, events } from "./api.js";
 import { samplingFields, systemPrompt } from "./settings.js";
@@ -76,7 +76,7 @@ export class ChatStream {
   }
 }
 
-/** Tokens per second between the first and the last token; until usage arrives, counts deltas of one or a few tokens. */
+/** Decode speed. Until usage arrives it counts deltas, which hold one or a few tokens. */
 export function tokensPerSecond({ first, last, answer, pieces }) {
   const tokens = answer ?? pieces;
   return tokens > 1 && last > first ? (tokens - 1) / (last - first) : null;

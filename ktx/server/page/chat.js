@@ -8,18 +8,18 @@ import * as store from "./store.js";
 import { toast } from "./toast.js";
 
 const SAVE_INTERVAL_MS = 2000; // while an answer streams
-const REDRAW_INTERVAL_MS = 500; // updates the elapsed time until the first token
-const FOLLOW_PX = 80; // the view follows the end if it is at most this far away
+const REDRAW_INTERVAL_MS = 500; // of the elapsed time
+const FOLLOW_PX = 80; // scrolls with the end if at most this far from it
 const MAX_TITLE_CHARS = 60;
 
 const newConversation = () => ({ id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] });
 
 export class Chat {
-  /** `onListChange(id)` is called when the sidebar must be redrawn; `id` is the visible conversation's. */
+  /** `onListChange(visibleId)` must redraw the sidebar. */
   constructor(onListChange) {
     this.onListChange = onListChange;
     this.model = null; // {id, context}, once /v1/models has returned it
-    this.streams = new Map(); // conversation id -> ChatStream; they continue while another conversation is visible
+    this.streams = new Map(); // conversation id -> ChatStream; also of conversations that are not visible
     this.log = byId("messages");
     this.input = byId("question");
     this.frame = 0; // the pending animation frame
@@ -37,7 +37,7 @@ export class Chat {
     this.log.addEventListener("click", (event) => copyCode(event.target));
   }
 
-  /** Shows the stored or running conversation with this id, else a new one. */
+  /** Shows the conversation with this id, else a new one. */
   show(id) {
     this.conversation = this.streams.get(id)?.conversation ?? (id && store.read(id)) ?? newConversation();
     this.views = [];
@@ -73,12 +73,11 @@ export class Chat {
     this.generate();
   }
 
-  /** The index of the last message of the user. */
   lastQuestion() {
     return this.conversation.messages.findLastIndex((message) => message.role === "user");
   }
 
-  /** Starts editing the last question in the input field, or cancels it. */
+  /** Starts or cancels editing the last question. */
   edit(on) {
     this.input.value = on ? this.conversation.messages[this.lastQuestion()].text : "";
     this.editing = on;
@@ -94,7 +93,7 @@ export class Chat {
     this.input.focus();
   }
 
-  /** Requests an answer to the conversation and streams it into a new message. */
+  /** Streams an answer into a new message. */
   async generate() {
     const { conversation } = this;
     const message = newAnswer();

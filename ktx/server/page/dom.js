@@ -21,6 +21,11 @@ export function draw(name, properties = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", name), properties, children);
 }
 
+/** A plain button; `more` are further properties. */
+export function button(label, click, more = {}) {
+  return make("button", { type: "button", class: "quiet", click, ...more }, label);
+}
+
 export const byId = (id) => document.getElementById(id);
 
 /** Changes `old` to equal `fresh` with few edits: nodes that stay retain their selection, focus and scroll position. */

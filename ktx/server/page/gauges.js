@@ -1,4 +1,4 @@
-// Current values: token rates, requests, KV cache, memory, bandwidth.
+// The current values on the machine tab.
 
 import { draw, make } from "./dom.js";
 import { bytes, count, percent, rate } from "./format.js";
@@ -76,7 +76,7 @@ export class Tiles {
   }
 }
 
-/** Memory bandwidth: a gauge of used over measured bandwidth, and a sparkline of the last two minutes. */
+/** A gauge of used over measured bandwidth, and a sparkline of the last two minutes. */
 export class Bandwidth {
   constructor() {
     this.gauge = make("div", { class: "gauge" });

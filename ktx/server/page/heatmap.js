@@ -1,4 +1,4 @@
-// The heat map of expert activations: a row per layer, a column per expert. The color is the load over the layer's mean.
+// The heat map of expert activations: a row per layer, a column per expert, colored by the load over the layer's mean.
 
 import { make } from "./dom.js";
 import { count, percent, seconds } from "./format.js";
@@ -65,7 +65,6 @@ export class HeatMap {
 
   paint() {
     const { canvas, table } = this;
-    const columns = this.experts.count;
     const width = canvas.parentElement.clientWidth;
     if (!width) return;
     const height = Math.max(6, Math.min(24, Math.floor(460 / table.length)));
@@ -73,7 +72,7 @@ export class HeatMap {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(total * ratio);
     canvas.style.height = `${total}px`;
-    this.cell = [(width - LEFT_PX) / columns, height];
+    this.cell = [(width - LEFT_PX) / this.experts.count, height];
     const ctx = canvas.getContext("2d");
     ctx.scale(ratio, ratio);
     const colors = this.colors();
@@ -134,7 +133,7 @@ export class HeatMap {
 
   busiest() {
     const [row, expert, load] = this.table.reduce((best, counts, i) => counts.reduce((max, _, j) => (this.load(i, j) > max[2] ? [i, j, this.load(i, j)] : max), best), [0, 0, 0]);
-    return `The busiest is expert ${expert} of layer ${this.experts.layers[row]} with ${load.toFixed(1)} times the layer's mean.`;
+    return `The busiest is expert ${expert} of layer ${this.experts.layers[row]} with ${load.toFixed(1)} times the mean.`;
   }
 
   describeNodes(times) {
@@ -174,7 +173,7 @@ export class HeatMap {
       return;
     }
     const [row, expert] = this.cursor;
-    this.output.textContent = `Layer ${this.experts.layers[row]}, expert ${expert}: ${count(this.table[row][expert])} activations, ${this.load(row, expert).toFixed(2)} times the layer's mean.`;
+    this.output.textContent = `Layer ${this.experts.layers[row]}, expert ${expert}: ${count(this.table[row][expert])} activations, ${this.load(row, expert).toFixed(2)} times the mean.`;
   }
 }
 

@@ -1,5 +1,5 @@
-// Inline Markdown: code, emphasis, links. Converts text to DOM nodes; links other than http and https stay text.
-// Parses in one pass with a stack, so that hostile input takes linear time.
+// Inline Markdown: code, emphasis, links to http and https. Parsed in one pass with a stack, so that hostile input takes
+// linear time.
 
 import { make } from "./dom.js";
 
@@ -12,7 +12,7 @@ const SPECIAL = /[\\`*_~[\]!<h\n]/g;
 const WORD = /[\p{L}\p{N}]/u;
 
 /** The normalized URL if it is http or https, else null. */
-export function httpUrl(text) {
+function httpUrl(text) {
   if (text.length > MAX_URL_CHARS || !/^https?:\/\//i.test(text)) return null;
   try {
     return new URL(text).href;

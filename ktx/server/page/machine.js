@@ -1,4 +1,4 @@
-// The machine tab: polls /machine once per second while visible, stores samples to compute rates, and updates its views.
+// The machine tab: polls /machine while visible and updates its views.
 
 import { call } from "./api.js";
 import { make } from "./dom.js";
@@ -25,16 +25,9 @@ export class History {
     const last = this.samples.at(-1);
     if ((last && at - last.at > MAX_GAP_S) || (stats.uptime_seconds ?? 0) < this.uptime) [this.samples, this.counts] = [[], []];
     this.uptime = stats.uptime_seconds ?? 0;
-    const [bandwidth, requests] = [stats.bandwidth ?? {}, stats.requests ?? {}];
-    this.samples.push({
-      at,
-      bytes: bandwidth.bytes ?? null,
-      seconds: bandwidth.seconds ?? null,
-      expert_bytes: bandwidth.expert_bytes ?? null,
-      expert_seconds: bandwidth.expert_seconds ?? null,
-      prompt_tokens: requests.prompt_tokens ?? null,
-      answer_tokens: requests.answer_tokens ?? null,
-    });
+    const { bytes = null, seconds = null, expert_bytes = null, expert_seconds = null } = stats.bandwidth ?? {};
+    const { prompt_tokens = null, answer_tokens = null } = stats.requests ?? {};
+    this.samples.push({ at, bytes, seconds, expert_bytes, expert_seconds, prompt_tokens, answer_tokens });
     this.samples.splice(0, this.samples.length - MAX_SAMPLES);
     if (stats.experts && !(at - this.counts.at(-1)?.at < COUNTS_INTERVAL_S)) this.counts.push({ at, activations: stats.experts.activations });
     while (this.counts.length > 1 && at - this.counts[1].at >= COUNTS_WINDOW_S) this.counts.shift();

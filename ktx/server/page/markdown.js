@@ -1,7 +1,6 @@
-// Markdown blocks: headings, paragraphs, lists, quotes, code, tables. Model output is untrusted, so all of it, HTML
-// included, becomes text nodes.
+// Markdown blocks: headings, paragraphs, lists, quotes, code, tables. Model output is untrusted: HTML in it stays text.
 
-import { make, patch } from "./dom.js";
+import { button, make, patch } from "./dom.js";
 import { inline } from "./inline.js";
 
 const MAX_DEPTH = 8; // of nested lists and quotes; deeper ones are paragraphs
@@ -66,7 +65,7 @@ function code(lines, at, [, indent, fence, info]) {
   while (end < lines.length && !closes.test(lines[end])) end += 1;
   const text = lines.slice(at + 1, end).map((line) => line.slice(Math.min(indent.length, line.length - line.trimStart().length)));
   const name = info.trim().split(/\s/)[0].slice(0, 40);
-  const bar = make("div", { class: "bar" }, make("span", {}, name || "text"), make("button", { type: "button", class: "quiet copy", "aria-label": "Copy this code" }, "Copy"));
+  const bar = make("div", { class: "bar" }, make("span", {}, name || "text"), button("Copy", null, { class: "quiet copy", "aria-label": "Copy this code" }));
   return [make("div", { class: "code" }, bar, make("pre", {}, make("code", {}, text.join("\n")))), end + 1];
 }
 

@@ -1,13 +1,11 @@
-// The views of one message: the user's question and the assistant's answer.
+// The views of a question and of an answer.
 
 import { tokensPerSecond } from "./chat-stream.js";
-import { make } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { button, make } from "./dom.js";
 import { count, rate, seconds } from "./format.js";
+import { MarkdownView } from "./markdown.js";
 
-const button = (label, action) => make("button", { type: "button", class: "quiet", click: action }, label);
-
-/** A question as plain text. The last one has an Edit button. */
+/** A question, as plain text. */
 export class QuestionView {
   constructor(message) {
     this.buttons = make("div", { class: "buttons" });
@@ -21,7 +19,7 @@ export class QuestionView {
   }
 }
 
-/** An answer, while it streams and when it is complete. */
+/** An answer, streaming or complete. */
 export class AnswerView {
   constructor(message) {
     this.message = message;

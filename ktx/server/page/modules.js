@@ -1,4 +1,4 @@
-// The placement of the weights: a treemap by device and operator, and a table by layer.
+// Weight placement: a treemap by device and operator, and a table by layer.
 
 import { draw, make } from "./dom.js";
 import { bytes, count, percent, ranges } from "./format.js";
@@ -15,7 +15,7 @@ export class Modules {
     const table = make("table", {}, make("caption", { class: "sr-only" }, "Modules by layer"), make("thead", {}, make("tr", {}, ...heads)), this.table);
     this.body = make("div", {}, this.treemap, make("div", { class: "table" }, table));
     this.element = make("section", { class: "modules", "aria-labelledby": "modules-title" }, make("h3", { id: "modules-title" }, "Weight placement"), this.summary, this.body);
-    this.drawn = ""; // identifies what is drawn
+    this.drawn = "";
   }
 
   show({ modules }) {
@@ -80,7 +80,7 @@ function area({ name, bytes: size, modules, color }, [x, y, width, height], devi
   );
 }
 
-/** Squarified treemap: one [x, y, width, height] per item, with areas proportional to the bytes and low aspect ratios. */
+/** Squarified treemap: a box [x, y, width, height] per item, its area proportional to the bytes. */
 function squarify(items, x, y, width, height) {
   const boxes = [];
   let left = sum(items); // bytes not placed yet

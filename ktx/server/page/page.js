@@ -1,13 +1,13 @@
-// The page's entry point: tabs, theme, keyboard, and the server's status.
+// The entry point: tabs, theme, keyboard, server status.
 
 import { call } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
-import { Sidebar } from "./sidebar.js";
+import { seconds } from "./format.js";
 import { Machine } from "./machine.js";
 import { startSettings } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
 import { readCurrent, writeTheme } from "./store.js";
-import { seconds } from "./format.js";
 
 const THEMES = { "": "system", light: "light", dark: "dark" };
 const POLL_INTERVAL_MS = 1000; // of /health while the model loads
@@ -56,18 +56,19 @@ function startTabs() {
 }
 
 function startTheme() {
+  const root = document.documentElement;
   const button = byId("theme");
   const show = () => {
-    const theme = document.documentElement.dataset.theme ?? "";
+    const theme = root.dataset.theme ?? "";
     button.textContent = { "": "◐", light: "○", dark: "●" }[theme];
     button.title = `Theme: ${THEMES[theme]}`;
     button.setAttribute("aria-label", button.title);
   };
   button.addEventListener("click", () => {
     const names = Object.keys(THEMES);
-    const next = names[(names.indexOf(document.documentElement.dataset.theme ?? "") + 1) % names.length];
-    if (next) document.documentElement.dataset.theme = next;
-    else delete document.documentElement.dataset.theme;
+    const next = names[(names.indexOf(root.dataset.theme ?? "") + 1) % names.length];
+    if (next) root.dataset.theme = next;
+    else delete root.dataset.theme;
     writeTheme(next);
     show();
     machine.redraw();

@@ -1,4 +1,4 @@
-// The settings dialog: sampling parameters, system prompt, reasoning. Empty fields are left out of the request.
+// The settings dialog. Empty fields are left out of the request.
 
 import { byId } from "./dom.js";
 import { readSettings, writeSettings } from "./store.js";

@@ -1,20 +1,20 @@
-// The sidebar: the list of stored conversations.
+// The list of stored conversations.
 
-import { byId, make } from "./dom.js";
+import { button, byId, make } from "./dom.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
 
 export class Sidebar {
   constructor() {
-    this.chat = null; // the Chat that shows the selected conversation; the caller sets it
-    this.current = null; // id of the visible conversation
-    this.renaming = null; // id of the conversation whose title is being edited
+    this.chat = null; // the caller sets it
+    this.current = null; // the visible conversation's id
+    this.renaming = null; // id while a title is edited
     byId("new").addEventListener("click", () => this.select(null));
     byId("open-list").addEventListener("click", () => this.open(!document.body.classList.contains("sidebar-open")));
     addEventListener("storage", () => this.draw(this.current)); // another tab has changed the list
   }
 
-  /** Opens or closes the sidebar, which covers the conversation on a phone. */
+  /** On a phone the sidebar covers the conversation. */
   open(on) {
     document.body.classList.toggle("sidebar-open", on);
     byId("open-list").setAttribute("aria-expanded", String(on));
@@ -34,9 +34,9 @@ export class Sidebar {
 
   item({ id, title }) {
     const name = title || "Untitled";
-    const select = make("button", { type: "button", class: "choose", click: () => this.select(id), "aria-current": id === this.current ? "true" : null }, name);
-    const rename = make("button", { type: "button", class: "quiet", "aria-label": `Rename ${name}`, title: "Rename", click: (event) => this.rename(id, name, event.target.closest("li")) }, "✎");
-    const remove = make("button", { type: "button", class: "quiet", "aria-label": `Delete ${name}`, title: "Delete", click: () => this.remove(id, name) }, "×");
+    const select = button(name, () => this.select(id), { class: "choose", "aria-current": id === this.current ? "true" : null });
+    const rename = button("✎", (event) => this.rename(id, name, event.target.closest("li")), { "aria-label": `Rename ${name}`, title: "Rename" });
+    const remove = button("×", () => this.remove(id, name), { "aria-label": `Delete ${name}`, title: "Delete" });
     return make("li", {}, select, rename, remove);
   }
 

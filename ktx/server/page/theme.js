@@ -1,11 +1,8 @@
-// Sets the stored theme before the first paint, so that a dark page does not flash. The only script that is not a module.
+// Sets the stored theme. Not a module, so that it runs before the first paint and a dark page does not flash.
 "use strict";
-{
-  let theme = "";
-  try {
-    theme = localStorage.getItem("ktx.theme") ?? "";
-  } catch {
-    theme = ""; // no storage
-  }
+try {
+  const theme = localStorage.getItem("ktx.theme");
   if (theme) document.documentElement.dataset.theme = theme;
+} catch {
+  // no storage: the system's theme
 }

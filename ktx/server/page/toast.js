@@ -1,6 +1,6 @@
 // A short notification that disappears after a timeout, with at most one action.
 
-import { byId, make } from "./dom.js";
+import { button, byId } from "./dom.js";
 
 const TIMEOUT_MS = 8000;
 let timer = 0;
@@ -11,8 +11,7 @@ export function toast(message, label = "", action = () => {}) {
     element.hidden = true;
     element.replaceChildren();
   };
-  const button = label && make("button", { type: "button", class: "quiet", click: () => (hide(), action()) }, label);
-  element.replaceChildren(message, ...(button ? [" ", button] : []));
+  element.replaceChildren(message, ...(label ? [" ", button(label, () => (hide(), action()))] : []));
   element.hidden = false;
   clearTimeout(timer);
   timer = setTimeout(hide, TIMEOUT_MS);
