@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_attention: torch sees no CUDA device on this machine; there is nothing to measure", file=sys.stderr)
         return 1
-    from ktx.cli.bench import run_metadata
+    from ktx.cli.bench_process import run_metadata
 
     copy, product = limits()
     common = run_metadata() | {

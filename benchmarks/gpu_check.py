@@ -24,7 +24,20 @@ RECORD, HYBRID, GRAPHS = (str(RESULTS / f"gpu_{name}.jsonl") for name in ("atten
 TRACE = str(RESULTS / "gpu_trace.png")
 STAGES = (  # name, command, exit codes that pass (pytest exits with 5 when no test is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
-    ("families and demo model", ["-m", "pytest", "-q", "tests/ops", "tests/families", "tests/model", "tests/demo/test_demo.py", "tests/kernels"], (0,)),
+    (
+        "families and demo model",
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "tests/ops",
+            "tests/families",
+            "tests/model",
+            "tests/demo/test_demo.py",
+            "tests/kernels",
+        ],
+        (0,),
+    ),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
     ("models on the gpu", ["-m", "pytest", "-q", "tests/gpu", "tests/top/test_devices.py"], (0,)),
     ("gpu attention", ["benchmarks/gpu_attention.py", "--quick", "--record", RECORD], (0,)),

@@ -100,7 +100,7 @@ def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ktx.cli.bench import run_metadata
+    from ktx.cli.bench_process import run_metadata
     from ktx.quant.types import QTYPES
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ktx.integrations import experts_interface
+from ktx.utils import openmp as openmp  # before torch
+from ktx.utils.version import VERSION
 
 if TYPE_CHECKING:
     from ktx.injection.inject import Plan as Plan
-    from ktx.injection.rules import Rule as Rule
+    from ktx.injection.rule import Rule as Rule
     from ktx.integrations.from_pretrained import KtxConfig as KtxConfig
     from ktx.loader.build import plan as plan
     from ktx.loader.load import load as load
     from ktx.ops.base import Context as Context
     from ktx.ops.base import Operator as Operator
-    from ktx.ops.base import register as register
     from ktx.ops.edit import dequantize as dequantize
     from ktx.ops.edit import edit as edit
     from ktx.ops.experts_interface import experts as experts
+    from ktx.ops.registry import register as register
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Context",
     "KtxConfig",
@@ -37,11 +37,6 @@ __all__ = [
     "register",
 ]
 
-# torch's OpenMP threads spin for milliseconds after their work, on the cores that ktx's worker threads need, which made
-# prefill 15 % slower. The OpenMP runtime reads OMP_WAIT_POLICY when torch is imported, so this only helps when ktx is
-# imported first; ktx.model.notes reports when it was not.
-_torch_came_first = "torch" in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 experts_interface.install()
 
 _MODULES = {  # public name -> the module that defines it
@@ -49,8 +44,8 @@ _MODULES = {  # public name -> the module that defines it
     "Plan": "ktx.injection.inject",
     "Context": "ktx.ops.base",
     "Operator": "ktx.ops.base",
-    "register": "ktx.ops.base",
-    "Rule": "ktx.injection.rules",
+    "register": "ktx.ops.registry",
+    "Rule": "ktx.injection.rule",
     "dequantize": "ktx.ops.edit",
     "edit": "ktx.ops.edit",
     "experts": "ktx.ops.experts_interface",

@@ -9,16 +9,14 @@ The prompt ends with <|start|>assistant, so an output begins inside a header, un
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from ktx.chat_formats.calls import CallEvents, stream_call
 from ktx.chat_formats.events import Event
 from ktx.chat_formats.reader import WHITESPACE, NotACall, TextReader, marks_of
 from ktx.chat_formats.registry import CallFormat
-
-if TYPE_CHECKING:
-    from ktx.chat_formats.parser import Parser
+from ktx.chat_formats.whitespace import WhitespaceFilter
 
 MAX_HEADER_CHARS = 400  # maximum characters of a message's header
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
@@ -31,10 +29,19 @@ _KIND = re.compile(r"<\|channel\|>\s*(analysis|commentary|final)\b")
 _NO_FUNCTION = ("user", "all", "assistant")
 
 
+class CallParser(Protocol):
+    """The parser of an output, see ktx.chat_formats.parser."""
+
+    reader: TextReader
+    output: WhitespaceFilter
+
+    def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]: ...
+
+
 class Harmony:
     """Reads all messages of an output; text outside of messages is content too."""
 
-    def __init__(self, parser: Parser):
+    def __init__(self, parser: CallParser):
         self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import random
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +23,8 @@ from ktx.cli.arguments import (
     reject_options,
     require_model,
 )
-from ktx.errors import KtxError, UsageError
+from ktx.cli.bench_process import BenchProcess, parse_test, run_metadata
+from ktx.errors import UsageError
 from ktx.weights.gguf_files import is_gguf
 
 SUMMARY = "measure prefill and decode speed, or one MoE layer, also against llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
@@ -44,7 +39,6 @@ PEERS = (*REPACKERS, "kt-kernel", "ftllm")
 RESERVED_BYTES = 1 << 30  # memory that stays free when both engines are loaded
 LAYER_OPTIONS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
 MAX_TOKENS = 1 << 24  # more than the context of any model
-PAUSE_S = 0.3  # before a measurement, until the other engine's threads sleep
 LOAD_FIELDS = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
 PROBE_FIELDS = {"probe_bytes": "read", "cache_bytes": "last-level cache"}  # sizes of the read bandwidth's measurement
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement per round
@@ -100,63 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     bench_serve.add_arguments(serve)
     debug_option(serve)
-
-
-class BenchProcess:
-    """An engine in a child process, which is started when it is first needed.
-
-    Its protocol is JSON lines: a test on its standard input, the measurement on its standard output.
-
-    Args:
-        module: the Python module that the process runs.
-        arguments: its arguments.
-        more_than: the engine is only used for prompts of more tokens than this.
-    """
-
-    def __init__(self, name: str, module: str, arguments: list[str], more_than: int = 0):
-        self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *arguments], more_than
-        self.process: subprocess.Popen[str] | None = None
-        self.facts: dict[str, Any] = {}
-
-    def start(self) -> dict[str, Any]:
-        """Starts the process, which loads the model, and returns the facts that it reports."""
-        if self.process is None:
-            root = str(Path(__file__).resolve().parents[2])
-            path = [root, os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, env=environment)
-            self.facts = self._read_result()
-        return self.facts
-
-    def measure(self, test: str | dict[str, Any]) -> dict[str, Any]:
-        """Runs one test and returns its measurement."""
-        self.start()
-        time.sleep(PAUSE_S)
-        assert self.process and self.process.stdin
-        self.process.stdin.write(json.dumps({"test": test}) + "\n")
-        self.process.stdin.flush()
-        return self._read_result()
-
-    def stop(self) -> None:
-        """Ends the process, which frees its memory."""
-        if self.process:
-            self.process.communicate()
-        self.process = None
-
-    def _read_result(self) -> dict[str, Any]:
-        assert self.process and self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            self.process = None
-            raise KtxError(f"{self.name} ended without a result (exit status {status}); was there enough memory?")
-        result: dict[str, Any] = json.loads(line)
-        if "error" in result:
-            error = KtxError(result["error"])
-            error.exit_code = result["exit"]
-            raise error
-        return result
 
 
 def run(args: argparse.Namespace) -> int:
@@ -235,18 +172,6 @@ def lengths(text: str) -> list[int]:
     if max(counts) > MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_TOKENS} tokens, found {max(counts)}")
     return list(dict.fromkeys(counts))
-
-
-def parse_test(test: str) -> tuple[str, int, int]:
-    """Parses a test into kind, tokens and depth: "tg32@d8192" is ("tg", 32, 8192)."""
-    kind, _, depth = test.partition("@d")
-    return kind[:2], int(kind[2:]), int(depth or 0)
-
-
-def token_ids(count: int, vocabulary: int) -> list[int]:
-    """Returns random token ids, the same for every engine, so that its routers choose the same experts."""
-    rng = random.Random(1)
-    return [rng.randrange(3, vocabulary) for _ in range(count)]
 
 
 def _ktx_arguments(args: argparse.Namespace) -> list[str]:
@@ -378,23 +303,6 @@ def _lines(
         peer |= {"best_alone": best_alone[test], "isa": measurements[peer["engine"]][0]["isa"]}
         lines[0]["ratio"] = lines[0]["tok_s"] / peer["tok_s"]
     return lines
-
-
-def run_metadata() -> dict[str, str]:
-    """Returns date, commit and machine of a measurement."""
-    from ktx.hardware import machine
-
-    m = machine()
-    return {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": f"{m.cpu}, {m.cores} cores"}
-
-
-def commit() -> str:
-    """Returns the checkout's commit, with -dirty if files are modified, or the version of an installed wheel."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    import ktx
-
-    return result.stdout.strip() or ktx.__version__
 
 
 def _table(lines: list[dict[str, Any]], facts: dict[str, Any], memory_note: str) -> None:

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ktx.cli.bench import parse_test, token_ids
-from ktx.cli.bench_layer import CHECKED_TOKENS, MIN_SECONDS, MoELayer, reference_output, serve_tests
+from ktx.cli.bench_moe_layer import CHECKED_TOKENS, MIN_SECONDS, MoELayer, reference_output, serve_tests
+from ktx.cli.bench_process import parse_test, token_ids
 from ktx.kernels.check import relative_error
 
 VOCABULARY, DIRECTIONS, HEAD_DIM = 4096, 256, 64

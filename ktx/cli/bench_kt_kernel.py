@@ -12,7 +12,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ktx.cli.bench_layer import CHECKED_TOKENS, MoELayer, milliseconds, parse_engine_args, reference_output, serve_tests
+from ktx.cli.bench_moe_layer import (
+    CHECKED_TOKENS,
+    MoELayer,
+    milliseconds,
+    parse_engine_args,
+    reference_output,
+    serve_tests,
+)
 from ktx.kernels.check import relative_error
 
 ROUND = 32  # numbers of tokens are rounded up to this: its kernels write whole tiles

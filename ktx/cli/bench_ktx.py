@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ktx.cli.bench import parse_test, token_ids
+from ktx.cli.bench_process import parse_test, token_ids
 
 FRESH_MIB = 1024  # new memory that the first-write test touches
 ERROR_ROWS = 256  # rows of a matrix whose products are compared

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from ktx.cli.bench import BenchProcess, run_metadata
+from ktx.cli.bench_moe_layer import (
+    CHECKED_TOKENS,
+    MoELayer,
+    milliseconds,
+    parse_engine_args,
+    reference_output,
+    serve_tests,
+)
+from ktx.cli.bench_process import BenchProcess, run_metadata
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.check import relative_error
 
@@ -33,112 +37,6 @@ FORMATS = {  # name -> (type of gate and up, type of down)
     "Q8_0": ("Q8_0", "Q8_0"),
     "BF16": ("BF16", "BF16"),
 }
-MIN_SECONDS = 0.4  # minimum seconds of a measurement
-CHECKED_TOKENS = 64  # tokens whose output is compared
-
-
-@dataclass(frozen=True)
-class MoELayer:
-    """Dimensions of an MoE layer: experts, experts per token, hidden size, rows of an expert's gate and up."""
-
-    experts: int
-    top: int
-    hidden: int
-    width: int
-
-    @classmethod
-    def read(cls, text: str) -> MoELayer:
-        """Parses "64,8,2048,1536": experts, experts per token, hidden size, width of an expert."""
-        try:
-            numbers = [int(part) for part in text.split(",")]
-            experts, top, hidden, width = numbers
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must be four numbers: experts, experts per token, hidden size, width of an expert"
-            ) from None
-        if not 1 <= top <= experts or hidden < 1 or width < 1 or hidden % 256 or width % 256:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: experts per token must be 1 to all experts, hidden size and width multiples of 256"
-            )
-        return cls(experts, top, hidden, width)
-
-    def __str__(self) -> str:
-        return f"{self.experts},{self.top},{self.hidden},{self.width}"
-
-    @property
-    def operations(self) -> int:
-        """Number of multiplications and additions per token."""
-        return 6 * self.top * self.hidden * self.width
-
-    def weights(self) -> list[Any]:
-        """Returns gate, up [experts, width, hidden] and down [experts, hidden, width], bf16, equal in every process."""
-        import torch
-
-        rng = torch.Generator().manual_seed(11)
-        shapes = ((self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width))
-        return [
-            torch.stack(
-                [(torch.randn(shape, generator=rng) * shape[1] ** -0.5).bfloat16() for _ in range(self.experts)]
-            )
-            for shape in shapes
-        ]
-
-    def call(self, tokens: int) -> tuple[Any, Any, Any]:
-        """Returns random inputs: x bf16 [tokens, hidden], expert ids int64 and routing weights f32 [tokens, top]."""
-        import torch
-
-        rng = torch.Generator().manual_seed(tokens)
-        x = torch.randn(tokens, self.hidden, generator=rng).bfloat16()
-        ids = torch.stack([torch.randperm(self.experts, generator=rng)[: self.top] for _ in range(tokens)])
-        shares = torch.rand(tokens, self.top, generator=rng)
-        return x, ids, shares / shares.sum(-1, keepdim=True)
-
-
-def reference_output(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
-    """Computes the layer in float32: the sum over the chosen experts of share * down(silu(gate x) * up x)."""
-    import torch
-
-    out = torch.zeros(len(x), weights[2].shape[1])
-    for e in ids.unique().tolist():
-        tokens, slots = torch.where(ids == e)
-        gate, up, down = (w[e].float() for w in weights)
-        rows = x[tokens].float()
-        y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-        out.index_add_(0, tokens, y * shares[tokens, slots, None])
-    return out
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Returns the mean milliseconds of a call, over at least ENOUGH seconds."""
-    call()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < MIN_SECONDS or count < 2:
-        call()
-        count += 1
-    return (time.perf_counter() - start) / count * 1e3
-
-
-def serve_tests(
-    facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None
-) -> None:
-    """Runs the engine's side of the protocol until standard input ends, then exits.
-
-    Args:
-        facts: what the engine reports first.
-        build: builds the layer in a format and returns a function that measures it with a number of tokens.
-        out: stream for the results (default: standard output).
-    """
-    out = out or sys.stdout
-    print(json.dumps(facts), file=out, flush=True)
-    measures: dict[str, Callable[[int], dict[str, float]]] = {}
-    for line in sys.stdin:
-        request = json.loads(line)["test"]
-        if request["format"] not in measures:
-            measures.clear()  # only one format is in memory at a time
-            measures[request["format"]] = build(request["format"])
-        print(json.dumps(measures[request["format"]](request["tokens"])), file=out, flush=True)
-    out.flush()
-    os._exit(0)  # skips the shutdown of the engine's threads
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,14 +118,6 @@ def _row(
             flush=True,
         )
     return lines
-
-
-def parse_engine_args() -> argparse.Namespace:
-    """Parses the arguments of an engine's process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--layer", type=MoELayer.read, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    return parser.parse_args()
 
 
 def main() -> int:

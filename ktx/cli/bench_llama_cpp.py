@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from ktx.cli.bench import parse_test, token_ids
+from ktx.cli.bench_process import parse_test, token_ids
 
 
 class LlamaCpp:

@@ -153,8 +153,8 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
 
 async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: argparse.Namespace) -> Line:
     """Runs a level and returns its parameters and results."""
-    from ktx.cli.bench import run_metadata
     from ktx.cli.bench_clients import run_level
+    from ktx.cli.bench_process import run_metadata
 
     concurrency = args.concurrency[level]
     count = args.requests or max(8, 2 * concurrency)

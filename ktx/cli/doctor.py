@@ -95,7 +95,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
 
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import free_read_bandwidth
-    from ktx.ops.base import OPERATORS
+    from ktx.ops.registry import OPERATORS
     from ktx.quant.types import QTYPES
 
     isa, threads = ops.isa(), ops.threads()

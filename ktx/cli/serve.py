@@ -387,8 +387,8 @@ def _scripted(args: argparse.Namespace) -> Any:
     from ktx.engine.engine import Options
     from ktx.engine.scripted import read_script, scripted_engine
     from ktx.loader.meta_model import read_config, read_tokenizer
-    from ktx.weights.base import open_weights
     from ktx.weights.gguf_files import is_gguf
+    from ktx.weights.open import open_weights
 
     source: Any = open_weights(args.model, read_config(args.model)) if is_gguf(Path(args.model)) else None
     tokenizer = read_tokenizer(args.model, source, args.trust_remote_code)

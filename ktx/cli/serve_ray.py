@@ -150,7 +150,7 @@ def memory_bytes(args: argparse.Namespace) -> int:
     if args.backend_type == "scripted":
         return 0
     import ktx
-    from ktx.loader.load import memory_needed
+    from ktx.loader.resources import memory_needed
 
     plan = ktx.plan(
         args.model,

@@ -117,8 +117,9 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     """
     import torch
 
-    from ktx.kernels.check import BF16_EXACT_TYPES, multiplies_in_bf16
-    from ktx.weights.base import open_weights
+    from ktx.kernels.check import multiplies_in_bf16
+    from ktx.quant.types import BF16_EXACT_TYPES
+    from ktx.weights.open import open_weights
 
     source = open_weights(args.weights or args.model, model.config)
     recorded = _record(model, ids)

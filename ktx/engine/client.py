@@ -5,23 +5,38 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.lora import AdapterUse
 
-if TYPE_CHECKING:
-    from ktx.engine.engine import Engine
+# Adapters by name, or with a factor; None: the adapters in use.
+Lora = str | AdapterUse | Sequence[str | AdapterUse] | None
 
 
-Lora = (
-    str | AdapterUse | Sequence[str | AdapterUse] | None
-)  # adapters by name, or with a factor; None: the adapters in use
+class Submitter(Protocol):
+    """What clients require of an engine."""
+
+    tokenizer: Any
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        on_event: Callable[[Event], None],
+        constraint: Any = None,
+        salt: bytes = b"",
+        lora: Lora = None,
+    ) -> Request: ...
+
+    def cancel(self, request: Request) -> None: ...
+
+    def tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]: ...
 
 
 def generate(
-    engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams, lora: Lora = None
+    engine: Submitter, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams, lora: Lora = None
 ) -> Iterator[tuple[int, Event]]:
     """Submits all prompts and yields pairs of a prompt's index and an event, in the order of the events.
 
@@ -57,7 +72,7 @@ class RequestGroup:
     `submit` queues a request; `close` cancels the unfinished ones.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Submitter):
         self.engine, self.loop = engine, asyncio.get_running_loop()
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.requests: list[Request] = []
@@ -118,7 +133,7 @@ class Listener:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Submitter,
         prompt: Sequence[int],
         sampling: SamplingParams,
         constraint: Any = None,

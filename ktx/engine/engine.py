@@ -132,7 +132,11 @@ class Engine:
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
         self.process = os.getpid()
-        add_notes(getattr(getattr(model, "ktx", None), "notes", []), engine_notes(self, limit), ENGINES)
+        add_notes(
+            getattr(getattr(model, "ktx", None), "notes", []),
+            engine_notes(self.runner, self.options.prefix_cache, self.context, limit),
+            ENGINES,
+        )
 
     def _build_scheduler(self, pages: int) -> Scheduler:
         return Scheduler(

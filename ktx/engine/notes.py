@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ktx.model.notes import Note
 
-if TYPE_CHECKING:
-    from ktx.engine.engine import Engine
+
+class Runner(Protocol):
+    """What the notes read of a runner, see ktx.engine.runner."""
+
+    sequential_reason: str
+    unsupported_reason: str
 
 
 ENGINES = ("serial", "context")  # codes of the engine's notes
 
 
-def engine_notes(engine: Engine, limit: int) -> list[Note]:
-    """Returns an engine's notes. `limit`: the model's maximum context in tokens."""
-    notes, runner = [], engine.runner
+def engine_notes(runner: Runner, prefix_cache: bool, context: int, limit: int) -> list[Note]:
+    """Returns an engine's notes.
+
+    Args:
+        runner: computes the engine's forwards.
+        prefix_cache: whether the engine was asked for a prefix cache.
+        context: the most tokens of a request.
+        limit: the model's maximum context in tokens.
+    """
+    notes = []
     if runner.sequential_reason:
-        no_prefix_cache = ", without a prefix cache" if engine.options.prefix_cache else ""
+        no_prefix_cache = ", without a prefix cache" if prefix_cache else ""
         notes.append(
             Note("serial", f"requests are computed one after another{no_prefix_cache}: {runner.sequential_reason}")
         )
     if runner.unsupported_reason:
         notes.append(Note("flag", f"no CUDA graphs, kernels are launched one by one: {runner.unsupported_reason}"))
-    if engine.context < limit:
+    if context < limit:
         notes.append(
             Note(
                 "context",
-                f"a request holds at most {engine.context} of the model's {limit} tokens: "
+                f"a request holds at most {context} of the model's {limit} tokens: "
                 "--cache-lens and --max-context raise it",
             )
         )

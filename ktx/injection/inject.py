@@ -22,11 +22,13 @@ from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.hardware import format_bytes
 from ktx.injection.device_map import PlacementEntry, format_ranges
 from ktx.injection.rules import Rule, Rules
-from ktx.ops.base import Context, Operator, on_gpu, resolve, target_qtype
+from ktx.ops.base import Context, Operator, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
-from ktx.weights.accounting import Reads, UnreadTensors, summary_line, unread_tensors
+from ktx.ops.registry import on_gpu, resolve
+from ktx.weights.accounting import UnreadTensors, summary_line, unread_tensors
 from ktx.weights.base import TensorSpec, WeightSource
+from ktx.weights.verdict import Reads
 
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ktx.injection.rules import Rule
+from ktx.injection.rule import Rule
 
 PREFIX = "ktransformers."
 # ktx operator -> last part of replace.class in their files, with old spellings; None: the transformers module stays.

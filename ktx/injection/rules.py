@@ -12,12 +12,7 @@ architecture. Parsing does not import torch; every error names file and line.
 
 from __future__ import annotations
 
-import re
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,8 @@ import yaml
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.families import RULE_ALIASES, RULE_FILES
 from ktx.injection.device_map import PlacementEntry, parse_entry, parse_gpu_experts, parse_stream_experts
+from ktx.injection.ktransformers import translate
+from ktx.injection.rule import CLASS_PATH, Rule, compile_pattern
 
 FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # keys of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
@@ -33,57 +30,6 @@ KEYS: dict[str, dict[str, type]] = {
     "match": {"name": str, "class": str},
     "replace": {"class": str, "kwargs": dict, "device": str},
 }
-CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")  # any other match.class is a regular expression
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An entry of a rule file. `replace` None keeps the module; `where` ("file:line") is the prefix of messages."""
-
-    name: re.Pattern[str] | None = None
-    cls: str | None = None
-    replace: str | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    device: str | None = None
-    recursive: bool = True
-    where: str = "rule"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.name, str):  # a rule written in Python may pass a string
-            object.__setattr__(self, "name", re.compile(self.name))
-        if self.name is None and self.cls is None:
-            raise UsageError(f"{self.where}: a rule needs a condition: set match.name or match.class")
-        if self.cls is not None and not CLASS_PATH.fullmatch(self.cls):
-            _compiled(self.cls, f"{self.where}: match.class")
-
-    def matches(self, path: str, cls: type) -> bool:
-        """Whether the rule applies to a module of class `cls` at `path`."""
-        if self.name is not None and not self.name.search(path):
-            return False
-        return self.cls is None or any(_has_name(base, self.cls) and _has_forward_of(cls, base) for base in cls.__mro__)
-
-
-def _has_name(cls: type, name: str) -> bool:
-    """Whether `name` is a class's short name, its full path, or a package's path to it (torch.nn.Linear).
-
-    A name that is no dotted path is a regular expression: it must match the short name or the full path completely.
-    """
-    if not CLASS_PATH.fullmatch(name):
-        pattern = _compiled(name, "match.class")
-        return any(map(pattern.fullmatch, (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")))
-    package, _, short = name.rpartition(".")
-    if cls.__name__ != short:
-        return False
-    return not package or package == cls.__module__ or getattr(sys.modules.get(package), short, None) is cls
-
-
-def _has_forward_of(cls: type, base: type) -> bool:
-    """Whether a match by base class is valid: a subclass of a torch.nn layer must not override forward().
-
-    Such a subclass computes something else than the layer that the rule names.
-    """
-    is_layer = base.__module__.startswith("torch.nn.modules.") and base.__name__ != "Module"
-    return not is_layer or cls.forward is base.forward  # type: ignore[attr-defined]
 
 
 class Rules(list[Rule]):
@@ -206,8 +152,6 @@ def _compose(text: str, file: str) -> yaml.Node:
 def _rules_from_list(node: yaml.Node, reader: _YamlReader) -> list[Rule]:
     if not isinstance(node, yaml.SequenceNode):
         raise UsageError(f"{reader.at(node)}: rules are a list; start each rule with '- match:'")
-    from ktx.injection.ktransformers import translate
-
     return [translate(_parse_rule(item, reader)) for item in node.value]
 
 
@@ -292,9 +236,9 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
         (reader.value(section["device"], str, "device") for section in (sections, replace) if "device" in section), None
     )
     if cls and not CLASS_PATH.fullmatch(cls):
-        _compiled(cls, f"{reader.at(match['class'])}: match.class")
+        compile_pattern(cls, f"{reader.at(match['class'])}: match.class")
     return Rule(
-        _compiled(name, f"{reader.at(match['name'])}: match.name") if name else None,
+        compile_pattern(name, f"{reader.at(match['name'])}: match.name") if name else None,
         cls,
         None if new_class in ("default", None) else new_class,
         kwargs or {},
@@ -302,17 +246,6 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
         reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
         reader.at(node),
     )
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """Compiles a regular expression; `where` is the prefix of the error message."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # warns of syntax that a later Python may change
-            return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{where} {pattern!r} is not a regular expression: {error}") from None
 
 
 # ---- finding rule files

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-NAME = "ktx"
+from ktx.integrations.names import NAME
 
 
 def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ from ktx.cache.kv import KVType
 from ktx.devices import gpus
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.injection.rules import Rule
-from ktx.integrations.experts_interface import NAME
+from ktx.integrations.names import NAME
 from ktx.loader import load
 from ktx.loader.meta_model import hub_folder, read_config, read_tokenizer
 from ktx.model.lora import AdapterArgument
@@ -37,7 +37,7 @@ from ktx.model.self_test import SelfTest
 from ktx.ops.experts import experts_by_path
 from ktx.transformers_compat import causal_lm_class, config_dict, text_config
 from ktx.utils.versions import requirement
-from ktx.weights.base import open_weights
+from ktx.weights.open import open_weights
 
 if TYPE_CHECKING:
 

@@ -13,7 +13,6 @@ import sys
 
 # Largest relative RMS errors: of a matrix, of a MoE layer, and of float weights multiplied in f32 and in bf16.
 MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER, MAX_REL_ERROR_FLOAT, MAX_REL_ERROR_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
-BF16_EXACT_TYPES = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
 NOT_TIMED_ISAS = ("scalar", "amxmodel")  # instruction sets whose speed is not measured
 
@@ -218,7 +217,7 @@ def multiplies_in_bf16() -> bool:
 
 def bounds(name: str) -> tuple[float, float]:
     """Returns the largest relative error of a matrix and of a MoE layer on the selected instruction set."""
-    from ktx.quant.types import QTYPES
+    from ktx.quant.types import BF16_EXACT_TYPES, QTYPES
 
     if not QTYPES[name].is_float:
         return MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER
@@ -239,7 +238,7 @@ def random_matrix(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-
     """Returns a random matrix of a type, in the form that a weight source returns it."""
     import torch
 
-    from ktx.quant.quantize import random_rows
+    from ktx.quant.random_blocks import random_rows
     from ktx.quant.types import QTYPES
     from ktx.weights.base import QuantizedTensor
 

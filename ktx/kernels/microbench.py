@@ -17,9 +17,8 @@ import torch
 
 from ktx.hardware import last_level_cache, memory
 from ktx.kernels import cpu
-from ktx.kernels.check import BF16_EXACT_TYPES
-from ktx.quant.quantize import random_rows
-from ktx.quant.types import QType
+from ktx.quant.random_blocks import random_rows
+from ktx.quant.types import BF16_EXACT_TYPES, QType
 from ktx.weights.base import QuantizedTensor
 
 COLUMNS, ROWS = 2048, 8192  # shape of a measured matrix

@@ -30,7 +30,8 @@ from ktx.placement.memory_model import Footprint, footprint
 from ktx.placement.solver import split_evenly
 from ktx.transformers_compat import config_dict
 from ktx.utils.torch_defaults import torch_defaults
-from ktx.weights.base import WeightSource, open_weights
+from ktx.weights.base import WeightSource
+from ktx.weights.open import open_weights
 from ktx.weights.packed import PackedSource, is_packed_config
 from ktx.weights.quantization import check_quantization
 from ktx.weights.safetensors import SafetensorsSource

@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import FP8, KVType, kv_type
-from ktx.devices import CPU, GPU_VARIABLE, Device
-from ktx.errors import DoesNotFit, UsageError
-from ktx.hardware import format_bytes, memory, tune_malloc
+from ktx.devices import GPU_VARIABLE
+from ktx.errors import UsageError
+from ktx.hardware import tune_malloc
 from ktx.injection.device_map import parse_stream_experts
 from ktx.injection.inject import Plan
 from ktx.injection.rules import Rule
 from ktx.kernels import cpu
-from ktx.kernels.packed_cache import PackedCache, open_cache
 from ktx.loader.build import placement_options, prepare_model, quant_targets
 from ktx.loader.load_weights import ProgressSink, init_missing_buffers, load_weights, progress_bar
 from ktx.loader.meta_model import read_tokenizer, resolve_model, set_generation_config
+from ktx.loader.resources import check_memory, open_packed_cache, plan_identity
 from ktx.model import notes
 from ktx.model import self_test as selftest
 from ktx.model.loaded import set_loaded_class
@@ -41,9 +41,7 @@ from ktx.ops.base import COMPUTE_DTYPES, Operator
 from ktx.ops.experts import experts_by_path
 from ktx.ops.fusion import layer
 from ktx.ops.weight_traffic import module_bytes as own_sizes
-from ktx.placement.solver import RESERVE_BYTES, RESERVE_FRACTION
 from ktx.utils.torch_defaults import torch_defaults
-from ktx.weights.base import WeightSource
 from ktx.weights.lora import Adapter, AdapterSpec
 
 
@@ -86,8 +84,9 @@ class LoadInfo:
         Args:
             options: fields of ktx.engine.engine.Options.
         """
-        engine_module = importlib.import_module("ktx.engine.engine")  # late: it is a layer above this module
-        return engine_module.Engine(self.model(), self.tokenizer, engine_module.Options(**options))
+        from ktx.engine.engine import Engine, Options  # late, because loading alone needs no engine
+
+        return Engine(self.model(), self.tokenizer, Options(**options))
 
     @property
     def loras(self) -> dict[str, Adapter]:
@@ -285,7 +284,7 @@ def load(
         _resolve_kv_dtype(hf_model, kv_dtype),
         weakref.ref(hf_model),
         loaded_tokenizer,
-        [_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        [plan_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
         files=files,
     )  # type: ignore[assignment]
@@ -312,32 +311,6 @@ def _stream_experts(model: nn.Module, plan: Plan, requested: int | str | None) -
     if any(device.gpu for device in plan.devices.values()):  # without a GPU Triton may not be installed
         importlib.import_module("ktx.ops.gpu.moe").hand_over(model)
         importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
-
-
-def open_packed_cache(folder: str | Path, plan: Plan, source: WeightSource) -> PackedCache:
-    """Opens the packed cache of this plan in `folder`: an existing one, or a new one to be written."""
-    path = Path(source.path)
-    name = path.stem if path.is_file() else path.name
-    return open_cache(folder, name, _identity(plan), sum(step.memory_bytes for step in plan))
-
-
-def _identity(plan: Plan) -> list[Any]:
-    """Key of the packed cache: the files with size and time, and how each of their tensors is packed."""
-    files = sorted({spec.file for step in plan for spec in step.specs})
-    stats = [(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
-    plan_key = [
-        (
-            step.path,
-            step.operator,
-            step.device,
-            step.quant_target,
-            str(step.fraction),
-            step.rule.kwargs if step.rule else {},
-            [(s.name, s.offset) for s in step.specs],
-        )
-        for step in plan
-    ]
-    return [stats, plan_key]
 
 
 def _resolve_kv_dtype(model: nn.Module, requested: KVType) -> KVType:
@@ -372,27 +345,3 @@ def _check_fp8(plan: Plan) -> None:
                 f"kv_dtype fp8: {device} has compute capability {capability[0]}.{capability[1]},"
                 " but e4m3 needs 8.9 (Ada, Hopper); use f16"
             )
-
-
-def check_memory(plan: Plan) -> None:
-    """Raises DoesNotFit if packed weights and a reserve exceed the free memory of the machine or of a GPU."""
-    needed, (total, available) = memory_needed(plan), memory()
-    if needed > available:
-        raise DoesNotFit(
-            f"the weights need {format_bytes(needed)} of memory,"
-            f" {format_bytes(available)} of {format_bytes(total)} are free; close programs or use a smaller quant"
-        )
-    for device in sorted({device for device in plan.devices.values() if device.gpu}, key=str):
-        needed, (total, available) = memory_needed(plan, device), device.memory
-        if needed > available:
-            raise DoesNotFit(
-                f"{device}: the weights need {format_bytes(needed)} of memory,"
-                f" {format_bytes(available)} of {format_bytes(total)} are free; put less on it or use a smaller quant"
-            )
-
-
-def memory_needed(plan: Plan, device: Device = CPU) -> int:
-    """Bytes of packed weights and adapters on a device, plus a reserve."""
-    num_bytes = sum(step.memory_bytes for step in plan if step.device == device.name)
-    num_bytes += sum(adapter.get(device, 0) for adapter in plan.adapters.values())
-    return int(num_bytes * (1 + RESERVE_FRACTION)) + RESERVE_BYTES

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import ktx
 from ktx.devices import Device
 from ktx.families import RULE_FILES
 from ktx.hardware import format_bytes
@@ -23,6 +22,7 @@ from ktx.injection.inject import Plan
 from ktx.injection.rules import Rules
 from ktx.kernels import cpu
 from ktx.ops.base import target_qtype
+from ktx.utils import openmp
 
 log = logging.getLogger("ktx.model.notes")
 CODES = {  # subject of a note by its code
@@ -91,7 +91,7 @@ def foreign_attention(model: nn.Module) -> list[str]:
 
 def openmp_notes() -> list[Note]:
     """A note if torch was imported before ktx, so that its OpenMP threads spin while they wait."""
-    if not ktx._torch_came_first or torch.get_num_threads() < 2:
+    if not openmp.TORCH_CAME_FIRST or torch.get_num_threads() < 2:
         return []
     return [
         Note(

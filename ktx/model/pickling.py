@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import os
 import warnings
 from collections.abc import Collection, Iterable
@@ -21,6 +20,7 @@ from ktx.injection.rules import Rules
 from ktx.kernels import cpu
 from ktx.kernels.packed_cache import PackedCache, loading
 from ktx.loader.build import placement_options, prepare_model
+from ktx.loader.resources import check_memory, open_packed_cache
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
 
@@ -206,11 +206,10 @@ class WeightFiles:
 
     def _store(self, plan: Plan, source: WeightSource) -> PackedCache | None:
         """Returns the packed cache on disk if it exists, else None; checks that the memory suffices."""
-        load_module = importlib.import_module("ktx.loader.load")  # late: it is a layer above this module
-        load_module.check_memory(plan)
+        check_memory(plan)
         if self.recipe.cache_dir is None:
             return None
-        store: PackedCache = load_module.store_of(self.recipe.cache_dir, plan, source)
+        store: PackedCache = open_packed_cache(self.recipe.cache_dir, plan, source)
         if not store.is_complete:
             store.abort()
         return store if store.is_complete else None

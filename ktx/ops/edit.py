@@ -15,7 +15,6 @@ from ktx.ops.change_counter import ChangeCounter
 from ktx.ops.float_views import Floats
 from ktx.ops.lora import Lora
 from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable
-from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES, QType
 from ktx.weights.base import QuantizedTensor
 
@@ -40,7 +39,7 @@ def quantize_edited(values: torch.Tensor, before: Sequence[QType], path: str, dt
         dtype = "F16" if use_f16 else "F32"
     if dtype not in QTYPES:
         raise UsageError(f"{path}: {dtype!r} is not a weight type{did_you_mean(dtype, QTYPES)}")
-    return QuantizedTensor(quantize(values, QTYPES[dtype]), QTYPES[dtype], tuple(values.shape))
+    return QuantizedTensor(QTYPES[dtype].quantize(values), QTYPES[dtype], tuple(values.shape))
 
 
 def checked_values(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:

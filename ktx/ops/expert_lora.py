@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from ktx.kernels import cpu
+from ktx.ops.experts import Experts
 from ktx.ops.lora import AdapterMapping, AdapterUse, AdapterUses, Lora, packed, packed_bytes, scaled
+from ktx.ops.protocols import AdapterRows
 from ktx.weights.lora import LowRank
-
-if TYPE_CHECKING:
-    from ktx.ops.experts import Experts
-
-AdapterRows = tuple[
-    AdapterUse, torch.Tensor | None
-]  # an adapter, and the indices of an expert's rows that use it; None: all rows
 
 
 class ExpertFactors:

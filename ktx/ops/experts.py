@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +30,8 @@ from ktx.ops.float_views import Dequantized, Floats, unreadable, view_experts, v
 from ktx.ops.guard import ChildrenGuard, children_observed, torch_mode_active
 from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable, ParametrizedProduct
+from ktx.ops.protocols import AdapterRows, ExpertsAdapters
 from ktx.weights.base import QuantizedTensor, WeightSource, concat_rows
-
-if TYPE_CHECKING:
-    from ktx.ops.expert_lora import AdapterRows, ExpertsLora
 
 # Attributes of transformers' modules with the number of experts.
 COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -75,7 +73,7 @@ class Experts(Parametrizable):
     on_gpu: Experts | None
     gpu_counts: torch.Tensor | None
     inside: ChildrenGuard | None
-    lora: ExpertsLora | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
+    lora: ExpertsAdapters | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
     replaced_class: type | None  # the class of the replaced module
 
     def __init__(self, path: str, experts: int, gate: Activation, bias: bool):
@@ -323,7 +321,7 @@ class Experts(Parametrizable):
         halves: tuple[str, ...],
         rows: torch.Tensor,
         per_expert: list[int],
-        lora: ExpertsLora | None,
+        lora: ExpertsAdapters | None,
         adapters: Sequence[Sequence[AdapterRows]] | None,
     ) -> list[torch.Tensor]:
         """Multiplies rows by a stacked parameter, expert by expert.

@@ -19,14 +19,13 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from ktx.errors import UsageError, did_you_mean
-from ktx.integrations.experts_interface import NAME
+from ktx.integrations.names import NAME
 from ktx.kernels import cpu
 from ktx.ops.activation_probe import KEEP_MODULE_HINT
 from ktx.ops.base import COMPUTE_DTYPES, Context, as_weights
 from ktx.ops.change_counter import CountedParameter, edits
 from ktx.ops.experts import Experts
 from ktx.ops.guard import ModuleState
-from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import QuantizedTensor
@@ -162,7 +161,7 @@ def _pack(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packe
             f"{class_name}: rows of {values.shape[-1]} weights are not whole blocks of {qtype.block}, which {dtype}"
             " requires; use another weight type"
         )
-    rows = torch.stack([quantize(matrix.float(), qtype) for matrix in values])
+    rows = torch.stack([qtype.quantize(matrix.float()) for matrix in values])
     return cpu.pack_experts(QuantizedTensor(rows, qtype, tuple(values.shape)))
 
 

@@ -8,7 +8,7 @@ chooses the form by its number of tokens; both forms read the same cache, so the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,11 +46,9 @@ from ktx.ops.masks import non_causal_ranges
 from ktx.ops.norm import RMSNorm
 from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import OfferedParameters
+from ktx.ops.protocols import MLAAdapters, MLALora
 from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, WeightSource
-
-if TYPE_CHECKING:
-    from ktx.ops.latent_lora import LatentAdapters, LatentLora
 
 # A call of at least so many tokens S is faster in the expanded form: 2 * 768 * S > 2 * 512 * 256 operations per key and
 # head.
@@ -88,7 +86,7 @@ class MLA(Operator):
     block: MLABlock | None
     choice: AttentionChoice
     expansion: Guard | None
-    lora: LatentLora | None = None
+    lora: MLALora | None = None
 
     @classmethod
     def from_hf(
@@ -379,7 +377,7 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
-        adapters: LatentAdapters | None = None,
+        adapters: MLAAdapters | None = None,
         **pages: torch.Tensor,
     ) -> torch.Tensor:
         """Computes attention in the absorbed form.
@@ -407,7 +405,7 @@ class MLA(Operator):
             out = adapters.values(by_head, out)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def _absorbed_queries(self, q_nope: torch.Tensor, more: LatentAdapters | None = None) -> torch.Tensor:
+    def _absorbed_queries(self, q_nope: torch.Tensor, more: MLAAdapters | None = None) -> torch.Tensor:
         """Multiplies queries [B, H, S, nope] by W_UK -> [B, H, S, rank]."""
         batch, heads, length, _ = q_nope.shape
         flat = q_nope.transpose(0, 1).reshape(heads, batch * length, -1)
@@ -424,7 +422,7 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
-        adapters: LatentAdapters | None = None,
+        adapters: MLAAdapters | None = None,
     ) -> torch.Tensor:
         """Computes attention in the expanded form: k = [W_UK c | k_rope], v = W_UV c, in the dtype of the latent c.
 

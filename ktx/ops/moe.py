@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,10 +14,8 @@ from ktx.ops.experts import Experts
 from ktx.ops.fusion.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, is_plain_linear
 from ktx.ops.guard import ChildrenGuard, Guard, children_observed, descendants, valid_fast_path
 from ktx.ops.mlp import MLP, FusedMLP
+from ktx.ops.protocols import ExpertDeferral
 from ktx.ops.router import Router
-
-if TYPE_CHECKING:
-    from ktx.ops.expert_deferral import DeferredExperts
 
 RETURNS_ROUTER = ("GptOssMLP",)  # classes of blocks that return (hidden states, router scores)
 
@@ -34,7 +32,7 @@ class MoE(Operator):
     inside: ChildrenGuard | None
     reads = frozenset({"e_score_correction_bias"})
     block: MoEBlock | None
-    deferral: DeferredExperts | None = None  # set where the layer defers experts, see ktx.ops.expert_deferral
+    deferral: ExpertDeferral | None = None  # set where the layer defers experts, see ktx.ops.expert_deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:

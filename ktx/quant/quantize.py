@@ -10,80 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from ktx.errors import UsageError
-from ktx.quant.types import QTYPES, QType
 
 Array = NDArray[Any]  # f32; Any because numpy's newer stubs widen a division by an int
 Bytes = NDArray[Any]  # uint8; Any because these stubs widen every shift
 SCALE_STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale to try
 
 
-def quantize(values: torch.Tensor, qtype: QType) -> torch.Tensor:
-    """Quantizes rows: f32 [..., k] -> uint8 [..., row_bytes].
-
-    Raises:
-        UsageError: if the type needs an importance matrix, or k is not a multiple of the block size.
-    """
-    if values.shape[-1] % qtype.block:
-        raise UsageError(
-            f"{qtype.name} stores rows in blocks of {qtype.block} weights: a row of {values.shape[-1]} weights is not"
-            " a multiple of that"
-        )
-    if qtype.is_float:
-        from ktx.quant.types import _torch_dtype
-
-        return values.to(_torch_dtype(qtype.name)).contiguous().view(torch.uint8).reshape(*values.shape[:-1], -1)
-    rows = values.float().contiguous().numpy()
-    if qtype.name in _QUANTIZERS:
-        blocks = np.ascontiguousarray(rows.reshape(-1, qtype.block))
-        parts = [_QUANTIZERS[qtype.name](blocks[i : i + 65536]) for i in range(0, len(blocks), 65536)]
-        data = np.concatenate(parts)
-    else:
-        import gguf
-
-        try:
-            data = gguf.quants.quantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType(qtype.code))
-        except NotImplementedError as error:
-            raise UsageError(
-                f"{qtype.name} cannot be quantized without an importance matrix: use a file that llama-quantize wrote"
-            ) from error
-    return torch.from_numpy(np.ascontiguousarray(data)).reshape(*values.shape[:-1], qtype.row_bytes(values.shape[-1]))
-
-
-def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) -> torch.Tensor:
-    """Returns uint8 [n, row_bytes] of valid random blocks whose weights have about the standard deviation `std`.
-
-    Works for every type, float or quantized.
-    """
-    rng = np.random.default_rng(seed)
-    if qtype.name not in _SCALE_OFFSETS:
-        return quantize(torch.from_numpy(rng.normal(0, std, (n, k)).astype(np.float32)), qtype)
-    blocks = rng.integers(0, 256, (n, k // qtype.block, qtype.nbytes), dtype=np.uint8)
-    d = (rng.random((n, k // qtype.block, 1)) * 0.5 + 0.75).astype(np.float32)
-    _set_scale(blocks, qtype.name, d)
-    unit = qtype.dequantize(torch.from_numpy(blocks.reshape(n, -1))).square().mean().sqrt().item()
-    _set_scale(blocks, qtype.name, d * (std / unit))
-    return torch.from_numpy(blocks.reshape(n, -1))
-
-
-_SCALE_OFFSETS = {"IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ1_M": None}
-
-
-def _set_scale(blocks: Bytes, name: str, d: Array) -> None:
-    """Writes the f16 scale `d` into the blocks of an IQ type."""
-    bits = d.astype(np.float16).view(np.uint16)
-    offset = _SCALE_OFFSETS[name]
-    if offset is not None:
-        blocks[..., offset : offset + 2] = bits.view(np.uint8)
-        return
-    # IQ1_M spreads the bits of its f16 scale over the top nibbles of four 16-bit words.
-    scales = blocks[..., 48:56].copy().view(np.uint16)
-    for i in range(4):
-        scales[..., i] = (scales[..., i] & 0x0FFF) | (((bits[..., 0] >> (4 * i)) & 15) << 12)
-    blocks[..., 48:56] = scales.view(np.uint8)
+def quantize_blocks(name: str, blocks: Array) -> Bytes | None:
+    """Quantizes blocks: f32 [n, weights of a block] -> uint8 [n, bytes of a block]; None for a type without quantizer here."""
+    quantizer = _QUANTIZERS.get(name)
+    if quantizer is None:
+        return None
+    return np.concatenate([quantizer(blocks[i : i + 65536]) for i in range(0, len(blocks), 65536)])
 
 
 def _round_to_f16(x: Array) -> tuple[Array, Bytes]:
@@ -338,4 +277,3 @@ _QUANTIZERS = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
-assert set(_QUANTIZERS) <= set(QTYPES)

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ktx.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
 F8_CODE = 1000  # first code that ktx assigns itself; ggml's codes are below it
+BF16_EXACT_TYPES = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
 FP8_BLOCK = 128  # DeepSeek's weight_scale_inv: one f32 scale per 128 x 128 block of the matrix
 
 
@@ -75,9 +78,34 @@ class QType:
         Raises:
             UsageError: if the type needs an importance matrix, or k is not a multiple of the block size.
         """
-        from ktx.quant.quantize import quantize
+        import torch
 
-        return quantize(values, self)
+        k = values.shape[-1]
+        if k % self.block:
+            raise UsageError(
+                f"{self.name} stores rows in blocks of {self.block} weights: a row of {k} weights is not a multiple of"
+                " that"
+            )
+        if self.is_float:
+            data = values.to(_torch_dtype(self.name)).contiguous().view(torch.uint8)
+            return data.reshape(*values.shape[:-1], -1)
+        import numpy as np
+
+        from ktx.quant.quantize import quantize_blocks
+
+        rows = values.float().contiguous().numpy()
+        rows_data = quantize_blocks(self.name, np.ascontiguousarray(rows.reshape(-1, self.block)))
+        if rows_data is None:
+            from gguf.constants import GGMLQuantizationType
+            from gguf.quants import quantize
+
+            try:
+                rows_data = quantize(rows.reshape(-1, k), GGMLQuantizationType(self.code))
+            except NotImplementedError as error:
+                raise UsageError(
+                    f"{self.name} cannot be quantized without an importance matrix: use a file that llama-quantize wrote"
+                ) from error
+        return torch.from_numpy(np.ascontiguousarray(rows_data)).reshape(*values.shape[:-1], self.row_bytes(k))
 
     def __str__(self) -> str:
         return self.name

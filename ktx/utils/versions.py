@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ktx.utils.version import VERSION
+
 DISTRIBUTION = "ktx-moe"  # `ktx` on PyPI is another project: no message may tell a user to install it
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 # Package -> (oldest accepted version, newest version that the tests ran on). Only the given components are compared:
-# 5.23 includes 5.23.1. pyproject.toml has the same bounds; tests/test_packaging.py compares them and the lock.
+# 5.23 includes 5.23.1. pyproject.toml has the same bounds; tests/repo/test_packaging.py compares them and the lock.
 TESTED = {
     "torch": ("2.11", "2.15"),
     "transformers": ("5.17", "5.24"),
@@ -53,8 +55,6 @@ def install_command(extra: str) -> str:
 
 def _wheel() -> str:
     """The wheel that ktx was installed from, or the file name that `make wheel` creates."""
-    import ktx
-
     try:
         url = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}").get(
             "url", ""
@@ -63,7 +63,7 @@ def _wheel() -> str:
         url = ""
     if url.endswith(".whl"):
         return unquote(urlsplit(url).path) if url.startswith("file:") else url
-    return f"dist/{DISTRIBUTION.replace('-', '_')}-{ktx.__version__}-cp311-abi3-linux_x86_64.whl"
+    return f"dist/{DISTRIBUTION.replace('-', '_')}-{VERSION}-cp311-abi3-linux_x86_64.whl"
 
 
 def release_components(version: str) -> tuple[int, ...]:

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ktx.errors import BadFile
 from ktx.quant.types import QTYPES, QType
-from ktx.weights.accounting import Reads, Verdict
-from ktx.weights.gguf_files import ggufs_in, is_gguf
+from ktx.weights.verdict import Reads, Verdict
 
 EXPANDED = ".expanded"
 
@@ -146,38 +143,3 @@ def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> Qua
     return QuantizedTensor.from_float(
         torch.cat([part.dequantize().reshape(-1, shape[-1]) for part in parts]).reshape(shape)
     )
-
-
-def open_weights(path: str | Path, config: Any) -> WeightSource:
-    """Opens a checkpoint; reads headers only.
-
-    Args:
-        path: a GGUF file (any part of a split one), a folder with one model's GGUF files, or a safetensors file, index
-            or folder.
-        config: the transformers configuration of the model.
-
-    Raises:
-        BadFile: the path is missing, damaged, ambiguous or of an unknown format.
-    """
-    from ktx.weights.gguf import GGUFSource
-    from ktx.weights.packed import PackedSource, is_packed
-    from ktx.weights.safetensors import SafetensorsSource
-
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise BadFile(f"{path}: no such file or folder; pass a GGUF file, a safetensors file, or a folder of either")
-    if source.is_file() and is_gguf(source):
-        return GGUFSource(source, config)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    ggufs = ggufs_in(source) if source.is_dir() else []
-    tensors = [file for file in files if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")]
-    tensors = [file for file in tensors if file not in ggufs]
-    if ggufs and tensors and source.is_dir():
-        raise BadFile(
-            f"{path}: contains both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); pass the one to load"
-        )
-    if tensors:
-        return PackedSource(source, config) if is_packed(source) else SafetensorsSource(source, config)
-    if ggufs or source.is_file():
-        return GGUFSource(source, config)
-    raise BadFile(f"{path}: no .gguf and no .safetensors file in this folder")

@@ -13,12 +13,12 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.utils.fork_handlers import ForkSafeLock
-from ktx.weights.accounting import Reads, Verdict, check_companion
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.gguf_keys import ROPE_TABLES, check_architecture, check_file_type, key_mismatches, rope_mismatches
 from ktx.weights.gguf_names import GGUFNames, Recipe, build, is_known_tensor
+from ktx.weights.verdict import Reads, Verdict, check_companion
 
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE

@@ -15,7 +15,7 @@ from typing import Any
 from ktx.errors import BadFile, did_you_mean
 from ktx.quant.types import FP8_BLOCK
 from ktx.utils.json_file import read_object
-from ktx.weights.accounting import REMEDY
+from ktx.weights.verdict import REMEDY
 
 ABSENT = object()
 # A list of module names, null or missing: which modules are quantized follows from the tensors' types.

@@ -22,10 +22,10 @@ from ktx.errors import BadFile
 from ktx.quant.types import FP8_BLOCK, QTYPES, QType
 from ktx.transformers_compat import checkpoint_renaming
 from ktx.utils.fork_handlers import ForkSafeLock
-from ktx.weights.accounting import Reads, Verdict, check_companion
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
 from ktx.weights.hf_conversion import ConvertedTensor, find_converted
+from ktx.weights.verdict import Reads, Verdict, check_companion
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # types that modules can read
 OTHER_DTYPES = {  # the format's other types -> (elements, bytes) of a block

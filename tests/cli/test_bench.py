@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx.cli import bench, bench_ktx, bench_llama_cpp
+from ktx.cli import bench, bench_ktx, bench_llama_cpp, bench_process
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import ISAS
 from tests.support import preloaded_process, random_model
@@ -150,7 +150,7 @@ def test_the_peer_runs_in_its_better_form_for_each_test(model, fake, peer_name):
     assert [line for line in log if line.startswith("load")] == [
         f"load {name} {on}" for on in (True, False, True, False)
     ]
-    assert f"decode 32 {sum(bench.token_ids(32, 512))}" in log
+    assert f"decode 32 {sum(bench_process.token_ids(32, 512))}" in log
 
 
 def test_table_has_a_row_an_engine_and_test(model, fake):
@@ -183,7 +183,7 @@ def test_what_cannot_be_loaded_is_one_line(words, status):
     assert done.returncode == status and "/nowhere" in done.stderr and "Traceback" not in done.stderr
 
 
-class Recorded(bench.BenchProcess):
+class Recorded(bench_process.BenchProcess):
     """An engine that writes down when it starts, measures and stops."""
 
     def __init__(self, name: str, log: list[str]):
@@ -230,7 +230,7 @@ def test_room_for_two_is_decided_by_free_memory(model, monkeypatch, free, togeth
 
 def test_an_engine_that_dies_is_an_error_not_a_hang():
     with pytest.raises(KtxError, match=r"toy ended without a result \(exit status 0\)"):
-        bench.BenchProcess("toy", "keyword", []).start()
+        bench_process.BenchProcess("toy", "keyword", []).start()
 
 
 def test_a_peer_refuses_what_it_cannot_read(tmp_path):
@@ -239,8 +239,8 @@ def test_a_peer_refuses_what_it_cannot_read(tmp_path):
 
 
 def test_token_ids_are_the_same_everywhere_and_various():
-    assert bench.token_ids(5, 512) == bench.token_ids(9, 512)[:5]
-    ids = bench.token_ids(512, 100000)
+    assert bench_process.token_ids(5, 512) == bench_process.token_ids(9, 512)[:5]
+    ids = bench_process.token_ids(512, 100000)
     assert len(set(ids)) > 500 and 3 <= min(ids) and max(ids) < 100000
     assert statistics.mean(ids) == pytest.approx(50000, rel=0.1)
 
@@ -300,5 +300,5 @@ def test_the_real_peers_read_our_random_models(tmp_path, peer_name, module, pres
 
 def test_depths_and_their_tests():
     assert bench.lengths("0,8192") == [0, 8192]
-    assert bench.parse_test("pp512") == ("pp", 512, 0)
-    assert bench.parse_test("tg32@d8192") == ("tg", 32, 8192)
+    assert bench_process.parse_test("pp512") == ("pp", 512, 0)
+    assert bench_process.parse_test("tg32@d8192") == ("tg", 32, 8192)

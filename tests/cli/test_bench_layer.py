@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ktx.cli import bench_ftllm, bench_kt_kernel, bench_layer
-from ktx.cli.bench_layer import MoELayer, reference_output
+from ktx.cli.bench_moe_layer import MoELayer, reference_output
 from ktx.kernels.check import relative_error
 from tests.support import preloaded_process
 
@@ -47,12 +47,12 @@ class MOE:
     def load_weights_task(self, order): return lambda: None
     def forward_task(self, count, top, ids, shares, x, out, more):
         def work():
-            from ktx.cli.bench_layer import truth
+            from ktx.cli.bench_moe_layer import reference_output
             c, n = self.c, int(view(count, (1,), torch.int32))
             wide, narrow = (c.experts, c.width, c.hidden), (c.experts, c.hidden, c.width)
             weights = [view(p, s, torch.bfloat16) for p, s in ((c.gate_proj, wide), (c.up_proj, wide), (c.down_proj, narrow))]
             args = view(x, (n, c.hidden), torch.bfloat16), view(ids, (n, top), torch.int64), view(shares, (n, top), torch.float32)
-            view(out, (n, c.hidden), torch.bfloat16).copy_(truth(weights, *args))
+            view(out, (n, c.hidden), torch.bfloat16).copy_(reference_output(weights, *args))
         return work
 
 kt_kernel_ext = ModuleType("kt_kernel_ext")
@@ -85,7 +85,7 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(bench_layer.PEER_FORMATS, "kt-kernel", {"BF16": "BF16"})
     (tmp_path / "kt_kernel.py").write_text(FAKE)
     program = (
-        "import sys\nfrom ktx.cli import bench_layer\nbench_layer.PAIRS['kt-kernel'] = {'BF16': 'BF16'}\n"
+        "import sys\nfrom ktx.cli import bench_layer\nbench_layer.PEER_FORMATS['kt-kernel'] = {'BF16': 'BF16'}\n"
         "from ktx.__main__ import main\nraise SystemExit(main(sys.argv[1:]))"
     )
     words = ["bench", "--layer", LAYER, "-p", "5", "-r", "5", "-t", "2", "--peer", "kt-kernel", "--record", "r.jsonl"]

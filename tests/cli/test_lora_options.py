@@ -71,7 +71,7 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
     taken = sum(held(factors) for lora in model.ktx.adapters.loras.values() for factors in lora.factors.values())
     (said,) = [sum(by_device.values()) for by_device in model.ktx.plan.adapters.values()]
     assert taken == said == sum(adapter_bytes(match_modules(model, read(AdapterSpec.parse(tmp_path / "one")))).values())
-    need = ktx.loader.load.memory_needed(model.ktx.plan)
+    need = ktx.loader.resources.memory_needed(model.ktx.plan)
     monkeypatch.setattr("ktx.loader.load.memory", lambda: (1 << 40, need - 1))
     with pytest.raises(DoesNotFit):
         load(tmp_path, None, lora=tmp_path / "one")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ktx.cache.kv import KVCache
-from ktx.weights.base import open_weights
+from ktx.weights.open import open_weights
 from tests.families.test_families import IDS, Pair, logits, per_token, relative, response_to_noise
 from tests.support.gguf_writer import write_gguf
 from tests.support.tiny_models import LINEAR, MOE, tiny

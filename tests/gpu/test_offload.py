@@ -286,10 +286,10 @@ def test_models_have_ways_of_their_own(two, tmp_path):
     ]
     ways = [{block.offload for block in of} for of in blocks]
     assert [len(of) for of in ways] == [1, 1] and not ways[0] & ways[1]
-    assert [set(model.handovers) for model in (first, second)] == ways
+    assert [set(model.offloads) for model in (first, second)] == ways
     apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
-    assert len(apart.handovers) == 2  # one a device
-    assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "handovers")
+    assert len(apart.offloads) == 2  # one a device
+    assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "offloads")
     offload.raise_offload_errors(hybrid_on_cpu), offload.reset_offloads(hybrid_on_cpu)
 
 
@@ -323,9 +323,9 @@ def test_models_that_take_turns_fail_and_answer_each_for_itself(two):
 
 def test_what_one_model_gives_up_the_other_still_waits_for(two):
     first, second, ids, expected = two
-    first.handovers[0].all_buffers[0].job = second.handovers[0].all_buffers[0].job = job = object()
+    first.offloads[0].all_buffers[0].job = second.offloads[0].all_buffers[0].job = job = object()
     offload.reset_offloads(first)
-    assert first.handovers[0].all_buffers[0].job is None and second.handovers[0].all_buffers[0].job is job
+    assert first.offloads[0].all_buffers[0].job is None and second.offloads[0].all_buffers[0].job is job
     offload.reset_offloads(second)
     assert right(first, ids, expected) and right(second, ids, expected)
 

@@ -10,8 +10,8 @@ from ktx.errors import DoesNotFit, UsageError
 from ktx.injection.rules import Rule
 from ktx.kernels import reference
 from ktx.kernels.gpu import norm
-from ktx.ops.base import GPU_OPERATORS, OPERATORS, resolve
 from ktx.ops.gpu.kv_view import causal_spec, view_of_states
+from ktx.ops.registry import GPU_OPERATORS, OPERATORS, resolve
 from tests.gpu.helpers import Twins, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ktx.errors import UsageError
-from ktx.weights.base import open_weights
+from ktx.weights.open import open_weights
 from tests.families.test_families import load
 from tests.gpu.helpers import F32, Twins
 

@@ -10,7 +10,6 @@ import torch
 from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.check import MAX_REL_ERROR_FLOAT, bounds, random_matrix, relative_error
-from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
 
@@ -97,7 +96,7 @@ def test_the_largest_codes_and_activations_fit_where_they_are_summed(name, token
     values = torch.ones(32, 512)
     values[:, ::32] = -1  # so that types with a minimum have their largest code nearly everywhere
     try:
-        weight = QuantizedTensor(quantize(values, QTYPES[name]), QTYPES[name], (32, 512))
+        weight = QuantizedTensor(QTYPES[name].quantize(values), QTYPES[name], (32, 512))
     except UsageError:
         weight = random_matrix(name, 32, 512)
     packed = cpu.pack(weight)

@@ -18,8 +18,8 @@ import ktx.injection.rules
 import ktx.loader.load
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.kernels.check import multiplies_in_bf16
-from ktx.ops.base import register
 from ktx.ops.experts import Experts
+from ktx.ops.registry import register
 from tests.support.gguf_writer import write_gguf
 from tests.support.tiny_models import tiny
 

@@ -24,7 +24,8 @@ from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.kernels import blocks, cpu
 from ktx.model import checkpoint_folder
 from ktx.quant.types import QTYPES
-from ktx.weights.base import QuantizedTensor, open_weights
+from ktx.weights.base import QuantizedTensor
+from ktx.weights.open import open_weights
 from ktx.weights.packed import PackedSource
 from tests.families.test_families import load
 from tests.model.test_saving import Opaque

@@ -1,8 +1,9 @@
-"""The floors of the house: a module imports only what lies below it, and heavy or optional packages stay in their place."""
+"""Layers: a module imports only its own or a lower layer, no imports form a circle, optional packages have one user."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,51 +11,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
-    (
-        "ktx.errors",
-        "ktx.environment",
-        "ktx.injection.device_map",
-        "ktx.devices",
-        "ktx.utils.fork_handlers",
-        "ktx.hardware",
-        "ktx.utils.json_file",
-        "ktx.quant.types",
-        "ktx.quant.quantize",
-        "ktx.utils.spawn_pickle",
-        "ktx.transformers_compat",
-        "ktx.utils.torch_defaults",
-        "ktx.utils.versions",
-        "ktx.demo",
-        "ktx.chat_formats",
-        "ktx.hub",
+FLOORS = (  # lowest first; a module belongs to the longest prefix that fits
+    tuple(
+        f"ktx.{name}"
+        for name in (
+            "errors environment hardware devices transformers_compat utils families chat_formats hub quant"
+            " integrations.names injection.device_map injection.rule injection.rules injection.ktransformers"
+        ).split()
     ),
-    ("ktx.weights", "ktx.kernels"),
+    ("ktx.weights",),
+    ("ktx.kernels",),
     ("ktx.cache",),
     ("ktx.ops",),
-    ("ktx.model.lora",),
-    ("ktx.injection.rules", "ktx.injection.ktransformers"),
-    ("ktx.injection.inject",),
-    ("ktx.model.notes",),
-    ("ktx.placement.memory_model",),
-    ("ktx.placement.workspace",),
-    ("ktx.placement.solver",),
-    ("ktx.placement.suggest",),
-    ("ktx.loader.meta_model",),
-    ("ktx.loader.build",),
-    ("ktx.loader.load_weights", "ktx.model.pickling", "ktx.model.self_test"),
-    ("ktx.model.checkpoint_folder",),
-    ("ktx.model.saving", "ktx.model.saving_packed"),
-    ("ktx.model.training_notes",),
-    ("ktx.model.loaded",),
-    ("ktx.loader.load",),
-    ("ktx.integrations.from_pretrained",),
+    ("ktx.injection", "ktx.model.lora"),
+    ("ktx.model.notes", "ktx.placement"),
+    ("ktx.loader", "ktx.model"),
     ("ktx.engine",),
-    ("ktx.server",),
-    ("ktx.replicas",),
-    ("ktx.chat", "ktx.cli"),
-    ("ktx.local_chat", "ktx.__main__", "ktx.server.main"),
+    ("ktx.loader.load",),
+    ("ktx.integrations", "ktx.server", "ktx.chat", "ktx.demo"),
+    ("ktx.replicas", "ktx.cli"),
+    ("ktx.__main__", "ktx.local_chat", "ktx.server.main"),
 )
+MAX_FLOORS = 13
 BY_HAND = {
     "ktx": None,
     "ktx.integrations.experts_interface": None,
@@ -127,9 +105,70 @@ def floor(module: str) -> int | None:
 @pytest.mark.parametrize("module", [name for name in FILES if name not in BY_HAND])
 def test_imports_go_down_only(module):
     mine = floor(module)
-    assert mine is not None, f"{module} stands on no floor: add it to FLOORS"
+    assert mine is not None, f"{module} has no floor: add it to FLOORS"
     above = sorted(name for name in imports(FILES[module]) if name.startswith("ktx.") and (floor(name) or 0) > mine)
-    assert not above, f"{module} imports {above}, which lie above it"
+    assert not above, f"{module} imports {above}, which are on higher floors"
+
+
+def names_in_strings(path: Path) -> set[str]:
+    """Modules that are named in strings, as importlib gets them; names of loggers and docstrings are none."""
+    tree = ast.parse(path.read_text())
+    loggers = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "getLogger"
+        for argument in node.args
+    }
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in loggers
+    ]
+    found = set()
+    for text in texts:
+        while re.fullmatch(r"ktx(\.\w+)+", text) and text not in FILES:
+            text = text.rpartition(".")[0]
+        found |= {text} & FILES.keys() - {"ktx"}
+    return found
+
+
+def test_no_imports_form_a_circle():
+    """Late, type-only and string imports count."""
+    graph = {
+        name: ((imports(path) & FILES.keys()) | names_in_strings(path)) - {name, *_parents(name)}
+        for name, path in FILES.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def _parents(name: str) -> list[str]:
+    """The packages around a module: they are imported with it, and have no imports of their own but the top one."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def test_strings_that_name_modules_are_found(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text(
+        'import logging\nlogging.getLogger("ktx.model.notes")\nA = "ktx.ops.linear.Linear"\nB = "see ktx.errors"\n'
+    )
+    assert names_in_strings(file) == {"ktx.ops.linear"}
+
+
+def test_the_layout_of_the_package():
+    assert len(FLOORS) <= MAX_FLOORS
+    top = "__init__ __main__ local_chat errors environment hardware devices transformers_compat".split()
+    assert {path.stem for path in (ROOT / "ktx").glob("*.py")} == set(top)
 
 
 @pytest.mark.parametrize("package,home", ONE_FILE.items())

@@ -14,10 +14,10 @@ import torch
 
 import ktx
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.quant.quantize import random_rows
+from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import BY_CODE, QTYPES
-from ktx.weights.base import open_weights
 from ktx.weights.gguf_header import parse_header
+from ktx.weights.open import open_weights
 from ktx.weights.safetensors import parse_safetensors_header
 from tests.support.gguf_writer import write_gguf
 from tests.support.tiny_models import FAMILIES, tiny

@@ -10,8 +10,8 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.families import GGUF_MODEL_TYPES
-from ktx.weights.base import open_weights
 from ktx.weights.check_config import gguf_mismatches
+from ktx.weights.open import open_weights
 from tests.families.test_families import IDS, LONGROPE, load, logits
 from tests.support.gguf_writer import ARCH, write_gguf
 from tests.support.tiny_models import FAMILIES, LINEAR, LLAMA3, YARN, tiny

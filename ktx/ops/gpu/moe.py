@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,9 +12,7 @@ from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
 from ktx.ops.gpu.offload import ExpertOffload, Pending, install
 from ktx.ops.guard import ChildrenGuard
-
-if TYPE_CHECKING:
-    from ktx.ops.gpu.expert_streaming import Streamer
+from ktx.ops.protocols import ExpertStreamer
 
 
 class PendingMoE(NamedTuple):
@@ -31,13 +29,13 @@ class MoE(moe.MoE):
     """
 
     offload: ExpertOffload | None
-    streamer: Streamer | None  # see ktx.ops.gpu.expert_streaming
+    streamer: ExpertStreamer | None  # see ktx.ops.gpu.expert_streaming
     stream_min_tokens: int  # minimum number of tokens to stream experts for
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> moe.MoE:
         new = super().from_hf(old, ctx, **kwargs)
-        new.handover = new.streamer = None
+        new.offload = new.streamer = None
         return new
 
     def ready(self) -> None:

@@ -217,7 +217,7 @@ def create_offload(device: torch.device) -> ExpertOffload:
 
 
 def install(model: Any, blocks: Iterable[Any]) -> None:
-    """Installs one offload per device on a model's MoE blocks, and lists them in `model.handovers`.
+    """Installs one offload per device on a model's MoE blocks, and lists them in `model.offloads`.
 
     Models share none, so an offload's errors belong to its model.
     """
@@ -226,16 +226,16 @@ def install(model: Any, blocks: Iterable[Any]) -> None:
         if block.placement not in offloads:
             offloads[block.placement] = create_offload(block.placement.torch)
         block.offload = offloads[block.placement]
-    model.handovers = list(offloads.values())
+    model.offloads = list(offloads.values())
 
 
 def reset_offloads(model: Any) -> None:
     """Resets all of a model's offloads, see ExpertOffload.reset."""
-    for offload in getattr(model, "handovers", ()):
+    for offload in getattr(model, "offloads", ()):
         offload.reset()
 
 
 def raise_offload_errors(model: Any) -> None:
     """Raises an error of any of a model's offloads; call it when a forward's results are complete."""
-    for offload in getattr(model, "handovers", ()):
+    for offload in getattr(model, "offloads", ()):
         offload.check()

@@ -1,0 +1,3 @@
+"""The name under which ktx registers with transformers."""
+
+NAME = "ktx"
