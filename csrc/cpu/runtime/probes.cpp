@@ -108,7 +108,7 @@ struct Loop { void (*rounds)(); double operations; };  // operations of one inst
 double rate(int threads, double seconds, Loop loop) {
   if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
   std::vector<int64_t> calls(threads);
-  const double steal_stats = timed(threads, [&](int t) {
+  const double elapsed_s = timed(threads, [&](int t) {
     const double end = now() + seconds;
     int64_t n = 0;
     do {
@@ -119,7 +119,7 @@ double rate(int threads, double seconds, Loop loop) {
   });
   double total = 0;
   for (int64_t n : calls) total += double(n);
-  return total * ROUNDS * CHAINS * loop.operations / steal_stats / 1e9;
+  return total * ROUNDS * CHAINS * loop.operations / elapsed_s / 1e9;
 }
 }  // namespace
 
@@ -141,8 +141,8 @@ struct Fresh {  // memory that was never written
 
 double probe_fresh(int threads, int mebibytes) {
   Fresh memory(threads, mebibytes);
-  const double steal_stats = timed(threads, [&](int t) { std::memset(memory.data + t * memory.part, 1, memory.part); });
-  return double(memory.part) * threads / steal_stats / 1e9;
+  const double elapsed_s = timed(threads, [&](int t) { std::memset(memory.data + t * memory.part, 1, memory.part); });
+  return double(memory.part) * threads / elapsed_s / 1e9;
 }
 
 double probe_read(int threads, int mebibytes) {
@@ -152,10 +152,10 @@ double probe_read(int threads, int mebibytes) {
   std::vector<uint64_t> sums(threads);
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {
-    const double steal_stats = timed(threads, [&](int t) {
+    const double elapsed_s = timed(threads, [&](int t) {
       sums[t] += read_words(reinterpret_cast<const uint64_t*>(memory.data + t * part), part / 8);
     });
-    best = std::max(best, double(part) * threads / steal_stats / 1e9);
+    best = std::max(best, double(part) * threads / elapsed_s / 1e9);
   }
   sink = int32_t(sums[0]);
   return best;
