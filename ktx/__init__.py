@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ktx.integrations import experts_interface
+from ktx.utils import old_names
 from ktx.utils import openmp as openmp  # before torch
 from ktx.utils.version import VERSION
 
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 experts_interface.install()
+old_names.install()
 
 _MODULES = {  # public name -> the module that defines it
     "KtxConfig": "ktx.integrations.from_pretrained",
