@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import AdapterUses
+from ktx.utils.old_names import old_name
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -145,3 +146,7 @@ class Request:
             self.drafted,
             self.accepted,
         )
+
+
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, name)

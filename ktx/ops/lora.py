@@ -21,6 +21,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Operator
 from ktx.quant.types import QTYPES
+from ktx.utils.old_names import old_name
 from ktx.weights.base import QuantizedTensor
 from ktx.weights.lora import LowRank
 
@@ -236,3 +237,7 @@ def add_rows(base: torch.Tensor, added: torch.Tensor, indices: slice) -> torch.T
         masked[..., indices, :] = added[..., indices, :]
         added = masked
     return base + added.to(base.dtype)
+
+
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, name)

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -71,7 +72,7 @@ ELSEWHERE = {  # (old module, name) -> the module that has it now
 }
 
 
-class _Finder:
+class _Finder(MetaPathFinder):
     """Finds the old modules."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
@@ -86,7 +87,7 @@ def _new_name(name: str) -> str | None:
     return f"{MODULES[package]}.{name.rpartition('.')[2]}" if package in ("ktx.commands", "ktx.dialects") else None
 
 
-class _Loader:
+class _Loader(Loader):
     """Fills an old module from the new one."""
 
     def __init__(self, new: str):
@@ -119,7 +120,7 @@ def _warn(old: str, new: str) -> None:
 def install() -> None:
     """Makes the old modules importable; without effect when they are already."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+        sys.meta_path.append(_Finder())
 
 
 def old_name(module: str, name: str) -> Any:
