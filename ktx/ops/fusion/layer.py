@@ -43,7 +43,7 @@ class Layer(Operator):
 
     Attributes:
         block: The fused steps of this layer, if it supports them.
-        stretch: The fused group that starts with this layer, if there is one.
+        fused_group: The fused group that starts with this layer, if there is one.
     """
 
     remade = ("block", "fused_group")
@@ -62,6 +62,11 @@ class Layer(Operator):
         self.block = LayerBlock.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes the layer: hidden_states [B, S, D] -> [B, S, D].
+
+        Tries, from the fastest on: the output that the group of an earlier layer has precomputed, the group that starts
+        with this layer, the layer's own fused steps, and the children one by one.
+        """
         given, cache = self.call.split((hidden_states, *args), kwargs)
         if torch.compiler.is_compiling():  # a graph contains the kernels of the children, but no attributes of tensors
             return super().forward(**self.call.join(given, cache))
@@ -231,11 +236,11 @@ class FusedLayerGroup:
     the group is disabled for a while.
 
     Attributes:
-        left: The number of precomputed outputs of the last call that have not been used yet.
-        missed: The number of calls in a row that left outputs unused.
-        resting: The number of calls for which the group stays disabled.
+        num_unused: The number of precomputed outputs of the last call that have not been used yet.
+        num_misses: The number of calls in a row that left outputs unused.
+        disabled_calls_left: The number of calls for which the group stays disabled.
         layers: The blocks of the layers.
-        drops: Whether a layer applies dropout in training.
+        has_dropout: Whether a layer applies dropout in training.
         steps: The kernel steps, two for each layer.
     """
 
@@ -244,13 +249,14 @@ class FusedLayerGroup:
         self._set_layers(layers)
 
     def _set_layers(self, layers: list[LayerBlocks]) -> None:
+        """Stores the blocks of the layers, and derives the kernel steps from them: attention, then feed-forward."""
         self.layers, self.changes = layers, ChangeCounter.count
         self.blocks = [parts.attention for parts in layers]
         self.has_dropout = any(parts.attention.has_dropout or parts.mlp.has_dropout for parts in layers)
         self.steps = [
-            made.step(before)
-            for _, block, attention, feed, _ in layers
-            for made, before in zip((attention.made, feed.made), block.norms, strict=True)
+            fused_step.step(norm)
+            for _, block, attention, mlp, _ in layers
+            for fused_step, norm in zip((attention.fused_step, mlp.fused_step), block.norms, strict=True)
         ]
 
     def _rebuilt(self) -> bool:
