@@ -36,7 +36,10 @@ Placements = Mapping[nn.Module, DevicePlacement]
 
 
 def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
-    """Installs the hooks of a model; none if it is on the CPU entirely.
+    """Installs the hooks of a model that is partly or entirely on GPUs; a model on the CPU needs none.
+
+    Modules of the decoder's call sequence that follow one another on the same device share a `TransferScope`, so
+    arguments that all layers get (masks, rotary tables) are moved there once.
 
     Args:
         model: the loaded model.
@@ -48,15 +51,15 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
     placements = _placements(model, devices, dtype)
     scope: TransferScope | None = None
     boundaries = list(_device_boundaries(model, placements))
-    for module, sources in boundaries:
+    for module, input_placements in boundaries:
         placement = placements[module]
         is_first = scope is None or scope.placement != placement
         scope = TransferScope(placement) if scope is None or is_first else scope
-        if any(source != placement for source in sources):
+        if any(source != placement for source in input_placements):
             module.register_forward_pre_hook(ToDevice(scope, is_first, is_rotary(module)), with_kwargs=True)
     boundary_modules = {module for module, _ in boundaries}
-    for module in boundary_modules:
-        for parent in module.modules():
+    for boundary_module in boundary_modules:
+        for parent in boundary_module.modules():
             for child in parent.children():
                 if child not in boundary_modules:
                     _install_inside(child, placements[child], parent, placements[parent])
@@ -65,6 +68,10 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
 def _install_inside(
     child: nn.Module, placement: DevicePlacement, parent: nn.Module, parent_placement: DevicePlacement
 ) -> None:
+    """Installs the hooks of a module inside a decoder module that is on another device than its parent.
+
+    Experts that the MoE block or another operator calls itself get no hooks, because those transfer their tensors.
+    """
     is_offloaded = (
         isinstance(child, Experts)
         and isinstance(parent, MoE)
@@ -87,6 +94,7 @@ def _placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Mod
     placements: dict[nn.Module, DevicePlacement] = {}
 
     def visit(module: nn.Module, parent_placement: DevicePlacement | None) -> None:
+        """Gives a module its placement, then its children; on the CPU they share the dtype of their parent."""
         if module in placements:
             return
         device = devices.get(module, CPU)
@@ -115,7 +123,10 @@ def _takes_f32(module: nn.Module, devices: Devices) -> bool:
 
 
 def _device_boundaries(model: Any, placements: Placements) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
-    """Yields the decoder's modules in the order of calls, and the output layer, with the placements of their inputs."""
+    """Yields the decoder's modules in the order of calls, then the output layer, each with its inputs' placements.
+
+    A module needs a hook if one of these placements differs from its own.
+    """
     body, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     others = [child for child in body.children() if child is not embedding and child is not body.layers]
     tables = [child for child in others if is_rotary(child)]
@@ -167,7 +178,7 @@ class TransferScope:
     def to_device(self, value: Any, keep: bool = False) -> Any:
         """Moves the tensors of a value; `keep` caches them, because later modules get the same arguments."""
         if isinstance(value, tuple | list):
-            return type(value)(self.to_device(part, keep) for part in value)
+            return type(value)(self.to_device(item, keep) for item in value)
         if not isinstance(value, torch.Tensor) or not keep:
             return move_to(value, self.placement) if isinstance(value, torch.Tensor) else value
         cached, moved = self.moved_tensors.get(id(value), (None, None))
@@ -201,6 +212,10 @@ class ToDevice:
         self.scope, self.is_first, self.rotary = scope, is_first, rotary
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Moves the inputs of a module and makes its device current.
+
+        Keyword arguments (masks, rotary tables) are the same for all modules of the scope, so their copies are cached.
+        """
         _make_current(self.scope.placement.device)
         if self.is_first:
             self.scope.moved_tensors.clear()

@@ -42,7 +42,7 @@ class AdapterMapping:
     """Maps the rows of the running forward to adapters; all modules of a model share one mapping.
 
     Attributes:
-        everywhere: the adapters of forwards outside of an engine's steps, also while another thread runs a step.
+        default_uses: the adapters of forwards outside of an engine's steps, also while another thread runs a step.
     """
 
     default_uses: AdapterUses = ()
@@ -68,7 +68,7 @@ class AdapterMapping:
         Raises:
             UsageError: the number of rows is not that of the step, nor of the running part of it.
         """
-        first, count = getattr(_state, "part", None) or (0, -1)
+        first, count = getattr(_state, "part", None) or (0, -1)  # -1: no `step_part` is active
         if self.spans is not None and count == rows:
             yield from _slices([(count, self.uses_of_row(first))])
             return
@@ -95,7 +95,7 @@ class AdapterMapping:
         return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
 
     def slices_of_rows(self, row_indices: torch.Tensor) -> list[tuple[slice, AdapterUses]]:
-        """Like `of` for some of the step's rows: returns slices of `row_indices`, which are ascending."""
+        """Like `slices`, for some of the step's rows: returns slices of `row_indices`, which are ascending."""
         uses_of_row = [self.uses_of_row(row) for row in row_indices.tolist()]
         return list(_slices([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
 
@@ -121,7 +121,10 @@ _state = threading.local()
 
 @contextmanager
 def step_part(first: int, count: int) -> Iterator[None]:
-    """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence."""
+    """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence.
+
+    Recurrent layers and MLA compute sequence by sequence; without it, `slices` could not assign such rows to a request.
+    """
     _state.part = first, count
     try:
         yield
@@ -130,7 +133,7 @@ def step_part(first: int, count: int) -> Iterator[None]:
 
 
 def _slices(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, AdapterUses]]:
-    """Yields slices of rows, merging neighbors with the same adapters."""
+    """Yields slices of rows that have adapters; consecutive spans with the same adapters become one slice."""
     first = 0
     for uses, run in groupby(spans, key=lambda span: span[1]):
         count = sum(count for count, _ in run)
@@ -140,7 +143,7 @@ def _slices(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, A
 
 
 class Factors:
-    """A and B of one matrix, on its module's device.
+    """The low-rank matrices A and B of an adapter, for one matrix of the model, on its module's device.
 
     On the CPU both are packed, because in ktx's kernels a row's result does not depend on the other rows.
     """
@@ -167,7 +170,7 @@ def packed(values: torch.Tensor) -> cpu.Packed:
 
 
 def packed_bytes(shape: Sequence[int]) -> int:
-    """Returns the bytes of `packed` for a tensor of this shape."""
+    """Returns the bytes of `packed` for a tensor of this shape, before the tensor is read."""
     return int(cpu.ops.packed_nbytes(QTYPES["F32"].code, *shape[-2:])) * math.prod(shape[:-2])
 
 
@@ -181,7 +184,7 @@ class Lora:
 
     @staticmethod
     def nbytes(owner: Any, adapters: Sequence[LowRank]) -> int:
-        """Returns the bytes of `made` for a module."""
+        """Returns the bytes that `pack` allocates for adapters of a module."""
         (adapter,) = adapters
         if device_of(owner).gpu:
             return 4 * (adapter.a.numel() + adapter.b.numel())
@@ -212,7 +215,7 @@ class Lora:
         return y if total is None else y + total.view(y.shape).to(y.dtype)
 
     def forward_hook(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
-        """The same as a forward hook of a torch module."""
+        """Adds the adapters' outputs as a forward hook, for torch modules, which do not read the attribute `lora`."""
         return self(args[0], y)
 
 

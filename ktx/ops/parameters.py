@@ -38,7 +38,10 @@ _logged: set[tuple[str, str]] = set()  # (kind of operator, weight) pairs that `
 
 
 class FrozenParameters(dict[str, Any]):
-    """The parameters of an operator; UsageError for a lookup or removal of the packed weights `names`."""
+    """The real parameters of an operator; raises UsageError if a packed weight of `names` is looked up or removed here.
+
+    torch.func.functional_call and weight_norm do that; a KeyError would not tell the user what to do instead.
+    """
 
     names: frozenset[str] = frozenset()
     path: str = ""
@@ -102,11 +105,11 @@ class Parametrizable(Operator):
     """An operator that lists its packed weights among its own parameters, and on the CPU applies parametrizations."""
 
     def offered_names(self) -> frozenset[str]:
-        """Returns the names of these weights."""
+        """Returns the names of the packed weights that are visible as parameters."""
         return frozenset()
 
     def visible_parameters(self, name: str, floats: Floats) -> Dequantized:
-        """Returns a packed weight as a parameter."""
+        """Returns the packed weight `name` as a read-only parameter, which packs values written to its `data`."""
         return Dequantized(
             floats,
             self.dtype,
@@ -129,6 +132,7 @@ class Parametrizable(Operator):
         )
 
     def use_live_parameters(self) -> None:
+        """Replaces the dicts of parameters and buffers, so that packed weights are found under their names."""
         frozen = self.__dict__["_parameters"] = FrozenParameters(self._parameters)
         frozen.names, frozen.path = self.offered_names(), self.path
         super().use_live_parameters()
@@ -158,7 +162,11 @@ class Parametrizable(Operator):
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's; torch calls it when parametrizations of a packed weight are removed, as it is an nn.Parameter."""
+        """Overrides torch's, which would store the read-only view of a packed weight as a real parameter.
+
+        torch calls it with that view when the last parametrization of a packed weight is removed; then the weight only
+        becomes visible again under its name. Any other parameter is registered as in torch.
+        """
         if (
             isinstance(param, Dequantized)
             and isinstance(self._buffers, OfferedParameters)
@@ -183,7 +191,7 @@ class ParametrizedProduct(NamedTuple):
 
     Attributes:
         product: computes rows [tokens, k] -> [tokens, n] for a matrix.
-        added: whether the result is to be added to the product with the packed weight, or replaces it.
+        is_added: whether the result is added to the product with the packed weight; else it replaces that product.
     """
 
     product: Product
@@ -219,7 +227,11 @@ def full_weight(owner: Parametrizable, name: str) -> torch.Tensor:
 
 
 def _added(parametrization: Any, transposed: bool) -> Product | None:
-    """Returns the product that one of PEFT's parametrizations adds; None for any other parametrization."""
+    """Returns the product that one of PEFT's parametrizations adds to the packed one; None for any other.
+
+    Recognizes PEFT's two proxies by name: a low-rank update is computed as two thin products, without its full
+    matrix; a proxy of the whole update, as a product with that matrix.
+    """
     if not type(parametrization).__module__.startswith("peft."):
         return None
     if type(parametrization).__name__ == "_LoraParameterProxy":
@@ -247,7 +259,14 @@ def _dense(values: Any, transposed: bool) -> Product:
 
 
 def _warn_once(owner: Operator, name: str, reason: str, tensors: list[torch.Tensor]) -> None:
-    """Logs a warning, once per kind of weight."""
+    """Logs a warning once per operator class and weight name, because each layer would repeat it.
+
+    Args:
+        owner: the operator with the weight.
+        name: the weight.
+        reason: what is slow.
+        tensors: the tensors that each forward computes in full, for their size.
+    """
     key = type(owner).__name__.removeprefix("Parametrized"), name
     if key not in _logged:
         _logged.add(key)

@@ -24,7 +24,7 @@ class TiedLinear(Linear):
     Attributes:
         origin: The embedding, and the shared parameter; None once either of them got another weight.
         packed_parts: The packed weight.
-        count: The number of edits of the shared parameter when it was packed.
+        packed_edits: The number of edits of the shared parameter when it was packed.
     """
 
     origin: tuple[Any, nn.Parameter | None]
@@ -47,7 +47,10 @@ class TiedLinear(Linear):
         self.origin, self.packed_edits = (embedding, weight), edits(weight)
 
     def shared_weight(self) -> Any:
-        """Returns the shared parameter; None if the layer is no longer tied."""
+        """Returns the shared parameter; None if the layer is no longer tied.
+
+        The layer is untied as soon as the embedding has another parameter than the one that was packed.
+        """
         embedding, weight = self.origin
         if weight is not None and embedding._parameters.get("weight") is not weight:
             self.origin = embedding, None
@@ -66,17 +69,20 @@ class TiedLinear(Linear):
         self.packed_parts = parts
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and value is self.origin[0]._parameters.get(
-            "weight"
-        ):  # as tie_weights() of transformers does
+        """Ties the layer again if `value` is the embedding's parameter, as transformers' tie_weights() assigns it.
+
+        Any other value assigned to `weight` unties the layer.
+        """
+        if name == "weight" and value is self.origin[0]._parameters.get("weight"):
             self.tie(self.origin[0])
-            self.packed_edits -= 1
+            self.packed_edits -= 1  # differs from the current count, so `parts` packs the weight again
         else:
             super().__setattr__(name, value)
             if name == "weight":
                 self.origin = self.origin[0], None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x W^T, in plain torch with the shared parameter if autograd records that parameter."""
         weight = self.shared_weight()
         if weight is None or not is_recorded(weight):
             return super().product(x)

@@ -21,8 +21,8 @@ class ModuleBytes:
     Attributes:
         path: the module's path.
         module: the module.
-        held: bytes in memory; 0 for weights that another module in the list holds.
-        token: bytes that the kernels read for a single token.
+        held_bytes: bytes in memory; 0 for weights that another module in the list holds.
+        bytes_per_token: bytes that the kernels read for a single token.
     """
 
     path: str
@@ -54,12 +54,12 @@ def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class WeightTraffic:
-    """Weight bytes that forwards read, without routed experts.
+    """Weight bytes that forwards read, without routed experts, for the memory bandwidth in metrics and benchmarks.
 
     Attributes:
-        always: bytes per forward.
-        row: bytes per token (an embedding row).
-        head: bytes per forward that computes logits (the output layer).
+        bytes_per_forward: the matrices that each forward reads once, whatever its number of tokens.
+        bytes_per_token: an embedding row.
+        bytes_per_logits: the output layer, which is read only by forwards that compute logits.
     """
 
     bytes_per_forward: int = 0
@@ -68,17 +68,17 @@ class WeightTraffic:
 
     @classmethod
     def of(cls, model: Any) -> WeightTraffic:
-        """Sums up a model's modules. A matrix counts once per forward, because all its tokens share one read."""
-        head = model.get_output_embeddings()
-        always = row = head_bytes = 0
+        """Sums up the modules of a model. A matrix counts once per forward, because all its tokens share one read."""
+        output_layer = model.get_output_embeddings()
+        per_forward = per_token = per_logits = 0
         for size in module_bytes(model):
             if isinstance(size.module, Embedding | nn.Embedding):
-                row += size.bytes_per_token
-            elif size.module is head:
-                head_bytes += size.bytes_per_token
+                per_token += size.bytes_per_token
+            elif size.module is output_layer:
+                per_logits += size.bytes_per_token
             elif not isinstance(size.module, Experts):
-                always += size.bytes_per_token
-        return cls(always, row, head_bytes)
+                per_forward += size.bytes_per_token
+        return cls(per_forward, per_token, per_logits)
 
     def bytes(self, forwards: int, tokens: int, heads: int) -> int:
         """Returns the bytes read by `forwards` forwards of `tokens` tokens in all, `heads` of which computed logits."""
