@@ -70,6 +70,7 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
 
 
 def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+    """The mismatch in the number of key/value heads, or None. Not compared for MLA models, which cache one latent."""
     in_file = scalar(metadata.get(f"{arch}.attention.head_count_kv"))
     in_config = getattr(config, "num_key_value_heads", None)
     if (

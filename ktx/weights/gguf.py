@@ -152,6 +152,7 @@ class GGUFSource:
             return self._maps[file]
 
     def _advise(self, names: Iterable[str], advice: int) -> None:
+        """Passes `advice` (MADV_WILLNEED or MADV_DONTNEED) to the kernel for the parameters' pages in the mapped files."""
         for name in names:
             for spec in self.specs(name):
                 start = spec.offset // PAGE * PAGE
@@ -174,11 +175,11 @@ def _unused_reason(name: str, num_layers: int) -> str:
 
 def read_split_header(path: Path) -> Header:
     """Metadata of the first file and tensors of all files of a split model; the first file may have no tensors."""
-    headers = [read_header(file) for file in _files(path)]
-    return Header(headers[0].file, headers[0].metadata, _merged(headers))
+    headers = [read_header(file) for file in _list_files(path)]
+    return Header(headers[0].file, headers[0].metadata, _merge_tensors(headers))
 
 
-def _files(path: Path) -> list[Path]:
+def _list_files(path: Path) -> list[Path]:
     """The file, or all parts of the split model it belongs to; a folder must contain exactly one model."""
     if path.is_dir():
         files = ggufs_in(path)
@@ -203,7 +204,12 @@ def _files(path: Path) -> list[Path]:
     return parts
 
 
-def _merged(headers: list[Header]) -> dict[str, TensorSpec]:
+def _merge_tensors(headers: list[Header]) -> dict[str, TensorSpec]:
+    """The tensors of all parts of a split model.
+
+    Raises BadFile when a tensor is in two parts, or the parts are fewer, or have fewer tensors, than the first one
+    states.
+    """
     tensors: dict[str, TensorSpec] = {}
     for header in headers:
         for name, spec in header.tensors.items():

@@ -112,6 +112,10 @@ def _biases(header: Header, model_type: str) -> dict[str, bool]:
 
 
 def _value(header: Header, arch: str, key: str) -> Any:
+    """The value of one metadata key of the architecture, the same for all layers.
+
+    A key that ends in "?" may be missing: then None. Raises BadFile for a missing key, or a value per layer.
+    """
     full_key = f"{arch}.{key.removesuffix('?')}"
     if full_key in header.metadata:
         value = scalar(header.metadata[full_key])

@@ -84,6 +84,7 @@ class _Reader:
         return value
 
     def string(self, what: str, max_bytes: int = 1 << 30) -> str:
+        """Reads a string: a 64-bit length and UTF-8. `what` names it in errors; longer than `max_bytes` is rejected."""
         length = self.scalar("Q", what)
         if length > max_bytes:
             raise self.fail(f"{what} claims {length} bytes")
@@ -108,6 +109,7 @@ class _Reader:
         raise self.fail(f"metadata {key} has unknown type {kind}")
 
     def array(self, key: str) -> LazyArray:
+        """Skips over an array and returns it as a LazyArray, because most of a tokenizer's long arrays are never read."""
         kind, count = self.scalar("I", f"array {key}"), self.scalar("Q", f"array {key}")
         if count > MAX_ITEMS:
             raise self.fail(f"array {key} claims {count} items")
@@ -124,6 +126,7 @@ class _Reader:
         return LazyArray(self.data, start, kind, count)
 
     def skip_strings(self, count: int, key: str) -> None:
+        """Skips `count` strings, in local variables because vocabularies have hundreds of thousands of them."""
         at, end, data, unpack = self.at, self.end, self.data, struct.Struct("<Q").unpack_from
         for i in range(count):
             if end - at < 8:
@@ -172,12 +175,12 @@ def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
         raise BadFile(f"{file}: general.alignment is {alignment}, expected a power of two of at least 8")
     raw = [_read_tensor(r) for _ in range(n_tensors)]
-    start = (r.at + alignment - 1) // alignment * alignment
+    data_start = (r.at + alignment - 1) // alignment * alignment
     tensors: dict[str, TensorSpec] = {}
     for name, dims, code, offset in raw:
         if name in tensors:
             raise BadFile(f"{file}: tensor {name} appears twice")
-        tensors[name] = _check_tensor(file, name, dims, code, start + offset, alignment, offset, r.end)
+        tensors[name] = _check_tensor(file, name, dims, code, data_start + offset, alignment, offset, r.end)
     return Header(file, metadata, tensors)
 
 
@@ -192,6 +195,7 @@ def _read_metadata(r: _Reader, count: int) -> dict[str, Any]:
 
 
 def _read_tensor(r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    """The (name, dimensions, type code, offset in the data section) of the next tensor."""
     name = r.string("a tensor name", 1 << 10)
     if not name:
         raise r.fail("a tensor has no name")
@@ -205,6 +209,15 @@ def _read_tensor(r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 def _check_tensor(
     file: str, name: str, dims: tuple[int, ...], code: int, at: int, alignment: int, offset: int, size: int
 ) -> TensorSpec:
+    """The spec of one tensor of the header. Raises BadFile when its type, shape or position cannot be right.
+
+    Args:
+        dims: dimensions in GGUF's order, the row's length first.
+        code: ggml's number of the type.
+        at: byte position in the file.
+        offset: byte position in the data section, which must be aligned.
+        size: the file's size in bytes.
+    """
     qtype = BY_CODE.get(code)
     if qtype is None or code >= 1000:
         raise BadFile(f"{file}: tensor {name} has unsupported ggml type {code}; supported: {_supported_types()}")

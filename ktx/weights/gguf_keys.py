@@ -101,12 +101,14 @@ def _theta(config: Any) -> Any:
 
 
 def _first(*names: str) -> Callable[[Any], Any]:
+    """Returns a function from a configuration to the first of these attributes that is set."""
     return lambda config: next(
         (getattr(config, name) for name in names if getattr(config, name, None) is not None), None
     )
 
 
 def _if_mla(expected: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Restricts an expected value to MLA models; for the others it is None."""
     return lambda config: expected(config) if getattr(config, "kv_lora_rank", None) else None
 
 
@@ -266,7 +268,7 @@ def rope_mismatches(
     """Mismatches in rope scaling. `tables`: readers of the ROPE_TABLES that the file has, by tensor name."""
     rope = rope_of(config)
     config_kind = SCALING_TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
-    mismatches = _table_differences(rope, config_kind, config, tables)
+    mismatches = _table_mismatches(rope, config_kind, config, tables)
     kind, factor = rope_scaling(metadata, arch)
     in_file = {
         key: metadata[f"{arch}.rope.scaling.{key}"]
@@ -313,9 +315,14 @@ def _expected_scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[A
     }
 
 
-def _table_differences(
+def _table_mismatches(
     rope: Mapping[str, Any], config_kind: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
+    """Mismatches between the file's rope tables and the configuration's rope scaling.
+
+    A file stores scaling of Llama 3 (rope_freqs) and of longrope (rope_factors_long, rope_factors_short) as divisors of
+    each frequency. A table of ones means no scaling.
+    """
     mismatches = []
     for name, read in tables.items():
         kind = "llama3" if name == "rope_freqs.weight" else "longrope"

@@ -39,6 +39,8 @@ class Recipe:
     value: Callable[[torch.Tensor], torch.Tensor] | None = None  # applied to dequantized parts, reshaped to `shape`
 
 
+# The `_make_...` functions below return the recipe of one kind of parameter; None when the file has no tensor for it.
+# Their arguments: the names, the prefix of the layer's tensors ("blk.N."), and the match of the parameter's name.
 Tensors = Mapping[str, TensorSpec]
 LAYER = re.compile(r"^(?:model|language_model|model\.language_model)\.layers\.(\d+)\.(.+)$")
 
@@ -91,6 +93,7 @@ class GGUFNames:
 
 @lru_cache(maxsize=8)
 def _name_map(arch: str, layers: int) -> Any:
+    """gguf-py's map from transformers' parameter names to GGUF's. Raises BadFile for an unknown architecture."""
     import gguf
 
     by_name = {name: arch_id for arch_id, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -120,7 +123,8 @@ def is_known_tensor(tensor: str) -> bool:
 # ---- attention
 
 
-def _heads(names: GGUFNames, which: str) -> int:
+def _num_heads(names: GGUFNames, which: str) -> int:
+    """The number of heads of "q", "k" or "v"."""
     config = names.config
     heads = int(config.num_attention_heads)
     return heads if which == "q" else int(getattr(config, "num_key_value_heads", None) or heads)
@@ -130,44 +134,49 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _deinterleaved(rows: int, heads: int) -> torch.Tensor:
+def _deinterleave(rows: int, heads: int) -> torch.Tensor:
     """The row order that undoes llama.cpp's interleaving of the two halves of each head in llama's q and k."""
     return torch.arange(rows).reshape(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
-def _separate_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_q_k_or_v(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The recipe of one of a layer's q, k and v projections: its own tensor, or its rows of a fused one.
+
+    llama.cpp's converter interleaves the two halves of each head in llama's q and k; the recipe undoes that.
+    """
     which, suffix = match[1], match[2]
     tensor, fused = f"{block}attn_{which}.{suffix}", f"{block}attn_qkv.{suffix}"
-    heads = _heads(names, which)
+    heads = _num_heads(names, which)
     order: Callable[[], torch.Tensor] | None = None
     if names.has(tensor):
         rows = names.shape(tensor)[0]
         if names.arch != "llama" or which == "v":
             return names.one(tensor)
         if suffix == "bias":
-            return names.one(tensor, value=lambda v: v[_deinterleaved(rows, heads)])
-        return names.one(tensor, order=lambda: _deinterleaved(rows, heads))
+            return names.one(tensor, value=lambda v: v[_deinterleave(rows, heads)])
+        return names.one(tensor, order=lambda: _deinterleave(rows, heads))
     if not names.has(fused):
         return None
-    kv_rows = _heads(names, "k") * _head_dim(names.config)
+    kv_rows = _num_heads(names, "k") * _head_dim(names.config)
     q_rows = names.shape(fused)[0] - 2 * kv_rows  # not heads * head_dim, because Qwen3-Next's q includes a gate
     start = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}[which]
     rows = q_rows if which == "q" else kv_rows
     if suffix == "bias":
         return Recipe((Part(fused),), (rows,), value=lambda v: v[start : start + rows])
     if names.arch == "llama" and which != "v":
-        order = lambda: _deinterleaved(rows, heads)  # noqa: E731
+        order = lambda: _deinterleave(rows, heads)  # noqa: E731
     return Recipe((Part(fused, slice(start, start + rows)),), (rows, names.shape(fused)[1]), order=order)
 
 
-def _fused_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The recipe of a fused projection: the fused tensor, or the rows of separate q, k and v."""
     suffix = match[1]
     if names.has(f"{block}attn_qkv.{suffix}"):
         return names.one(f"{block}attn_qkv.{suffix}")
-    return _stacked(names, [f"{block}attn_{which}.{suffix}" for which in "qkv"])
+    return _stack_rows(names, [f"{block}attn_{which}.{suffix}" for which in "qkv"])
 
 
-def _stacked(names: GGUFNames, tensors: list[str]) -> Recipe | None:
+def _stack_rows(names: GGUFNames, tensors: list[str]) -> Recipe | None:
     """A recipe that concatenates the rows of matrices (or biases); None when one is missing."""
     if not names.has(*tensors):
         return None
@@ -189,7 +198,8 @@ def _mla_dims(config: Any) -> tuple[int, int, int, int]:
     )
 
 
-def _k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """Row-wise keys of MLA's absorbed form, [heads, rank, nope]: stored so, or taken from kv_b and transposed."""
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_k_b.weight"):
         return names.one(f"{block}attn_k_b.weight", shape=(heads, rank, nope))
@@ -197,7 +207,8 @@ def _k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     return names.one(f"{block}attn_kv_b.weight", shape=(heads, rank, nope), value=up)
 
 
-def _v_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_v_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The values of MLA's absorbed form, [heads, value, rank]: stored so, or taken from kv_b."""
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_v_b.weight"):
         return names.one(f"{block}attn_v_b.weight", shape=(heads, value, rank))
@@ -205,7 +216,12 @@ def _v_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     return names.one(f"{block}attn_kv_b.weight", shape=(heads, value, rank), order=order)
 
 
-def _kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """MLA's expanded kv_b_proj, [heads * (nope + value), rank]: stored so, or joined from k_b and v_b.
+
+    Newer files store only the absorbed form (k_b transposed, and v_b). transformers' modules and adapters need the
+    expanded one, whose rows are each head's keys followed by its values.
+    """
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_kv_b.weight"):
         return names.one(f"{block}attn_kv_b.weight")
@@ -224,7 +240,11 @@ def _kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
 # ---- mixture of experts
 
 
-def _experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The recipe of one projection of all experts, [experts, rows, columns].
+
+    Files store it as one tensor, as half of a fused gate and up, or (before March 2024) as one tensor per expert.
+    """
     which = match[1]
     tensor, fused = f"{block}ffn_{which}_exps.weight", f"{block}ffn_gate_up_exps.weight"
     if names.has(tensor):
@@ -234,24 +254,25 @@ def _experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | Non
         half = slice(0, rows // 2) if which == "gate" else slice(rows // 2, rows)
         return Recipe((Part(fused, half),), (experts, rows // 2, columns))
     # Files from before March 2024 have one tensor per expert.
-    per_expert = [f"{block}ffn_{which}.{e}.weight" for e in range(_expert_count(names.config))]
+    per_expert = [f"{block}ffn_{which}.{e}.weight" for e in range(_num_experts(names.config))]
     if per_expert and names.has(*per_expert):
         return Recipe(tuple(Part(expert) for expert in per_expert), (len(per_expert), *names.shape(per_expert[0])))
     return None
 
 
-def _expert_count(config: Any) -> int:
+def _num_experts(config: Any) -> int:
+    """The configuration's number of routed experts; 0 when it has none."""
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if getattr(config, key, None):
             return int(getattr(config, key))
     return 0
 
 
-def _expert_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_expert_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     return names.one(f"{block}ffn_{match[1]}_exps.bias")
 
 
-def _correction_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_correction_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     for tensor in (f"{block}exp_probs_b.bias", f"{block}exp_probs_b"):
         if names.has(tensor):
             experts = names.shape(tensor)[-1]
@@ -259,14 +280,14 @@ def _correction_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Reci
     return None
 
 
-def _shared_gate(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_shared_gate(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     tensor = f"{block}ffn_gate_inp_shexp.weight"
     return names.one(tensor, shape=(1, names.shape(tensor)[-1])) if names.has(tensor) else None
 
 
-def _fused_gate_up(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_gate_up(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     if names.has(f"{block}ffn_gate.weight", f"{block}ffn_up.weight"):
-        return _stacked(names, [f"{block}ffn_gate.weight", f"{block}ffn_up.weight"])
+        return _stack_rows(names, [f"{block}ffn_gate.weight", f"{block}ffn_up.weight"])
     return names.one(f"{block}ffn_up.weight")  # phi3's ffn_up contains both
 
 
@@ -281,15 +302,17 @@ PLUS_ONE = tuple(family.gguf.arch for family in FAMILIES if family.gguf and fami
 def _only_for(
     archs: tuple[str, ...], make_recipe: Callable[[GGUFNames, str, re.Match[str]], Recipe | None]
 ) -> Callable[..., Recipe | None]:
+    """Restricts a recipe function to files of some architectures; for the others it returns None."""
     return lambda names, block, match: make_recipe(names, block, match) if names.arch in archs else None
 
 
-def _minus_one(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_norm_minus_one(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The recipe of a norm that the file stores as 1 + w."""
     base = names.name_map.get_name(f"model.layers.{block[4:-1]}.{match[1]}")
     return names.one(f"{base}.weight", value=lambda w: w - 1) if base else None
 
 
-def _conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     tensor = f"{block}ssm_conv1d.weight"
     if not names.has(tensor):
         return None
@@ -310,7 +333,7 @@ def _qkv_order(config: Any) -> torch.Tensor:
     return torch.cat([torch.arange(qk_rows), qk_rows + _value_head_order(config, int(config.linear_value_head_dim))])
 
 
-def _tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     """A projection whose rows are value heads, or end with them."""
     c = names.config
     tensor, order = {
@@ -322,25 +345,30 @@ def _tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | 
     return names.one(f"{block}{tensor}.weight", order=order)
 
 
-def _tiled_columns(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_tiled_columns(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     c = names.config
     return names.one(f"{block}ssm_out.weight", columns=lambda: _value_head_order(c, int(c.linear_value_head_dim)))
 
 
-def _a_log(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_a_log(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
     return names.one(f"{block}ssm_a", value=lambda a: torch.log(-a.reshape(-1)[order]))
 
 
-def _dt_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_dt_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
     return names.one(f"{block}ssm_dt.bias", value=lambda dt: dt.reshape(-1)[order])
 
 
-def _qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+def _make_qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The recipe of Qwen3-Next's fused in_proj_qkvz.
+
+    Files have it fused in the model's order (ssm_in), or as q, k, v and z one after another; the model's rows are
+    grouped by key head instead: q, k, v, z of the first head, then of the second, ...
+    """
     if names.has(f"{block}ssm_in.weight"):
         return names.one(f"{block}ssm_in.weight")
-    stacked = _stacked(names, [f"{block}attn_qkv.weight", f"{block}attn_gate.weight"])
+    stacked = _stack_rows(names, [f"{block}attn_qkv.weight", f"{block}attn_gate.weight"])
     if stacked is None:
         return None
     c = names.config
@@ -363,26 +391,26 @@ def _qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
 SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], Recipe | None]]] = [
     (re.compile(pattern + "$"), make_recipe)
     for pattern, make_recipe in (
-        (r"self_attn\.([qkv])_proj\.(weight|bias)", _separate_qkv),
-        (r"self_attn\.qkv_proj\.(weight|bias)", _fused_qkv),
-        (r"self_attn\.k_b_proj\.weight", _k_b),
-        (r"self_attn\.v_b_proj\.weight", _v_b),
-        (r"self_attn\.kv_b_proj\.weight", _kv_b),
+        (r"self_attn\.([qkv])_proj\.(weight|bias)", _make_q_k_or_v),
+        (r"self_attn\.qkv_proj\.(weight|bias)", _make_qkv),
+        (r"self_attn\.k_b_proj\.weight", _make_k_b),
+        (r"self_attn\.v_b_proj\.weight", _make_v_b),
+        (r"self_attn\.kv_b_proj\.weight", _make_kv_b),
         (r"self_attn\.sinks", lambda n, b, match: n.one(f"{b}attn_sinks.weight")),
-        (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _experts),
-        (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _expert_bias),
-        (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _correction_bias),
-        (r"mlp\.shared_expert_gate\.weight", _shared_gate),
-        (r"mlp\.gate_up_proj\.weight", _fused_gate_up),
-        (r"linear_attn\.dt_bias", _dt_bias),
-        (r"linear_attn\.A_log", _a_log),
-        (r"linear_attn\.conv1d\.weight", _conv1d),
-        (r"linear_attn\.in_proj_qkvz\.weight", _qkvz),
-        (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", _only_for(TILED, _tiled_rows)),
-        (r"linear_attn\.out_proj\.weight", _only_for(TILED, _tiled_columns)),
+        (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _make_experts),
+        (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _make_expert_bias),
+        (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _make_correction_bias),
+        (r"mlp\.shared_expert_gate\.weight", _make_shared_gate),
+        (r"mlp\.gate_up_proj\.weight", _make_gate_up),
+        (r"linear_attn\.dt_bias", _make_dt_bias),
+        (r"linear_attn\.A_log", _make_a_log),
+        (r"linear_attn\.conv1d\.weight", _make_conv1d),
+        (r"linear_attn\.in_proj_qkvz\.weight", _make_qkvz),
+        (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", _only_for(TILED, _make_tiled_rows)),
+        (r"linear_attn\.out_proj\.weight", _only_for(TILED, _make_tiled_columns)),
         (
             r"((?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm))\.weight",
-            _only_for(PLUS_ONE, _minus_one),
+            _only_for(PLUS_ONE, _make_norm_minus_one),
         ),
     )
 ]
@@ -408,6 +436,7 @@ def build(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[Quanti
 
 
 def _reorder_rows(parts: list[QuantizedTensor], recipe: Recipe) -> QuantizedTensor:
+    """Reorders the rows of concatenated parts: moves packed rows if the parts have one type, else converts to f16."""
     order, columns = recipe.order(), recipe.shape[-1]  # type: ignore[misc]
     if all(part.qtype is parts[0].qtype and part.scale is None for part in parts):
         data = torch.cat([part.data.reshape(-1, part.data.shape[-1]) for part in parts])[order]

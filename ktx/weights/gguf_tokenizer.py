@@ -208,7 +208,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
     if list(metadata.get("tokenizer.ggml.suppress_tokens", [])):
         raise BadFile(f"{file}: tokenizer.ggml.suppress_tokens is not supported; {REMEDY}")
     vocabulary = Vocabulary.from_metadata(metadata, file)
-    backend = _byte_level(vocabulary) if kind == BPE else _sentencepiece(vocabulary)
+    backend = _build_byte_level(vocabulary) if kind == BPE else _build_sentencepiece(vocabulary)
     _add_special(backend, vocabulary)
     special = {
         f"{name}_token": token
@@ -251,7 +251,11 @@ def _add_special(backend: Any, vocabulary: Vocabulary) -> None:
     backend.add_tokens([added(i, False) for i in user_defined if i not in controls])
 
 
-def _byte_level(vocabulary: Vocabulary) -> Any:
+def _build_byte_level(vocabulary: Vocabulary) -> Any:
+    """Builds GPT-2's kind of tokenizer: BPE over bytes, with the file's merges and its pre-tokenizer's patterns.
+
+    Raises BadFile when a merge is not a pair or names an unknown token.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = []
@@ -274,7 +278,7 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
     return backend
 
 
-def _sentencepiece(vocabulary: Vocabulary) -> Any:
+def _build_sentencepiece(vocabulary: Vocabulary) -> Any:
     """llama's SentencePiece: BPE with merges derived from the scores, and byte tokens for unknown characters."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 

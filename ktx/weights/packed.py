@@ -97,6 +97,7 @@ class PackedSource(SafetensorsSource):
         return lambda name: name, []
 
     def _specs_of(self, file: Path) -> list[TensorSpec]:
+        """The file's tensors, with packed ones as matrices of their type instead of bytes."""
         raw, size = read_header_bytes(file)
         types = _types(raw, file)
         found = {spec.name: spec for spec in parse_safetensors_header(raw, str(file), size)}
@@ -116,6 +117,7 @@ class PackedSource(SafetensorsSource):
         return {name: [key for _, key in sorted(parts)] for name, parts in numbered.items()}
 
     def _sources(self, name: str) -> list[str]:
+        """The names of the tensors that a parameter is built from: its parts, or k_b and v_b for kv_b_proj."""
         if name in self.tensors:
             return [name]
         if name in self._parts:
@@ -136,6 +138,7 @@ class PackedSource(SafetensorsSource):
         return TensorSpec(name, shape, largest.qtype, nbytes, largest.file, largest.offset)
 
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
+        """The logical shape of a parameter: stored so, summed over its parts, or kv_b_proj's from those of k_b and v_b."""
         first = self.tensors[sources[0]].shape
         if sources == [name]:
             return first
@@ -147,6 +150,7 @@ class PackedSource(SafetensorsSource):
         return super()._shape_of(name, sources)
 
     def get_parts(self, name: str) -> list[QuantizedTensor]:
+        """A parameter as blocks of rows; kv_b_proj, which the format stores as k_b and v_b, is joined in floats."""
         sources = self._sources(name)
         if sources and sources in ([name], self._parts.get(name)):
             return [self.read(source) for source in sources]

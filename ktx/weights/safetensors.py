@@ -72,6 +72,7 @@ class SafetensorsSource:
     types: Collection[str] = DTYPES  # types that modules can read
 
     def __init__(self, path: Path, config: Any):
+        """Raises BadFile for an invalid header, a missing shard, or a tensor that is in two files."""
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
         rename, self._converters = self._renaming()
@@ -121,6 +122,11 @@ class SafetensorsSource:
         return self.converted[name].sources if name in self.converted else []
 
     def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
+        """The tensors of one projection of a layer's experts (`which`: gate, up or down).
+
+        Checkpoints store it fused for all experts (gate and up together), or as one tensor per expert, in Mixtral's
+        files under other names. Biases exist only in fused form.
+        """
         fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
         if f"{experts}.{fused}" in self.tensors:
             return [f"{experts}.{fused}"]
@@ -147,6 +153,7 @@ class SafetensorsSource:
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
+        """The shape in which modules request a parameter, from the shapes of its tensors; no weights are read."""
         if self._is_converted(name, sources):
             empty = partial(torch.empty, device="meta")
             return tuple(self.converted[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
@@ -180,7 +187,10 @@ class SafetensorsSource:
     # ---- values
 
     def get_parts(self, name: str) -> list[QuantizedTensor]:
-        """A parameter as blocks of rows; tensors stored per expert are one part per expert."""
+        """A parameter as blocks of rows; tensors stored per expert are one part per expert.
+
+        Raises BadFile when the checkpoint has no tensor for it.
+        """
         sources = self._sources(name)
         if not sources:
             raise BadFile(f"{self.path}: no tensor for {name}")
@@ -200,6 +210,7 @@ class SafetensorsSource:
         return concat_rows(parts, self._shape_of(name, self._sources(name)))
 
     def _from_kv_b(self, name: str, source: str) -> QuantizedTensor:
+        """Takes MLA's absorbed k_b [heads, rank, nope] or v_b [heads, value, rank] from the checkpoint's kv_b_proj."""
         c = self.config
         heads, rank, nope, value = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
         kv_b = self.read(source)
@@ -210,6 +221,11 @@ class SafetensorsSource:
         return kv_b.rows(rows).reshape(heads, value, rank)
 
     def _from_fused(self, name: str, source: str) -> QuantizedTensor:
+        """Takes one projection of all experts from a fused tensor: gate is its first half of rows, up the second.
+
+        gpt-oss stores [experts, columns, rows] with gate and up interleaved, so its values are dequantized and
+        reordered.
+        """
         fused, which = self.read(source), EXPERT.match(name)[2]  # type: ignore[index]
         bias = source.endswith("_bias")
         if self.config.model_type == "gpt_oss":
@@ -244,7 +260,7 @@ class SafetensorsSource:
             return f"is F8_E4M3 but {key} is missing; {supported}"
         found, blocks = self.tensors[key], (*spec.shape[:-2], *(-(-size // FP8_BLOCK) for size in spec.shape[-2:]))
         if len(spec.shape) < 2 or found.shape != blocks:
-            return f"is {_shape(spec.shape)} of F8_E4M3, but {key} is {_shape(found.shape)}; {supported}"
+            return f"is {_format_shape(spec.shape)} of F8_E4M3, but {key} is {_format_shape(found.shape)}; {supported}"
         return "" if found.qtype.name in ("F32", "F16", "BF16") else f"has {key} of {found.qtype}; {supported}, a float"
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -275,6 +291,11 @@ class SafetensorsSource:
         return ""
 
     def classify_unread(self, key: str, reads: Reads) -> Verdict:
+        """Returns whether a tensor that no module reads may be ignored, and the reason.
+
+        Accepted are layers after the model's last one (multi-token prediction), parts for images and audio, and tables
+        that are computed. Without this, a model with one unread weight would load and answer wrongly.
+        """
         name, layer = self.tensors[key].name, re.match(r"(?:.+?\.)?layers\.(\d+)\.", key)
         if layer and int(layer[1]) >= int(self.config.num_hidden_layers):
             mtp = f"{layer[0]}eh_proj.weight" in self.tensors
@@ -310,7 +331,7 @@ def scale_name(name: str) -> str:
     return f"{name}_scale_inv"
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a scalar"
 
 
@@ -377,7 +398,7 @@ def parse_safetensors_header(raw: bytes, path: str, size: int) -> list[TensorSpe
     if not isinstance(header, dict):
         raise BadFile(f"{path}: its safetensors header is not a JSON object")
     start = 8 + len(raw)
-    return [_entry(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"]
+    return [_parse_entry(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"]
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -387,7 +408,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entry(path: str, name: str, entry: Any, data_start: int, size: int) -> TensorSpec:
+def _parse_entry(path: str, name: str, entry: Any, data_start: int, size: int) -> TensorSpec:
     """Validates one header entry. `data_start`: the offset of the data section; `size`: the file's size, in bytes."""
     if (
         not isinstance(entry, dict)
