@@ -1,5 +1,5 @@
-"""How many prompt tokens a step computes: as many as memory allows while no request decodes, otherwise as many as fit
-into the inter-token latency target. No tensors here.
+"""Limits the prompt tokens of a step: as many as memory allows while no request decodes, otherwise as many as fit into
+the inter-token latency target. No tensors here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ log = logging.getLogger("ktx.engine")
 # More than 2048 tokens gain little, because experts compute at most that many at once, and a request that arrives
 # meanwhile waits for the whole step. With a long past they do gain, because work that a step does once for its whole
 # past, such as expanding MLA's latent, is shared by its tokens.
-STEP_TOKENS, MAX_STEP_TOKENS, PAST_DIVISOR = 2048, 8192, 4
+STEP_TOKENS, MAX_STEP_TOKENS = 2048, 8192
+# A step may have a quarter as many prompt tokens as its request has computed tokens, where that is more than
+# STEP_TOKENS: from a past of 8192 tokens on.
+PAST_DIVISOR = 4
 MIN_STEP_TOKENS = 256  # lack of memory makes a step no smaller than this
 # share of the free memory that a step's activations may take, where no step size is configured
 ACTIVATION_MEMORY_SHARE = 0.25
@@ -42,18 +45,18 @@ class StepTiming:
 
 
 class StepBudget:
-    """Limits the prompt tokens of a step: `step` tokens, after a long past up to `longest`; while requests decode, as
-    many as fit into `seconds`, at least `least`.
+    """Limits the prompt tokens of a step: `step` tokens, after a long past up to `max_tokens`; while requests decode,
+    as many as fit into `target_s`, at least `min_tokens`.
 
     The number that fits is learnt from steps that also decode. A step's time grows more slowly than its number of
-    tokens, because weights are read once. Therefore the number that the latest step's rate yields for `seconds` is
-    never too large, and it approaches `seconds` within a few steps.
+    tokens, because weights are read once. Therefore the number that the latest step's rate yields for `target_s` is
+    never too large, and the duration of the steps approaches `target_s` within a few steps.
 
     Args:
-        step: tokens of a step without decode tokens.
-        longest: upper bound of a step after a long past.
-        seconds: target duration of a step that also decodes.
-        least: lower bound of a step that also decodes.
+        step: prompt tokens of a step without decode tokens.
+        max_tokens: upper bound of a step after a long past.
+        target_s: target duration in seconds of a step that also decodes.
+        min_tokens: lower bound of a step that also decodes.
     """
 
     def __init__(
@@ -64,13 +67,16 @@ class StepBudget:
         min_tokens: int = PAGE_TOKENS,
     ):
         self.step, self.max_tokens, self.target_s, self.min_tokens = step, max_tokens, target_s, min_tokens
-        self.fitting_tokens = float(min_tokens)
+        self.fitting_tokens = float(min_tokens)  # estimate of the prompt tokens that take `target_s`
         self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded
-        self.warned = False
+        self.warned = False  # whether the log has the warning about steps that are too slow
 
     def tokens(self, past: int = 0, decoding: bool = False) -> int:
-        """Returns the prompt tokens for a step whose oldest prompt has `past` computed tokens; `answers`: whether the
-        step also decodes.
+        """Returns the maximum number of prompt tokens for the next step.
+
+        Args:
+            past: computed tokens of the oldest prompt in the step.
+            decoding: whether the step also has decode tokens, so that the latency target applies.
         """
         limit = max(self.step, min(self.max_tokens, past // PAST_DIVISOR))
         return (
@@ -80,14 +86,21 @@ class StepBudget:
         )
 
     def record(self, tokens: int, decoding: bool, seconds: float) -> None:
-        """Records that a step with `tokens` prompt tokens took `seconds`; `answers`: whether it also decoded."""
+        """Updates the estimate of how many prompt tokens fit into `target_s` after a step.
+
+        Args:
+            tokens: prompt tokens of the step.
+            decoding: whether the step also had decode tokens; only such steps change the estimate.
+            seconds: duration of the step's forward.
+        """
         if not tokens or seconds <= 0:
             return
         self.latest[decoding] = StepTiming(tokens, seconds)
         if not decoding:
             return
         fitting_tokens = tokens * self.target_s / seconds
-        # A quick step at the end of a prompt, with few tokens, is no evidence that more tokens fit.
+        # A quick step with less than half of the allowed tokens, such as the end of a prompt, is no evidence that more
+        # tokens fit. The past that is passed is one for which only the latency target limits the step.
         if seconds > self.target_s or 2 * tokens >= self.tokens(self.max_tokens * PAST_DIVISOR, True):
             self.fitting_tokens = max(
                 float(self.min_tokens),

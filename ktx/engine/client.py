@@ -28,11 +28,14 @@ class Submitter(Protocol):
         constraint: Any = None,
         salt: bytes = b"",
         lora: Lora = None,
-    ) -> Request: ...
+    ) -> Request:
+        """Queues a request, see `Engine.submit`."""
 
-    def cancel(self, request: Request) -> None: ...
+    def cancel(self, request: Request) -> None:
+        """Ends a request early."""
 
-    def tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]: ...
+    def tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Returns token ids."""
 
 
 def generate(
@@ -128,7 +131,7 @@ class RequestGroup:
 
 class Listener:
     """Iterates over the events of one request on the running event loop. The constructor queues the request; `close`
-    cancels it.
+    cancels it, also at the end of an `async with`.
     """
 
     def __init__(

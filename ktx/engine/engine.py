@@ -75,6 +75,7 @@ class Options:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
+        """Raises UsageError for values that no engine can use."""
         for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens", "max_itl_ms"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
@@ -98,7 +99,7 @@ class Engine:
         model: a model loaded by ktx.
         tokenizer: its tokenizer.
         options: the configuration; None: the defaults.
-        runner: computes the forwards; None: `runner_for` chooses one.
+        runner: computes the forwards; None: `select_runner` chooses one.
     """
 
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
@@ -120,9 +121,8 @@ class Engine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.num_submitted = 0
-        self.unloading_adapters: set[str] = (
-            set()
-        )  # adapters that were unloaded while unfinished requests still use them
+        # adapters that were unloaded while unfinished requests still use them
+        self.unloading_adapters: set[str] = set()
         self.steps = 0
         self.failure = ""  # why the engine has stopped for good; empty while it runs
         self.num_restarts = 0
@@ -139,6 +139,7 @@ class Engine:
         )
 
     def _build_scheduler(self, pages: int) -> Scheduler:
+        """Returns a scheduler without requests and with `pages` free pages, at the start and after a failure."""
         return Scheduler(
             PagePool(pages),
             self.options.max_batch_size,
@@ -176,6 +177,9 @@ class Engine:
         return StepBudget(min(STEP_TOKENS, max_tokens), max_tokens, seconds, granularity)
 
     def _build_speculation(self) -> SpeculativeDecoder | None:
+        """Returns the speculative decoder that the options select, None for none. UsageError when the model does not
+        support it.
+        """
         if self.options.speculative is None:
             return None
         if self.runner.recurrent:
@@ -192,6 +196,9 @@ class Engine:
         return SpeculativeDecoder(MTPDrafter(self.runner), self.options.draft_tokens)
 
     def _open_store(self) -> Any:
+        """Returns the prefix cache on disk, None without `prefix_cache_dir`. UsageError for models whose state is not
+        in pages.
+        """
         folder = self.options.prefix_cache_dir
         if folder is None:
             return None
@@ -245,7 +252,7 @@ class Engine:
         Args:
             prompt: token ids.
             sampling: how tokens are chosen, and when the output ends.
-            sink: receives the request's events, on the engine's thread.
+            on_event: receives the request's events, on the engine's thread.
             constraint: a GrammarMatcher that the output follows, or None.
             salt: the prefix cache is shared only by requests with the same salt.
             lora: the adapters of the model to apply, () for none; None: those in use (`model.ktx.use_lora`).
@@ -273,6 +280,7 @@ class Engine:
         return request
 
     def _adapters(self, lora: Lora) -> AdapterUses:
+        """Resolves the `lora` argument of a request to loaded adapters; None: those in use."""
         adapters = self.runner.adapters
         return (
             adapters.in_use
@@ -323,6 +331,9 @@ class Engine:
         self.between_steps(unload)
 
     def _unload(self, name: str) -> None:
+        """Unloads an adapter under the lock. Unfinished requests continue with it under another name, so that the name
+        is free at once; `_send_finished` drops it after the last of them.
+        """
         adapters = self.runner.adapters
         if not self._adapter_in_use(name):
             return adapters.drop(name)
@@ -343,6 +354,7 @@ class Engine:
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def run() -> None:
+            """Passes the end of the function, or its error, to the waiting thread."""
             try:
                 function()
                 done.put(None)
@@ -396,7 +408,7 @@ class Engine:
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Listener:
-        """Queues one prompt, whose events arrive on the running event loop: `async with engine.listen(prompt) as
+        """Queues one prompt, whose events arrive on the running event loop: `async with engine.stream(prompt) as
         events: async for event in events`. For the arguments see `submit`.
         """
         return Listener(self, self.tokenize(prompt), sampling or SamplingParams(), constraint, salt, lora)
@@ -453,6 +465,7 @@ class Engine:
     # ---- the engine's thread
 
     def _run(self) -> None:
+        """Runs on the engine's thread until `close`: commands of other threads, then a step, and again."""
         while True:
             try:
                 while self._process_inbox():
@@ -588,10 +601,12 @@ class Engine:
             self._finish(self.outputs[chunks[0].request], "error", error=f"{type(error).__name__}: {error}")
 
     def _finish(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
+        """Ends a request: removes it from the scheduler and sends its last event."""
         self.scheduler.remove(output.request)
         self._send_finished(output, reason, error, client_error)
 
     def _send_finished(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
+        """Sends a request's last event, and drops unloaded adapters that no unfinished request uses any more."""
         with self.lock:
             self.outputs.pop(output.request, None)
             for name in [adapter for adapter in self.unloading_adapters if not self._adapter_in_use(adapter)]:

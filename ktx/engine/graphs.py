@@ -36,7 +36,10 @@ from ktx.ops.rope import RotaryEmbedding
 from ktx.transformers_compat import cache_argument
 
 log = logging.getLogger("ktx.engine")
-ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")  # values of a row
+# The values of a row (one request's token in a captured step), in the order of the rows of `Inputs.numbers`: token id,
+# position, slot in the KV cache; the row's first query row, number of query rows and number of keys, as attention's page
+# tables want them next to each other; and 1 for a request, 0 for padding.
+ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")
 
 
 class Graph(Protocol):
@@ -105,10 +108,12 @@ class Token:
 
 
 class Inputs:
-    """Input buffers of captured steps, for up to `max_requests` requests with `width` pages each; rows without a
-    request use the page `spare`.
+    """Input buffers of captured steps, for up to `max_requests` requests with `width` pages each.
 
-    They are filled in CPU memory and transferred to the device in two copies.
+    Rows without a request use the page `spare`, which belongs to no request, so that the kernels can write and read
+    there. The buffers are filled in CPU memory and transferred to the device in two copies.
+
+    `numbers` is int64 [fields, max_requests], one row for each of ROW_FIELDS; `pages` is int32 [max_requests, width].
     """
 
     def __init__(self, device: Device, max_requests: int, width: int, spare: int):
@@ -121,11 +126,15 @@ class Inputs:
 
     def fill(self, tokens: Sequence[Token], size: int) -> None:
         """Fills the first `size` rows: one for each token, padding for the rest."""
-        rows = [(t.id, t.position, t.slot, i, 1, t.position + 1, 1) for i, t in enumerate(tokens)]
+        # the columns are ROW_FIELDS: ids, positions, slots, first, count, keys, real
+        rows = [
+            (token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)
+        ]
         rows += [(0, 0, self.spare * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
         self.host_numbers[:, :size] = torch.tensor(rows).T
         for row, token in zip(self.host_pages, tokens, strict=False):
             row[: len(token.pages)] = torch.tensor(token.pages, dtype=torch.int32)
+        # padding attends to one key, so only the first entry of its page table is read
         self.host_pages[len(tokens) : size, :1] = self.spare
         self.count[0] = len(tokens)
         self.numbers.copy_(self.host_numbers, non_blocking=True)
@@ -136,7 +145,7 @@ class Inputs:
         return self.numbers[ROW_FIELDS.index(name), :size]
 
     def tables(self, size: int, scratch: dict[Any, torch.Tensor]) -> PageTables:
-        """Returns the page tables of the first `size` rows."""
+        """Returns the page tables of the first `size` rows; they view the buffers, so a replay sees new contents."""
         first = ROW_FIELDS.index("first")
         sequences = self.numbers[first : first + 3, :size].T
         return PageTables(sequences, self.pages[:size], self.field("slots", size), scratch=scratch)
@@ -165,6 +174,7 @@ class DecodeStep:
             self.model_inputs["inputs_embeds"] = graphs.hidden[:, :size]
 
     def __call__(self) -> None:
+        """Computes the step from the input buffers and writes its logits to the output buffer."""
         self.tables.plans.clear()  # a schedule is valid for the lengths of one step
         self.cache.batch = self.batch
         try:
@@ -241,7 +251,9 @@ class Graphs:
         return self.logits[: len(tokens)]
 
     def _fill(self, tokens: Sequence[Token], size: int) -> None:
-        """Fills the input buffers; the embedding runs here where it is on the CPU."""
+        """Fills the input buffers before a replay. An embedding on the CPU runs here, because a graph cannot
+        contain it.
+        """
         self.inputs.fill(tokens, size)
         if self.hidden is not None:
             ids = self.inputs.host_numbers[ROW_FIELDS.index("ids"), :size]

@@ -53,6 +53,7 @@ class PromptRenderer:
 
     def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
         self.tokenizer = tokenizer
+        # template name -> Jinja source
         self.templates = named_templates(template or getattr(tokenizer, "chat_template", None))
         folder = getattr(tokenizer, "name_or_path", "")
         tokenizer_source = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
@@ -61,6 +62,7 @@ class PromptRenderer:
         self.chat_format: ChatFormat = chat_format_for("\n".join(self.templates.values()), model_type)
         self.templates_with_tools: set[str | None] = set()  # templates that have rendered tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+        # control tokens: text in a message that looks like one of these must stay text
         names = [
             str(token)
             for token in added.values()
@@ -106,11 +108,11 @@ class PromptRenderer:
         Args:
             messages: the conversation, in OpenAI's form.
             tools: OpenAI's tool definitions.
-            words: the template's keyword arguments.
+            template_kwargs: the template's keyword arguments.
             force_think: opens the reasoning block where the template does not.
-            answer: ends with the generation prompt.
-            proceed: ends inside the last message, which the output continues.
-            name: the name of the chat template.
+            add_generation_prompt: ends with the generation prompt.
+            continue_final_message: ends inside the last message, which the output continues.
+            template_name: the name of the chat template.
 
         Raises:
             UsageError: the template refuses the messages, or the last message cannot be continued.
@@ -132,6 +134,7 @@ class PromptRenderer:
         def render_text(
             messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: list[Any] = escaped_tools
         ) -> str:
+            """Renders variants of the prompt with this request's template and arguments; limits the text's length."""
             text = self._apply_template(template, messages, tools, dict(template_kwargs or {}), add_generation_prompt)
             if len(text) > MAX_TEXT_CHARS:
                 raise UsageError(f"the prompt has {len(text)} characters, the limit is {MAX_TEXT_CHARS}")
@@ -160,13 +163,21 @@ class PromptRenderer:
         )
 
     def _renders_tools(
-        self, render_text: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
+        self,
+        render_text: Any,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        template: str | None,
     ) -> bool:
-        """Whether the template renders tools: without them the prompt differs, or there is none."""
+        """Whether the template renders tools; many templates ignore them, and the client is warned about that.
+
+        It does if the prompt differs without tools, or if the template refuses messages without tools. The answer yes
+        is cached by template, so that only the first prompts are rendered twice.
+        """
         if template not in self.templates_with_tools:
-            with_tools = render_text(messages, answer)
+            with_tools = render_text(messages, add_generation_prompt)
             try:
-                if render_text(messages, answer, []) == with_tools:
+                if render_text(messages, add_generation_prompt, []) == with_tools:
                     return False
             except UsageError:  # a template that requires tools
                 pass
@@ -179,7 +190,7 @@ class PromptRenderer:
         messages: Sequence[Mapping[str, Any]],
         tools: list[Any],
         template_kwargs: dict[str, Any],
-        answer: bool,
+        add_generation_prompt: bool,
     ) -> str:
         """Applies the chat template; without a template, joins the messages' contents."""
         if not template:
@@ -193,7 +204,7 @@ class PromptRenderer:
                 messages,
                 tools=tools or None,
                 chat_template=template,
-                add_generation_prompt=answer,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **template_kwargs,
             )
@@ -210,7 +221,9 @@ class PromptRenderer:
         return ids
 
     def _unused_characters(self, *texts: Any) -> list[str]:
-        """Returns two characters that do not occur in `texts`."""
+        """Returns two characters that do not occur in `texts`: the separator that breaks up control tokens, and the
+        sentinel that marks where a continued message ends.
+        """
         used = repr(texts)
         unused = [char for char in _NONCHARACTERS if char not in used and ascii(char)[1:-1] not in used]
         return [*unused, *_NONCHARACTERS][:2]

@@ -46,7 +46,8 @@ class ModelRunner:
     Args:
         model: a model loaded by ktx.
         pages: pages of the KV cache.
-        captured: decode steps of up to so many requests may become CUDA graphs, which `capture` records; 0: none.
+        max_captured_requests: decode steps of up to so many requests may become CUDA graphs, which `capture` records;
+            0: none.
     """
 
     supports_prefix_cache = True  # whether a sequence can reuse pages of another one
@@ -133,24 +134,29 @@ class ModelRunner:
         return {chunk.request: row for chunk, row in zip(chunks, rows, strict=True)}
 
     def _forward(self, chunks: Sequence[ScheduledChunk]) -> Logits:
+        """Computes all chunks in one forward: their tokens are concatenated to one row, because the cache knows from
+        the spans which tokens belong to which sequence. Used where no CUDA graph can be replayed.
+        """
         spans = [
             SequenceSpan(
-                p.request.id,
-                p.start,
-                p.count,
-                p.request.pages,
-                p.num_prompt_tokens,
-                self.shares_recurrent_states and not p.request.sampling.echo,
+                chunk.request.id,
+                chunk.start,
+                chunk.count,
+                chunk.request.pages,
+                chunk.num_prompt_tokens,
+                # marks: save recurrent states for the prefix cache, which does not apply to requests with echo
+                self.shares_recurrent_states and not chunk.request.sampling.echo,
             )
-            for p in chunks
+            for chunk in chunks
         ]
         batch = BatchMetadata(spans, lambda: self._on_layer(chunks))
         ids = torch.tensor([[token for chunk in chunks for token in chunk.ids]])
+        # rows of the batch whose logits are needed, the last ones of each chunk
         rows = [
             torch.arange(first + count - num_logits(chunk), first + count)
             for chunk, (first, count, _) in zip(chunks, batch.rows, strict=True)
         ]
-        # chunks that need the logits of all their rows
+        # Chunks that need the logits of all their rows: their full pages need no rows of their own in bfloat16.
         echoes = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
         try:
             self.cache.begin(batch)
@@ -164,9 +170,9 @@ class ModelRunner:
                 )
         finally:
             self.cache.batch = None
-        found = to_cpu(self.model, out.logits)[0].split([len(row) for row in rows])
+        chunk_logits = to_cpu(self.model, out.logits)[0].split([len(row) for row in rows])
         self.cache.end(batch)
-        return {chunk.request: logits for chunk, logits in zip(chunks, found, strict=True)}
+        return {chunk.request: logits for chunk, logits in zip(chunks, chunk_logits, strict=True)}
 
     def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
         """Returns the number of forwards that `run` makes for the chunks, of their tokens, and of the forwards that
@@ -244,21 +250,24 @@ class SequentialRunner(ModelRunner):
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
-        found = {}
+        """Computes the chunks one after another, each in the forwards that `_split` returns; ForwardCancelled as in
+        the base class.
+        """
+        logits = {}
         for chunk in chunks:
             rows = []
             for start, count in self._split(chunk):
                 self._on_layer(chunks)
                 rows.append(self._forward_chunk(chunk, start, count))
-            found[chunk.request] = (
+            logits[chunk.request] = (
                 torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size, dtype=torch.float32)
             )
-        return found
+        return logits
 
     def _split(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
         """Returns the first token and the number of tokens of the forwards that a chunk takes.
 
-        A prompt is computed `grain` tokens at once, because a family's own code may sum in another order for another
+        A prompt is computed `granularity` tokens at once, because a family's own code may sum in another order for another
         number of tokens. Output tokens that are recomputed come one by one, as they came before.
         """
         prompt_end = chunk.start + chunk.num_prompt_tokens

@@ -82,15 +82,15 @@ class Scheduler:
         pages: the page allocator.
         max_batch: maximum number of running requests.
         budget: limits the prompt tokens of a step.
-        share: enables the prefix cache.
+        prefix_caching: enables the prefix cache.
         recurrent: the model has recurrent layers, whose states belong to sequences and not to pages.
         on_free: called with a request whose computed tokens are freed.
         on_restore: called with a request that starts from a snapshot of the recurrent layers, and the snapshot.
         on_snapshot: returns a snapshot of the recurrent layers after a request's first tokens; None if there is none.
-        two_forms: the model computes whole pages of a prompt in another way than single tokens, with other rounding
-            errors.
+        page_aligned_numerics: the model computes full pages of a prompt with other kernels than single tokens, with
+            other rounding errors; then a page of a prompt is reused only if it was computed the same way.
         store: a second level of the prefix cache.
-        grain: chunks of a prompt end at multiples of so many tokens, which are whole pages, and at its end.
+        granularity: chunks of a prompt end at multiples of so many tokens, which are whole pages, and at its end.
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """Returns the chunks of the next forward; empty when there is nothing to compute."""
         self._admit()
+        # After a failed forward each of its requests is computed alone, until the failing one is found.
         suspect = next((request for request in self.running if request.isolated), None)
         chunks: list[ScheduledChunk] = []
         for request in [suspect] if suspect else list(self.running):
@@ -194,7 +195,7 @@ class Scheduler:
         """Schedules chunked prefill. Prompts share the budget: the oldest one takes most of it, the shortest of the
         others the rest, and what they leave returns to the oldest.
 
-        The oldest prompt always gets at least one granule, however small the budget and however many short prompts
+        The oldest prompt always gets at least `granularity` tokens or the whole budget, however small the budget and however many short prompts
         arrive.
         """
         if not prompts:
@@ -215,7 +216,11 @@ class Scheduler:
             self._add_chunk(chunks, oldest, min(oldest.num_uncomputed, max(budget_left, min_tokens)))
 
     def _add_chunk(self, chunks: list[ScheduledChunk], request: Request, count: int) -> int:
-        """Adds a chunk and returns its number of tokens; 0 when there are no pages for it, or too little budget."""
+        """Adds a chunk and returns its number of tokens; 0 when there are no pages for it, or too little budget.
+
+        When pages run out, first the request's draft is dropped, then the youngest running requests are preempted,
+        whose chunks are removed from `chunks`; if that reaches `request` itself, it waits for a later step.
+        """
         count = self._align_chunk(request, min(count, MAX_ECHO_TOKENS) if request.sampling.echo else count)
         if not count:
             return 0
