@@ -52,9 +52,9 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class ModuleMemory:
-    """Memory of a module with weights on the CPU and on a GPU.
+    """Memory of a module with weights, as packed for the CPU (`cpu`) and for a GPU (`gpu`).
 
-    Of a module with experts, the router selects `top` of `experts` per token.
+    Of a module with routed experts, the router selects `top_k` of `num_experts` per token.
     """
 
     path: str
@@ -98,9 +98,9 @@ class ModuleMemory:
 
 @dataclass(frozen=True)
 class KVMemory:
-    """KV cache of an attention layer: `columns` values per position and head in each pool, or a state of `state` bytes.
+    """Cache of an attention layer: `columns` values per position and head in each pool, or `state_bytes` of state.
 
-    `queries` is the number of query heads. `latent` marks MLA, which expands each position to `expanded` values in
+    `num_heads` is the number of query heads. `is_mla` marks MLA, which expands each position to `expanded` values in
     prefill.
     """
 
@@ -202,7 +202,13 @@ def group_of(path: str) -> str:
 
 
 def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> ModuleMemory | None:
-    """Returns the memory of a module, or None if it has no weights."""
+    """Returns the memory of a module, or None if it has no weights.
+
+    The tensors of a module are either plain floats, which stay f32, or matrices, which are packed. Four kinds of
+    modules differ from the sum of these: MLA holds more matrices than it reads in decode, routers (and norms on a
+    GPU) hold a copy for their kernels, an embedding reads one row per token, and a tied output layer reads the embedding's matrix
+    on the CPU but needs a copy on a GPU.
+    """
     own_names = {f"{step.path}.{name}" for name, _ in _tensors(module)}
     num_floats = sum(prod(spec.shape) for spec in step.specs if _is_plain(spec, own_names, step))
     packed = [
@@ -224,7 +230,7 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
     cpu_size, gpu_size = WeightBytes(cpu_bytes, cpu_bytes + cpu_packed_bytes(tied)), WeightBytes(gpu_bytes, gpu_bytes)
     if isinstance(module, MLA):
         decode_matrices = packed[:2]
-        # A GPU expands with the absorbing matrix in prefill, so it holds no matrix of its own for that.
+        # A GPU expands latents with W_UK transposed (the absorbing matrix) in prefill, so it holds no third matrix.
         mla_gpu_bytes = num_floats * F32_BYTES + gpu_packed_bytes(decode_matrices)
         cpu_size, gpu_size = (
             WeightBytes(cpu_bytes, num_floats * F32_BYTES + cpu_packed_bytes(decode_matrices)),
@@ -265,7 +271,11 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _is_plain(spec: TensorSpec, own: set[str], step: Step) -> bool:
-    """Whether a tensor becomes a plain float tensor: a parameter of the module itself, or a bias."""
+    """Whether a tensor becomes a plain float tensor, and is not packed.
+
+    That holds for parameters of the module itself (`own`), biases and vectors, and everything in a module without an
+    operator of ktx.
+    """
     return not step.operator or spec.name in own or len(spec.shape) < 2 or spec.name.endswith("bias")
 
 

@@ -36,8 +36,8 @@ CPU = "cpu"
 class Budget:
     """Memory budget in bytes, `vram` per GPU, and the workload that has to fit.
 
-    The workload is `batch` sequences of `context` tokens with a KV cache of type `kv`, prefilled in chunks of `chunk`
-    tokens.
+    The workload is `batch` sequences of `context` tokens with a KV cache of type `kv_dtype`, prefilled in chunks of
+    `chunk_size` tokens.
     """
 
     vram: tuple[int, ...]
@@ -48,7 +48,7 @@ class Budget:
     chunk_size: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "chunk"):
+        for name in ("context", "batch", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
 
@@ -66,8 +66,9 @@ class Budget:
 class Speeds:
     """Memory bandwidths in GB/s and the CPU's prefill rate, each with its origin.
 
-    `cpu` and `gpu` are the bandwidths of the device memories, `link` that between the two, `rate` is the CPU's GOPS in
-    prefill (0: unknown).
+    `cpu_gb_s` and `gpu_gb_s` are the bandwidths of the device memories, `link_gb_s` that between the two. `cpu_gops`
+    is the CPU's rate in prefill (0: unknown). The `*_from` fields name the origin, which the plan prints, because a
+    prediction from assumed speeds is less certain than one from measured speeds.
     """
 
     cpu_gb_s: float
@@ -83,9 +84,9 @@ class Speeds:
 class Placement:
     """An assignment of modules to devices.
 
-    `layers[i]` is the device of layer i. `experts` are the layers whose routed experts are on that device too; other
-    experts are on the CPU, except for `share[i]` of layer i's. `stream` means that the GPUs have space for streaming
-    experts in prefill.
+    `layers[i]` is the device of layer i. `experts` are the layers all of whose routed experts are on that device too.
+    Of another layer i, `num_gpu_experts[i]` experts (default 0) are on the layer's device and the rest on the CPU.
+    `streams_experts` means that the GPUs have space for streaming experts in prefill.
     """
 
     model: Footprint
@@ -102,7 +103,11 @@ class Placement:
         return [CPU, *self.budget.gpus]
 
     def device(self, part: ModuleMemory | KVMemory) -> str:
-        """Device of a module or of a layer's KV cache."""
+        """Device of a module or of a layer's KV cache.
+
+        Pinned modules (those that a rule places on the CPU) and the experts of layers outside `experts` are on the
+        CPU. So are experts that are split between two devices; `placed_modules` lists both parts.
+        """
         group = getattr(part, "group", "")
         if part.pinned:
             return CPU
@@ -130,7 +135,10 @@ class Placement:
 
     @cached_property
     def placed_modules(self) -> list[tuple[ModuleMemory, str]]:
-        """Modules with their devices; experts that are split between two devices are two entries."""
+        """Modules with their devices; experts that are split between two devices are two entries.
+
+        All sums of bytes and reads go over this list, so that each device counts only the experts that it holds.
+        """
         placed = []
         for part in self.model.modules:
             device, count = self.device(part), self.num_gpu_experts.get(part.layer or 0, 0) if part.num_experts else 0
@@ -165,7 +173,13 @@ class Placement:
         return layer.nbytes(budget.context, budget.batch, budget.kv_dtype, self.device(layer) != CPU)
 
     def workspace_bytes(self, device: str) -> int:
-        """Bytes of workspace on a device, for a prefill chunk or for one decoded token per sequence."""
+        """Bytes of workspace on a device: an upper bound for a prefill chunk and for one decoded token per sequence.
+
+        It adds up what forwards need in addition to weights and caches (see ktx.placement.workspace), each only on
+        the devices that need it: logits where the output layer is, transfer buffers if there are GPUs, partial results
+        of attention, dequantized chunks and streamed experts on GPUs, and CUDA graphs on a single GPU, because graphs
+        are captured only then.
+        """
         parts = [part for part, placed_on in self.placed_modules if placed_on == device]
         kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
         budget, tokens, gpu = self.budget, max(self.budget.chunk_size, self.budget.batch), device != CPU
@@ -212,7 +226,11 @@ class Placement:
     # ---- cost of a decoded token
 
     def read_bytes_per_token(self, device: str) -> int:
-        """Bytes that a device reads for one token of each sequence, at the end of the context."""
+        """Bytes that a device reads to decode one token of each sequence, at the end of the context.
+
+        Decode is limited by memory bandwidth, so these bytes divided by the bandwidth predict its time. A recurrent
+        state is read and written, so it counts twice.
+        """
         budget, gpu = self.budget, device != CPU
         weights = sum(
             part.read_bytes(budget.batch, gpu) for part, placed_on in self.placed_modules if placed_on == device
@@ -224,14 +242,20 @@ class Placement:
         return weights + cache_bytes * budget.batch
 
     def transfers_per_token(self) -> int:
-        """How often hidden states change the device for a token."""
+        """How often hidden states change the device for a token.
+
+        A layer on a GPU with modules on the CPU adds two transfers for each such group, to the CPU and back.
+        """
         route, num_cpu_groups = [self.embedding], Counter(layer for layer, _ in self.cpu_groups)
         for layer, device in enumerate(self.layers):
             route += [device, *[CPU, device] * num_cpu_groups[layer]]
         return sum(a != b for a, b in zip(route, route[1:], strict=False))
 
     def seconds_per_token(self, speeds: Speeds) -> dict[str, float]:
-        """Seconds for one token of each sequence: reads by device, and transfers between devices."""
+        """Seconds for one token of each sequence: reads by device, and transfers between devices.
+
+        The parts are added up as if nothing overlapped, so their sum is an upper bound of the time.
+        """
         read_s = {
             name: self.read_bytes_per_token(name) / 1e9 / (speeds.cpu_gb_s if name == CPU else speeds.gpu_gb_s)
             for name in self.device_names
@@ -242,7 +266,10 @@ class Placement:
         return read_s | {"crossings": self.transfers_per_token() * crossing_s}
 
     def min_streamed_tokens(self, speeds: Speeds) -> int:
-        """Min number of tokens from which streaming experts to a GPU beats computing them on the CPU; 0: never."""
+        """Smallest number of tokens for which streaming experts to a GPU beats computing them on the CPU; 0: never.
+
+        It is the largest of the layers' break-even points, so that from there on streaming pays in every layer.
+        """
         parts = [part for gpu in self.budget.gpus for part in self.streamed_experts(gpu) if part.num_weights]
         if not self.streams_experts or not speeds.cpu_gops or not parts:
             return 0
@@ -258,7 +285,11 @@ class Placement:
         return {f"layers {layer}": count for layer, count in sorted(self.num_gpu_experts.items())}
 
     def device_map(self) -> dict[str, str]:
-        """Returns the rule file's `devices`."""
+        """Returns the rule file's `devices`, so that a user can write the computed placement to a file.
+
+        Later entries override earlier ones: all modules on the first GPU, then layers on other GPUs, then the output,
+        the embedding, and the experts on the CPU.
+        """
         gpus = sorted(set(self.layers) - {CPU}, key=self.budget.gpus.index)
         if not gpus:
             return {"all": CPU}
@@ -290,7 +321,12 @@ def solve(model: Footprint, budget: Budget) -> Placement:
 
 
 def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
-    """Solves with or without space for streaming."""
+    """Solves with or without space for streaming experts on the GPUs.
+
+    First it tries to place everything on the GPUs, with the embedding on the first GPU or on the CPU. If that does not
+    fit, it distributes the layers without their routed experts. Then it adds the experts of complete layers, smallest
+    first, because more of them fit that way, and at the end some experts of one more layer per GPU.
+    """
     if not budget.vram:
         return Placement(model, budget, [CPU] * model.num_layers)
     expert_layers = frozenset(part.layer for part in model.modules if part.group == EXPERTS and part.layer is not None)
@@ -302,7 +338,9 @@ def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
             return placement
     placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), streams_experts=stream)
     layer_bytes = {part.layer: part.gpu.held for part in model.modules if part.group == EXPERTS}
-    free_bytes: dict[str, int] = {}  # by GPU, after the workspace of experts
+    # Free bytes by GPU. The workspace for experts does not grow with the number of layers, so it is subtracted once,
+    # with the first layer.
+    free_bytes: dict[str, int] = {}
     for layer in sorted(expert_layers, key=lambda layer: (layer_bytes[layer], layer)):
         device = placement.layers[layer]
         if device not in free_bytes:
@@ -317,7 +355,11 @@ def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
 
 
 def _with_partial_layer(placement: Placement, device: str) -> Placement:
-    """Adds as many experts of one more layer as fit on a GPU."""
+    """Adds as many experts of one more layer as fit on a GPU: those of the layer with the smallest experts.
+
+    The free bytes bound the number from above; it is decreased until the placement fits, because splitting a layer
+    changes the workspace too.
+    """
     parts = [part for part in placement.streamed_experts(device) if not part.pinned and part.layer is not None]
     free_bytes = placement.budget.bytes_of(device) - placement.total_bytes(device)
     if not parts or free_bytes <= 0:
@@ -336,7 +378,13 @@ def _with_layer(placement: Placement, layer: int) -> Placement:
 
 
 def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
-    """Distributes the layers over the GPUs by their bytes, in proportion to each GPU's budget."""
+    """Distributes the layers in order over the GPUs, by their bytes and in proportion to each GPU's budget.
+
+    Args:
+        model: the footprint.
+        budget: the budget, with at least one GPU.
+        counts: whether the bytes of a module count, which is false for modules that will be on the CPU.
+    """
     weights = [0] * model.num_layers
     for part in model.modules:
         if counts(part) and part.group != EMBEDDING and not part.pinned:
@@ -350,27 +398,33 @@ def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[Modul
 
 
 def balance(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
-    """Returns for each weight, in order, the index of its bin, such that the max relative fill is minimal.
+    """Divides layers, in order, among GPUs such that the largest fill (used bytes / capacity) is minimal.
+
+    A bisection finds the smallest fill at which a greedy assignment succeeds.
 
     Args:
         weights: bytes of each layer.
-        capacities: capacity of each bin in bytes.
+        capacities: capacity of each GPU in bytes.
+
+    Returns:
+        The index of the GPU of each layer, in ascending order.
     """
 
-    def assign(share: float) -> list[int] | None:
-        assignment, index, free = list[int](), 0, share * capacities[0]
+    def assign(max_fill: float) -> list[int] | None:
+        """Fills one GPU after another up to `max_fill` times its capacity; None if the last one overflows."""
+        assignment, index, free = list[int](), 0, max_fill * capacities[0]
         for weight in weights:
             while weight > free:
                 index += 1
                 if index == len(capacities):
                     return None
-                free = share * capacities[index]
+                free = max_fill * capacities[index]
             assignment.append(index)
             free -= weight
         return assignment
 
     low, high = 0.0, sum(weights) / min(capacities) + 1.0
-    for _ in range(50):
+    for _ in range(50):  # bisects to the precision of a float
         middle = (low + high) / 2
         low, high = (low, middle) if assign(middle) is not None else (middle, high)
     return assign(high) or [0] * len(weights)
@@ -379,6 +433,7 @@ def balance(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
 def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
     """Returns the GPU index of each layer if `gpus` GPUs share the layers evenly by bytes.
 
+    A device map with `split` needs this: it names several GPUs and no memory budgets.
     Modules that the device map or a rule places elsewhere do not count.
     """
     elsewhere = [entry.pattern for entry in places if entry.device and not entry.split_devices]

@@ -15,14 +15,19 @@ from numpy.typing import NDArray
 Array = NDArray[Any]  # f32; Any because numpy's newer stubs widen a division by an int
 Bytes = NDArray[Any]  # uint8; Any because these stubs widen every shift
 SCALE_STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale to try
+CHUNK_BLOCKS = 65536  # blocks that are quantized at once
 
 
 def quantize_blocks(name: str, blocks: Array) -> Bytes | None:
-    """Quantizes blocks: f32 [n, weights of a block] -> uint8 [n, bytes of a block]; None for a type without quantizer here."""
+    """Quantizes blocks: f32 [n, weights of a block] -> uint8 [n, bytes of a block].
+
+    Returns None for a type without a quantizer in this module, which gguf-py quantizes. CHUNK_BLOCKS blocks at a time
+    are quantized, to bound the memory for f32 intermediate results.
+    """
     quantizer = _QUANTIZERS.get(name)
     if quantizer is None:
         return None
-    return np.concatenate([quantizer(blocks[i : i + 65536]) for i in range(0, len(blocks), 65536)])
+    return np.concatenate([quantizer(blocks[i : i + CHUNK_BLOCKS]) for i in range(0, len(blocks), CHUNK_BLOCKS)])
 
 
 def _round_to_f16(x: Array) -> tuple[Array, Bytes]:
@@ -59,7 +64,11 @@ def _select_best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: o
 
 
 def _fit_offset(x: Array, max_code: int) -> tuple[Array, Array]:
-    """Fits scale and minimum (>= 0) of sub-blocks [..., s] for codes 0..max_code: x ~ scale * code - minimum."""
+    """Fits scale and minimum (>= 0) of sub-blocks [..., s] for codes 0..max_code: x ~ scale * code - minimum.
+
+    The low end is at most 0 because the formats store no negative minimum. Scales around the obvious one are tried, each
+    with the obvious minimum and one that is 8 % smaller.
+    """
     low = np.minimum(x.min(-1), 0)
     high = np.maximum(x.max(-1), 0)
     candidates = [
@@ -124,12 +133,17 @@ def _pack_nibbles(codes: Bytes) -> Bytes:
     return (pairs[:, :, 0] & 15 | (pairs[:, :, 1] & 15) << 4).reshape(len(codes), 128)
 
 
+# A quantizer takes f32 [n, block] and returns the bytes of the blocks, uint8 [n, nbytes], with the fields in ggml's
+# order. In its body s and m are the integer scales and minimums of the sub-blocks, d the bytes of the f16 factors.
+
+
 def _q4_k(x: Array) -> Bytes:
     codes, s, m, d = _quantize_k_offset(x, 32, 15, 63)
     return np.concatenate([d, _pack_six_bit_pairs(s, m), _pack_nibbles(codes)], 1)
 
 
 def _q5_k(x: Array) -> Bytes:
+    """Quantizes as _q4_k does, with the fifth bits in 32 bytes of their own: bit i of byte j is for weight 32 i + j."""
     codes, s, m, d = _quantize_k_offset(x, 32, 31, 63)
     fifth = np.zeros((len(x), 32), np.uint8)
     for i in range(8):
@@ -167,6 +181,7 @@ def _quantize_k_signed(x: Array, low: int, high: int, max_scale: int) -> tuple[B
 
 
 def _q6_k(x: Array) -> Bytes:
+    """Stores the lower four bits of a code and its upper two bits in separate fields."""
     codes, s, d = _quantize_k_signed(x, -32, 31, 127)
     halves = codes.reshape(len(x), 2, 4, 32)
     low_bits = halves & 15
@@ -177,6 +192,10 @@ def _q6_k(x: Array) -> Bytes:
 
 
 def _q3_k(x: Array) -> Bytes:
+    """Stores the lower two bits of a code and its third bit in separate fields, as are parts of the six-bit scales.
+
+    The lower four bits of 16 scales are in eight bytes, two in each; the upper two bits in four bytes, four in each.
+    """
     codes, s, d = _quantize_k_signed(x, -4, 3, 31)
     high = np.zeros((len(x), 32), np.uint8)
     groups = codes.reshape(len(x), 8, 32)
@@ -190,6 +209,7 @@ def _q3_k(x: Array) -> Bytes:
 
 
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+MAX_FP4 = 6  # largest value of FP4 (e2m1)
 _FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -201,10 +221,16 @@ def _nearest(x: Array, codebook: Array) -> Bytes:
 
 
 def _fit_codebook(x: Array, codebook: Array) -> Array:
-    """Fits the scale of sub-blocks [..., s] for a codebook of 16 values."""
+    """Fits the scale of sub-blocks [..., s] for a codebook of 16 values: x ~ scale * value.
+
+    The scales tried map the weight of the largest magnitude near an end of the codebook. IQ4's codebook is not
+    symmetric, so both ends are tried for it; MXFP4's is symmetric, with 6 as its largest value.
+    """
     max_index = np.abs(x).argmax(-1)[..., None]
     extreme = np.take_along_axis(x, max_index, -1)[..., 0]
-    end_scales = (extreme / codebook[0], extreme / codebook[-1]) if codebook is _IQ4_VALUES else (np.abs(extreme) / 6,)
+    end_scales = (
+        (extreme / codebook[0], extreme / codebook[-1]) if codebook is _IQ4_VALUES else (np.abs(extreme) / MAX_FP4,)
+    )
     candidates = [(end_scale * (1 + step), extreme) for end_scale in end_scales for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
@@ -224,6 +250,10 @@ def _iq4_nl(x: Array) -> Bytes:
 
 
 def _iq4_xs(x: Array) -> Bytes:
+    """Quantizes to IQ4's codebook, with eight six-bit scales.
+
+    A 16-bit word holds the upper two bits of each scale, four bytes hold the lower four bits.
+    """
     subs = x.reshape(len(x), 8, 32)
     scale = _fit_codebook(subs, _IQ4_VALUES)
     d, d_bytes = _round_to_f16(np.abs(scale).max(-1) / 31)
@@ -236,10 +266,12 @@ def _iq4_xs(x: Array) -> Bytes:
 
 
 def _mxfp4(x: Array) -> Bytes:
+    """Quantizes to FP4 with a power of two as scale, whose exponent plus 127 is stored in a byte."""
     max_abs = np.abs(x).max(-1)
     first_exponent = np.where(max_abs > 0, np.floor(np.log2(np.maximum(max_abs, 1e-38))) - 2, -127)
     best_exponent, min_error = first_exponent, np.full(len(x), np.inf, np.float32)
-    # With step 0 the largest weight saturates at 6; with step 1 the grid is coarser.
+    # The first exponent maps the largest weight to [4, 8). With step 0 it may saturate at 6; with step 1 the grid is
+    # coarser.
     for step in (0, 1):
         exponent = np.clip(first_exponent + step, -126, 127)
         scale = np.exp2(exponent).astype(np.float32)[:, None]
@@ -258,6 +290,7 @@ def _int4(x: Array) -> Bytes:
 
 
 def _int8(x: Array) -> Bytes:
+    """Quantizes without a search, with the weight of the largest magnitude at -127."""
     max_index = np.abs(x).argmax(-1)[:, None]
     d, d_bytes = _round_to_f16(np.take_along_axis(x, max_index, -1)[:, 0] / np.float32(-127))
     codes = np.clip(np.rint(x * _inverse(d)[:, None]), -127, 127).astype(np.int8)

@@ -78,13 +78,16 @@ F32_HEAD_TILES = (
 )
 
 
+MIN_UTILIZATION = 0.9  # fraction of the slots of all waves that is good enough, see `num_programs_per_range`
+
+
 def tiles_for(columns: int, latent: bool, f32: bool = False) -> tuple[Tile, ...]:
     """Returns the tiles for keys of a number of columns, in the order of their rows.
 
     Args:
         columns: columns of a key, without separately stored rotated columns.
         latent: whether a latent is both key and value.
-        exact: whether queries are f32.
+        f32: whether queries are f32.
     """
     if f32:
         return F32_LATENT_TILES if latent or columns > 128 else F32_HEAD_TILES
@@ -195,7 +198,7 @@ class AttentionSchedule:
         device: the GPU.
         num_sms: number of multiprocessors; 0 for those of the device.
         tiles: kinds of tiles, in place of those of `tiles_for`.
-        scratch: f32 memory of at least `floats` elements, which one call at a time uses; allocated by default.
+        scratch: f32 memory of at least `scratch_floats` elements, which one call at a time uses; allocated by default.
 
     Raises:
         ValueError: if there are no sequences, a count is negative, or the scratch memory is too small.
@@ -219,7 +222,7 @@ class AttentionSchedule:
             len(counts),
         )
         self.num_sms = num_sms or num_multiprocessors(self.device)
-        self.groups = self._tile_groups(counts, tiles or tiles_for(shape.key_columns, shape.latent))
+        self.groups = self._plan_groups(counts, tiles or tiles_for(shape.key_columns, shape.latent))
         if scratch is None:
             scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=self.device)
         if scratch.dtype != torch.float32 or scratch.numel() < self.scratch_floats:
@@ -228,17 +231,25 @@ class AttentionSchedule:
             )
         self.scratch = scratch
 
-    def _tile_groups(self, counts: Sequence[int], tiles: Sequence[Tile]) -> list[TileGroup]:
-        """Assigns each sequence the smallest tile that holds its rows, or the largest tile."""
+    def _plan_groups(self, counts: Sequence[int], tiles: Sequence[Tile]) -> list[TileGroup]:
+        """Assigns each sequence the smallest kind of tile that holds its rows, or the largest kind.
+
+        Small tiles waste no tensor-core rows on decode steps, large tiles load a key block once for many rows.
+        """
         sequences_by_tile: dict[Tile, list[int]] = {}
         for sequence, count in enumerate(counts):
             rows = count * self.shape.group
             tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
             if count:
                 sequences_by_tile.setdefault(tile, []).append(sequence)
-        return [self._tile_group(tile, sequences_by_tile[tile], counts) for tile in tiles if tile in sequences_by_tile]
+        return [self._plan_tiles(tile, sequences_by_tile[tile], counts) for tile in tiles if tile in sequences_by_tile]
 
-    def _tile_group(self, tile: Tile, sequences: list[int], counts: Sequence[int]) -> TileGroup:
+    def _plan_tiles(self, tile: Tile, sequences: list[int], counts: Sequence[int]) -> TileGroup:
+        """Divides the rows of sequences into tiles of one kind, and chooses the number of programs.
+
+        The query heads of a key/value head form one block if they fit in a tile, otherwise several of equal size. The
+        rows of a sequence are its tokens times the heads of a block.
+        """
         head_blocks = math.ceil(self.shape.group / tile.rows)
         heads_per_block = math.ceil(self.shape.group / head_blocks)
         items = [
@@ -280,9 +291,13 @@ class AttentionSchedule:
         return Plan(self, sequences.int().contiguous(), pages, window, ranges)
 
     def _work_range(self, group: TileGroup, sequences: torch.Tensor, window: int) -> WorkRange:
-        """Divides the work units of a group among its programs."""
-        num_units = self._num_units(group, sequences, window)
-        starts = torch.cat([num_units.new_zeros(1), num_units.cumsum(0)])
+        """Divides the work units of a group among its programs, and lists the tiles whose results have to be merged.
+
+        All tensors keep their shapes when lengths change, so that a CUDA graph can capture this. Therefore `merges`
+        has one entry for every tile that could be shared, with tile -1 where it is not.
+        """
+        num_key_blocks = self._num_key_blocks(group, sequences, window)
+        starts = torch.cat([num_key_blocks.new_zeros(1), num_key_blocks.cumsum(0)])
         total = starts[-1]
         units_per_program = torch.clamp((total + group.programs - 1) // group.programs, min=group.tile.min_blocks)
         start = torch.minimum(torch.arange(group.programs, device=self.device) * units_per_program, total)
@@ -290,11 +305,11 @@ class AttentionSchedule:
         first = torch.searchsorted(starts, start, right=True) - 1
         last = torch.where(start < end, torch.searchsorted(starts, end - 1, right=True) - 1, first - 1)
         programs = torch.stack([start, end, first, last], 1)
-        if group.max_merges == len(num_units):
-            tiles = torch.arange(len(num_units), device=self.device)
+        if group.max_merges == len(num_key_blocks):
+            tiles = torch.arange(len(num_key_blocks), device=self.device)
             is_shared = (starts[1:] - 1) // units_per_program > starts[:-1] // units_per_program
         else:  # more tiles than programs: the tiles in which a program other than the first starts, once each
-            tiles = torch.clamp(first[1:], max=len(num_units) - 1)
+            tiles = torch.clamp(first[1:], max=len(num_key_blocks) - 1)
             is_shared = (start[:-1] <= starts[tiles]) & (starts[tiles] < start[1:]) & (start[1:] < total)
         program_range = torch.stack(
             [starts[tiles] // units_per_program, (starts[tiles + 1] - 1) // units_per_program], 1
@@ -302,8 +317,12 @@ class AttentionSchedule:
         merges = torch.cat([torch.where(is_shared, tiles, -1)[:, None], program_range], 1)
         return WorkRange(group, starts.int(), programs.int(), merges.int())
 
-    def _num_units(self, group: TileGroup, sequences: torch.Tensor, window: int) -> torch.Tensor:
-        """Returns the number of key blocks of each tile, at least one; int64 [tiles]."""
+    def _num_key_blocks(self, group: TileGroup, sequences: torch.Tensor, window: int) -> torch.Tensor:
+        """Returns the number of key blocks of each tile, at least one; int64 [tiles].
+
+        A tile has the blocks from the first key that its first token sees (0 without a window) to the last key that
+        its last token sees. A tile without keys has one block too, because a program has to write its rows.
+        """
         sequence, row = group.items.long().unbind(1)
         _, count, keys = sequences[sequence].unbind(1)
         first_token = row // group.heads_per_block
@@ -317,8 +336,9 @@ class AttentionSchedule:
 def num_programs_per_range(num_ranges: int, num_slots: int) -> int:
     """Returns the number of programs that divide the work units, if `num_ranges` such divisions run at once.
 
-    There is one division per key/value head and block of query heads. The number is as many programs as run at once,
-    or up to four times as many if this leaves fewer of the `num_slots` slots empty in the last wave.
+    There is one division per key/value head and block of query heads. The `num_slots` programs that the GPU runs at
+    once form a wave. The number is as many programs as fit in one wave, or up to four times as many if the last wave
+    is fuller then: the smallest number that uses MIN_UTILIZATION of the slots, else the one that uses most.
     """
     min_programs = max(1, num_slots // num_ranges)
     utilization = {
@@ -326,7 +346,7 @@ def num_programs_per_range(num_ranges: int, num_slots: int) -> int:
         for programs in range(min_programs, 4 * min_programs + 1)
     }
     return next(
-        (programs for programs, ratio in utilization.items() if ratio >= 0.9),
+        (programs for programs, ratio in utilization.items() if ratio >= MIN_UTILIZATION),
         max(utilization, key=lambda programs: utilization[programs]),
     )
 
