@@ -63,7 +63,7 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
   int64_t begin = 0;
   for (size_t node = 0; node < ends.size(); begin = ends[node++]) {
     STD_TORCH_CHECK(ends[node] >= begin && ends[node] <= nbytes, "ends must rise up to nbytes");
-    bind(static_cast<uint8_t*>(memory) + begin, size_t(ends[node] - begin), int(node));
+    bind_to_node(static_cast<uint8_t*>(memory) + begin, size_t(ends[node] - begin), int(node));
   }
   const int64_t sizes[1] = {nbytes}, strides[1] = {1};
   return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),

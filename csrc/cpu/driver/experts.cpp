@@ -269,8 +269,8 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   job.gate_up_blocks.set((c.inner + 15) / 16, GATE_UP_GROUPS, int64_t(job.experts_by_load.size()));
   job.down_blocks.set(all_groups, is_gemm ? std::clamp<int64_t>(all_groups / (4 * pool_size), 2, 4) : 1, 1);
   for (int node = 0; node < nodes(); ++node) {
-    job.gate_up_queue.share(node, job.gate_up_blocks.begin[node], job.gate_up_blocks.begin[node + 1]);
-    job.down_queue.share(node, job.down_blocks.begin[node], job.down_blocks.begin[node + 1]);
+    job.gate_up_queue.set_share(node, job.gate_up_blocks.begin[node], job.gate_up_blocks.begin[node + 1]);
+    job.down_queue.set_share(node, job.down_blocks.begin[node], job.down_blocks.begin[node + 1]);
   }
   job.single_token = tokens == 1 && widest == 1 && !bf16;
   const int64_t gate_up_rows = job.gate_up_queue.max_length * GATE_UP_GROUPS * 16, down_rows = job.down_queue.max_length * job.down_blocks.groups * 16;

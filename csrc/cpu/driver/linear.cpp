@@ -143,7 +143,7 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
   Call call{.kernels = kernels(), .shares = shares, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
             .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats, bf16), .groups_per_item = groups_per_item, .rows = {},
             .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
-  for (int node = 0; node < nodes(); ++node) call.items.share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
+  for (int node = 0; node < nodes(); ++node) call.items.set_share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
   parallel([&](int) {
     worker_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(max_length * groups_per_item) * tokens * 64 + WORK_BYTES + 1024);
     if (rows == 1 && !bf16) {

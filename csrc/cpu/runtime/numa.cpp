@@ -13,18 +13,19 @@
 
 namespace ktx {
 namespace {
-constexpr int PREFERRED = 1;  // MPOL_PREFERRED: another node if this one is full
-constexpr int HIGHEST = 1023;
-constexpr size_t PAGE = 4096;
+constexpr int POLICY_PREFERRED = 1;  // MPOL_PREFERRED of linux/mempolicy.h: the system takes another node if this one is full
+constexpr int MAX_OS_ID = 1023;
+constexpr size_t PAGE_BYTES = 4096;
 
-struct Found {
-  std::vector<int> numbers;             // node ids of the operating system
-  std::vector<std::vector<int>> cpus;   // usable CPUs of each
-  int shares = 1;
+struct NodeTopology {
+  std::vector<int> os_ids;             // of the real nodes with usable CPUs: ids of the operating system, which may have gaps
+  std::vector<std::vector<int>> cpus;  // usable CPUs of each real node
+  int num_nodes = 1;                   // that weights are distributed over; with KTX_NUMA=off or fake:N not the real number
   bool fake = false;
 };
 
-std::vector<int> usable_cpus(int node) {  // from a kernel list: 0-3,8
+// Returns the CPUs of a node that this process may use, read from the kernel's list ("0-3,8"). Empty: no such node.
+std::vector<int> usable_cpus(int node) {
   std::vector<int> cpus;
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) != 0) return cpus;
@@ -44,65 +45,66 @@ std::vector<int> usable_cpus(int node) {  // from a kernel list: 0-3,8
   return cpus;
 }
 
-Found find() {
-  Found found;
-  for (int node = 0; node <= HIGHEST && int(found.numbers.size()) < MAX_NODES; ++node)
-    if (std::vector<int> cpus = usable_cpus(node); !cpus.empty()) found.numbers.push_back(node), found.cpus.push_back(std::move(cpus));
-  found.shares = found.numbers.empty() ? 1 : int(found.numbers.size());
+// Reads the real nodes from sysfs, then applies KTX_NUMA.
+NodeTopology detect_nodes() {
+  NodeTopology found;
+  for (int node = 0; node <= MAX_OS_ID && int(found.os_ids.size()) < MAX_NODES; ++node)
+    if (std::vector<int> cpus = usable_cpus(node); !cpus.empty()) found.os_ids.push_back(node), found.cpus.push_back(std::move(cpus));
+  found.num_nodes = found.os_ids.empty() ? 1 : int(found.os_ids.size());
   const char* requested = std::getenv("KTX_NUMA");
   if (!requested || !*requested || !std::strcmp(requested, "auto")) return found;
   if (!std::strcmp(requested, "off")) {
-    found.shares = 1;
+    found.num_nodes = 1;
     return found;
   }
   char* end = nullptr;
   const long count = std::strncmp(requested, "fake:", 5) ? 0 : std::strtol(requested + 5, &end, 10);
   if (count < 1 || count > MAX_NODES || *end)
     throw std::runtime_error("KTX_NUMA=" + std::string(requested) + " is not known: use auto, off or fake:N with N from 1 to " + std::to_string(MAX_NODES));
-  found.shares = int(count), found.fake = true;
+  found.num_nodes = int(count), found.fake = true;
   return found;
 }
 
-const Found& found() {
-  static const Found it = find();
-  return it;
+const NodeTopology& topology() {
+  static const NodeTopology detected = detect_nodes();
+  return detected;
 }
 
-std::atomic<int64_t> own_units{0}, stolen_units{0};
+std::atomic<int64_t> own_items{0}, stolen_items{0};
 }  // namespace
 
-int nodes() { return found().shares; }
-bool fake_nodes() { return found().fake; }
-const std::vector<int>& node_cpus(int node) { return found().cpus.at(size_t(node)); }
+int nodes() { return topology().num_nodes; }
+bool fake_nodes() { return topology().fake; }
+const std::vector<int>& node_cpus(int node) { return topology().cpus.at(size_t(node)); }
 
-void bind(void* memory, size_t bytes, int node) {
-  const Found& it = found();
-  if (it.numbers.empty()) return;
-  const int number = it.numbers[size_t(node) % it.numbers.size()];
-  unsigned long mask[(HIGHEST + 1) / (8 * sizeof(unsigned long))] = {};
-  mask[size_t(number) / (8 * sizeof(long))] = 1ul << (size_t(number) % (8 * sizeof(long)));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE - 1), end = reinterpret_cast<uintptr_t>(memory) + bytes;
+void bind_to_node(void* memory, size_t bytes, int node) {
+  const NodeTopology& detected = topology();
+  if (detected.os_ids.empty()) return;
+  const int os_id = detected.os_ids[size_t(node) % detected.os_ids.size()];
+  unsigned long mask[(MAX_OS_ID + 1) / (8 * sizeof(unsigned long))] = {};
+  mask[size_t(os_id) / (8 * sizeof(long))] = 1ul << (size_t(os_id) % (8 * sizeof(long)));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1), end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
-  syscall(SYS_mbind, begin, ((end - begin) + PAGE - 1) & ~(PAGE - 1), PREFERRED, mask, HIGHEST + 1, 0);  // some containers refuse it: first touch decides then
+  syscall(SYS_mbind, begin, ((end - begin) + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), POLICY_PREFERRED, mask, MAX_OS_ID + 1, 0);  // some containers refuse it: first touch decides then
 }
 
 std::vector<int64_t> pages_on(const void* memory, size_t bytes) {
-  const Found& it = found();
-  std::vector<int64_t> count(it.numbers.size());
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE - 1);
-  const size_t pages = (reinterpret_cast<uintptr_t>(memory) + bytes - begin + PAGE - 1) / PAGE;
+  const NodeTopology& detected = topology();
+  std::vector<int64_t> count(detected.os_ids.size());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1);
+  const size_t pages = (reinterpret_cast<uintptr_t>(memory) + bytes - begin + PAGE_BYTES - 1) / PAGE_BYTES;
   for (size_t first = 0; first < pages; first += 1024) {
-    void* at[1024];
+    void* addresses[1024];
     int status[1024];
-    const size_t some = pages - first < 1024 ? pages - first : 1024;
-    for (size_t i = 0; i < some; ++i) at[i] = reinterpret_cast<void*>(begin + (first + i) * PAGE);
-    if (syscall(SYS_move_pages, 0, some, at, nullptr, status, 0) != 0) return count;
-    for (size_t i = 0; i < some; ++i)
-      for (size_t n = 0; n < it.numbers.size(); ++n) count[n] += status[i] == it.numbers[n];
+    const size_t batch = pages - first < 1024 ? pages - first : 1024;
+    for (size_t i = 0; i < batch; ++i) addresses[i] = reinterpret_cast<void*>(begin + (first + i) * PAGE_BYTES);
+    if (syscall(SYS_move_pages, 0, batch, addresses, nullptr, status, 0) != 0) return count;
+    for (size_t i = 0; i < batch; ++i)
+      for (size_t n = 0; n < detected.os_ids.size(); ++n) count[n] += status[i] == detected.os_ids[n];
   }
   return count;
 }
 
-StealStats steal_stats() { return {own_units.load(std::memory_order_relaxed), stolen_units.load(std::memory_order_relaxed)}; }
-void record_units(bool own, int64_t count) { (own ? own_units : stolen_units).fetch_add(count, std::memory_order_relaxed); }
+StealCounts steal_stats() { return {own_items.load(std::memory_order_relaxed), stolen_items.load(std::memory_order_relaxed)}; }
+void record_items(bool own, int64_t count) { (own ? own_items : stolen_items).fetch_add(count, std::memory_order_relaxed); }
 }  // namespace ktx

@@ -13,19 +13,21 @@ int nodes();
 bool fake_nodes();
 const std::vector<int>& node_cpus(int node);  // usable CPUs of a real node
 
-// First row group of a node's share. Shares are multiples of eight groups, because FP8 scales and the blocks of experts.cpp need it.
+// Returns the first row group of a node's share; `node` == nodes(): the end. Shares are multiples of eight groups (128
+// rows), because FP8 scales and the blocks of experts.cpp need it.
 inline int64_t node_begin(int64_t groups, int node) {
-  const int count = nodes();
-  return node >= count ? groups : groups * node / count & ~int64_t(7);
+  const int num_nodes = nodes();
+  return node >= num_nodes ? groups : groups * node / num_nodes & ~int64_t(7);
 }
 
-// Prefers `node` for memory that is not written yet; pages that straddle the border may go to either node.
-void bind(void* memory, size_t bytes, int node);
+// Places memory that is not written yet on `node`, if it has space; pages that straddle the border may go to either node.
+void bind_to_node(void* memory, size_t bytes, int node);
 // Number of pages of `memory` on each node. Pages that were never written are on none.
 std::vector<int64_t> pages_on(const void* memory, size_t bytes);
 
-// Work items that workers took from the share of their own node, and those stolen from another node. Counted if there are several nodes.
-struct StealStats { int64_t own, stolen; };
-StealStats steal_stats();
-void record_units(bool own, int64_t count);
+// Work items that workers took from the share of their own node, and those stolen from another node. With a single node
+// nothing is counted.
+struct StealCounts { int64_t own, stolen; };
+StealCounts steal_stats();
+void record_items(bool own, int64_t count);
 }  // namespace ktx

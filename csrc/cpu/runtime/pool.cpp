@@ -34,11 +34,11 @@ void futex_wake(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// A futex word: waiters spin for a while, then sleep.
+// A counter to wait on: waiters spin for a while, then sleep in the kernel. `notify` makes a system call only if a waiter sleeps.
 struct Signal {
   std::atomic<uint32_t> value{0};
   std::atomic<int> sleepers{0};
-  void raise() {
+  void notify() {
     value.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) futex_wake(value);
   }
@@ -53,14 +53,14 @@ struct Signal {
 
 // The state of a run in one word, so that each transition is one compare-exchange. A run waits only for workers that have joined: waking a worker takes
 // milliseconds on a busy machine, and a late worker finds the queues empty.
-struct State {
+struct State {  // of the current run
   uint32_t run = 0;                           // run id
   uint32_t joined : 11 = 0, arrived : 11 = 0;   // workers inside, and those at the barrier
   uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers passed; closed: no worker may join any more
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
-// The lowest logical CPU of the core of `cpu`, or `cpu` if sysfs does not have it.
+// Returns the lowest logical CPU of the core of `cpu`, which identifies the core; `cpu` itself if sysfs does not have it.
 int first_sibling(int cpu) {
   char path[96];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
@@ -72,7 +72,8 @@ int first_sibling(int cpu) {
   return first;
 }
 
-int node_of(int cpu) {
+// Returns the NUMA node of `cpu`; 0 with a single node or if no node lists it. Fake nodes deal the CPUs out in turn.
+int node_of_cpu(int cpu) {
   if (fake_nodes()) return cpu % nodes();
   for (int node = 0; node < nodes() && nodes() > 1; ++node) {
     const std::vector<int>& own = node_cpus(node);
@@ -81,21 +82,24 @@ int node_of(int cpu) {
   return 0;
 }
 
-// The first CPU of each node, then the second of each, and so on: a small pool uses the memory of all nodes.
+// Orders CPUs: the first of each node, then the second of each, and so on. The pool takes a prefix of this order, so that
+// a small pool uses the memory bandwidth of all nodes.
 std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
   std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
-  for (int cpu : cpus) of[size_t(node_of(cpu))].push_back(cpu);
-  std::vector<int> mixed;
-  for (size_t i = 0; mixed.size() < cpus.size(); ++i)
+  for (int cpu : cpus) of[size_t(node_of_cpu(cpu))].push_back(cpu);
+  std::vector<int> interleaved;
+  for (size_t i = 0; interleaved.size() < cpus.size(); ++i)
     for (const std::vector<int>& own : of)
-      if (i < own.size()) mixed.push_back(own[i]);
-  return mixed;
+      if (i < own.size()) interleaved.push_back(own[i]);
+  return interleaved;
 }
 
 struct Cores {
   std::vector<int> cpus;  // usable CPUs: one of each core before the siblings, nodes interleaved
   int num_cores = 0;          // physical cores
 };
+// Lists the CPUs that the process may use (taskset, cgroups), one of each physical core first: hyper-thread siblings share
+// vector units and caches, so a pool no larger than `num_cores` never pins two workers to one core.
 Cores allowed_cores() {
   Cores found;
   cpu_set_t set;
@@ -123,39 +127,41 @@ class ThreadPool {
   explicit ThreadPool(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int worker = 1; worker < size; ++worker) {
-      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of(cores[size_t(worker)]) : worker % nodes();
+      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of_cpu(cores[size_t(worker)]) : worker % nodes();
       workers.emplace_back([this, worker, node] {
         node_of_worker = node;
-        work(worker);
+        worker_loop(worker);
       });
       if (size <= int(cores.size())) pin(workers.back(), cores[size_t(worker)]);
     }
   }
   ~ThreadPool() {
     stop = true;
-    start.raise();
+    start_signal.notify();
     for (auto& worker : workers) worker.join();
   }
+  // Opens a run, takes part as worker 0, closes the run, and waits for the workers that joined. Rethrows their first exception.
   void run(void (*f)(void*, int), void* c) {
     fn = f, context = c, error = nullptr;
     state.store({.run = state.load().run + 1, .joined = 1, .closed = 0});
-    start.raise();
-    if (nodes() > 1 && !fake_nodes()) node_of_worker = node_of(sched_getcpu());  // the caller is not pinned
+    start_signal.notify();
+    if (nodes() > 1 && !fake_nodes()) node_of_worker = node_of_cpu(sched_getcpu());  // the caller is not pinned
     run_worker(0);
-    for (uint32_t seen; seen = done.value.load(), state.load().joined;) done.wait_while(seen);
+    for (uint32_t seen; seen = done_signal.value.load(), state.load().joined;) done_signal.wait_while(seen);
     if (error) std::rethrow_exception(error);
   }
-  // A worker that joins late passes the barriers that opened before, because the queues before them are empty.
+  // Waits until all workers that have joined the run have finished this phase; the last one to arrive opens the next phase.
+  // A worker that joins late passes the barriers that opened before, because the queues of those phases are empty.
   void barrier() {
-    bool opened = false;
-    const State now = change([&](State& s) {
-      opened = false;
+    bool completes_phase = false;
+    const State updated = update_state([&](State& s) {
+      completes_phase = false;
       if (worker_phase < s.phase) return;
-      if (++s.arrived == s.joined) opened = true, s.arrived = 0, ++s.phase;
+      if (++s.arrived == s.joined) completes_phase = true, s.arrived = 0, ++s.phase;
     });
-    if (opened) gate.raise();
-    else if (now.phase == worker_phase)
-      for (uint32_t seen; seen = gate.value.load(), state.load().phase == worker_phase;) gate.wait_while(seen);
+    if (completes_phase) barrier_signal.notify();
+    else if (updated.phase == worker_phase)
+      for (uint32_t seen; seen = barrier_signal.value.load(), state.load().phase == worker_phase;) barrier_signal.wait_while(seen);
     ++worker_phase;
   }
   const int size;
@@ -167,14 +173,16 @@ class ThreadPool {
     CPU_SET(core, &set);
     pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // some containers refuse it: unpinned then
   }
+  // Applies f to the state in one atomic step and returns the new state. f may run several times: it must set its outputs anew.
   template <class F>
-  State change(F&& f) {  // returns the new state
+  State update_state(F&& f) {
     for (State seen = state.load();;) {
       State next = seen;
       f(next);
       if (state.compare_exchange_weak(seen, next)) return next;
     }
   }
+  // Runs the function of the run on this thread, remembers the first exception of the run, and leaves.
   void run_worker(int worker) {
     in_run = true, worker_phase = 0;
     try {
@@ -186,41 +194,45 @@ class ThreadPool {
     in_run = false;
     leave(worker == 0);
   }
-  // The caller ends when the queues are empty, so no worker needs to join after it. A worker that failed is not waited for at the barrier.
-  void leave(bool last_call) {
-    bool opened = false;
-    const State now = change([&](State& s) {
-      opened = false;
-      if (last_call) s.closed = 1;
-      if (--s.joined && s.arrived == s.joined) opened = true, s.arrived = 0, ++s.phase;
+  // Leaves the run. The caller closes it, because the queues are empty when the caller is through, so a worker that joined
+  // now would find no work. If all others wait at a barrier, the leaving worker opens it: it may leave early because it
+  // failed. The last worker to leave wakes the caller.
+  void leave(bool is_caller) {
+    bool completes_phase = false;
+    const State updated = update_state([&](State& s) {
+      completes_phase = false;
+      if (is_caller) s.closed = 1;
+      if (--s.joined && s.arrived == s.joined) completes_phase = true, s.arrived = 0, ++s.phase;
     });
-    if (opened) gate.raise();
-    if (!now.joined && !last_call) done.raise();
+    if (completes_phase) barrier_signal.notify();
+    if (!updated.joined && !is_caller) done_signal.notify();
   }
-  void work(int worker) {
-    for (uint32_t seen = 0, awake = 0;;) {
-      start.wait_while(awake, SPINS_BETWEEN_RUNS);
-      awake = start.value.load();
+  // The life of a pool thread: sleeps until a run starts, and joins it unless the run is closed already.
+  void worker_loop(int worker) {
+    for (uint32_t last_run = 0, start_value = 0;;) {
+      start_signal.wait_while(start_value, SPINS_BETWEEN_RUNS);
+      start_value = start_signal.value.load();
       if (stop) return;
       bool joined_run = false;
-      const State now = change([&](State& s) {
-        joined_run = !s.closed && s.run != seen;
+      const State updated = update_state([&](State& s) {
+        joined_run = !s.closed && s.run != last_run;
         if (joined_run) ++s.joined;
       });
-      seen = now.run;
+      last_run = updated.run;
       if (joined_run) run_worker(worker);
     }
   }
   void (*fn)(void*, int) = nullptr;
   void* context = nullptr;
   std::vector<std::thread> workers;
-  Signal start, done, gate;
+  Signal start_signal, done_signal, barrier_signal;
   std::atomic<State> state{};
   std::atomic<bool> stop{false};
   std::mutex error_mutex;
   std::exception_ptr error;
 };
 
+// Returns KTX_THREADS if it is valid, else one thread per physical core.
 int requested_threads() {
   if (const char* text = std::getenv("KTX_THREADS")) {
     const int n = std::atoi(text);
@@ -229,9 +241,9 @@ int requested_threads() {
   return std::max(1, allowed_cores().num_cores);
 }
 
-constexpr double RUNNING = -1;
-std::atomic<double> last_run{0};  // end of the last run
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+constexpr double RUN_IN_PROGRESS = -1;
+std::atomic<double> last_run_end_s{0};  // on the clock of now_s()
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 std::mutex pool_mutex;
 int pool_size = 0;
@@ -242,11 +254,12 @@ ThreadPool* pool = nullptr;  // never destroyed at exit: workers may still sleep
 void reset_after_fork() {
   new (&pool_mutex) std::mutex;
   pool = nullptr;
-  if (last_run == RUNNING) last_run = now();
+  if (last_run_end_s == RUN_IN_PROGRESS) last_run_end_s = now_s();
 }
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, reset_after_fork);
 
-ThreadPool& current() {
+// Returns the pool, created or replaced if its size is not the requested one. The caller holds the lock.
+ThreadPool& current_pool() {
   if (!pool_size) pool_size = requested_threads();
   if (pool && pool->size != pool_size) {
     delete pool;
@@ -273,15 +286,15 @@ void run(void (*fn)(void*, int), void* context) {
   if (in_run) throw std::runtime_error("ktx: a kernel called the thread pool from inside a run");
   std::lock_guard<std::mutex> lock(pool_mutex);
   const struct RunTimer {
-    RunTimer() { last_run = RUNNING; }
-    ~RunTimer() { last_run = now(); }
-  } mark;
-  current().run(fn, context);
+    RunTimer() { last_run_end_s = RUN_IN_PROGRESS; }
+    ~RunTimer() { last_run_end_s = now_s(); }
+  } timer;
+  current_pool().run(fn, context);
 }
 
 double idle_seconds() {
-  const double last = last_run.load();
-  return last == RUNNING ? 0 : now() - last;
+  const double last = last_run_end_s.load();
+  return last == RUN_IN_PROGRESS ? 0 : now_s() - last;
 }
 
 void barrier() { pool->barrier(); }

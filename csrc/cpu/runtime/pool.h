@@ -15,9 +15,11 @@ void set_threads(int n);  // 1..1024; applies to the next run
 // not join at all, so work is shared by queues and never by worker index. Rethrows the first exception. Calls of several threads run one after
 // another; a call from inside a run is an error.
 void run(void (*fn)(void* context, int worker), void* context);
-void barrier();  // at most 500 times a run: returns when every worker that joined has arrived, passed, or failed
+// Ends a phase: returns when every worker that joined the run has arrived, passed, or failed. At most 500 calls a run,
+// because the pool counts phases in nine bits.
+void barrier();
 
-template <class F>
+template <class F>  // run() for a callable f(worker)
 void parallel(F&& f) {
   run([](void* context, int worker) { (*static_cast<F*>(context))(worker); }, &f);
 }
@@ -44,42 +46,50 @@ struct StealingRange {
   int num_workers = 1;
   Share shares[MAX_NODES];
 
-  void share(int node, int64_t begin, int64_t end) {
+  // Sets the items of a node's share, before the run.
+  void set_share(int node, int64_t begin, int64_t end) {
     shares[node].begin = begin, shares[node].end = end;
     shares[node].next.store(begin, std::memory_order_relaxed);
   }
-  int64_t length(const Share& s, int64_t at, int64_t segment_end) const {  // of the range at `at`; `segment_end`: end of its contiguous memory
-    const int64_t part = (s.end - at) * nodes() / (4 * num_workers), most = part < max_length ? part : max_length;
-    return most < 1 ? 1 : most < segment_end - at ? most : segment_end - at;
+  // Returns the number of items to pop at `at`: a quarter of an equal split of the items that remain, at most max_length,
+  // and never past `segment_end`, the end of the contiguous memory of item `at`.
+  int64_t range_length(const Share& s, int64_t at, int64_t segment_end) const {
+    const int64_t part = (s.end - at) * nodes() / (4 * num_workers), max_part = part < max_length ? part : max_length;
+    return max_part < 1 ? 1 : max_part < segment_end - at ? max_part : segment_end - at;
   }
-  template <class B>  // segment_end(item): the end of the contiguous memory of the item
+  // Pops a range from the share of `node`, or from another node's share if that is empty. segment_end(item) returns the end
+  // of the contiguous memory of the item.
+  template <class B>
   Range take(int node, B&& segment_end) {
-    for (int i = 0; i < nodes(); ++i) {
-      Share& s = shares[(node + i) % nodes()];
+    for (int distance = 0; distance < nodes(); ++distance) {
+      Share& s = shares[(node + distance) % nodes()];
       int64_t at = s.next.load(std::memory_order_relaxed);
       while (at < s.end) {
-        const int64_t n = length(s, at, segment_end(at));
+        const int64_t n = range_length(s, at, segment_end(at));
         if (!s.next.compare_exchange_weak(at, at + n, std::memory_order_relaxed)) continue;
-        if (nodes() > 1) record_units(i == 0, n);
+        if (nodes() > 1) record_items(distance == 0, n);
         return {at, n};
       }
     }
     return {0, 0};
   }
-  template <class B>  // the range that a worker probably pops first
+  // Returns the range that `worker` probably pops first, so that it can prefetch this range before the phase begins. Assumes
+  // that the workers of a node pop once each, in the order of their indices.
+  template <class B>
   Range peek(int worker, B&& segment_end) const {
     const Share& s = shares[current_node()];
     int64_t at = s.begin;
-    for (int turn = worker / nodes(); turn > 0 && at < s.end; --turn) at += length(s, at, segment_end(at));
-    return at < s.end ? Range{at, length(s, at, segment_end(at))} : Range{0, 0};
+    for (int turn = worker / nodes(); turn > 0 && at < s.end; --turn) at += range_length(s, at, segment_end(at));
+    return at < s.end ? Range{at, range_length(s, at, segment_end(at))} : Range{0, 0};
   }
-  template <class B, class F>  // f(range, the range after it)
+  // Pops ranges until the queue is empty, and calls f(range, the next range of this worker).
+  template <class B, class F>
   void for_each(B&& segment_end, F&& f) {
     const int node = current_node();
-    for (Range run = take(node, segment_end); run.count;) {
-      const Range then = take(node, segment_end);
-      f(run, then);
-      run = then;
+    for (Range range = take(node, segment_end); range.count;) {
+      const Range next = take(node, segment_end);
+      f(range, next);
+      range = next;
     }
   }
 };
