@@ -206,7 +206,7 @@ def _serve_speeds(threads: int) -> int:
 
 
 def multiplies_in_bf16() -> bool:
-    """Whether the selected instruction set multiplies the types of IN_BF16 in bf16.
+    """Whether the selected instruction set multiplies the types of BF16_EXACT_TYPES in bf16.
 
     It then multiplies keys and values of half precision in bf16 as well.
     """

@@ -89,7 +89,7 @@ class Packed:
         n: rows of a matrix.
         k: columns of a matrix.
         matrices: number of matrices.
-        ends: offsets in `data` at which the share of each NUMA node ends; empty on a machine with one node.
+        numa_ends: offsets in `data` at which the part of each NUMA node ends; empty on a machine with one node.
         origin: arguments of `_load_again`, so that a pickle refers to the weight files; None if the matrix comes from
             no file.
     """
@@ -360,7 +360,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, all_bf1
         x: the activations.
         w: the packed matrix.
         bias: f32 [n].
-        wide: whether all rows are multiplied in bf16, see `bf16_rows`.
+        all_bf16: whether all rows are multiplied in bf16, see `bf16_rows`.
 
     Returns:
         [..., n] in x's dtype.

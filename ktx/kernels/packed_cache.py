@@ -82,7 +82,7 @@ class PackedCache:
     `commit`.
 
     Attributes:
-        found: whether a complete folder was found.
+        is_complete: whether a complete folder was found.
 
     Raises:
         UsageError: if the folder cannot be created or written.
@@ -242,7 +242,7 @@ def open_cache(folder: str | Path, name: str, key: Any, required_bytes: int) -> 
         folder: the cache directory.
         name: the model's name, which becomes part of the folder's name.
         key: everything that determines how the model is packed, apart from `cpu.packing()`.
-        need: bytes of the packed weights.
+        required_bytes: bytes of the packed weights.
     """
     key_parts = [key, *cpu.packing()]
     digest = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -205,9 +205,9 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
     """Returns the memory of a module, or None if it has no weights.
 
     The tensors of a module are either plain floats, which stay f32, or matrices, which are packed. Four kinds of
-    modules differ from the sum of these: MLA holds more matrices than it reads in decode, routers (and norms on a
-    GPU) hold a copy for their kernels, an embedding reads one row per token, and a tied output layer reads the embedding's matrix
-    on the CPU but needs a copy on a GPU.
+    modules differ from the sum of these: MLA holds more matrices than it reads in decode; routers (and norms on a GPU)
+    hold a copy for their kernels; an embedding reads one row per token; a tied output layer reads the embedding's
+    matrix on the CPU but needs a copy on a GPU.
     """
     own_names = {f"{step.path}.{name}" for name, _ in _tensors(module)}
     num_floats = sum(prod(spec.shape) for spec in step.specs if _is_plain(spec, own_names, step))

@@ -433,7 +433,7 @@ def balance(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
 def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
     """Returns the GPU index of each layer if `gpus` GPUs share the layers evenly by bytes.
 
-    A device map with `split` needs this: it names several GPUs and no memory budgets.
+    It serves device options that name several GPUs (`cuda:0,cuda:1`) without memory budgets.
     Modules that the device map or a rule places elsewhere do not count.
     """
     elsewhere = [entry.pattern for entry in places if entry.device and not entry.split_devices]

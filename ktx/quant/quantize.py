@@ -66,8 +66,8 @@ def _select_best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: o
 def _fit_offset(x: Array, max_code: int) -> tuple[Array, Array]:
     """Fits scale and minimum (>= 0) of sub-blocks [..., s] for codes 0..max_code: x ~ scale * code - minimum.
 
-    The low end is at most 0 because the formats store no negative minimum. Scales around the obvious one are tried, each
-    with the obvious minimum and one that is 8 % smaller.
+    The low end is at most 0 because the formats store no negative minimum. Scales around the obvious one are tried,
+    each with the obvious minimum and one that is 8 % smaller.
     """
     low = np.minimum(x.min(-1), 0)
     high = np.maximum(x.max(-1), 0)

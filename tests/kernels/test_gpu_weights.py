@@ -122,7 +122,7 @@ def test_activation_types(name, dtype):
 @pytest.mark.parametrize("name", TWO)
 def test_many_tokens_are_dequantised_in_pieces(name, monkeypatch):
     weight, x = random_matrix(name, 20, columns(name)), torch.randn(70, columns(name))
-    monkeypatch.setattr(linear, "PIECE", 7 * columns(name))
+    monkeypatch.setattr(linear, "DEQUANT_CHUNK_WEIGHTS", 7 * columns(name))
     got = linear.linear(x.to(DEVICE), pack(weight, device=DEVICE))
     assert relative_error(got.cpu(), exact_linear(x, weight)) < SUMS
 

@@ -23,7 +23,7 @@ class AttentionKernels:
 
     Attributes:
         name: "triton" or "flashinfer".
-        work: the schedule, as ktx.kernels.gpu.split_kv.AttentionSchedule.
+        schedule: creates the schedule, as ktx.kernels.gpu.split_kv.AttentionSchedule.
         attention: as ktx.kernels.gpu.paged_attention.attention.
         mla_attention: as ktx.kernels.gpu.mla_decode.mla_attention.
     """
@@ -65,7 +65,7 @@ def kernels_for(
         backend: "triton", "flashinfer", or "auto" for FlashInfer where it is installed and supports the shape.
         rope_columns: columns of q_rope and k_rope; 0 for none.
         sinks: whether attention has sinks.
-        stored: dtype of the KV cache.
+        cache_dtype: dtype of the KV cache.
 
     Raises:
         UsageError: if the backend is unknown, not installed, or does not support the shape.

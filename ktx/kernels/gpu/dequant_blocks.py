@@ -1,16 +1,20 @@
 """Device functions that decode each weight type on a GPU, on the planes of soa_layout.py.
 
-A decoder decodes rows from the column `first` on (a multiple of SPAN), SPAN columns (a power of two, and a multiple of
-the block and of 16), and returns codes f32 [rows, SPAN], scale f32 [rows, SPAN / 16] and minimum f32 [rows, SPAN /
-16].
+All decoders have the same signature, so that a kernel takes one as its constant DECODE. A decoder decodes rows from the
+column `first` on (a multiple of SPAN), SPAN columns (a power of two, and a multiple of the block and of 16). It returns
+codes f32 [rows, SPAN], scale f32 [rows, SPAN / 16] and minimum f32 [rows, SPAN / 16].
 
 A weight is code * scale - minimum. Scale and minimum are shared by 16 columns, so products are summed before they are
 scaled. An offset of all codes (the 8 of Q4_0) is a minimum too. Types without a minimum return their scale in its
 place (`dequant.Decoder.minimum` is False). Past the end of a row everything is zero.
 
-`row` int64 [rows] counts the rows of all matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is
-the number of blocks of a row; `book` is the codebook. With RAW, the types with a `run` in dequant.py return codes in
-the bit position of their word, see bit_unpack.raw_nibbles; others ignore it.
+`planes` are the fields of the type in the order of soa_layout.FIELDS. `row` int64 [rows] counts the rows of all
+matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is the number of blocks of a row; `book` is the
+codebook, the table of values that codes index. With RAW, the types with a `run` in dequant.py return codes in the bit
+position of their word, see bit_unpack.raw_nibbles; others ignore it.
+
+In the bodies `start` is the first block of the span; words, groups and entries are counted from there. A group is the
+columns that share a scale, an entry the columns that one codebook index stands for.
 
 Formats: ggml-quants.c of llama.cpp by way of gguf-py; ktx.quant.types for ktx's own types. dequant_iq.py has the types
 with large codebooks.
@@ -36,7 +40,7 @@ from ktx.kernels.gpu.bit_unpack import (
 
 @triton.jit
 def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """F32, F16 and BF16."""
+    """Decodes F32, F16 and BF16: the values are the codes, with scale 1."""
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
     ones = tl.full([codes.shape[0], SPAN // 16], 1.0, tl.float32)
     return codes, ones, ones
@@ -44,7 +48,7 @@ def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """F8_E4M3, by arithmetic because GPUs before compute capability 8.9 cannot convert FP8.
+    """Decodes F8_E4M3 by arithmetic because GPUs before compute capability 8.9 cannot convert FP8.
 
     The seven bits are the upper ones of an f32 that is too small by a factor of 2^120.
     """
@@ -57,7 +61,7 @@ def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 @triton.jit
 def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q8_0 and INT8_128."""
+    """Decodes Q8_0 and INT8_128: signed bytes, and a scale per block."""
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
@@ -65,7 +69,7 @@ def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr,
 
 @triton.jit
 def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q4_0, INT4_64 and INT4_128."""
+    """Decodes Q4_0, INT4_64 and INT4_128: nibbles with offset 8, and a scale per block."""
     codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale * 8
@@ -73,7 +77,10 @@ def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, 
 
 @triton.jit
 def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q4_1: a scale and a minimum per block."""
+    """Decodes Q4_1: nibbles, and a scale and a minimum per block.
+
+    The file stores the minimum to add, so its sign changes.
+    """
     codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale, minimum = two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return codes, scale, -minimum
@@ -92,14 +99,14 @@ def five_bits(planes, row, start, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q5_0: 16 is the offset of all codes."""
+    """Decodes Q5_0: five-bit codes with offset 16, and a scale per block."""
     scale = per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
     return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
 
 
 @triton.jit
 def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q5_1: a scale and a minimum per block."""
+    """Decodes Q5_1: five-bit codes, and a scale and a minimum per block (to add, so its sign changes)."""
     scale, minimum = two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, -minimum
 
@@ -113,7 +120,7 @@ def two_bits(plane, row, start, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q2_K: four bits of scale and of minimum per 16 columns."""
+    """Decodes Q2_K: two-bit codes; per 16 columns a byte with four bits of scale and four of minimum."""
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
     packed_scales = stream(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
@@ -123,7 +130,7 @@ def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q3_K: two bits of code and a bit of a mask; 4 is the offset of all codes."""
+    """Decodes Q3_K: codes of two bits and a third one from a mask, with offset 4; 16 six-bit scales."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block determines its bits of the mask
     mask = stream(planes[1], row, start * 8 + word // 16 * 8 + word % 8, blocks * 8) >> (word // 8 % 2 * 4)[None, :]
@@ -143,7 +150,8 @@ def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
     """Loads scale and minimum of Q4_K and Q5_K: eight of six bits each in twelve bytes.
 
-    The upper two bits of the last four are stored above the first four.
+    The first four bytes hold scales 0 to 3, the next four minimums 0 to 3, each with the upper two bits of scale or
+    minimum i + 4 above its six bits. The last four bytes hold the lower four bits of scale and minimum 4 to 7.
     """
     group = tl.arange(0, SPAN // 32)
     block, i = start * 12 + group // 8 * 12, group % 8
@@ -159,7 +167,7 @@ def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q4_K."""
+    """Decodes Q4_K: nibbles, and a six-bit scale and minimum per 32 columns."""
     start = first // BLOCK
     codes = nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
     scale, minimum = six_bit_scales(planes[1], planes[2], row, start, blocks, SPAN)
@@ -168,7 +176,7 @@ def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q5_K."""
+    """Decodes Q5_K: as Q4_K, with the fifth bits of the codes in a plane of their own."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)
     words = stream(planes[0], row, start * 32 + word, blocks * 32)
@@ -180,7 +188,7 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Q6_K: a signed scale per 16 columns; 32 is the offset of all codes."""
+    """Decodes Q6_K: codes of four and two bits with offset 32, and a signed scale per 16 columns."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)  # 8 words of high bits belong to 16 words of low bits, and are read twice
     words = stream(planes[0], row, start * 32 + word, blocks * 32)
@@ -193,9 +201,10 @@ def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """TQ1_0: five base-3 digits per byte, stored as a fixed-point fraction.
+    """Decodes TQ1_0: five base-3 digits per byte, stored as a fixed-point fraction; codes have offset 1.
 
-    160 columns are in 32 bytes, 80 in 16 bytes, and 16 in 4 bytes of four digits.
+    160 columns are in 32 bytes, 80 in 16 bytes, and 16 in 4 bytes of four digits. A byte is digits / 3^5 in units of
+    1/256: multiplying by 3^digit and dropping the integer part brings that digit to the front.
     """
     column = tl.arange(0, SPAN)
     c = column % 256
@@ -211,7 +220,7 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """TQ2_0: two bits per code; the scale is also the minimum."""
+    """Decodes TQ2_0: two-bit codes 0, 1, 2 with offset 1, so the minimum is the scale."""
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
     scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN)
@@ -220,7 +229,7 @@ def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ4_NL: codes index a codebook of 16 values."""
+    """Decodes IQ4_NL: nibbles that index a codebook of 16 values, and a scale per block."""
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
@@ -228,7 +237,7 @@ def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns."""
+    """Decodes IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns, stored as four and two bits."""
     start = first // BLOCK
     codes = tl.load(book + nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
     group = tl.arange(0, SPAN // 32)
@@ -241,7 +250,11 @@ def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """MXFP4. Codes are doubled, so the scale is 2^(e - 128); for the two smallest exponents it is a subnormal f32."""
+    """Decodes MXFP4: nibbles that index the FP4 values, and the exponent e of a power of two per block.
+
+    The codebook has the doubled values, so the scale is 2^(e - 128); for the two smallest exponents it is a subnormal
+    f32.
+    """
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     exponent = stream(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
     scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23).to(tl.float32, bitcast=True)

@@ -1,6 +1,7 @@
 """Decoders of the IQ types with large codebooks, as in dequant_blocks.py, on the codebooks of iq_codebooks.py.
 
-An entry of a codebook holds indices of values; the values are computed from the indices.
+A codebook index stands for four or eight weights. An entry of a codebook holds for each of these weights the index of
+its value in a short list (8, 25, 43 for IQ2). The values are computed from these indices; signs are applied after that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def apply_signs(values, signs):
 
 @triton.jit
 def with_eighth_sign(signs):
-    """Adds the eighth sign to seven signs; it makes the number of negative signs even."""
+    """Adds the eighth sign to seven signs, which the files omit: the number of negative signs is even.
+
+    The XOR of the seven bits, folded in three steps, is the parity and so the eighth sign.
+    """
     parity = signs ^ (signs >> 4)
     parity = parity ^ (parity >> 2)
     parity = parity ^ (parity >> 1)
@@ -55,7 +59,7 @@ def nibble_scale(plane, half, row, start, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ2_XXS: two words per 32 columns.
+    """Decodes IQ2_XXS: two words per 32 columns.
 
     The first word holds four codebook indices, the second four times seven signs below a scale of four bits.
     """
@@ -71,7 +75,7 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 @triton.jit
 def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ2_XS: nine bits of codebook index and seven signs per eight columns."""
+    """Decodes IQ2_XS: nine bits of codebook index and seven signs per eight columns."""
     start = first // BLOCK
     word = stream(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
     codes = apply_signs(iq2_values(load_indices(book, word & 511, 8)), with_eighth_sign((word >> 9) & 127))
@@ -81,7 +85,7 @@ def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
+    """Decodes IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     high_bits = stream(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
     index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 3) << 8)
@@ -93,7 +97,7 @@ def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ3_XXS: a codebook index per four columns, and a word per 32 columns.
+    """Decodes IQ3_XXS: a codebook index per four columns, and a word per 32 columns.
 
     The word holds four times seven signs below a scale of four bits. The values are 4, 12, ... 52, 62.
     """
@@ -110,7 +114,7 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 @triton.jit
 def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ3_S: nine bits of codebook index per four columns, one of them stored separately.
+    """Decodes IQ3_S: nine bits of codebook index per four columns, one of them stored separately.
 
     Each column has a sign, and 32 columns a scale of four bits. The values are 1, 3, ... 15.
     """
@@ -128,7 +132,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ1_S: eleven bits of codebook index per eight columns; indices minus one are the values -1, 0, 1.
+    """Decodes IQ1_S: eleven bits of codebook index per eight columns; indices minus one are the values -1, 0, 1.
 
     A 16-bit word per 32 columns holds the upper three bits of each of four codebook indices, three bits of scale, and
     the sign of an offset of one eighth that is added to all 32 values.
@@ -144,9 +148,10 @@ def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """IQ1_M: as IQ1_S, with the upper bits of the index and the sign of the offset in four bits per eight columns.
+    """Decodes IQ1_M: as IQ1_S, with four bits per eight columns: upper bits of the index, and the sign of the offset.
 
-    Scales have three bits per 16 columns; the nibbles of an f16 scale of the block are stored above them.
+    Scales have three bits per 16 columns; the nibbles of an f16 scale of the block are stored above them. The offset
+    changes within 16 columns, so it is subtracted from the codes here and is no minimum as in IQ1_S.
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     high_bits = stream(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]

@@ -165,7 +165,7 @@ def _linear_float(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> t
 
 
 def _linear_dequantized(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiplies by cuBLAS, after dequantizing as many rows at a time as PIECE weights are."""
+    """Multiplies by cuBLAS, after dequantizing as many rows at a time as DEQUANT_CHUNK_WEIGHTS weights are."""
     chunk_rows = max(1, DEQUANT_CHUNK_WEIGHTS // w.k)
     y = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
     for first_row in range(0, w.n, chunk_rows):

@@ -177,7 +177,7 @@ def experts(
         gate_bias, up_bias, down_bias: f32, of the same experts.
         act: one of ACTIVATIONS; `alpha` and `limit` are its parameters.
         first: index of the first expert on this device.
-        chosen: int64 on the device, to which the kernel adds how often each expert was selected.
+        expert_counts: int64 on the device, to which the kernel adds how often each expert was selected.
 
     Returns:
         [tokens, hidden] in x's dtype.
