@@ -32,7 +32,10 @@ PAGE_FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 class DiskPageStore:
-    """A page store on disk. `put`, `flush` and `fetch` are for the thread that computes; a thread of its own writes.
+    """A page store on disk: the second level of the prefix cache, which outlives the process.
+
+    The engine's thread calls `put`, `flush` and `fetch`; a thread of the store's own writes the files, so that no step
+    waits for the disk.
 
     Args:
         folder: the folder for page files of all models.
@@ -47,7 +50,7 @@ class DiskPageStore:
         shapes = [[list(buffer.shape[1:]), str(buffer.dtype)] for buffer in self._buffers().values()]
         digest = hashlib.sha256(json.dumps([identity, shapes], sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = Path(folder).expanduser() / f"{name}-{digest}"
-        self.sizes = self._scan()
+        self.sizes = self._scan()  # page hash -> bytes of its file, least recently used first
         self.total_bytes = sum(self.sizes.values())
         self._marked: list[tuple[bytes, int]] = []  # pages that this step filled
         self._pending_bytes = 0
@@ -79,6 +82,7 @@ class DiskPageStore:
         return {f"{i}.{j}": buffer for i, layer in enumerate(layers) for j, buffer in enumerate(layer.buffers)}
 
     def _file(self, key: bytes) -> Path:
+        """Returns the path of a page's file."""
         return self.folder / (key.hex() + FILE_SUFFIX)
 
     def __len__(self) -> int:
@@ -136,7 +140,7 @@ class DiskPageStore:
         self._file(key).unlink(missing_ok=True)
 
     def _write_all(self) -> None:
-        """Runs on the writing thread."""
+        """Runs on the writing thread until `close`. A page that cannot be written is logged and skipped."""
         while (job := self.jobs.get()) is not None:
             key, tensors = job
             try:

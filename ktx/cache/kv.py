@@ -86,8 +86,12 @@ class GrowingLayer(DynamicLayer):
     """Keys and values [batch, heads, length, columns] as views of larger buffers.
 
     A script may edit `keys` and `values` in place, or assign others, of another length or batch too, as in
-    transformers' own layer. Assigned tensors wait in `given` until the layer is used next. A buffer that a script has
-    read (`lent`) is not written to again: the next token is written to a copy, as transformers copies at each token.
+    transformers' own layer. Assigned tensors wait in `assigned` until the layer is used next. A buffer that a script
+    has read (`exported`) is not written to again: the next token is written to a copy, as transformers copies at each
+    token.
+
+    It replaces transformers' DynamicLayer, which copies the whole past for every token; `buffers` are those of keys and
+    values, of which the first `length` positions are stored, and `columns` are their widths before storage as blocks.
     """
 
     is_sliding = False
@@ -105,12 +109,12 @@ class GrowingLayer(DynamicLayer):
         """Turns transformers' layer into one that grows in place, with the same content; references to the layer stay
         valid.
         """
-        given = {0: layer.keys, 1: layer.values}
+        assigned = {0: layer.keys, 1: layer.values}
         for name in KV_NAMES:
             del layer.__dict__[name]
         object.__setattr__(layer, "__class__", cls)
         cls.__init__(layer, dtype)
-        layer.assigned = given
+        layer.assigned = assigned
         layer.apply_assigned()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
@@ -155,7 +159,7 @@ class GrowingLayer(DynamicLayer):
             self._grow(self.length + new)
 
     def apply_assigned(self) -> None:
-        """Stores the tensors that were assigned to `keys` and `values`. UsageError when keys and values differ in
+        """Stores the tensors that were assigned to `keys` and `values`, in buffers of their size. UsageError when keys and values differ in
         batch, heads or positions.
         """
         if not self.assigned:
@@ -330,7 +334,7 @@ def growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLayer 
 
 
 def restore_stock_layer(cache: Any, index: int) -> None:
-    """Reverts `growing` before autograd records appended tokens: the layer of a stock DynamicCache becomes
+    """Reverts `growing_layer` before autograd records appended tokens: the layer of a stock DynamicCache becomes
     transformers' own again, with the same content.
     """
     layers: Any = getattr(cache, "layers", ())
@@ -371,7 +375,7 @@ class KVCache(Cache):
                 layer.crop(min(0, length - layer.get_seq_length()))
 
     def nbytes(self) -> int:
-        """Returns the bytes of the allocated buffers."""
+        """Returns the bytes of the allocated buffers, which have more positions than are stored."""
         return sum(
             buffer.numel() * buffer.element_size()
             for layer in self.layers

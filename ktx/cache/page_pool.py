@@ -31,7 +31,7 @@ def hash_page(parent_hash: bytes, ids: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True)
 class PartialPage:
-    """A page that is not full: its ids, and the hash `before` of the page before it."""
+    """A page that is not full: its ids, and the hash `parent_hash` of the page before it."""
 
     page: int
     parent_hash: bytes
@@ -50,11 +50,12 @@ class PagePool:
         if count < 1:
             raise UsageError(f"a KV cache needs at least one page, it has {count}")
         self.count = count
-        self.free_pages = list(range(count - 1, -1, -1))
-        self.ref_counts = [0] * count
+        self.free_pages = list(range(count - 1, -1, -1))  # a stack: low page numbers are allocated first
+        self.ref_counts = [0] * count  # number of sequences that use each page
+        # the prefix cache's full pages, used and idle ones: page -> hash, and hash -> page
         self.hash_of: dict[int, bytes] = {}
         self.page_of_hash: dict[bytes, int] = {}
-        self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # the idle pages, least recently used first
         self.partial_pages: dict[bytes, PartialPage] = {}  # by the hash of the page before them, the latest of each
         self.partial_of_page: dict[int, PartialPage] = {}
         # recurrent states at the end of a full or partial page, by its hash
@@ -141,7 +142,7 @@ class PagePool:
                 self.free_pages.append(page)
 
     def save_snapshot(self, page_hash: bytes, snapshot: Any) -> None:
-        """Caches recurrent states at the end of a page; beyond SNAPSHOTS the oldest one is evicted."""
+        """Caches recurrent states at the end of a page; beyond MAX_SNAPSHOTS the oldest one is evicted."""
         self.snapshots[page_hash] = snapshot
         self.snapshots.move_to_end(page_hash)
         while len(self.snapshots) > MAX_SNAPSHOTS:
@@ -153,8 +154,8 @@ class PagePool:
             self._evict(page)
 
     def check_integrity(self, used_pages: Iterable[Iterable[int]]) -> None:
-        """Raises AssertionError unless every page is in exactly one state and `held`, the pages of each sequence,
-        matches the reference counts.
+        """Raises AssertionError unless every page is in exactly one state and `used_pages`, the pages of each sequence,
+        match the reference counts.
         """
         ref_counts = [0] * self.count
         for pages in used_pages:

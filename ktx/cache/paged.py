@@ -31,10 +31,10 @@ class PageTables:
 
     Args:
         sequences: int64 [n, 3]: first token, number of tokens, number of keys including these tokens.
-        pages: int32 [n, most]: the pages of each sequence.
+        pages: int32 [n, max pages]: the pages of each sequence.
         slots: int64 [tokens]: the slot of each token.
         plans: attention schedules that the first layer computes for the following ones.
-        works: the same, for those that depend on the numbers of tokens alone.
+        token_plans: the same, for schedules that depend on the numbers of tokens alone.
         scratch: scratch buffers; tables of different sizes may share one, if only one is in use at a time.
     """
 
@@ -63,7 +63,8 @@ class SequenceSpan:
         count: number of tokens.
         pages: the pages of the sequence.
         prompt: how many of the tokens, the first ones, belong to the prompt.
-        shared: other sequences may reuse the prompt, so snapshots of recurrent states are taken, see `marks`.
+        shared: other sequences may reuse the prompt, so snapshots of recurrent states are taken, see
+            `snapshot_lengths`.
     """
 
     owner: int
@@ -130,6 +131,7 @@ class BatchMetadata:
         tables: Mapping[torch.device, PageTables] | None = None,
     ):
         self.spans, self.check = spans, check
+        # for each span: its first row, its number of rows, and its number of keys including these tokens
         rows, num_tokens = [], 0
         for span in spans:
             rows.append((num_tokens, span.count, span.past + span.count))
@@ -278,7 +280,7 @@ class PagedCache(Cache):
         config: the model's config.
         pages: number of pages in each pool.
         dtype: the storage type, see kv_type.
-        more: number of attention layers in addition to the model's.
+        extra_layers: number of attention layers in addition to the model's, such as those for MTP.
     """
 
     def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, extra_layers: int = 0):

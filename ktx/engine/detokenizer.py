@@ -19,9 +19,10 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, hidden: Container[int] = ()):
         self.tokenizer, self.hidden, self.ids = tokenizer, hidden, list[int]()
-        self.start, self.emitted = 0, 0  # decoding starts at `start`; tokens before `shown` have been emitted
+        self.start, self.emitted = 0, 0  # decoding starts at `start`; tokens before `emitted` have been emitted
 
     def _decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens exactly as they are, with special tokens and spaces."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def feed(self, token: int) -> str:

@@ -63,6 +63,7 @@ def choice_grammar(texts: Sequence[str]) -> str:
 
 
 def _check_size(text: str, what: str) -> None:
+    """Raises UsageError for a text of more than SCHEMA_LIMITS["bytes"]; `what` names it in the message."""
     if len(text.encode("utf-8", "surrogatepass")) > SCHEMA_LIMITS["bytes"]:
         raise UsageError(f"{what} has {len(text)} characters, the limit is {SCHEMA_LIMITS['bytes']} bytes")
 
@@ -87,6 +88,9 @@ class GrammarCompiler:
         self._tokenizer_tables: Any = None
 
     def _get_tokenizer_tables(self) -> Any:
+        """Returns llguidance's tables of the tokenizer, building them once. UsageError when no grammar can be used with
+        this tokenizer.
+        """
         from llguidance.hf import from_tokenizer
 
         with self.lock:
@@ -126,7 +130,11 @@ class GrammarCompiler:
 
 
 class GrammarMatcher:
-    """The parser state of one output in its grammar."""
+    """The parser state of one output in its grammar; the sampler applies its `mask` before each token.
+
+    While `after` is not empty, the grammar has not begun: `tail` is the end of the output so far, in which `after` is
+    searched. `ended` is whether the output is complete.
+    """
 
     def __init__(self, matcher: Any, tokens: Any, vocabulary: int, after: str = ""):
         self.matcher, self.tokens, self.vocabulary, self.after, self.tail = matcher, tokens, vocabulary, after, ""
@@ -136,6 +144,7 @@ class GrammarMatcher:
         """Returns a mask bool [vocabulary] of the tokens that may follow; None before the grammar begins."""
         if self.after:
             return None
+        # one bit per token, the lowest bit of a byte first
         packed_bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         if self.matcher.is_error():
             raise _grammar_error(self.matcher, " any further")

@@ -127,9 +127,7 @@ class Inputs:
     def fill(self, tokens: Sequence[Token], size: int) -> None:
         """Fills the first `size` rows: one for each token, padding for the rest."""
         # the columns are ROW_FIELDS: ids, positions, slots, first, count, keys, real
-        rows = [
-            (token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)
-        ]
+        rows = [(token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)]
         rows += [(0, 0, self.spare * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
         self.host_numbers[:, :size] = torch.tensor(rows).T
         for row, token in zip(self.host_pages, tokens, strict=False):

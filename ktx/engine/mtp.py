@@ -43,6 +43,8 @@ class MTPDrafter:
         self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Returns up to `max_drafts[request]` draft tokens for each request, see `Drafter.draft`."""
+        # The layer reads, for each token that stays in the cache, the decoder's hidden state and the id of the next
+        # token. Where the last token has no next one, the request has ended, so its chunk is skipped.
         rows, ids, spans, row = [], list[int](), [], 0
         for chunk, num_kept in results:
             request, end = chunk.request, chunk.start + num_kept
@@ -55,7 +57,7 @@ class MTPDrafter:
         if not spans:
             return {}
         states = self._step(torch.cat(rows), ids, [span for _, span in spans])
-        last, end_row = {}, 0
+        last, end_row = {}, 0  # last: request -> the state of its last computed token
         for request, span in spans:
             end_row += span.count
             if max_drafts.get(request):
@@ -65,7 +67,13 @@ class MTPDrafter:
     def _drafts(
         self, last_states: dict[Request, torch.Tensor], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Drafts autoregressively. `last_states`: the layer's state of each request's last computed token."""
+        """Drafts autoregressively, one token per round for all requests; a request leaves when its draft has its
+        maximum length or its pages are full.
+
+        Args:
+            last_states: the layer's state of each request's last computed token.
+            max_drafts: the maximum number of draft tokens of each request.
+        """
         drafts: dict[Request, list[int]] = {request: [] for request in last_states}
         while last_states:
             tokens = self.model.lm_head(torch.stack(list(last_states.values()))[None])[0].argmax(-1).tolist()

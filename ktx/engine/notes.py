@@ -18,12 +18,12 @@ ENGINES = ("serial", "context")  # codes of the engine's notes
 
 
 def engine_notes(runner: Runner, prefix_cache: bool, context: int, limit: int) -> list[Note]:
-    """Returns an engine's notes.
+    """Returns the notes on what makes an engine slower or its requests shorter than a user may expect.
 
     Args:
         runner: computes the engine's forwards.
-        prefix_cache: whether the engine was asked for a prefix cache.
-        context: the most tokens of a request.
+        prefix_cache: whether the engine's options enable the prefix cache.
+        context: maximum tokens of a request.
         limit: the model's maximum context in tokens.
     """
     notes = []

@@ -14,7 +14,10 @@ from ktx.engine.scheduler import ScheduledChunk
 
 
 class OutputState:
-    """The output of one request: sampler, detokenizer and stop checker."""
+    """The output of one request: samples its tokens, detokenizes them, checks for its end and emits its events.
+
+    A restart after a preemption does not touch it: recomputed tokens are neither sampled nor emitted again.
+    """
 
     def __init__(self, request: Request, tokenizer: Any, stop_ids: frozenset[int], context: int):
         self.request, self.context = request, context
@@ -25,7 +28,8 @@ class OutputState:
         request_stop_ids = frozenset(request.sampling.stop_ids)
         self.stop_ids = request_stop_ids if request.sampling.ignore_eos else stop_ids | request_stop_ids
         self.stopped_by: str | int | None = None
-        self.end_token: SampledToken | None = None  # the end token
+        self.end_token: SampledToken | None = None  # the token that ended the output, which is not in its ids
+        # with `echo`: the prompt's tokens with log-probabilities as far as they are computed; the first one has none
         self.prompt_tokens: list[SampledToken] = [SampledToken(request.prompt[0])] if request.sampling.echo else []
         self.prompt_sent = False
         self.reason: Reason | None = None
@@ -48,6 +52,7 @@ class OutputState:
             return chunk.count, None
         if not request.sampling.max_new_tokens:
             return chunk.count, "length"
+        # Row i gives the token after draft token i - 1. Sampling goes on while it confirms the next draft token.
         drafted, request.draft = request.draft, []
         num_kept = chunk.count - len(drafted)
         for i, row in enumerate(logits):

@@ -63,12 +63,13 @@ class Finished:
 
     Args:
         reason: why the output ended.
-        text: the text that was held back.
+        text: the end of the text, which was held back because it was part of an incomplete character or of a
+            possible stop string.
         ids: the output tokens.
         usage: tokens and seconds of the request.
         stop: the stop string or token id that ended the output.
         error: the error message for the reason "error".
-        choice: the end token, which is not in `ids`.
+        end_token: the token that ended the output, which is not in `ids`.
         client_error: the request's own parameters caused the error.
     """
 

@@ -156,7 +156,7 @@ class ModelRunner:
             torch.arange(first + count - num_logits(chunk), first + count)
             for chunk, (first, count, _) in zip(chunks, batch.rows, strict=True)
         ]
-        # Chunks that need the logits of all their rows: their full pages need no rows of their own in bfloat16.
+        # Chunks that need the logits of all their rows; their full pages are excluded from multiplication in bf16.
         echoes = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
         try:
             self.cache.begin(batch)

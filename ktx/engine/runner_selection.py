@@ -91,7 +91,10 @@ def _mismatch(runner: ModelRunner) -> str:
 
 
 def _trial(runner: ModelRunner, number: int) -> Fault | None:
-    """Computes two sequences in CHUNKS and compares their logits; returns the fault, None if there is none."""
+    """Computes two sequences in CHUNKS and compares their logits; returns the fault, None if there is none.
+
+    `number` is the number of the trial; each trial has other token ids.
+    """
     size = runner.model.config.vocab_size
     lora = runner.adapters.in_use
     requests = [Request([], SamplingParams(), lambda event: None, id=-1 - i, pages=[i], lora=lora) for i in range(2)]
@@ -110,7 +113,10 @@ def _trial(runner: ModelRunner, number: int) -> Fault | None:
 
 
 def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
-    """Returns a fault if the chunked logits differ from those of the whole sequence."""
+    """Returns a fault if the chunked logits differ from those of the whole sequence.
+
+    The last of CHUNKS is a decode step, so each sequence gets one output token before it.
+    """
     for step, counts in enumerate(CHUNKS):
         if step == len(CHUNKS) - 1:
             for request in requests:
@@ -123,9 +129,8 @@ def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
         for chunk in chunks:
             chunk.request.num_computed += chunk.count
     for request in requests:
-        expected = CachedForward(runner.model)(request.ids, 0)[
-            -1
-        ]  # with a cache of the same type, whose rounding is no fault
+        # with a cache of the same type, whose rounding is no fault
+        expected = CachedForward(runner.model)(request.ids, 0)[-1]
         rel_error = relative_distance(found[request][-1], expected)
         # The past of another sequence changes all of the logits; small errors were checked when the model was loaded.
         if not rel_error <= MAX_DISTANCE_HALF:
@@ -140,6 +145,7 @@ class PagedForward:
         self.runner = runner
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
+        """Returns the logits of `ids` after the first `past` of them, which are already in the cache."""
         lora, logits_of_all = self.runner.adapters.in_use, SamplingParams(echo=True)
         request = Request(ids, logits_of_all, lambda event: None, id=-1, pages=[0], lora=lora)
         if past and self.runner.recurrent:  # the recurrent state includes later tokens, so it is recomputed

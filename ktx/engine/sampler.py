@@ -80,6 +80,7 @@ class SamplingParams:
     echo: bool = False
 
     def __post_init__(self) -> None:
+        """Raises UsageError for values out of range."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -123,6 +124,7 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed % (1 << 64))
+        # Counters for the penalties, updated by each token; allocated when the first penalty applies.
         self.seen: torch.Tensor | None = None  # bool [vocabulary]: occurs in the prompt or the output
         self.output_counts: torch.Tensor | None = None  # f32 [vocabulary]: occurrences in the output
         self.output_ids: list[int] = []  # the output, where penalties apply to a part of it
@@ -149,12 +151,12 @@ class Sampler:
 
     def _adjusted(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Returns logits with penalties, biases and a grammar's mask applied."""
-        s = self.sampling
-        if s.penalizes or s.logit_bias or mask is not None:
+        params = self.sampling
+        if params.penalizes or params.logit_bias or mask is not None:
             logits = logits.clone()
-        if s.penalizes:
+        if params.penalizes:
             self._apply_penalties(logits)
-        for token, bias in s.logit_bias.items():
+        for token, bias in params.logit_bias.items():
             if 0 <= token < len(logits):
                 logits[token] += bias
         return logits if mask is None else logits.masked_fill_(~mask, -torch.inf)
@@ -163,13 +165,15 @@ class Sampler:
         """Applies the penalties in place. The repetition penalty includes the prompt (Keskar et al. 2019, arXiv
         1909.05858); presence and frequency penalties apply to the output alone, as OpenAI's.
         """
-        s = self.sampling
-        if self.seen is None or self.output_counts is None or s.repeat_last_n >= 0:
+        params = self.sampling
+        if self.seen is None or self.output_counts is None or params.repeat_last_n >= 0:
             self.seen, self.output_counts = self._window(len(logits))
-        if s.repetition_penalty != 1:
+        if params.repetition_penalty != 1:
             values = logits[self.seen]
-            logits[self.seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-        logits -= s.frequency_penalty * self.output_counts + s.presence_penalty * (self.output_counts > 0)
+            logits[self.seen] = torch.where(
+                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+            )
+        logits -= params.frequency_penalty * self.output_counts + params.presence_penalty * (self.output_counts > 0)
 
     def _window(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns which tokens occur among the latest `repeat_last_n`, bool [vocabulary], and the output's occurrences
@@ -185,11 +189,11 @@ class Sampler:
         return seen, torch.bincount(torch.tensor(output_ids, dtype=torch.int64), minlength=vocabulary).float()
 
     def _sample_id(self, logits: torch.Tensor) -> int:
-        """Samples a token id from logits [vocabulary]."""
-        s = self.sampling
-        if s.temperature == 0:
+        """Samples a token id from logits [vocabulary]: inverse transform sampling, one random number per token."""
+        params = self.sampling
+        if params.temperature == 0:
             return int(logits.argmax())
-        values, ids = self._candidates(logits / s.temperature)
+        values, ids = self._candidates(logits / params.temperature)
         weights = (values - values.max()).double().exp()
         index = torch.searchsorted(
             weights.cumsum(0), torch.rand((), generator=self.generator, dtype=torch.float64) * weights.sum()
@@ -201,34 +205,34 @@ class Sampler:
         """Returns logits and ids of the tokens that the filters leave, most probable first; without filters all logits
         in vocabulary order, and None.
         """
-        s = self.sampling
-        if not (s.top_k or s.top_p < 1 or s.min_p or s.typical_p < 1):
+        params = self.sampling
+        if not (params.top_k or params.top_p < 1 or params.min_p or params.typical_p < 1):
             return logits, None
         values, ids = self._most_probable(logits)
         probabilities = values.softmax(-1)
-        if s.top_p < 1:
-            model_probabilities = probabilities if s.top_k else (values - logits.logsumexp(-1)).exp()
-            values = values[: _num_kept(model_probabilities.cumsum(-1) - model_probabilities < s.top_p)]
-        if s.min_p:
-            values = values[: _num_kept((values - values[0]).exp() >= s.min_p)]
-        if s.typical_p < 1:
-            values, ids = _typical(values, ids[: len(values)], s.typical_p)
+        if params.top_p < 1:
+            model_probabilities = probabilities if params.top_k else (values - logits.logsumexp(-1)).exp()
+            values = values[: _num_kept(model_probabilities.cumsum(-1) - model_probabilities < params.top_p)]
+        if params.min_p:
+            values = values[: _num_kept((values - values[0]).exp() >= params.min_p)]
+        if params.typical_p < 1:
+            values, ids = _typical(values, ids[: len(values)], params.typical_p)
         return values, ids[: len(values)]
 
     def _most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits and ids of at least as many of the most probable tokens, in order, as the filters can
         leave.
         """
-        s, log_total = self.sampling, logits.logsumexp(-1)
-        if s.top_k:
-            return logits.topk(min(s.top_k, len(logits)))
+        params, log_total = self.sampling, logits.logsumexp(-1)
+        if params.top_k:
+            return logits.topk(min(params.top_k, len(logits)))
         for count in (FIRST_TOPK, SECOND_TOPK):
-            if count >= len(logits) or s.typical_p < 1:
+            if count >= len(logits) or params.typical_p < 1:
                 break
             values, ids = logits.topk(count)
-            if s.top_p < 1 and float((values - log_total).exp().sum()) >= s.top_p:
+            if params.top_p < 1 and float((values - log_total).exp().sum()) >= params.top_p:
                 return values, ids
-            if s.min_p and float((values[-1] - values[0]).exp()) < s.min_p:
+            if params.min_p and float((values[-1] - values[0]).exp()) < params.min_p:
                 return values, ids
         return logits.sort(descending=True)  # type: ignore[return-value]
 
@@ -241,6 +245,14 @@ def _num_kept(keep: torch.Tensor) -> int:
 def _typical(values: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the tokens whose surprisal is nearest to the entropy, up to a probability mass of `mass` (Meister et al.
     2022, arXiv 2202.00666).
+
+    Args:
+        values: logits, most probable first.
+        ids: their token ids.
+        mass: the `typical_p` of the request.
+
+    Returns:
+        Logits and ids of the tokens that stay, in the given order.
     """
     probabilities = values.softmax(-1)
     surprisal = -probabilities.log()

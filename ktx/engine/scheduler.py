@@ -88,7 +88,7 @@ class Scheduler:
         on_restore: called with a request that starts from a snapshot of the recurrent layers, and the snapshot.
         on_snapshot: returns a snapshot of the recurrent layers after a request's first tokens; None if there is none.
         page_aligned_numerics: the model computes full pages of a prompt with other kernels than single tokens, with
-            other rounding errors; then a page of a prompt is reused only if it was computed the same way.
+            other rounding errors; then a partial page inside a prompt is reused only in full.
         store: a second level of the prefix cache.
         granularity: chunks of a prompt end at multiples of so many tokens, which are whole pages, and at its end.
     """

@@ -39,12 +39,13 @@ class ScriptedRunner(ModelRunner):
         for _ in range(sum(chunk.count for chunk in chunks)):
             self._on_layer(chunks)
             time.sleep(self.seconds)
-        return {chunk.request: self._logits(chunk) for chunk in chunks}
+        return {chunk.request: self._make_logits(chunk) for chunk in chunks}
 
     def largest_step(self, max_tokens: int, memory_share: float = 1.0) -> int:
         return max_tokens
 
-    def _logits(self, chunk: ScheduledChunk) -> torch.Tensor:
+    def _make_logits(self, chunk: ScheduledChunk) -> torch.Tensor:
+        """Returns logits [rows, vocabulary] that make the script's next token the most probable one in each row."""
         rows, request = num_logits(chunk), chunk.request
         logits = torch.zeros(rows, self.vocabulary, dtype=torch.float32)
         for row, position in zip(
@@ -54,6 +55,7 @@ class ScriptedRunner(ModelRunner):
         return logits
 
     def _next_token(self, request: Request, position: int) -> int:
+        """Returns the token at a position: of the prompt, of the script's output, or the end token after it."""
         if position < len(request.prompt):
             return request.prompt[position]
         if request.id not in self.answers:
@@ -97,6 +99,7 @@ def read_script(path: str | Path | None, tokenizer: Any) -> Script:
             raise BadFile(f'{path}: is not a script, a JSON list of {{"match": ..., "text": ...}}: {error}') from error
 
     def script(prompt: Sequence[int]) -> Sequence[int]:
+        """Returns the output of the first entry that matches the prompt."""
         text = tokenizer.decode(prompt, skip_special_tokens=False)
         found = next((output_ids for match, output_ids in entries if match in text), None)
         return prompt[-ECHO_TOKENS:] if found is None else found

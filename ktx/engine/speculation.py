@@ -48,6 +48,7 @@ class ForwardCostModel:
     """Predicts the seconds of a decode forward: a line fitted to the latest forwards."""
 
     def __init__(self) -> None:
+        # sums over forwards, each with a weight that decays: 1, tokens, tokens squared, seconds, tokens x seconds
         self.weight = self.tokens = self.squares = self.seconds = self.products = 0.0
 
     def record(self, tokens: int, seconds: float) -> None:
@@ -80,6 +81,9 @@ def choose_draft_lengths(
 ) -> list[int]:
     """Returns how many tokens to draft for each request, so that the expected tokens per second are maximal.
 
+    Greedy: the draft token with the highest probability of acceptance is added, until one more no longer pays off. The
+    n-th draft token of a request is accepted with the probability acceptance rate ** n, because all before it must be.
+
     Args:
         cost_model: predicts the seconds of a forward.
         acceptance_rates: each request's acceptance rate.
@@ -111,6 +115,7 @@ class SpeculativeDecoder:
             ForwardCostModel(),
             0.0,
         )
+        # request -> decayed numbers of accepted and of verified draft tokens
         self.acceptance: WeakKeyDictionary[Request, tuple[float, float]] = WeakKeyDictionary()
 
     def record_verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:

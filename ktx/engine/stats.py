@@ -49,14 +49,19 @@ class EngineStats:
             (index if layer is None else layer, module)
             for index, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
+        # the experts' counters belong to the model: what they counted before this engine is subtracted
         self.before = [(module.total_counts(), module.wait_s) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
         self.prompt_tokens = self.answer_tokens = 0
 
     @contextmanager
     def forward(self, forwards: int, tokens: int, heads: int) -> Iterator[None]:
-        """Context around a step's forwards; `heads` of them compute logits. A forward that fails adds its time, and
-        only the bytes of its experts.
+        """Context around a step's forwards. A forward that fails adds its time, and only the bytes of its experts.
+
+        Args:
+            forwards: number of the step's forwards.
+            tokens: number of their tokens.
+            heads: number of the forwards that compute logits.
         """
         start = time.perf_counter()
         try:

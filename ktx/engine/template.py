@@ -31,13 +31,14 @@ def named_templates(template: Any) -> dict[str, str]:
             else {entry["name"]: entry["template"] for entry in template}
         )
     except (TypeError, KeyError, ValueError) as error:
-        raise BadFile(_type_error(template)) from error
+        raise BadFile(_type_error_message(template)) from error
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in templates.items()):
-        raise BadFile(_type_error(template))
+        raise BadFile(_type_error_message(template))
     return templates
 
 
-def _type_error(template: Any) -> str:
+def _type_error_message(template: Any) -> str:
+    """Returns the message for a chat_template that is neither a text nor texts by name."""
     return (
         f"the tokenizer's chat_template is of type {type(template).__name__}, but neither text nor texts by name; "
         "give --chat-template FILE"
