@@ -129,10 +129,9 @@ def attend(
     cap = float(softcap or 0.0)
     if dropout > 0 and batch is not None:
         raise dropout_error(dropout, "an engine's forward")
-    trained = (
-        batch is None and is_recorded(query, key, value) and choice.returns_weights(kwargs)
-    )  # the weights need a gradient too
-    if dropout > 0 or trained:
+    # The kernel's backward gives no gradients of attention weights.
+    needs_weight_gradients = batch is None and is_recorded(query, key, value) and choice.returns_weights(kwargs)
+    if dropout > 0 or needs_weight_gradients:
         weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
         return apply_weights(weights, value), weights if choice.returns_weights(kwargs) else None
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **paging)
@@ -150,7 +149,7 @@ def dropout_error(dropout: float, where: str) -> UsageError:
 
 
 def attention_choice(module: nn.Module) -> AttentionChoice:
-    """Returns the Choice of a ktx module, or of a transformers module that uses the attention function \"ktx\"."""
+    """Returns the AttentionChoice of an operator, or of a transformers module that uses the function "ktx"."""
     choice: Any = module.__dict__.get("choice")
     return AttentionChoice(module.config) if choice is None else choice
 
@@ -178,7 +177,7 @@ def non_causal_error(module: Any) -> UsageError:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Returns `x` with contiguous rows, as the kernels require."""
+    """Returns `x` with contiguous columns, as the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -289,6 +288,17 @@ class Attention(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
+        """Creates the operator that replaces a transformers attention module.
+
+        Args:
+            old: The module, on the meta device.
+            ctx: The operator's path, configuration, device and dtypes.
+            backend: The attention kernels on a GPU: triton, flashinfer or auto.
+            **kwargs: Not used.
+
+        Raises:
+            UsageError: `old` has no cache index, or computes otherwise than the fused step of its class.
+        """
         if not hasattr(old, "layer_idx"):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, which is not cached attention: it has no cache index"
@@ -319,24 +329,24 @@ class Attention(Operator):
             return super().call_patched_class(*args, **kwargs)
         return self.compute(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
 
-    def compute(self, given: dict[str, Any], cache: Any) -> Any:
+    def compute(self, arguments: dict[str, Any], cache: Any) -> Any:
         """Computes the forward.
 
         Args:
-            given: The arguments by name, without the cache.
+            arguments: The arguments by name, without the cache.
             cache: The cache, or None.
         """
         if (block := valid_fast_path(self)) is not None:
-            fused = block(cache=cache, **given)
+            fused = block(cache=cache, **arguments)
             if fused is not None:
                 return fused, None
-        if is_recorded(given.get("hidden_states")):
+        if is_recorded(arguments.get("hidden_states")):
             restore_stock_layer(cache, self.layer_idx)
         casting = cache
         if self.uses_ktx_kernel and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
             casting = CastingCache(cache, kv_float_dtype(self.kv_dtype, torch.float16))
-        out = super().forward(**self.call.join(given, casting))
-        if "choice" in self.__dict__ and self.choice.returns_weights(given, cache) and not _has_weights(out):
+        out = super().forward(**self.call.join(arguments, casting))
+        if "choice" in self.__dict__ and self.choice.returns_weights(arguments, cache) and not _has_weights(out):
             raise missing_weights_error(self.path, type(self).__name__)
         return out
 

@@ -49,12 +49,12 @@ class Experts(Parametrizable):
     the model, which is the purpose of the operator. If the replaced module had an activation as a child, `act_fn`, this
     one has it too; a hook on it, or a replacement, makes the experts run one by one around it.
 
-    It holds `num_experts` of the layer's experts, from id `first` on, and skips the others. With a GPU, the first
-    experts may be there: `on_gpu` holds them, and the MoE block calls both operators.
+    It holds `num_experts` of the layer's experts, from id `first_expert` on, and skips the others. With a GPU, the
+    first experts may be there: `on_gpu` holds them, and the MoE block calls both operators.
 
     Attributes:
-        total: number of experts of the layer.
-        first: id of the first expert here.
+        total_experts: number of experts of the layer.
+        first_expert: id of the first expert here.
         num_experts: number of experts here.
         counts: expert statistics of the kernels, see cpu.ExpertStats.
         wait_s: seconds spent waiting for hidden states from another device.
@@ -77,6 +77,14 @@ class Experts(Parametrizable):
     replaced_class: type | None  # the class of the replaced module
 
     def __init__(self, path: str, experts: int, gate: Activation, bias: bool):
+        """Creates the operator of all experts of a layer, without weights.
+
+        Args:
+            path: its module path.
+            experts: number of experts of the layer.
+            gate: the activation between the projections.
+            bias: whether the projections have biases.
+        """
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
         self.replaced_class = None
@@ -113,21 +121,22 @@ class Experts(Parametrizable):
         count = next((int(getattr(old, name)) for name in COUNT_ATTRIBUTES if hasattr(old, name)), 0)
         if not count:
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5; {KEEP_MODULE_HINT}"
+                f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5;"
+                f" {KEEP_MODULE_HINT}"
             )
         contract.experts(old, ctx.path)
-        gate = probe_experts(old, ctx.path)
-        bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
-        new = cls(ctx.path, count, gate, bias)
+        activation = probe_experts(old, ctx.path)
+        has_bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
+        new = cls(ctx.path, count, activation, has_bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
         new.replaced_class = type(old)
         new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
-        new.interleaved = is_interleaved(old, gate)
+        new.interleaved = is_interleaved(old, activation)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.splittable(gpu_experts or 0)
-        if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in ACTIVATIONS:
+        if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and activation.act in ACTIVATIONS:
             new.add_module(ACTIVATION, old.act_fn)
         scalars = (bool, int, float, str)
         new.settings = {
@@ -142,7 +151,8 @@ class Experts(Parametrizable):
         """Returns `count` if it is a valid number of the layer's experts on a GPU; else UsageError."""
         if not 0 <= count <= self.total_experts:
             raise UsageError(
-                f"gpu_experts={count}: {self.path} has {self.total_experts} experts, it must be 0 to {self.total_experts}"
+                f"gpu_experts={count}: {self.path} has {self.total_experts} experts, it must be 0 to"
+                f" {self.total_experts}"
             )
         return count
 
@@ -251,9 +261,9 @@ class Experts(Parametrizable):
 
     def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: returns one expert's projection, f32 [n, k]."""
-        w = self._packed(name, expert)
+        packed = self._packed(name, expert)
         assert expert is not None
-        return w.matrix(expert - self.first_expert).rows(torch.arange(w.n, device="cpu"))
+        return packed.matrix(expert - self.first_expert).rows(torch.arange(packed.n, device="cpu"))
 
     def repack(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: packs one expert's projection, in the weight type that all experts of it share."""
@@ -437,6 +447,7 @@ class Experts(Parametrizable):
         self.take({name: checked_values(f"{self.path}.{name}", value, current.shape)})
 
     def floats(self) -> dict[str, Floats]:
+        """Returns views of the stacked parameters and biases; with experts on a GPU, entries that cannot be read."""
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
@@ -452,6 +463,7 @@ class Experts(Parametrizable):
         return floats
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
+        """Returns the packed projections and biases of the whole layer; this operator also returns those on its GPU."""
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
@@ -466,18 +478,18 @@ class Experts(Parametrizable):
 
     def _unreadable(self, name: str, halves: int) -> dict[str, Floats]:
         """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
-        about = (
+        message = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"
             " load the model on the CPU (device='cpu')"
         )
         rows, columns = (self.hidden, self.width) if name == "down_proj" else (halves * self.width, self.hidden)
         shape = (self.total_experts, *((columns, rows) if self.transposed else (rows, columns)))
         bias = (
-            {f"{name}_bias": unreadable((self.total_experts, rows), about, hash((id(self), name, "bias")))}
+            {f"{name}_bias": unreadable((self.total_experts, rows), message, hash((id(self), name, "bias")))}
             if self.has_bias
             else {}
         )
-        return {name: unreadable(shape, about, hash((id(self), name)))} | bias
+        return {name: unreadable(shape, message, hash((id(self), name)))} | bias
 
     def stacked_parameters(self) -> dict[str, tuple[str, ...]]:
         """Returns the replaced module's parameter names, each with the projections that it contains."""
@@ -491,7 +503,7 @@ class Experts(Parametrizable):
         return torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1)
 
     def _halves(self, stacked: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
-        """Splits a stacked parameter along a dimension into `count` projections."""
+        """Splits a stacked parameter along `dim` into `count` (1 or 2) projections, in the module's row order."""
         if count == 1:
             return [stacked]
         if self.interleaved:
@@ -533,9 +545,9 @@ class Experts(Parametrizable):
         counts, merged = self.counts, self.counts.new_zeros(self.total_experts + len(self.counts) - self.num_experts)
         merged[self.first_expert : self.first_expert + self.num_experts] = counts[: self.num_experts]
         merged[self.total_experts :] = counts[self.num_experts :]
-        chosen = self.gpu_counts if self.on_gpu is None else self.on_gpu.gpu_counts
-        if chosen is not None:
-            merged[: self.total_experts] += chosen.cpu()
+        gpu_counts = self.gpu_counts if self.on_gpu is None else self.on_gpu.gpu_counts
+        if gpu_counts is not None:
+            merged[: self.total_experts] += gpu_counts.cpu()
         return merged
 
     def extra_repr(self) -> str:

@@ -102,6 +102,10 @@ class PackedExperts:
 
     @torch_defaults()
     def _rebuild(self, module: Any, dtype: str | None) -> None:
+        """Packs the module's parameters anew and records the state that `_is_current` compares with.
+
+        `operator` is None until everything is packed, so an error leaves no outdated copy behind.
+        """
         self.operator, class_name = None, type(module).__name__
         try:
             operator = Experts.from_hf(module, Context(class_name, module.config, torch.device("cpu"), torch.float32))
@@ -198,10 +202,10 @@ def forward(
         )
     parameters = [module._parameters[name] for name in packed_experts.names]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-        made: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+        recorded: torch.Tensor = ExpertsFunction.apply(  # type: ignore[no-untyped-call]
             operator, module, hidden_states, top_k_index, top_k_weights, *parameters
         )
-        return made
+        return recorded
     out: torch.Tensor = operator(hidden_states, top_k_index, top_k_weights)
     return out
 
@@ -224,6 +228,10 @@ class ExpertsFunction(torch.autograd.Function):
     @custom_bwd(device_type="cpu")  # with the autocast state of the forward
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Recomputes the forward with transformers' code on the parameters, and returns its gradients.
+
+        The first two arguments (operator and module) and the expert ids have none.
+        """
         hidden, ids, weights, *parameters = ctx.saved_tensors
         original_forward: Callable[..., torch.Tensor] = inspect.unwrap(type(ctx.module).forward)
         with torch.enable_grad():

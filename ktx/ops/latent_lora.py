@@ -40,6 +40,7 @@ class LatentLora(Lora):
 
     @staticmethod
     def nbytes(owner: MLA, adapters: Sequence[LowRank]) -> int:
+        """Returns the bytes that `pack` allocates for an adapter: A twice, and both halves of B packed and unpacked."""
         (adapter,) = adapters
         rank, heads = adapter.b.shape[-1], owner.num_heads
         shapes = [
@@ -63,9 +64,10 @@ class LatentLora(Lora):
         return self._of(self.mapping.slices_of_rows(row_indices))
 
     def _of(self, rows: Sequence[tuple[slice, AdapterUses]]) -> LatentAdapters | None:
+        """Returns the adapters of these rows whose factors this layer has; None if there are none."""
         uses_of_rows = [
-            (part, self.factors[use.name], use.factor)
-            for part, uses in rows
+            (indices, self.factors[use.name], use.factor)
+            for indices, uses in rows
             for use in uses
             if use.name in self.factors
         ]
@@ -74,22 +76,22 @@ class LatentLora(Lora):
 
 @dataclass(frozen=True)
 class LatentAdapters:
-    """Adapters of a call: (rows, factors, scale) each."""
+    """The adapters of one call: for each, its rows, its factors and the scale of its output."""
 
     rows: Sequence[tuple[slice, HeadFactors, float]]
 
     def queries(self, q: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Returns `base` [H, rows, rank] plus the adapters' part of the absorbed queries q [H, rows, nope]."""
-        for part, factors, factor in self.rows:
+        for indices, factors, factor in self.rows:
             added = cpu.linear(cpu.linear_batched(q.float(), factors.k_t), factors.a_t)
-            base = add_rows(base, scaled(factor, added), part)
+            base = add_rows(base, scaled(factor, added), indices)
         return base
 
     def values(self, context: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Returns `base` [H, rows, v] plus the adapters' part of the values from context [H, rows, rank]."""
-        for part, factors, factor in self.rows:
+        for indices, factors, factor in self.rows:
             added = cpu.linear_batched(cpu.linear(context.float(), factors.a), factors.v)
-            base = add_rows(base, scaled(factor, added), part)
+            base = add_rows(base, scaled(factor, added), indices)
         return base
 
     def expanded(
@@ -105,7 +107,7 @@ class LatentAdapters:
         """
         head_slice = slice(heads.start, heads.stop)
         for _, factors, factor in self.rows:
-            low = scaled(factor, cpu.linear(latent.float(), factors.a))
-            k = k + (low @ factors.k_rows[head_slice].flatten(0, 1).t()).to(k.dtype)
-            v = v + (low @ factors.v_rows[head_slice].flatten(0, 1).t()).to(v.dtype)
+            projected = scaled(factor, cpu.linear(latent.float(), factors.a))
+            k = k + (projected @ factors.k_rows[head_slice].flatten(0, 1).t()).to(k.dtype)
+            v = v + (projected @ factors.v_rows[head_slice].flatten(0, 1).t()).to(v.dtype)
         return k, v

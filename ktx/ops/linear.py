@@ -33,12 +33,20 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+        """Creates a layer without weights.
+
+        Args:
+            path: its module path.
+            in_features: number of columns of W.
+            out_features: number of rows of W.
+            bias: whether it has a bias, which `load` reads.
+            dtype: of its weight as floats and of its bias.
+        """
         nn.Module.__init__(self)  # not that of nn.Linear, which allocates the weight
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
-        self.has_own_copy = (
-            False  # whether a tied layer is on another device than the embedding and holds its own copy of the weight
-        )
+        # Whether a tied layer is on another device than the embedding and holds its own copy of the weight.
+        self.has_own_copy = False
         self.register_parameter("bias", None)
         self.parts: list[cpu.Packed] = []
         self.quant_target: str | None = None

@@ -4,6 +4,10 @@ Small batches use the absorbed form: W_UK is multiplied into the query and W_UV 
 multi-query attention on the latent, and cached tokens are never expanded. Large batches use the expanded form: the
 latent is expanded to keys and values, for some heads at a time, and attention has 192 columns instead of 576. Each call
 chooses the form by its number of tokens; both forms read the same cache, so they can be mixed.
+
+Names: a query head has `nope` columns without RoPE and `rope` columns with it; `rank` is the number of columns of a
+latent, `v` that of a head's value; W_UK and W_UV, the halves of kv_b_proj, expand latents to keys and values. Shapes: B
+sequences, H heads, S new tokens, T keys, D columns of hidden states.
 """
 
 from __future__ import annotations
@@ -54,7 +58,6 @@ from ktx.weights.base import EXPANDED, QuantizedTensor, WeightSource
 # head.
 MIN_EXPANDED_TOKENS = 128
 EXPAND_BYTES = 1 << 28  # memory for the expanded keys and values of the heads that are computed at a time
-# Attention classes that compute as DeepSeek's does, and which columns RoPE rotates as a pair.
 
 
 class MLA(Operator):
@@ -62,8 +65,8 @@ class MLA(Operator):
 
     Options:
         absorb_for_prefill: Use the absorbed form for any number of tokens, which saves memory and costs prefill speed.
-        rope (interleaved, halves, config): The rotary pairs of a class that is not in MLA_PAIRING; the user asserts that the
-            class computes as DeepSeek's does.
+        rope (interleaved, halves, config): The rotary pairs of a class that is not in MLA_PAIRING; the user asserts
+            that the class computes as DeepSeek's does.
         backend (triton, flashinfer, auto): The attention kernels on a GPU.
 
     Attributes:
@@ -98,6 +101,19 @@ class MLA(Operator):
         backend: str = "triton",
         **kwargs: Any,
     ) -> MLA:
+        """Creates the operator that replaces a transformers MLA attention, without its kv_b_proj until `ready` (KVExpansion).
+
+        Args:
+            old: The module, on the meta device.
+            ctx: The operator's path, configuration, device and dtypes.
+            absorb_for_prefill: See the options of the class.
+            rope: See the options of the class.
+            backend: See the options of the class.
+            **kwargs: Not used.
+
+        Raises:
+            UsageError: `old` has no compressed latent, its class is unknown, or it differs from DeepSeek's attention.
+        """
         if not hasattr(old, "kv_lora_rank") or not hasattr(old, "kv_a_proj_with_mqa"):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: MLA needs an attention with a compressed latent (kv_lora_rank)"
@@ -139,7 +155,7 @@ class MLA(Operator):
         return self._packed(k_b, v_b, self.stores_f32(source), spec is not None and not spec.qtype.is_float)
 
     def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantized: bool) -> list[cpu.Packed]:
-        """Packs the matrices.
+        """Packs W_UK transposed and W_UV, and W_UK for the expanded form unless `absorb_for_prefill` is set.
 
         Args:
             k_b: W_UK transposed, [heads, rank, nope].
@@ -150,8 +166,8 @@ class MLA(Operator):
         packed = [cpu.pack(to_f16(k_b, exact)), cpu.pack(to_f16(v_b, exact))]
         if not self.absorb_for_prefill:
             w_uk = QuantizedTensor.from_float(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
-            coarse = quantized and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
-            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(to_f16(w_uk, exact)))
+            use_q8 = quantized and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
+            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if use_q8 else cpu.pack(to_f16(w_uk, exact)))
         return packed
 
     def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
@@ -171,7 +187,7 @@ class MLA(Operator):
         k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
         exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
         halves = [QuantizedTensor.from_float(half.contiguous()) for half in (k.transpose(1, 2), v)]
-        packed = self._packed(halves[0], halves[1], exact, False)
+        packed = self._packed(halves[0], halves[1], exact=exact, quantized=False)
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def stores_f32(self, source: WeightSource) -> bool:
@@ -186,15 +202,21 @@ class MLA(Operator):
         self.block = MLABlock.of(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        given, cache = self.call.split(args, kwargs)
+        """Computes the attention; by the replaced module's forward if the kernels cannot do what the call requires.
+
+        That is dropout, gradients of attention weights, another attention function, or hooks on `kv_b_proj`.
+        """
+        arguments, cache = self.call.split(args, kwargs)
         drops = self.training and self.dropout > 0
         if drops and self.placement.gpu:
             raise dropout_error(self.dropout, f"{self.path} on a GPU")
         # Attention weights need a gradient too if autograd records the input.
-        needs_weight_gradients = is_recorded(given["hidden_states"]) and self.choice.returns_weights(given, cache)
+        needs_weight_gradients = is_recorded(arguments["hidden_states"]) and self.choice.returns_weights(
+            arguments, cache
+        )
         if drops or needs_weight_gradients or self.choice.is_custom or self._expands():
-            return self.call_replaced(given, cache)
-        return self.compute(cache, **given)
+            return self.call_replaced(arguments, cache)
+        return self.compute(cache, **arguments)
 
     @property
     def dropout(self) -> float:
@@ -212,14 +234,14 @@ class MLA(Operator):
             return False
         return self._modules.get("kv_b_proj") is not self.expansion.states[0].module or not self.expansion.holds()
 
-    def call_replaced(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call_replaced(self, arguments: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Calls the forward of the replaced module, which expands all keys and values with its `kv_b_proj`.
 
         This is for a kv_b_proj with hooks or that was replaced, for other attention functions than the kernel, and for
         dropout of attention weights.
 
         Args:
-            given: The arguments by name, without the cache.
+            arguments: The arguments by name, without the cache.
             cache: The cache, or None.
 
         Raises:
@@ -234,8 +256,8 @@ class MLA(Operator):
                 " attn_implementation 'ktx'"
             )
         if cache is not None:
-            cache = DtypeRestoringCache(cache, kv_float_dtype(self.kv_dtype, given["hidden_states"].dtype))
-        result: tuple[torch.Tensor, torch.Tensor | None] = super().forward(**self.call.join(given, cache))
+            cache = DtypeRestoringCache(cache, kv_float_dtype(self.kv_dtype, arguments["hidden_states"].dtype))
+        result: tuple[torch.Tensor, torch.Tensor | None] = super().forward(**self.call.join(arguments, cache))
         return result
 
     def compute(
@@ -324,7 +346,9 @@ class MLA(Operator):
     ) -> torch.Tensor:
         """Computes attention for a batch of sequences on the paged KV cache.
 
-        Full pages of a prompt use the expanded form, sequence by sequence; all other tokens use the absorbed form.
+        Full pages of a prompt use the expanded form, sequence by sequence. All other tokens (`batch.remainder`) use the
+        absorbed form: those before the first full page (`lead_tokens`, which fill a page that an earlier chunk began),
+        those after the last one, and decoded tokens.
 
         Args:
             q_nope: [1, H, T, nope].
@@ -346,11 +370,11 @@ class MLA(Operator):
                 out[:, rows] = self.expanded(q_nope[:, :, rows], q_rope[:, :, rows], latent, rope, None, None, adapters)
         if batch.remainder is not None:
             row_indices, sequences, pages = batch.remainder
-            rest_queries = q_nope.index_select(2, row_indices), q_rope.index_select(2, row_indices)
+            remainder_queries = q_nope.index_select(2, row_indices), q_rope.index_select(2, row_indices)
             paging = {"sequences": sequences, "pages": pages}
-            rest_adapters = None if (lora := self.lora) is None else lora.of_rows(row_indices)
+            remainder_adapters = None if (lora := self.lora) is None else lora.of_rows(row_indices)
             out[:, row_indices] = self.absorbed(
-                *rest_queries, latents[:, 0], ropes[:, 0], None, None, rest_adapters, **paging
+                *remainder_queries, latents[:, 0], ropes[:, 0], None, None, remainder_adapters, **paging
             )
         return out
 
@@ -389,7 +413,7 @@ class MLA(Operator):
             k_rope: [B, T, rope].
             ranges: Intervals of visible keys, or None.
             mask: The dense mask, or None.
-            more: The adapters of kv_b_proj, by row.
+            adapters: The adapters of kv_b_proj, by row.
             **pages: The paging arguments of cpu.mla_attention.
 
         Returns:
@@ -405,13 +429,13 @@ class MLA(Operator):
             out = adapters.values(by_head, out)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def _absorbed_queries(self, q_nope: torch.Tensor, more: MLAAdapters | None = None) -> torch.Tensor:
+    def _absorbed_queries(self, q_nope: torch.Tensor, adapters: MLAAdapters | None = None) -> torch.Tensor:
         """Multiplies queries [B, H, S, nope] by W_UK -> [B, H, S, rank]."""
         batch, heads, length, _ = q_nope.shape
         flat = q_nope.transpose(0, 1).reshape(heads, batch * length, -1)
         by_head = cpu.linear_batched(flat, self.w_uk_t)
-        if more is not None:
-            by_head = more.queries(flat, by_head)
+        if adapters is not None:
+            by_head = adapters.queries(flat, by_head)
         return by_head.view(heads, batch, length, -1).transpose(0, 1)
 
     def expanded(
@@ -433,7 +457,7 @@ class MLA(Operator):
             k_rope: [B, T, rope].
             ranges: Intervals of visible keys, or None.
             mask: The dense mask, or None.
-            more: The adapters of kv_b_proj, the same for all rows.
+            adapters: The adapters of kv_b_proj, the same for all rows.
 
         Returns:
             [B, S, H * v].
@@ -485,6 +509,7 @@ class MLA(Operator):
         return cpu.linear_batched(flat.expand(w_uv.matrices, -1, -1), w_uv).transpose(0, 1).reshape(flat.shape[0], -1)
 
     def floats(self) -> dict[str, Floats]:
+        """Returns the view of kv_b_proj.weight, [heads * (nope + v), rank]: each head's rows of W_UK, then those of W_UV."""
         self.check_loaded()
         k, v = self.w_uk_t, self.w_uv
         rows_per_head = k.k + v.n
@@ -519,7 +544,10 @@ class MLA(Operator):
         heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
         k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
         packed = self._packed(
-            QuantizedTensor.from_float(k_b.transpose(1, 2)), QuantizedTensor.from_float(v_b), True, False
+            QuantizedTensor.from_float(k_b.transpose(1, 2)),
+            QuantizedTensor.from_float(v_b),
+            exact=True,
+            quantized=False,
         )
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
@@ -531,7 +559,8 @@ class MLA(Operator):
 class KVExpansion(nn.Module):
     """The child kv_b_proj, as in transformers: latents [..., rank] -> keys and values [..., heads * (nope + v)].
 
-    The keys lack their rotary columns. The weights belong to the owner.
+    The operator does not call it, because it computes with W_UK and W_UV. It exists for programs that read the weight,
+    hook the module or add an adapter to it. The keys lack their rotary columns; the weights belong to the owner.
     """
 
     bias = None
@@ -571,6 +600,7 @@ class KVExpansion(nn.Module):
         self.__dict__["owner"].take({f"kv_b_proj.{name}": values})
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Expands latents [..., rank] with the owner's packed halves, and adds the LoRA adapters of the forward."""
         owner: MLA = self.__dict__["owner"]
         if nn.Linear in patched:  # a method of nn.Linear itself was patched
             linear: Any = nn.Linear
@@ -622,6 +652,7 @@ class MLABlock:
         self.owner = owner
         q_norm: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, rope_dim = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
+        # The cache has one head, whose two buffers are the latent and the rotated key columns.
         self.heads, self.head_dims, self.half_rotary, self.has_dropout = 1, (rank, rope_dim), False, owner.dropout > 0
         self.guard = Guard(
             [owner], descendants(owner), [norm.copied_weight(), None if q_norm is None else q_norm.copied_weight()]
@@ -659,6 +690,7 @@ class MLABlock:
         if any(not RMSNorm.is_cpu_norm(children[name]) or children[name].plus_one for name in norms):
             return None
         matrices = WeightDescriptor()
+        # The kernel parses q_a_proj first; without a q rank an empty projection takes its place.
         for name in ([] if has_q_rank else [""]) + projections:
             matrices.projection(children[name].parts if name else [])
         for weights in (owner.w_uk_t, owner.w_uv):
@@ -708,8 +740,8 @@ def _dequantized_head(w: cpu.Packed, head: int) -> torch.Tensor:
 
 def _packed_head(w: cpu.Packed, head: int) -> cpu.Packed:
     """Returns the packed matrix of a head."""
-    size = w.nbytes // w.matrices
-    return cpu.Packed(w.data[head * size : (head + 1) * size], w.qtype, w.n, w.k)
+    head_bytes = w.nbytes // w.matrices
+    return cpu.Packed(w.data[head * head_bytes : (head + 1) * head_bytes], w.qtype, w.n, w.k)
 
 
 def _packed_heads(w: Any) -> list[Any]:
@@ -721,8 +753,10 @@ def _head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Packed:
     """Returns the packed rows of `heads`; a head must fill whole row groups, unless all heads are requested."""
     if len(heads) * rows_per_head == w.n:
         return w
-    stride = w.nbytes // (w.n // cpu.GROUP_ROWS) * rows_per_head // cpu.GROUP_ROWS
-    return cpu.Packed(w.data[heads.start * stride : heads.stop * stride], w.qtype, len(heads) * rows_per_head, w.k)
+    head_bytes = w.nbytes // (w.n // cpu.GROUP_ROWS) * rows_per_head // cpu.GROUP_ROWS
+    return cpu.Packed(
+        w.data[heads.start * head_bytes : heads.stop * head_bytes], w.qtype, len(heads) * rows_per_head, w.k
+    )
 
 
 def to_f16(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:

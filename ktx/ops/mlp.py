@@ -10,7 +10,7 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
-from ktx.ops.activation_probe import ACTIVATIONS, is_unmodified, probe_mlp
+from ktx.ops.activation_probe import ACTIVATIONS, Activation, is_unmodified, probe_mlp
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fusion.fused import FusedStep, WeightDescriptor, is_plain_linear
 from ktx.ops.guard import ChildrenGuard, Guard, children_observed, descendants, valid_fast_path
@@ -48,10 +48,10 @@ class FusedMLP:
                 return None  # because one packed group of rows would be half gate and half up
             half_bytes = packed.nbytes // 2
             for i, name in enumerate(("gate_proj", "up_proj")):
-                part = None if bias is None else bias[i * half_rows : (i + 1) * half_rows]
+                half_bias = None if bias is None else bias[i * half_rows : (i + 1) * half_rows]
                 rows[name] = (
                     cpu.Packed(packed.data[i * half_bytes : (i + 1) * half_bytes], packed.qtype, half_rows, packed.k),
-                    part,
+                    half_bias,
                 )
         (gate, gate_bias), (up, up_bias), (down, down_bias) = (
             rows[name] for name in ("gate_proj", "up_proj", "down_proj")
@@ -65,6 +65,7 @@ class FusedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
+        # Every token selects the only expert, id 0, with weight 1.
         expert_ids, expert_weights = (
             torch.zeros(flat.shape[0], 1, dtype=torch.int64, device="cpu"),
             torch.ones(flat.shape[0], 1, dtype=torch.float32, device="cpu"),
@@ -73,7 +74,10 @@ class FusedMLP:
 
 
 class MLPBlock:
-    """A feed-forward layer without biases as a fused step, see ktx.ops.fusion.layer."""
+    """A feed-forward layer without biases as a fused step of a decoder layer, see ktx.ops.fusion.layer.
+
+    The step is that of an MoE block with shared experts only, because such a step has the norm and the residual too.
+    """
 
     has_dropout = False
 
@@ -82,14 +86,32 @@ class MLPBlock:
         for weights in fused.matrices:
             matrices.experts(weights)
         matrices.projection([])  # no shared_expert_gate
-        sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no routed experts
-        router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
+        num_experts, expert_width = 0, 0  # no routed experts; the layer takes the place of the shared ones
+        sizes = [matrices.hidden, num_experts, expert_width, fused.matrices[0].n]
+        biases = None, None  # of the logits and of the expert selection
+        route_args = (
+            1,
+            "softmax",
+            "none",
+            1,
+            1,
+            False,
+            1.0,
+        )  # see Router.route_args; without experts they have no effect
         self.fused_step = FusedStep(
-            "moe_step", matrices.packed, matrices.descriptor, sizes, *router, fused.act, 0.0, 0.0, None
+            "moe_step",
+            matrices.packed,
+            matrices.descriptor,
+            sizes,
+            *biases,
+            *route_args,
+            *Activation(fused.act),
+            None,  # no expert statistics
         )
 
     @classmethod
     def of(cls, owner: MLP) -> MLPBlock | None:
+        """Builds the block of `owner`; None if FusedMLP does not support it, or a projection has a bias."""
         fused = FusedMLP.of(owner)
         return None if fused is None or any(bias is not None for bias in fused.biases) else cls(fused)
 
@@ -113,6 +135,11 @@ class MLP(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
+        """Creates the operator that replaces a gated feed-forward layer, and keeps its projections as children.
+
+        Raises:
+            UsageError: `old` lacks a projection, its forward has other arguments, or no kernel computes its activation.
+        """
         if not hasattr(old, "down_proj") or not (hasattr(old, "gate_proj") or hasattr(old, "gate_up_proj")):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: MLP needs gate_proj and up_proj (or gate_up_proj), and"

@@ -69,7 +69,7 @@ class MoE(Operator):
                     f"{self.path}: router_jitter_noise is {self.jitter_noise}, which deferred experts do not support:"
                     " call model.eval(), or load the model without defer_experts"
                 )
-            return super().forward(hidden_states, *args, **kwargs)  # which adds it
+            return super().forward(hidden_states, *args, **kwargs)  # which adds the noise
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if not torch.compiler.is_compiling() and is_fusable(flat) and (block := valid_fast_path(self)) is not None:
@@ -99,11 +99,11 @@ class MoE(Operator):
         return out if shared_out is None else out + shared_out
 
     def start_experts(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
-        """Starts the routed experts; `end` returns their output [tokens, D]. On the CPU they run synchronously."""
+        """Starts the routed experts, whose output `finish_experts` returns. On the CPU they run synchronously."""
         return self.experts(flat, ids, weights)
 
     def finish_experts(self, started: Any) -> torch.Tensor:
-        """Waits for the experts that `begin` started and returns their output [tokens, D]."""
+        """Waits for the experts that `start_experts` started and returns their output [tokens, D]."""
         out: torch.Tensor = started
         return out
 
@@ -127,9 +127,18 @@ def is_fusable(flat: torch.Tensor) -> bool:
 
 
 class MoEBlock:
-    """Router, experts and shared experts in one kernel call."""
+    """Router, routed experts and shared experts in one kernel call, for small batches, where call overhead counts."""
 
-    def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: WeightDescriptor):
+    def __init__(self, owner: MoE, router: Router, experts: Experts, shared_width: int, matrices: WeightDescriptor):
+        """Builds the kernel step.
+
+        Args:
+            owner: the MoE operator.
+            router: its router.
+            experts: its experts.
+            shared_width: columns between the projections of the shared experts; 0 without any.
+            matrices: all weights, in the kernel's order: router, routed experts, shared experts, their gate.
+        """
         bias = getattr(owner, "e_score_correction_bias", None)
         self.guard = Guard([owner], descendants(owner), [*router.copied_tensors(), bias])
         self.has_dropout = getattr(owner, "jitter_noise", 0.0) > 0
@@ -137,7 +146,7 @@ class MoEBlock:
             "moe_step",
             matrices.packed,
             matrices.descriptor,
-            [matrices.hidden, experts.num_experts, experts.width, width],
+            [matrices.hidden, experts.num_experts, experts.width, shared_width],
             router.in_f32,
             router.correction(bias),
             *router.route_args(),
@@ -162,7 +171,7 @@ class MoEBlock:
         matrices.projection([router.packed_weight()])
         for weights in experts.weights.values():
             matrices.experts(weights)
-        shared, gate, width = (
+        shared, shared_gate, shared_width = (
             children.get("shared_experts") or children.get("shared_expert"),
             children.get("shared_expert_gate"),
             0,
@@ -171,13 +180,13 @@ class MoEBlock:
             fused = FusedMLP.of(shared) if is_ktx_operator(shared, MLP) else None
             if fused is None or shared.act != experts.gate.act or any(b is not None for b in fused.biases):
                 return None
-            if gate is not None and not (is_plain_linear(gate) and gate.bias is None):
+            if shared_gate is not None and not (is_plain_linear(shared_gate) and shared_gate.bias is None):
                 return None
             for weights in fused.matrices:
                 matrices.experts(weights)
-            matrices.projection([] if gate is None else gate.parts)
-            width = fused.matrices[0].n
-        return cls(owner, router, experts, width, matrices)
+            matrices.projection([] if shared_gate is None else shared_gate.parts)
+            shared_width = fused.matrices[0].n
+        return cls(owner, router, experts, shared_width, matrices)
 
     def __call__(self, flat: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
         """Computes flat f32 [tokens, D] -> [tokens, D]; `before` normalizes the input and adds flat to the output."""

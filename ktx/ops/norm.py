@@ -23,6 +23,11 @@ class RMSNorm(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RMSNorm:
+        """Creates the operator that replaces an RMSNorm; its formula is probed, because classes named alike differ.
+
+        Raises:
+            UsageError: `old` has no weight or epsilon, or computes something else.
+        """
         name = next((name for name in ("variance_epsilon", "eps") if name in old.__dict__), "")
         eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):

@@ -22,6 +22,11 @@ class Recurrent(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Recurrent:
+        """Creates the operator that replaces a transformers recurrent layer.
+
+        Raises:
+            UsageError: `old` has no cache index, or its forward takes no cache.
+        """
         if not hasattr(old, "layer_idx"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no cache index (layer_idx)")
         if not ForwardSignature.of(old).cache:
@@ -32,19 +37,25 @@ class Recurrent(Operator):
         return new
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given, cache = self.call.split(args, kwargs)
+        """Computes the layer; on a PagedCache sequence by sequence, and each sequence in pieces.
+
+        The pieces (`span.pieces`) do not depend on what else is in the batch, so results do not either. Where the cache
+        asks for it, the state after a piece is saved as a snapshot, from which a later request with the same prefix can
+        continue.
+        """
+        arguments, cache = self.call.split(args, kwargs)
         if type(cache) is not PagedCache:
-            return super().forward(**self.call.join(given, cache))
+            return super().forward(**self.call.join(arguments, cache))
         cache.check_cancelled()
         assert cache.batch is not None
-        hidden_states = given["hidden_states"]
+        hidden_states = arguments["hidden_states"]
         outputs, start = [], 0
         for span in cache.batch.spans:
             sequence_start, snapshot_lengths = start - span.past, span.snapshot_lengths
             for size in span.pieces:
                 with cpu.bf16_rows_part(start, size), lora.step_part(start, size):
                     chunk = {"hidden_states": hidden_states[:, start : start + size], "attention_mask": None}
-                    outputs.append(super().forward(**self.call.join(given | chunk, cache.state(span.owner))))
+                    outputs.append(super().forward(**self.call.join(arguments | chunk, cache.state(span.owner))))
                 start += size
                 if start - sequence_start in snapshot_lengths:
                     cache.save_snapshot(span.owner, start - sequence_start, self.layer_idx)

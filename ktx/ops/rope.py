@@ -19,7 +19,7 @@ class RotaryEmbedding(Operator):
     longrope), and positions outside of any table (fractional, negative, or beyond the maximum length of the model).
 
     Attributes:
-        table: The number of positions, the tables, and the frequencies and the scaling that they were computed from.
+        table: (number of positions, tables, frequencies, scaling): the tables were computed from the last two.
         fixed: Whether the frequencies do not depend on the sequence length.
     """
 
@@ -35,6 +35,12 @@ class RotaryEmbedding(Operator):
         return new
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Returns cos and sin for position_ids [B, S], in the dtype of x, as the replaced module does.
+
+        The table is computed again, for a power of two of positions, if a position exceeds it or a script has changed
+        frequencies or scaling. Frequencies that depend on the length are computed for each sequence of a batch, whose
+        lengths the attribute `ktx_counts` of the positions contains.
+        """
         if torch.compiler.is_compiling():  # position values are unknown in a graph
             return super().forward(x, position_ids, *args, **kwargs)
         if not self.fixed or args or kwargs or position_ids.dim() != 2:

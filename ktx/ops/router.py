@@ -23,11 +23,16 @@ class Router(Operator):
     Attributes:
         packed: The packed weight.
         inside: The guard of the router's children, if it has any (ERNIE).
-        version: The version of the weight that was packed.
+        version: Identifies the weight values that were packed: object, address and number of edits.
     """
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
+        """Creates the operator that replaces a router; ROUTERS states how its class scores, groups and normalizes.
+
+        Raises:
+            UsageError: The class is unknown, or the module computes otherwise than ROUTERS states.
+        """
         name = known_class(old, ROUTERS, ctx, "the router {} is not supported")
         new: Router = adopt(cls, old, ctx)
         new.style = ROUTERS[name]
@@ -84,25 +89,32 @@ class Router(Operator):
             float(self.routed_scaling_factor) if style.scaled else 1.0,
         )
 
-    def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
+    def correction(self, argument: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the bias f32 [experts] that affects only which experts are selected, or None.
 
-        It is an argument of the forward (MiniMax), a buffer of the router, or a buffer of a child (ERNIE).
+        It is the forward's `argument` (MiniMax), a buffer of the router, or a buffer of a child (ERNIE).
         """
-        given = self.correction_tensor(given)
-        return None if given is None else given.detach().float().reshape(-1).contiguous()
+        tensor = self.correction_tensor(argument)
+        return None if tensor is None else tensor.detach().float().reshape(-1).contiguous()
 
-    def correction_tensor(self, given: torch.Tensor | None) -> torch.Tensor | None:
+    def correction_tensor(self, argument: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the tensor of the model that `correction` converts."""
-        if given is None:
-            given = getattr(self, "e_score_correction_bias", None)
-        if given is None and hasattr(self, "moe_statics"):
-            given = self.moe_statics.e_score_correction_bias
-        return given
+        tensor = argument
+        if tensor is None:
+            tensor = getattr(self, "e_score_correction_bias", None)
+        if tensor is None and hasattr(self, "moe_statics"):
+            tensor = self.moe_statics.e_score_correction_bias
+        return tensor
 
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
+        """Computes hidden [..., D] -> (logits f32 [T, experts], weights [T, K], ids int64 [T, K]).
+
+        Args:
+            hidden: The hidden states of T tokens.
+            e_score_correction_bias: A bias [experts] on the scores, for the selection only (MiniMax), or None.
+        """
         if children_observed(self):
             result: tuple[torch.Tensor, ...] = super().forward(hidden)
             return result

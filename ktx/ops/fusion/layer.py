@@ -67,10 +67,10 @@ class Layer(Operator):
         Tries, from the fastest on: the output that the group of an earlier layer has precomputed, the group that starts
         with this layer, the layer's own fused steps, and the children one by one.
         """
-        given, cache = self.call.split((hidden_states, *args), kwargs)
+        arguments, cache = self.call.split((hidden_states, *args), kwargs)
         if torch.compiler.is_compiling():  # a graph contains the kernels of the children, but no attributes of tensors
-            return super().forward(**self.call.join(given, cache))
-        inputs = LayerInputs(given.get("attention_mask"), given.get("position_embeddings"), cache)
+            return super().forward(**self.call.join(arguments, cache))
+        inputs = LayerInputs(arguments.get("attention_mask"), arguments.get("position_embeddings"), cache)
         precomputed = hidden_states.__dict__.get("ktx_ahead")
         if precomputed is not None and precomputed.layer is self and precomputed.take_if_valid(hidden_states, inputs):
             return precomputed.out
@@ -79,7 +79,7 @@ class Layer(Operator):
             out = block(hidden_states, inputs) if out is None else out
             if out is not None:
                 return out
-        return super().forward(**self.call.join(given, cache))
+        return super().forward(**self.call.join(arguments, cache))
 
 
 class LayerBlock:

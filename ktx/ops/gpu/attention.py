@@ -133,14 +133,14 @@ class Attention(attention.Attention):
         sinks = getattr(self, "sinks", None)
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
-    def compute(self, given: dict[str, Any], cache: Any) -> Any:
+    def compute(self, arguments: dict[str, Any], cache: Any) -> Any:
         drops = self.training and getattr(self, "attention_dropout", 0.0) > 0
         if self.fusable and not drops and self.choice.uses_kernel(cache):
-            output = self.forward_on_pages(cache=cache, **given)
+            output = self.forward_on_pages(cache=cache, **arguments)
             if output is not None:
                 return output, None
         layer_in_floats(cache, self.layer_idx)
-        return super().compute(given, cache)
+        return super().compute(arguments, cache)
 
     def forward_on_pages(
         self,

@@ -51,7 +51,7 @@ class MLA(mla.MLA):
     def ready(self) -> None:
         self.block = None
 
-    def call_replaced(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call_replaced(self, arguments: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise self._refused()
 
     def _refused(self) -> UsageError:
