@@ -13,11 +13,11 @@ template <class D> struct Bf16FromInts {
     next_span<D>(l, group, k, from + length, next, 1).fetch();
     for (int at = 0; at < length; at += D::BLOCK) {
       const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
-      const typename D::Head head = D::head(b);
+      const typename D::BlockScales block_scales = D::load_scales(b);
       for (int u = 0; u < R::UNITS; ++u, to += 16 * 16) {
         V w[8];
         F scale[R::PARTS], minimum[R::PARTS];
-        decode<D>(head, b, u, w, scale, minimum);
+        decode<D>(block_scales, b, u, w, scale, minimum);
 #pragma GCC unroll 2
         for (int p = 0; p < R::PARTS; ++p) {
           const F by = mulf(scale[p], setf(256)), less = mulf(scale[p], setf(-256 - CENTRE));

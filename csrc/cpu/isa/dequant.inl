@@ -1,23 +1,36 @@
 // One decoder per weight type, over the SIMD primitives of the instruction set that includes this file.
 //
-// A decoder turns a block of 16 rows into sub-blocks of SUB consecutive k: SUB/4 vectors `w` (lane = row, byte = k), a scale and,
-// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MAX_CODE: the
-// largest absolute code. WITH_OFFSET: signed codes already have the offset that `dot` expects. WHOLE_UNITS: decodes two sub-blocks at once.
-// The order of fields in `words` is that of the layout table (quant/layout.cpp).
+// A block is BLOCK consecutive columns of 16 rows. A decoder turns it into sub-blocks of SUB columns that share a scale.
+// The decoder of type X, struct DX, has these functions:
+//
+//   load_scales(b)    loads, once for a block, what all its sub-blocks need (BlockScales; often the f16 scale d)
+//   decode_sub_block(scales, b, s, w, scale, minimum)
+//                     decodes sub-block s into SUB/4 vectors of codes: w[i] = columns 4*i to 4*i+3 (lane = row, byte = column);
+//                     sets its scale and, with MINIMUM, its minimum: one float for each row
+//   decode_pair(scales, b, u, w, scale)
+//                     with DECODES_PAIRS instead: decodes both 16-column sub-blocks of unit u (32 columns)
+//
+// The value of a weight is  scale * (code - OFFSET) - minimum.  SIGNED codes are int8, others 0..127.
+// MAX_CODE: the largest absolute code, from which follows how many products fit 16 bits (simd_avx2.inl).
+// WITH_OFFSET: signed codes are decoded with SIGNED_OFFSET added already, because a table look-up adds it for free.
+// The comment `words` of a decoder gives the order of the fields in b.words, which is that of quant/layout.cpp.
 
 struct Block {
-  const uint8_t *n0, *n1;  // narrow fields of this block, 16 rows each
-  const uint8_t* words;
+  const uint8_t *narrow0, *narrow1;  // narrow fields of this block, for example f16 scales: 16 rows each
+  const uint8_t* words;              // [word][16 rows]
   V word(int i) const { return load(words + 64 * i); }
 };
 
-AI V low4(V x) { return and_(x, set8(15)); }
-AI V nibbles(V x, int high) { return low4(high ? shr(x, 4) : x); }
-AI V byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
-struct None {};
-struct DecoderDefaults { static constexpr bool WITH_OFFSET = false, WHOLE_UNITS = false; };
-struct OffsetDecoder { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = false; };
-struct OffsetUnitDecoder { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = true; };  // two sub-blocks share a word of indices
+// take_nibbles: the lower (high = 0) or the upper nibble of each byte. take_byte: byte i of each lane.
+AI V low_nibbles(V x) { return and_(x, set8(15)); }
+AI V take_nibbles(V x, int high) { return low_nibbles(high ? shr(x, 4) : x); }
+AI V take_byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
+struct NoScales {};
+struct DecoderDefaults { static constexpr bool WITH_OFFSET = false, DECODES_PAIRS = false; };
+struct OffsetDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = false; };
+struct OffsetPairDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = true; };  // two sub-blocks share a word of indices
+// An entry of a table of signed codes, with SIGNED_OFFSET added as `dot` of this instruction set expects (adding 128
+// flips the top bit).
 AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
 #define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                                       \
@@ -26,63 +39,64 @@ AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 
 
 struct DQ4_0 : DecoderDefaults {
   KTX_FORMAT(Q4_0, 32, 32, false, 8, false, 15)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
-    scale = load_f16(b.n0);
-    for (int i = 0; i < 4; ++i) w[i] = nibbles(b.word(i), 0), w[4 + i] = nibbles(b.word(i), 1);
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
+    scale = load_f16(b.narrow0);
+    for (int i = 0; i < 4; ++i) w[i] = take_nibbles(b.word(i), 0), w[4 + i] = take_nibbles(b.word(i), 1);
   }
 };
 
 struct DQ4_1 : DecoderDefaults {
   KTX_FORMAT(Q4_1, 32, 32, false, 0, true, 15)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F& minimum) {
-    scale = load_f16(b.n0), minimum = mulf(load_f16(b.n1), setf(-1));
-    for (int i = 0; i < 4; ++i) w[i] = nibbles(b.word(i), 0), w[4 + i] = nibbles(b.word(i), 1);
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F& minimum) {
+    scale = load_f16(b.narrow0), minimum = mulf(load_f16(b.narrow1), setf(-1));
+    for (int i = 0; i < 4; ++i) w[i] = take_nibbles(b.word(i), 0), w[4 + i] = take_nibbles(b.word(i), 1);
   }
 };
 
-AI void five_bits(const Block& b, V* w) {
+// Joins low nibbles (words 0 to 3) and fifth bits (word 4, reordered by packing) to the codes of 32 columns.
+AI void decode_five_bits(const Block& b, V* w) {
   const V fifth = b.word(4);
   for (int i = 0; i < 8; ++i) {
     const V high = and_(i < 4 ? shl(fifth, 4 - i) : shr(fifth, i - 4), set8(16));
-    w[i] = or_(nibbles(b.word(i & 3), i >> 2), high);
+    w[i] = or_(take_nibbles(b.word(i & 3), i >> 2), high);
   }
 }
 struct DQ5_0 : DecoderDefaults {
   KTX_FORMAT(Q5_0, 32, 32, false, 16, false, 31)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.n0), five_bits(b, w); }
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.narrow0), decode_five_bits(b, w); }
 };
 struct DQ5_1 : DecoderDefaults {
   KTX_FORMAT(Q5_1, 32, 32, false, 0, true, 31)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F& minimum) {
-    scale = load_f16(b.n0), minimum = mulf(load_f16(b.n1), setf(-1)), five_bits(b, w);
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F& minimum) {
+    scale = load_f16(b.narrow0), minimum = mulf(load_f16(b.narrow1), setf(-1)), decode_five_bits(b, w);
   }
 };
 
 struct DQ8_0 : DecoderDefaults {
   KTX_FORMAT(Q8_0, 32, 32, true, 0, false, 127)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
-    scale = load_f16(b.n0);
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
+    scale = load_f16(b.narrow0);
     for (int i = 0; i < 8; ++i) w[i] = b.word(i);
   }
 };
 
-// ktx types, quantized while loading: one f16 scale per 64 or 128 weights.
+// Types of ktx, to which the loader quantizes: one f16 scale per GROUP (64 or 128) weights.
 template <int GROUP> struct Int8 : DecoderDefaults {
   static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0, MAX_CODE = 127;
   static constexpr bool SIGNED = true, MINIMUM = false;
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
     for (int i = 0; i < 8; ++i) w[i] = b.word(8 * s + i);
   }
@@ -90,91 +104,94 @@ template <int GROUP> struct Int8 : DecoderDefaults {
 template <int GROUP> struct Int4 : DecoderDefaults {  // 32 weights in 16 bytes: byte i holds i and i + 16
   static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MAX_CODE = 15;
   static constexpr bool SIGNED = false, MINIMUM = false;
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
-    for (int i = 0; i < 4; ++i) w[i] = nibbles(b.word(4 * s + i), 0), w[4 + i] = nibbles(b.word(4 * s + i), 1);
+    for (int i = 0; i < 4; ++i) w[i] = take_nibbles(b.word(4 * s + i), 0), w[4 + i] = take_nibbles(b.word(4 * s + i), 1);
   }
 };
 typedef Int8<128> DINT8_128;
 typedef Int4<64> DINT4_64;
 typedef Int4<128> DINT4_128;
 
+// In the k-quants below, half: which 128 columns of the block; sixteen: which 16 of 32 columns.
 struct DQ2_K : DecoderDefaults {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true, 3)
-  struct Head { F d, dmin; };
-  AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1)}; }
-  AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
-    const V packed = byte(b.word(16 + s / 4), s % 4);
+  struct BlockScales { F d, dmin; };
+  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1)}; }
+  AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
+    const V packed = take_byte(b.word(16 + s / 4), s % 4);
     scale = mulf(h.d, to_float(and_(packed, set(15)))), minimum = mulf(h.dmin, to_float(shr(packed, 4)));
-    const int half = s / 8, shift = (s % 8) / 2 * 2, part = s % 2;
-    for (int i = 0; i < 4; ++i) w[i] = and_(shr(b.word(half * 8 + part * 4 + i), shift), set8(3));
+    const int half = s / 8, shift = (s % 8) / 2 * 2, sixteen = s % 2;
+    for (int i = 0; i < 4; ++i) w[i] = and_(shr(b.word(half * 8 + sixteen * 4 + i), shift), set8(3));
   }
 };
 
 struct DQ3_K : DecoderDefaults {  // words: 16 of low codes, 8 of high bits, 3 of scales
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V low = and_(shr(byte(b.word(24 + (s % 8) / 4), s % 4), s < 8 ? 0 : 4), set(15));
-    const V high = and_(shr(byte(b.word(26), s % 4), s / 4 * 2), set(3));
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
+    const V low = and_(shr(take_byte(b.word(24 + (s % 8) / 4), s % 4), s < 8 ? 0 : 4), set(15));
+    const V high = and_(shr(take_byte(b.word(26), s % 4), s / 4 * 2), set(3));
     scale = mulf(d, to_float(add(or_(low, shl(high, 4)), set(uint32_t(-32)))));
-    const int half = s / 8, j = (s % 8) / 2, part = s % 2;
+    const int half = s / 8, j = (s % 8) / 2, sixteen = s % 2;
     for (int i = 0; i < 4; ++i) {
-      const V code = and_(shr(b.word(half * 8 + part * 4 + i), 2 * j), set8(3));
-      const V bit = and_(shr(b.word(16 + part * 4 + i), half * 4 + j), set8(1));
+      const V code = and_(shr(b.word(half * 8 + sixteen * 4 + i), 2 * j), set8(3));
+      const V bit = and_(shr(b.word(16 + sixteen * 4 + i), half * 4 + j), set8(1));
       w[i] = or_(code, shl(bit, 2));
     }
   }
 };
 
-// Six-bit scales and minimums of Q4_K and Q5_K, in three words.
+// Six-bit scales and minimums of the eight sub-blocks of Q4_K and Q5_K, in three words as ggml packs them: those of
+// sub-blocks 0 to 3 in the low bits of w0 and w1, those of 4 to 7 as nibbles of w2 plus the top bits of w0 and w1.
 struct KScales {
   V w0, w1, w2;
   AI V scale(int s) const {
-    if (s < 4) return and_(byte(w0, s), set(63));
-    return or_(and_(byte(w2, s - 4), set(15)), shl(shr(byte(w0, s - 4), 6), 4));
+    if (s < 4) return and_(take_byte(w0, s), set(63));
+    return or_(and_(take_byte(w2, s - 4), set(15)), shl(shr(take_byte(w0, s - 4), 6), 4));
   }
   AI V minimum(int s) const {
-    if (s < 4) return and_(byte(w1, s), set(63));
-    return or_(shr(byte(w2, s - 4), 4), shl(shr(byte(w1, s - 4), 6), 4));
+    if (s < 4) return and_(take_byte(w1, s), set(63));
+    return or_(shr(take_byte(w2, s - 4), 4), shl(shr(take_byte(w1, s - 4), 6), 4));
   }
 };
 
-AI V moved(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
+// Shifts bit `from` of each lane to bit `to`.
+AI V move_bits(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
 
 struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
-  struct Head { F d, dmin; KScales scales; };
-  AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(32), b.word(33), b.word(34)}}; }
-  AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
+  struct BlockScales { F d, dmin; KScales scales; };
+  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(32), b.word(33), b.word(34)}}; }
+  AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     scale = mulf(h.d, to_float(h.scales.scale(s))), minimum = mulf(h.dmin, to_float(h.scales.minimum(s)));
-    for (int i = 0; i < 8; ++i) w[i] = nibbles(b.word(s / 2 * 8 + i), s % 2);
+    for (int i = 0; i < 8; ++i) w[i] = take_nibbles(b.word(s / 2 * 8 + i), s % 2);
   }
 };
 
 struct DQ5_K : DecoderDefaults {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
-  struct Head { F d, dmin; KScales scales; };
-  AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
-  AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
+  struct BlockScales { F d, dmin; KScales scales; };
+  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(40), b.word(41), b.word(42)}}; }
+  AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     scale = mulf(h.d, to_float(h.scales.scale(s))), minimum = mulf(h.dmin, to_float(h.scales.minimum(s)));
-    for (int i = 0; i < 8; ++i) w[i] = with_bits(nibbles(b.word(s / 2 * 8 + i), s % 2), moved(b.word(32 + i), s, 4), set8(16));
+    for (int i = 0; i < 8; ++i) w[i] = with_bits(take_nibbles(b.word(s / 2 * 8 + i), s % 2), move_bits(b.word(32 + i), s, 4), set8(16));
   }
 };
 
 struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = mulf(d, to_float(sign_extend8(shr(b.word(48 + s / 4), s % 4 * 8))));
-    const int half = s / 8, g = (s % 8) / 2, part = s % 2;
+    const int half = s / 8, g = (s % 8) / 2, sixteen = s % 2;
     for (int i = 0; i < 4; ++i) {
-      const V low = nibbles(b.word(half * 16 + (g & 1) * 8 + part * 4 + i), g >> 1);
-      w[i] = with_bits(low, moved(b.word(32 + half * 8 + part * 4 + i), 2 * g, 4), set8(48));
+      const V low = take_nibbles(b.word(half * 16 + (g & 1) * 8 + sixteen * 4 + i), g >> 1);
+      w[i] = with_bits(low, move_bits(b.word(32 + half * 8 + sixteen * 4 + i), 2 * g, 4), set8(48));
     }
   }
 };
@@ -186,69 +203,75 @@ static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_c
 
 struct DIQ4_NL : OffsetDecoder {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
-    scale = load_f16(b.n0);
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, nibbles(b.word(i & 3), i >> 2));
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
+    scale = load_f16(b.narrow0);
+    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, take_nibbles(b.word(i & 3), i >> 2));
   }
 };
 
 struct DIQ4_XS : OffsetDecoder {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
   KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false, 127)
-  struct Head { F d; V low, high; };
-  AI static Head head(const Block& b) { return {load_f16(b.n0), b.word(32), load_u16(b.n1)}; }
-  AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F&) {
+  struct BlockScales { F d; V low, high; };
+  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), b.word(32), load_u16(b.narrow1)}; }
+  AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F&) {
     const V bits = or_(and_(shr(h.low, 4 * s), set(15)), shl(and_(shr(h.high, 2 * s), set(3)), 4));
     scale = mulf(h.d, to_float(add(bits, set(uint32_t(-32)))));
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, nibbles(b.word(s * 4 + (i & 3)), i >> 2));
+    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, take_nibbles(b.word(s * 4 + (i & 3)), i >> 2));
   }
 };
 
 struct DMXFP4 : OffsetDecoder {
   KTX_FORMAT(MXFP4, 32, 32, true, 0, false, 12)
-  typedef None Head;
-  AI static Head head(const Block&) { return {}; }
-  AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
+  typedef NoScales BlockScales;
+  AI static BlockScales load_scales(const Block&) { return {}; }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
     // half of 2^(e-127): exponent field e-1, and the subnormals 2^-128 and 2^-127 for e = 0 and 1
-    const V e = load_u8(b.n0), zero_e = lane_is(e, 0);
+    const V e = load_u8(b.narrow0), zero_e = lane_is(e, 0);
     const V bits = shl(sub(e, xor_(zero_e, set(1))), 23);
     scale = as_float(or_(bits, or_(shl(zero_e, 21), shl(lane_is(e, 1), 22))));
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_MXFP4, nibbles(b.word(i & 3), i >> 2));
+    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_MXFP4, take_nibbles(b.word(i & 3), i >> 2));
   }
   AI static V lane_is(V e, int value) { return and_(equal8(e, set(uint32_t(value))), set(1)); }  // for lanes below 256
 };
 
 struct DTQ2_0 : DecoderDefaults {
   KTX_FORMAT(TQ2_0, 256, 32, false, 1, false, 3)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
     for (int i = 0; i < 8; ++i) w[i] = and_(shr(b.word(s / 4 * 8 + i), s % 4 * 2), set8(3));
   }
 };
 
-// Digits to the base 3, five in a byte: a byte is their fraction, so times 3^n (mod 256) brings digit n to the front, times 3 over 256 reads it.
+// ---- ternary digits (TQ1_0 and IQ1). A byte stores five digits to the base 3 as a fraction x/256: multiplying by 3^n (mod 256) brings digit n to the
+// front, and multiplying that by 3 leaves the digit above the byte. Bytes are multiplied in 16 bits: the even and the
+// odd bytes of a vector apart.
 static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};  // in both halves of a word
 AI V low_bytes(V x) { return and_(x, set(0x00ff00ff)); }
-AI V trit(V x, int n) {
+// Digit n of each byte.
+AI V take_trit(V x, int n) {
   const V p = set(POWERS_OF_3[n]), three = set(POWERS_OF_3[1]);
   const V even = mul16(low_bytes(mul16(low_bytes(x), p)), three), odd = mul16(low_bytes(mul16(shr16(x, 8), p)), three);
   return with_bits(shr16(even, 8), odd, set(0xff00ff00));
 }
-// Eight times the digits FROM and following of each byte; eight times digit n, one of the first four.
+// decode_trits: w[i] = 8 * digit FROM+i of each byte, for COUNT digits. decode_trit: 8 * digit n, one of the first
+// four, of each byte. IQ1 needs digits times eight, because its codes are in eighths (see below). With VBMI digits come
+// from tables of all 256 bytes, else by multiplication.
 #ifdef KTX_VBMI
-AI V eight_of(V four, int n) { return and_(n < 2 ? shl(four, 3 - 2 * n) : shr(four, 2 * n - 3), set8(24)); }
-template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
-  const Selected<256> at(bytes, bytes);
-  const V four = FROM < 4 ? at.of(TRITS.four) : bytes;
+// 8 * digit n from a byte that holds four digits of two bits each.
+AI V take_digit(V first_four, int n) { return and_(n < 2 ? shl(first_four, 3 - 2 * n) : shr(first_four, 2 * n - 3), set8(24)); }
+template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
+  const TableIndices<256> indices(bytes, bytes);
+  const V first_four = FROM < 4 ? indices.select_from(TRITS.first_four) : bytes;
 #pragma GCC unroll 5
-  for (int i = 0; i < COUNT; ++i) w[i] = FROM + i < 4 ? eight_of(four, FROM + i) : at.of(TRITS.fifth);
+  for (int i = 0; i < COUNT; ++i) w[i] = FROM + i < 4 ? take_digit(first_four, FROM + i) : indices.select_from(TRITS.fifth);
 }
-AI V eight_trit(V bytes, int n) { return eight_of(Selected<256>(bytes, bytes).of(TRITS.four), n); }
+AI V decode_trit(V bytes, int n) { return take_digit(TableIndices<256>(bytes, bytes).select_from(TRITS.first_four), n); }
 #else
-template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
+template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
   V even = low_bytes(bytes), odd = shr16(bytes, 8);
   if (FROM) even = low_bytes(mul16(even, set(POWERS_OF_3[FROM]))), odd = low_bytes(mul16(odd, set(POWERS_OF_3[FROM])));
 #pragma GCC unroll 5
@@ -258,70 +281,81 @@ template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
     w[i] = shl(with_bits(shr16(even, 8), odd, set(0xff00ff00)), 3);
   }
 }
-AI V eight_trit(V bytes, int n) { return shl(trit(bytes, n), 3); }
+AI V decode_trit(V bytes, int n) { return shl(take_trit(bytes, n), 3); }
 #endif
 
 struct DTQ1_0 : DecoderDefaults {  // words: 12 of five trits a byte, 1 of four trits a byte
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
     if (s < 10)
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(s % 2 * 4 + i), s / 2);
+      for (int i = 0; i < 4; ++i) w[i] = take_trit(b.word(s % 2 * 4 + i), s / 2);
     else if (s < 15)
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(8 + i), s - 10);
+      for (int i = 0; i < 4; ++i) w[i] = take_trit(b.word(8 + i), s - 10);
     else
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(12), i);
+      for (int i = 0; i < 4; ++i) w[i] = take_trit(b.word(12), i);
   }
 };
 
-AI F half_steps(F d, V nibble, float step) { return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(step)); }
+// The scale of IQ2 and IQ3: d * (0.5 + nibble) * factor.
+AI F scale_from_half_steps(F d, V nibble, float factor) { return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(factor)); }
 
-// ---- code books. An index selects a 16-bit entry, which holds the indices of its weights into a table of values (iq_codebooks.h). Packing
-// puts the bytes of four indices in the order 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (quant/layout.cpp).
+// ---- code books (IQ2 and IQ3). An index selects a 16-bit entry, which holds a field for each of its weights: the index of the weight's magnitude in a
+// table of values (iq_codebooks.h). An IQ2 entry is an octet: eight weights, fields of two bits. An IQ3 entry is a
+// quad: four weights, fields of four bits. Signs are stored apart. Packing puts the bytes of four indices in the order
+// 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (quant/layout.cpp).
 
-// `look_up` takes four indices: their low bytes, and BITS more bits each in a lane of their own, those of index i from STRIDE*i on.
+// look_up_entries<B, STRIDE>(low, more): looks up four entries per row in code book B. `low`: the low bytes of the
+// indices; `more`: their missing high bits, those of index i from bit STRIDE*i on. fields_of_octet(e, i, second): a
+// vector with the fields of the first (or second) four weights of octet i, a byte each. fields_of_quad(e, i): a vector
+// with the fields of quad i, a byte each. Bits above a field are left in; the tables of values repeat for that.
 #ifdef KTX_VBMI
 struct Entries { V first, second; };  // bytes in the order of the indices
 #define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; };
-template <class B, int STRIDE> AI Entries look_up(V low, V more) {
-  const Selected<B::N> at(low, spread_bits<STRIDE>(more));
-  return {at.of(B::FIRST), at.of(B::SECOND)};
+template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
+  const TableIndices<B::N> indices(low, spread_bits<STRIDE>(more));
+  return {indices.select_from(B::FIRST), indices.select_from(B::SECOND)};
 }
-AI V eight_fields(const Entries& e, int entry, int second) { return two_bit_fields(second ? e.second : e.first, entry); }
-AI V four_fields(const Entries& e, int entry) { return four_bit_fields(e.first, e.second, entry); }
+AI V fields_of_octet(const Entries& e, int entry, int second) { return two_bit_fields(second ? e.second : e.first, entry); }
+AI V fields_of_quad(const Entries& e, int entry) { return four_bit_fields(e.first, e.second, entry); }
 #else
 struct Entries { V pair[2]; };  // entries 0 and 1, 2 and 3
 #define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint16_t* TABLE = GRID_##name; };
-template <int BY> AI V shifted(V x) { return BY >= 0 ? shl(x, BY >= 0 ? BY : 0) : shr(x, BY >= 0 ? 0 : -BY); }
-template <class B, int STRIDE> AI Entries look_up(V low, V more) {
+// A shift to the left, or to the right if LEFT is negative.
+template <int LEFT> AI V shift_left(V x) { return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT); }
+template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
   if (BITS) {
-    first = or_(first, or_(and_(shifted<8>(more), set(BITS << 8)), and_(shifted<24 - STRIDE>(more), set(BITS << 24))));
-    second = or_(second, or_(and_(shifted<8 - 2 * STRIDE>(more), set(BITS << 8)), and_(shifted<24 - 3 * STRIDE>(more), set(BITS << 24))));
+    first = or_(first, or_(and_(shift_left<8>(more), set(BITS << 8)), and_(shift_left<24 - STRIDE>(more), set(BITS << 24))));
+    second = or_(second, or_(and_(shift_left<8 - 2 * STRIDE>(more), set(BITS << 8)), and_(shift_left<24 - 3 * STRIDE>(more), set(BITS << 24))));
   }
   return {{lookup<B::N>(B::TABLE, first), lookup<B::N>(B::TABLE, second)}};
 }
-AI V doubled(const Entries& e, int entry) { return entry % 2 ? high_words(e.pair[entry / 2]) : low_words(e.pair[entry / 2]); }
-AI V eight_fields(const Entries& e, int entry, int second) {
-  return second ? shr16_each<4, 6>(doubled(e, entry)) : shr16_each<0, 2>(doubled(e, entry));
+AI V entry_in_both_halves(const Entries& e, int entry) { return entry % 2 ? high_words(e.pair[entry / 2]) : low_words(e.pair[entry / 2]); }
+AI V fields_of_octet(const Entries& e, int entry, int second) {
+  return second ? shr16_each<4, 6>(entry_in_both_halves(e, entry)) : shr16_each<0, 2>(entry_in_both_halves(e, entry));
 }
-AI V four_fields(const Entries& e, int entry) { return shr16_each<0, 4>(doubled(e, entry)); }
+AI V fields_of_quad(const Entries& e, int entry) { return shr16_each<0, 4>(entry_in_both_halves(e, entry)); }
 #endif
 KTX_BOOK(IQ2_XXS, 256) KTX_BOOK(IQ2_XS, 512) KTX_BOOK(IQ2_S, 1024) KTX_BOOK(IQ3_XXS, 256) KTX_BOOK(IQ3_S, 512)
 
-AI uint64_t mask_at(const uint8_t* line, int vector) {
+// The signs of vector `vector` of codes as a mask: bit 4*lane + byte is set for a negative weight (transpose_signs in
+// quant/layout.cpp).
+AI uint64_t load_sign_mask(const uint8_t* sign_words, int vector) {
   uint64_t m;
-  __builtin_memcpy(&m, line + 8 * vector, 8);
+  __builtin_memcpy(&m, sign_words + 8 * vector, 8);
   return m;
 }
-// Signs of eight weights of which seven are stored: an even number is negative. The eighth bit has another use and is returned in `spare`.
-struct Signs { uint64_t first, second, spare; };
-AI Signs even_signs(const uint8_t* line, int eight) {
+// The signs of an octet of which seven are stored: the number of negative weights is even, so the eighth sign is the
+// parity of the others. The bit in its place belongs to a scale or an index and is returned in `spare`, one bit for
+// each row (spread_signs in quant/layout.cpp).
+struct Signs { uint64_t first, second, spare; };  // masks of the first and second four weights
+AI Signs load_even_signs(const uint8_t* sign_words, int octet) {
   constexpr uint64_t LOW = 0x1111111111111111ull;
-  const uint64_t first = mask_at(line, 2 * eight), stored = mask_at(line, 2 * eight + 1), second = stored & ~(LOW << 3);
+  const uint64_t first = load_sign_mask(sign_words, 2 * octet), stored = load_sign_mask(sign_words, 2 * octet + 1), second = stored & ~(LOW << 3);
   uint64_t odd = first ^ second;
   odd ^= odd >> 1, odd ^= odd >> 2;
   return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
@@ -334,131 +368,135 @@ static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offse
 static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15),
                                         offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
 
-// Four weights of an entry: the first or the second of eight, all of four. `minus` is the mask of those with a minus.
-AI V of_eight(const Entries& e, int entry, int second, uint64_t minus) {
-  return negated(repeated_table<3>(VALUES_IQ2, eight_fields(e, entry, second)), minus);
+// Decodes four weights: half of octet `entry` of IQ2, or quad `entry` of IQ3. `minus`: mask of the negative ones.
+AI V decode_octet_half(const Entries& e, int entry, int second, uint64_t minus) {
+  return negated(repeated_table<3>(VALUES_IQ2, fields_of_octet(e, entry, second)), minus);
 }
-AI V of_four(const int8_t* values, const Entries& e, int entry, uint64_t minus) {
-  return negated(repeated_table<7>(values, four_fields(e, entry)), minus);
+AI V decode_quad(const int8_t* values, const Entries& e, int entry, uint64_t minus) {
+  return negated(repeated_table<7>(values, fields_of_quad(e, entry)), minus);
 }
 
 struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const Entries e = look_up<BIQ2_XXS, 0>(b.word(2 * s), set(0));
-    uint64_t step = 0;
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
+    const Entries e = look_up_entries<BIQ2_XXS, 0>(b.word(2 * s), set(0));
+    uint64_t scale_bits = 0;
     for (int i = 0; i < 4; ++i) {
-      const Signs x = even_signs(b.words + 64 * (2 * s + 1), i);
-      step |= x.spare << i;
-      w[2 * i] = of_eight(e, i, 0, x.first), w[2 * i + 1] = of_eight(e, i, 1, x.second);
+      const Signs signs = load_even_signs(b.words + 64 * (2 * s + 1), i);
+      scale_bits |= signs.spare << i;
+      w[2 * i] = decode_octet_half(e, i, 0, signs.first), w[2 * i + 1] = decode_octet_half(e, i, 1, signs.second);
     }
-    scale = half_steps(d, nibble_lanes(step), 0.25f);
+    scale = scale_from_half_steps(d, nibble_lanes(scale_bits), 0.25f);
   }
 };
 
-struct DIQ2_XS : OffsetUnitDecoder {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
+struct DIQ2_XS : OffsetPairDecoder {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
-    const V steps = shr(b.word(16 + u / 4), u % 4 * 8);
-    scale[0] = half_steps(d, and_(steps, set(15)), 0.25f), scale[1] = half_steps(d, and_(shr(steps, 4), set(15)), 0.25f);
-    Signs x[4];
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
+    const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
+    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f), scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
+    Signs signs[4];
     uint64_t ninth = 0;
-    for (int i = 0; i < 4; ++i) x[i] = even_signs(b.words + 64 * (2 * u + 1), i), ninth |= x[i].spare << i;
-    const Entries e = look_up<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth));
-    for (int i = 0; i < 4; ++i) w[2 * i] = of_eight(e, i, 0, x[i].first), w[2 * i + 1] = of_eight(e, i, 1, x[i].second);
+    for (int i = 0; i < 4; ++i) signs[i] = load_even_signs(b.words + 64 * (2 * u + 1), i), ninth |= signs[i].spare << i;
+    const Entries e = look_up_entries<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth));
+    for (int i = 0; i < 4; ++i) w[2 * i] = decode_octet_half(e, i, 0, signs[i].first), w[2 * i + 1] = decode_octet_half(e, i, 1, signs[i].second);
   }
 };
 
-struct DIQ2_S : OffsetUnitDecoder {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
+struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
-    const V steps = shr(b.word(18 + u / 4), u % 4 * 8);
-    scale[0] = half_steps(d, and_(steps, set(15)), 0.25f), scale[1] = half_steps(d, and_(shr(steps, 4), set(15)), 0.25f);
-    const Entries e = look_up<BIQ2_S, 2>(b.word(u), shr(b.word(16 + u / 4), u % 4 * 8));
-    for (int v = 0; v < 8; ++v) w[v] = of_eight(e, v / 2, v % 2, mask_at(b.words + 64 * (8 + u), v));
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
+    const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
+    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f), scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
+    const Entries e = look_up_entries<BIQ2_S, 2>(b.word(u), shr(b.word(16 + u / 4), u % 4 * 8));
+    for (int v = 0; v < 8; ++v) w[v] = decode_octet_half(e, v / 2, v % 2, load_sign_mask(b.words + 64 * (8 + u), v));
   }
 };
 
 struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    uint64_t step = 0;
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
+    uint64_t scale_bits = 0;
     for (int half = 0; half < 2; ++half) {
-      const Entries e = look_up<BIQ3_XXS, 0>(b.word(2 * s + half), set(0));
+      const Entries e = look_up_entries<BIQ3_XXS, 0>(b.word(2 * s + half), set(0));
       for (int i = 0; i < 4; i += 2) {
-        const Signs x = even_signs(b.words + 64 * (16 + s), 2 * half + i / 2);
-        step |= x.spare << (2 * half + i / 2);
-        w[4 * half + i] = of_four(VALUES_IQ3_XXS, e, i, x.first), w[4 * half + i + 1] = of_four(VALUES_IQ3_XXS, e, i + 1, x.second);
+        const Signs signs = load_even_signs(b.words + 64 * (16 + s), 2 * half + i / 2);
+        scale_bits |= signs.spare << (2 * half + i / 2);
+        w[4 * half + i] = decode_quad(VALUES_IQ3_XXS, e, i, signs.first), w[4 * half + i + 1] = decode_quad(VALUES_IQ3_XXS, e, i + 1, signs.second);
       }
     }
-    scale = half_steps(d, nibble_lanes(step), 0.5f);
+    scale = scale_from_half_steps(d, nibble_lanes(scale_bits), 0.5f);
   }
 };
 
 struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));
     const V ninth = shr(b.word(24 + s / 4), s % 4 * 8);
     for (int half = 0; half < 2; ++half) {
-      const Entries e = look_up<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth, 4 * half));
-      for (int i = 0; i < 4; ++i) w[4 * half + i] = of_four(VALUES_IQ3_S, e, i, mask_at(b.words + 64 * (16 + s), 4 * half + i));
+      const Entries e = look_up_entries<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth, 4 * half));
+      for (int i = 0; i < 4; ++i) w[4 * half + i] = decode_quad(VALUES_IQ3_S, e, i, load_sign_mask(b.words + 64 * (16 + s), 4 * half + i));
     }
   }
 };
 
 // ---- IQ1: a weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; codes are in eighths, 8 * digit - 8 +- 1. Packing expands the
-// entries (quant/layout.cpp).
+// code book entries to digits (expand_iq1_indices in quant/layout.cpp).
 
-AI void unit_digits(const Block& b, int u, V* w) {  // of 32 k, eight times each
+// Decodes the digits of unit u (32 columns), times eight. Two units share 15 of the 16 vectors of digits in three
+// words; the sixteenth is in word 12.
+AI void decode_iq1_digits(const Block& b, int u, V* w) {
   const int pair = u / 2;
   if (u % 2) {
-    eight_trits<3, 2>(b.word(3 * pair + 1), w), eight_trits<0, 5>(b.word(3 * pair + 2), w + 2);
-    w[7] = eight_trit(b.word(12), pair);
+    decode_trits<3, 2>(b.word(3 * pair + 1), w), decode_trits<0, 5>(b.word(3 * pair + 2), w + 2);
+    w[7] = decode_trit(b.word(12), pair);
   } else {
-    eight_trits<0, 5>(b.word(3 * pair), w), eight_trits<0, 3>(b.word(3 * pair + 1), w + 5);
+    decode_trits<0, 5>(b.word(3 * pair), w), decode_trits<0, 3>(b.word(3 * pair + 1), w + 5);
   }
 }
-AI F odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
-AI V minus_nine_or_seven(V sign) { return sub8(set8(offset_code(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
+// The scale of IQ1, for codes in eighths: d * (2 * bits + 1) / 8.
+AI F scale_from_odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
+// What turns 8 * digit into a code: -8 + 1 or, if the sign of delta is set, -8 - 1.
+AI V iq1_offset(V sign) { return sub8(set8(offset_code(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
 
 struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
-  typedef F Head;
-  AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V nibble = shr(b.word(13), 4 * s), from = minus_nine_or_seven(shr(nibble, 3));
-    scale = odd_steps(d, nibble);
-    unit_digits(b, s, w);
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
+    const V nibble = shr(b.word(13), 4 * s), from = iq1_offset(shr(nibble, 3));
+    scale = scale_from_odd_steps(d, nibble);
+    decode_iq1_digits(b, s, w);
     for (int i = 0; i < 8; ++i) w[i] = add8(w[i], from);
   }
 };
 
-struct DIQ1_M : OffsetUnitDecoder {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : OffsetPairDecoder {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
-  typedef F Head;
-  AI static Head head(const Block& b) {
+  typedef F BlockScales;
+  AI static BlockScales load_scales(const Block& b) {
     const V s0 = b.word(14), s1 = b.word(15);
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
-  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
-    const V steps = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
-    scale[0] = odd_steps(d, steps), scale[1] = odd_steps(d, shr(steps, 3));
-    unit_digits(b, u, w);
+  AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
+    const V scale_bits = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
+    scale[0] = scale_from_odd_steps(d, scale_bits), scale[1] = scale_from_odd_steps(d, shr(scale_bits, 3));
+    decode_iq1_digits(b, u, w);
     for (int i = 0; i < 8; i += 2) {
-      const V from = minus_nine_or_seven(shr(signs, i / 2));
+      const V from = iq1_offset(shr(signs, i / 2));
       w[i] = add8(w[i], from), w[i + 1] = add8(w[i + 1], from);
     }
   }

@@ -3,9 +3,9 @@
 template <int N> struct Int { static constexpr int value = N; };
 
 AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
-  const size_t plane = narrow_plane(l, k);
+  const size_t plane = narrow_plane_bytes(l, k);
   return {group + b * l.narrow_bytes * 16, group + plane + b * l.narrow_bytes * 16,
-          group + l.narrows * plane + b * size_t(l.word_count()) * 64};
+          group + l.num_narrow_fields * plane + b * size_t(l.word_count()) * 64};
 }
 
 template <class D> struct Traits {
@@ -15,10 +15,10 @@ template <class D> struct Traits {
 };
 
 // A unit's eight vectors, and the scale and minimum of each of its sub-blocks.
-template <class D> AI void decode(const typename D::Head& head, const Block& b, int unit, V* w, F* scale, F* minimum) {
-  if constexpr (D::WHOLE_UNITS) D::unit(head, b, unit, w, scale);
+template <class D> AI void decode(const typename D::BlockScales& block_scales, const Block& b, int unit, V* w, F* scale, F* minimum) {
+  if constexpr (D::DECODES_PAIRS) D::decode_pair(block_scales, b, unit, w, scale);
   else
-    for (int p = 0; p < Traits<D>::PARTS; ++p) D::part(head, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
+    for (int p = 0; p < Traits<D>::PARTS; ++p) D::decode_sub_block(block_scales, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
 }
 
 // The start of a sum of products whose codes are OFF too large.
@@ -49,19 +49,19 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
   const float *parts = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
   const int64_t blocks = x.k / D::BLOCK;
-  const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
-  Block b = {group, group + plane, group + l.narrows * plane};
-  const int64_t unit_bytes = int64_t(words + l.narrows * narrow) / R::UNITS;
+  const size_t plane = narrow_plane_bytes(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
+  Block b = {group, group + plane, group + l.num_narrow_fields * plane};
+  const int64_t unit_bytes = int64_t(words + l.num_narrow_fields * narrow) / R::UNITS;
   const uint8_t *fetched = group, *reached = group;  // prefetches the group in order, at the pace of the units
   for (int64_t i = 0; i < blocks; ++i) {
     prefetcher.page(b.words);
-    const typename D::Head head = D::head(b);
+    const typename D::BlockScales block_scales = D::load_scales(b);
     const auto unit = [&](int u) __attribute__((always_inline)) {
       reached += unit_bytes;
       fetched += prefetcher.lines(fetched, reached - fetched);
       V w[8];
       F scale[R::PARTS], minimum[R::PARTS];
-      decode<D>(head, b, u, w, scale, minimum);
+      decode<D>(block_scales, b, u, w, scale, minimum);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
@@ -89,7 +89,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
 #pragma GCC unroll 2
       for (int u = 0; u < R::UNITS; ++u) unit(u);
     }
-    b.n0 += narrow, b.n1 += narrow, b.words += words;
+    b.narrow0 += narrow, b.narrow1 += narrow, b.words += words;
   }
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
@@ -116,11 +116,11 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
   typedef Traits<D> R;
   for (int at = 0, sub = 0; at < length; at += D::BLOCK) {
     const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
-    const typename D::Head head = D::head(b);
+    const typename D::BlockScales block_scales = D::load_scales(b);
     for (int u = 0; u < R::UNITS; ++u) {
       V w[8];
       F scale[R::PARTS], minimum[R::PARTS];
-      decode<D>(head, b, u, w, scale, minimum);
+      decode<D>(block_scales, b, u, w, scale, minimum);
       uint8_t* to = out.w + (at + u * 32) * 16;
 #pragma GCC unroll 8
       for (int g = 0; g < 8; ++g)

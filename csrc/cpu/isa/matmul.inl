@@ -97,14 +97,14 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
   typedef Traits<D> R;
   for (int64_t i = 0; i < k / D::BLOCK; ++i) {
     const Block b = block_at(l, group, k, i);
-    const typename D::Head head = D::head(b);
+    const typename D::BlockScales block_scales = D::load_scales(b);
     for (int u = 0; u < R::UNITS; ++u) {
       V w[8];
       F scales[R::PARTS], minimums[R::PARTS];
-      decode<D>(head, b, u, w, scales, minimums);
+      decode<D>(block_scales, b, u, w, scales, minimums);
       for (int j = 0; j < 32; ++j, out += 16) {
         const F scale = scales[j / D::SUB], minimum = D::MINIMUM ? minimums[j / D::SUB] : zero();
-        V code = byte(w[j / 4], j % 4);
+        V code = take_byte(w[j / 4], j % 4);
         code = D::SIGNED ? sign_extend8(D::WITH_OFFSET ? with_offset(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
         const F value = mulf(scale, to_float(code));
         storef(out, D::MINIMUM ? fma(minimum, setf(-1), value) : value);

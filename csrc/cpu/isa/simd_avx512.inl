@@ -47,41 +47,41 @@ template <int STRIDE> AI V spread_bits(V more) {  // the bits of entry i, from S
   constexpr long long LANE = 0 | 2 * STRIDE << 8 | 1 * STRIDE << 16 | 3 * STRIDE << 24, NEXT = LANE | 0x20202020;
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(LANE | NEXT << 32), more);
 }
-template <int N> AI V permuted(const uint8_t* table, V index, const __mmask64* bits) {
+template <int N> AI V permute(const uint8_t* table, V index, const __mmask64* bits) {
   if constexpr (N == 128) return _mm512_permutex2var_epi8(load(table), index, load(table + 64));
-  else return _mm512_mask_mov_epi8(permuted<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permuted<N / 2>(table + N / 2, index, bits));
+  else return _mm512_mask_mov_epi8(permute<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permute<N / 2>(table + N / 2, index, bits));
 }
-template <int N> struct Selected {  // 64 indices into N entries: low bytes, and the missing high bits
+template <int N> struct TableIndices {  // 64 indices into N entries: low bytes, and the missing high bits
   V low;
   __mmask64 bits[4];
-  AI Selected(V low, V more) : low(low), bits{_mm512_movepi8_mask(low)} {
+  AI TableIndices(V low, V more) : low(low), bits{_mm512_movepi8_mask(low)} {
     if constexpr (N > 256) bits[1] = _mm512_test_epi8_mask(more, set8(1));
     if constexpr (N > 512) bits[2] = _mm512_test_epi8_mask(more, set8(2));
     if constexpr (N > 1024) bits[3] = _mm512_test_epi8_mask(more, set8(4));
   }
-  AI V of(const uint8_t* table) const { return permuted<N>(table, low, bits); }
+  AI V select_from(const uint8_t* table) const { return permute<N>(table, low, bits); }
 };
 struct Trits {  // the first four digits of a byte (see `trit` in dequant.inl) in two bits each, and eight times the fifth
-  alignas(64) uint8_t four[256], fifth[256];
-  constexpr Trits() : four{}, fifth{} {
+  alignas(64) uint8_t first_four[256], fifth[256];
+  constexpr Trits() : first_four{}, fifth{} {
     for (int byte = 0; byte < 256; ++byte) {
       int x = byte;
       for (int n = 0; n < 5; ++n, x &= 255) {
         x *= 3;
-        if (n < 4) four[byte] = uint8_t(four[byte] | (x >> 8) << (2 * n));
+        if (n < 4) first_four[byte] = uint8_t(first_four[byte] | (x >> 8) << (2 * n));
         else fifth[byte] = uint8_t(x >> 8 << 3);
       }
     }
   }
 };
 constexpr Trits TRITS;
-constexpr int PLACES[4] = {0, 16, 8, 24};  // where the byte of an entry begins
+constexpr int ENTRY_BIT_OFFSETS[4] = {0, 16, 8, 24};  // where the byte of an entry begins
 AI V two_bit_fields(V bytes, int entry) {  // four fields of an entry's byte, each at the bottom of a byte
-  const long long lane = PLACES[entry] * 0x01010101ll + 0x06040200ll;
+  const long long lane = ENTRY_BIT_OFFSETS[entry] * 0x01010101ll + 0x06040200ll;
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32), bytes);
 }
 AI V four_bit_fields(V first, V second, int entry) {  // two fields of each
-  const long long lane = PLACES[entry] * 0x01010101ll + 0x04000400ll;
+  const long long lane = ENTRY_BIT_OFFSETS[entry] * 0x01010101ll + 0x04000400ll;
   const V by = _mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32);
   return _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(by, first), 0xccccccccccccccccull, by, second);
 }

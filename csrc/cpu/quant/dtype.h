@@ -1,11 +1,14 @@
-// Dtypes of activations: f32, f16 or bf16 at the drivers' borders, f32 inside. Keys and values may also be stored as Q8_0.
+// Dtypes of activations: the drivers take and return f32, f16 or bf16 and compute in f32. The KV cache may also store
+// Q8_0. The conversions here are portable and serve what is left over; the kernels convert with their instruction set
+// (isa/simd_*.inl).
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace ktx {
-// Q8_0, only for keys and values: blocks of 32 columns, an f16 scale before 32 int8 (ggml's block_q8_0). Its strides count bytes.
+// Q8_0, only for keys and values: blocks of 32 columns, an f16 scale followed by 32 int8 (ggml's block_q8_0). Strides
+// of a Q8_0 tensor count bytes, because a block is no multiple of an element.
 enum class DType { F32, F16, BF16, Q8_0 };
 constexpr int64_t Q8_BLOCK = 32, Q8_BYTES = 34;
 
@@ -21,6 +24,7 @@ inline uint16_t to_bf16(float f) {  // rounds to nearest even, keeps NaN
   if ((x & 0x7fffffffu) > 0x7f800000u) return uint16_t(x >> 16 | 0x40);
   return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
 }
+// Exact for all values: multiplying by 2^112 also normalizes subnormals, which a shift of the exponent would not.
 inline float from_f16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7fffu) << 13;
   float f;
@@ -33,6 +37,7 @@ inline float from_f16(uint16_t h) {
   std::memcpy(&f, &x, 4);
   return f;
 }
+// Rounds to nearest even; keeps NaN.
 inline uint16_t to_f16(float f) {
   uint32_t x;
   std::memcpy(&x, &f, 4);
@@ -49,9 +54,11 @@ inline uint16_t to_f16(float f) {
   return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-inline size_t size_of(DType type) { return type == DType::F32 ? 4 : type == DType::Q8_0 ? 1 : 2; }  // of an element of a stride
+// Bytes of what a stride of this type counts: elements, or the bytes of Q8_0.
+inline size_t size_of(DType type) { return type == DType::F32 ? 4 : type == DType::Q8_0 ? 1 : 2; }
 
-// n values, whole blocks, as Q8_0. A block that holds an infinity or a NaN becomes NaN.
+// Quantizes n values (a multiple of Q8_BLOCK) to Q8_0. A block that holds an infinity or a NaN becomes NaN, because an
+// int8 code cannot represent it and an error in a key must stay visible in the output.
 inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
   for (; n > 0; n -= Q8_BLOCK, x += Q8_BLOCK, out += Q8_BYTES) {
     float amax = 0;
@@ -66,6 +73,7 @@ inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
     }
   }
 }
+// Dequantizes n values, a multiple of Q8_BLOCK.
 inline void from_q8_0(const uint8_t* block, int64_t n, float* out) {
   for (; n > 0; n -= Q8_BLOCK, block += Q8_BYTES, out += Q8_BLOCK) {
     uint16_t scale;
@@ -74,7 +82,7 @@ inline void from_q8_0(const uint8_t* block, int64_t n, float* out) {
   }
 }
 
-// n values as f32: the source itself when it is f32 already, else converted into `buffer`.
+// Returns n values as f32: `x` without a copy if it is f32 already, else `buffer` with the converted values.
 inline const float* as_floats(const void* x, DType type, int64_t n, float* buffer) {
   if (type == DType::F32) return static_cast<const float*>(x);
   const uint16_t* h = static_cast<const uint16_t*>(x);
@@ -85,6 +93,7 @@ inline const float* as_floats(const void* x, DType type, int64_t n, float* buffe
     for (int64_t i = 0; i < n; ++i) buffer[i] = from_f16(h[i]);
   return buffer;
 }
+// Stores n f32 values as `type`.
 inline void from_floats(const float* x, DType type, int64_t n, void* out) {
   uint16_t* h = static_cast<uint16_t*>(out);
   if (type == DType::F32) std::memcpy(out, x, size_t(n) * 4);

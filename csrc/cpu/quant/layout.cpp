@@ -40,15 +40,21 @@ const Layout LAYOUTS[] = {
     {INT4_128, "INT4_128", 128, 66, 2, 1, {0, 0}, {{2, 64}}, false},
 };
 
+// Files are unaligned: a block may have an odd number of bytes.
 uint32_t load32(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, 4);
   return word;
 }
 
-// The fifth bits of Q5_0 and Q5_1: the file has bit 4*i+b for byte b of vector i; with bit 8*b+i one shift and one mask serve a vector.
-uint32_t fifth_bits(uint32_t bits) {
-  // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect shuffles.
+// In the comments below, a vector is 64 bytes: the same 32-bit word of the 16 rows of a group, as one register of the
+// decoder holds it.
+
+// Reorders the fifth bits of 32 weights of Q5_0 or Q5_1. The file has bit 4*i+b for byte b of vector i of the decoded
+// codes; the decoder needs bit 8*b+i, because one shift and one mask then serve all four bytes of a vector.
+uint32_t transpose_fifth_bits(uint32_t bits) {
+  // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect
+  // shuffles.
   auto swap = [](uint32_t x, uint32_t mask, int by) { const uint32_t t = (x ^ (x >> by)) & mask; return x ^ t ^ (t << by); };
   for (int round = 0; round < 3; ++round) {  // a perfect shuffle rotates the five index bits by one
     bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4), bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
@@ -56,160 +62,184 @@ uint32_t fifth_bits(uint32_t bits) {
   return bits;
 }
 
-// The order of four grid indices becomes 0 2 1 3: a mask then leaves two of them in the halves of the word.
-uint32_t swap_middle(uint32_t x) { return (x & 0xff0000ffu) | (x & 0x0000ff00u) << 8 | (x & 0x00ff0000u) >> 8; }
+// Puts four code book indices, a byte each, in the order 0 2 1 3, because the decoder looks up two at a time: one mask
+// then leaves indices 0 and 1 (after a shift, 2 and 3) in the 16-bit halves of the word.
+uint32_t swap_middle_bytes(uint32_t x) { return (x & 0xff0000ffu) | (x & 0x0000ff00u) << 8 | (x & 0x00ff0000u) >> 8; }
 
+// Replaces each row's word of a vector by f(word).
 template <class F>
-void each_word(uint8_t* line, F&& f) {
+void transform_words(uint8_t* vector, F&& f) {
   uint32_t words[16];
-  std::memcpy(words, line, 64);
+  std::memcpy(words, vector, 64);
   for (uint32_t& word : words) word = f(word);
-  std::memcpy(line, words, 64);
+  std::memcpy(vector, words, 64);
 }
-void swap_indices(uint8_t* words, int from, int to, int step) {
-  for (int i = from; i < to; i += step) each_word(words + 64 * i, swap_middle);
+// Applies swap_middle_bytes to the vectors from, from + step, ... below `to`.
+void swap_middle_bytes_of(uint8_t* words, int from, int to, int step) {
+  for (int i = from; i < to; i += step) transform_words(words + 64 * i, swap_middle_bytes);
 }
-// The 32 signs of each row -> eight times 64 bits, bit 4*row + i for weight i of four.
-void signs_by_vector(uint8_t* line) {
+// Transposes the 32 signs of each of 16 rows into eight masks of 64 bits, one for each vector of codes: bit 4*row + i
+// is weight i of the vector's four in `row`. The decoder loads such a mask and negates the bytes it selects.
+void transpose_signs(uint8_t* vector) {
   uint32_t rows[16];
   uint64_t masks[8] = {};
-  std::memcpy(rows, line, 64);
+  std::memcpy(rows, vector, 64);
   for (int v = 0; v < 8; ++v)
     for (int r = 0; r < 16; ++r) masks[v] |= uint64_t(rows[r] >> (4 * v) & 15) << (4 * r);
-  std::memcpy(line, masks, 64);
+  std::memcpy(vector, masks, 64);
 }
-// Four times seven signs and four bits of a scale, stored in place of the eighth signs.
-uint32_t with_spare_bits(uint32_t x) {
+// IQ2_XXS and IQ3_XXS store four times seven signs and, in the top four bits, a scale. Spreads them to a byte for each
+// eight weights: seven signs, and one bit of the scale in place of the eighth sign, which the decoder computes from the
+// seven (load_even_signs in isa/dequant.inl).
+uint32_t spread_signs(uint32_t x) {
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) out |= (x >> (7 * i) & 127) << (8 * i) | (x >> (28 + i) & 1) << (8 * i + 7);
   return out;
 }
-// IQ2_XS, 32 weights: four times nine bits of index and seven signs -> low index bytes, and signs with the ninth bits in the spare bits.
-void part_pairs(uint8_t* lines) {
+// IQ2_XS, 32 weights: splits four 16-bit fields (nine bits of index, seven signs) in two vectors into a vector of low
+// index bytes and a vector of signs, which has the ninth index bits in place of the eighth signs. The decoder then uses
+// the look-up and the signs of the other IQ2 types.
+void split_iq2_xs_pairs(uint8_t* vectors) {
   uint32_t rows[2][16];
-  std::memcpy(rows, lines, 128);
+  std::memcpy(rows, vectors, 128);
   for (int r = 0; r < 16; ++r) {
     uint32_t indices = 0, signs = 0;
     for (int i = 0; i < 4; ++i) {
       const uint32_t pair = rows[i / 2][r] >> (16 * (i % 2)) & 0xffff;
       indices |= (pair & 255) << (8 * i), signs |= (pair >> 9) << (8 * i) | (pair >> 8 & 1) << (8 * i + 7);
     }
-    rows[0][r] = swap_middle(indices), rows[1][r] = signs;
+    rows[0][r] = swap_middle_bytes(indices), rows[1][r] = signs;
   }
-  std::memcpy(lines, rows, 128);
-  signs_by_vector(lines + 64);
+  std::memcpy(vectors, rows, 128);
+  transpose_signs(vectors + 64);
 }
 
-// IQ1: code book entries (of 2048) are expanded to ternary digits, five per byte: sixteen bits for eight weights instead of eleven, but unpacking digits
-// is five times as fast as a lookup. Bytes are encoded like TQ1_0: a fraction of 243, rounded up to one of 256.
-struct Spelling {  // the weights of each entry as bytes
-  uint32_t fours[2048][2];
-  Spelling() {
-    for (int e = 0; e < 2048; ++e)
+// IQ1: packing expands code book entries (eight weights of -1, 0, 1, chosen by an index of eleven bits) to ternary
+// digits (weight + 1), five per byte: sixteen bits for eight weights instead of eleven, but unpacking digits is five
+// times as fast as a lookup. Bytes are encoded like TQ1_0: a fraction of 243, rounded up to one of 256. A quad is four
+// weights of a row, one digit per byte.
+
+// The two quads of each of the 2048 code book entries.
+struct EntryDigits {
+  uint32_t quads[2048][2];
+  EntryDigits() {
+    for (int entry = 0; entry < 2048; ++entry)
       for (int half = 0; half < 2; ++half) {
-        const uint32_t fields = half ? SECOND_IQ1[e] : FIRST_IQ1[e];
-        fours[e][half] = (fields & 3) | (fields >> 2 & 3) << 8 | (fields >> 4 & 3) << 16 | (fields >> 6) << 24;
+        const uint32_t fields = half ? SECOND_IQ1[entry] : FIRST_IQ1[entry];
+        quads[entry][half] = (fields & 3) | (fields >> 2 & 3) << 8 | (fields >> 4 & 3) << 16 | (fields >> 6) << 24;
       }
   }
 };
-// The words of digits from those of `fours`: of each pair of units fifteen fours in three words, and one in the last word.
-void put_digits(const uint32_t (*fours)[16], uint32_t (*words)[16]) {
-  static const uint32_t NONE[16] = {};
+// Packs the 64 quads of a block (256 weights, of 16 rows) into 13 words of five digits a byte. Of the 16 quads of each
+// pair of units (64 weights), fifteen go to three words; the last one goes to word 12, which has four digits a byte.
+void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
+  static const uint32_t ZEROS[16] = {};
   for (int i = 0; i < 13; ++i) {
-    const uint32_t* digit[5];
-    for (int d = 0; d < 5; ++d) digit[d] = i < 12 ? fours[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? fours[16 * d + 15] : NONE;
-    uint8_t line[64];
+    const uint32_t* quad[5];
+    for (int d = 0; d < 5; ++d) quad[d] = i < 12 ? quads[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? quads[16 * d + 15] : ZEROS;
+    uint8_t vector[64];
     for (int r = 0; r < 16; ++r) {
-      uint32_t x = digit[0][r];
-      for (int d = 1; d < 5; ++d) x = 3 * x + digit[d][r];
-      std::memcpy(line + 4 * r, &x, 4);
+      uint32_t x = quad[0][r];
+      for (int d = 1; d < 5; ++d) x = 3 * x + quad[d][r];
+      std::memcpy(vector + 4 * r, &x, 4);
     }
-    for (uint8_t& x : line) x = uint8_t(x + ((uint32_t(x) * 13 + 242) * 270 >> 16));  // ceil(256 x / 243)
-    std::memcpy(words[i], line, 64);
+    for (uint8_t& x : vector) x = uint8_t(x + ((uint32_t(x) * 13 + 242) * 270 >> 16));  // ceil(256 x / 243)
+    std::memcpy(words[i], vector, 64);
   }
 }
-// IQ1_S: 8 words of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta) -> 13 of digits, 1 of (scale, sign) nibbles.
-// IQ1_M: 8 and 4 of (3 index bits, sign of delta) nibbles, 2 of scales -> 13, 1 of signs, 2 of scales.
-template <bool S> void spell_out(uint8_t* lines) {
-  static const Spelling spelling;
-  uint32_t words[16][16], fours[64][16], rest[16] = {};
-  std::memcpy(words, lines, 14 * 64);
-  for (int u = 0; u < 8; ++u)
+// Expands the code book indices of a block of IQ1_S or IQ1_M to digits. A unit is 32 weights: four indices.
+//
+//   words  | as the file has them                                       | as the decoder reads them
+//   IQ1_S  |  8: low eight bits of the indices, a byte each             | 13: digits
+//          |  4: for each unit 16 bits: 4 x 3 high index bits,          |  1: a nibble for each unit: scale (3 bits), sign of delta
+//          |     scale (3 bits), sign of delta                          |
+//   IQ1_M  |  8: low eight bits of the indices, a byte each             | 13: digits
+//          |  4: for each index a nibble: 3 high bits, sign of delta    |  1: a bit for each index: sign of delta
+//          |  2: scales                                                 |  2: scales, unchanged
+template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
+  static const EntryDigits entry_digits;
+  uint32_t words[16][16], quads[64][16], extra_bits[16] = {};
+  std::memcpy(words, vectors, 14 * 64);
+  for (int unit = 0; unit < 8; ++unit)
     for (int r = 0; r < 16; ++r) {
-      const uint32_t low = words[u][r], high = words[8 + u / 2][r] >> (16 * (u % 2));
-      if (S) rest[r] |= (high >> 12 & 15) << (4 * u);
+      const uint32_t low = words[unit][r], high = words[8 + unit / 2][r] >> (16 * (unit % 2));
+      if (IS_IQ1_S) extra_bits[r] |= (high >> 12 & 15) << (4 * unit);
       for (int i = 0; i < 4; ++i) {
-        const uint32_t more = high >> ((S ? 3 : 4) * i), entry = (low >> (8 * i) & 255) | (more & 7) << 8;
-        if (!S) rest[r] |= (more >> 3 & 1) << (4 * u + i);
-        fours[8 * u + 2 * i][r] = spelling.fours[entry][0], fours[8 * u + 2 * i + 1][r] = spelling.fours[entry][1];
+        const uint32_t high_bits = high >> ((IS_IQ1_S ? 3 : 4) * i), entry = (low >> (8 * i) & 255) | (high_bits & 7) << 8;
+        if (!IS_IQ1_S) extra_bits[r] |= (high_bits >> 3 & 1) << (4 * unit + i);
+        quads[8 * unit + 2 * i][r] = entry_digits.quads[entry][0], quads[8 * unit + 2 * i + 1][r] = entry_digits.quads[entry][1];
       }
     }
-  if (!S) std::memcpy(words[14], lines + 12 * 64, 2 * 64);
-  std::memcpy(words[13], rest, 64);
-  put_digits(fours, words);
-  std::memcpy(lines, words, (S ? 14 : 16) * 64);
+  if (!IS_IQ1_S) std::memcpy(words[14], vectors + 12 * 64, 2 * 64);
+  std::memcpy(words[13], extra_bits, 64);
+  pack_digits(quads, words);
+  std::memcpy(vectors, words, (IS_IQ1_S ? 14 : 16) * 64);
 }
 
-// Reorders the bits of types whose decoder needs another order (see isa/dequant.inl).
-void arrange(int code, uint8_t* words) {
+// Reorders the bits of a packed block of the types whose decoder (isa/dequant.inl) needs another order than the file's.
+// Loading pays for the reordering once; the decoder would pay for it in every product.
+void reorder_bits(int code, uint8_t* words) {
   switch (code) {
-    case Q5_0: case Q5_1: each_word(words + 64 * 4, fifth_bits); break;
-    case IQ1_S: spell_out<true>(words); break;
-    case IQ1_M: spell_out<false>(words); break;
+    case Q5_0: case Q5_1: transform_words(words + 64 * 4, transpose_fifth_bits); break;
+    case IQ1_S: expand_iq1_indices<true>(words); break;
+    case IQ1_M: expand_iq1_indices<false>(words); break;
     case IQ2_XXS:
-      swap_indices(words, 0, 16, 2);
-      for (int i = 1; i < 16; i += 2) each_word(words + 64 * i, with_spare_bits), signs_by_vector(words + 64 * i);
+      swap_middle_bytes_of(words, 0, 16, 2);
+      for (int i = 1; i < 16; i += 2) transform_words(words + 64 * i, spread_signs), transpose_signs(words + 64 * i);
       break;
     case IQ2_XS:
-      for (int i = 0; i < 16; i += 2) part_pairs(words + 64 * i);
+      for (int i = 0; i < 16; i += 2) split_iq2_xs_pairs(words + 64 * i);
       break;
     case IQ2_S:
-      swap_indices(words, 0, 8, 1);
-      for (int i = 8; i < 16; ++i) signs_by_vector(words + 64 * i);
+      swap_middle_bytes_of(words, 0, 8, 1);
+      for (int i = 8; i < 16; ++i) transpose_signs(words + 64 * i);
       break;
     case IQ3_XXS:
-      swap_indices(words, 0, 16, 1);
-      for (int i = 16; i < 24; ++i) each_word(words + 64 * i, with_spare_bits), signs_by_vector(words + 64 * i);
+      swap_middle_bytes_of(words, 0, 16, 1);
+      for (int i = 16; i < 24; ++i) transform_words(words + 64 * i, spread_signs), transpose_signs(words + 64 * i);
       break;
     case IQ3_S:
-      swap_indices(words, 0, 16, 1);
-      for (int i = 16; i < 24; ++i) signs_by_vector(words + 64 * i);
+      swap_middle_bytes_of(words, 0, 16, 1);
+      for (int i = 16; i < 24; ++i) transpose_signs(words + 64 * i);
       break;
   }
 }
 
-// Block `index` of up to 16 rows into their group: a word of all rows at a time, so that stores are whole lines.
-void put_blocks(const Layout& l, const uint8_t* const* rows, int lanes, int64_t index, int64_t k, uint8_t* group) {
-  const size_t plane = narrow_plane(l, k), at = size_t(index) * l.bytes;
-  for (int i = 0; i < l.narrows; ++i) {
-    uint8_t* narrow = group + i * plane + index * 16 * l.narrow_bytes;
-    for (int r = 0; r < lanes; ++r) std::memcpy(narrow + r * l.narrow_bytes, rows[r] + at + l.narrow_at[i], l.narrow_bytes);
+// Packs block `index` of up to 16 rows into their group: one word of all rows at a time, so that a store fills a cache
+// line.
+void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64_t index, int64_t k, uint8_t* group) {
+  const size_t plane = narrow_plane_bytes(l, k), block_offset = size_t(index) * l.bytes;
+  for (int i = 0; i < l.num_narrow_fields; ++i) {
+    uint8_t* field = group + i * plane + index * 16 * l.narrow_bytes;
+    for (int r = 0; r < num_rows; ++r) std::memcpy(field + r * l.narrow_bytes, rows[r] + block_offset + l.narrow_offset[i], l.narrow_bytes);
   }
-  uint8_t* words = group + words_at(l, k) + index * l.word_count() * 64;
-  for (const Segment& s : l.words)
+  uint8_t* words = group + words_offset(l, k) + index * l.word_count() * 64;
+  for (const WordRange& s : l.words)
     for (int offset = s.offset; offset < s.offset + s.bytes; offset += 4, words += 64) {
-      uint32_t line[16] = {};
-      if (lanes == 16)
-        for (int r = 0; r < 16; ++r) line[r] = load32(rows[r] + at + offset);
+      uint32_t vector[16] = {};
+      if (num_rows == 16)
+        for (int r = 0; r < 16; ++r) vector[r] = load32(rows[r] + block_offset + offset);
       else
-        for (int r = 0; r < lanes; ++r) line[r] = load32(rows[r] + at + offset);
-      std::memcpy(words, line, 64);
+        for (int r = 0; r < num_rows; ++r) vector[r] = load32(rows[r] + block_offset + offset);
+      std::memcpy(words, vector, 64);
     }
-  arrange(l.code, group + words_at(l, k) + index * l.word_count() * 64);
+  reorder_bits(l.code, group + words_offset(l, k) + index * l.word_count() * 64);
 }
 
+// Packs rows of a float type as [k][16 rows], without blocks.
 template <int BYTES>
-void put_floats(const uint8_t* const* rows, int lanes, int64_t k, uint8_t* group) {
+void pack_floats(const uint8_t* const* rows, int num_rows, int64_t k, uint8_t* group) {
   for (int64_t i = 0; i < k; ++i)
-    for (int r = 0; r < lanes; ++r) std::memcpy(group + (i * 16 + r) * BYTES, rows[r] + i * BYTES, BYTES);
+    for (int r = 0; r < num_rows; ++r) std::memcpy(group + (i * 16 + r) * BYTES, rows[r] + i * BYTES, BYTES);
 }
 
-void put_rows(const Layout& l, const uint8_t* const* rows, int lanes, int64_t k, uint8_t* group) {
+// Packs up to 16 full rows into one group.
+void pack_group(const Layout& l, const uint8_t* const* rows, int num_rows, int64_t k, uint8_t* group) {
   if (!l.is_float)
-    for (int64_t b = 0; b < k / l.block; ++b) put_blocks(l, rows, lanes, b, k, group);
-  else if (l.bytes == 4) put_floats<4>(rows, lanes, k, group);
-  else if (l.bytes == 2) put_floats<2>(rows, lanes, k, group);
-  else put_floats<1>(rows, lanes, k, group);
+    for (int64_t b = 0; b < k / l.block; ++b) pack_block(l, rows, num_rows, b, k, group);
+  else if (l.bytes == 4) pack_floats<4>(rows, num_rows, k, group);
+  else if (l.bytes == 2) pack_floats<2>(rows, num_rows, k, group);
+  else pack_floats<1>(rows, num_rows, k, group);
 }
 }  // namespace
 
@@ -221,18 +251,18 @@ const Layout* find_layout(int code) {
 
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed, int64_t row0,
                const float* scale, int64_t scale_columns) {
-  const size_t stride = group_bytes(l, k);
+  const size_t group_stride = group_bytes(l, k);
   for (int64_t row = 0; row < rows; row += 16) {
-    uint8_t* group = packed + (row0 + row) / 16 * stride;
-    const int lanes = rows - row < 16 ? int(rows - row) : 16;
-    if (lanes < 16) std::memset(group, 0, stride);
-    const uint8_t* lines[16];
-    for (int r = 0; r < lanes; ++r) lines[r] = source + (row + r) * row_bytes;
-    put_rows(l, lines, lanes, k, group);
+    uint8_t* group = packed + (row0 + row) / 16 * group_stride;
+    const int num_rows = rows - row < 16 ? int(rows - row) : 16;
+    if (num_rows < 16) std::memset(group, 0, group_stride);
+    const uint8_t* row_data[16];
+    for (int r = 0; r < num_rows; ++r) row_data[r] = source + (row + r) * row_bytes;
+    pack_group(l, row_data, num_rows, k, group);
     if (!scale) continue;
-    float* scales = reinterpret_cast<float*>(group + float_scales_at(l, k));
+    float* scales = reinterpret_cast<float*>(group + float_scales_offset(l, k));
     for (int64_t c = 0; c < scale_columns; ++c)
-      for (int r = 0; r < lanes; ++r) scales[c * 16 + r] = scale[(row0 + row + r) / 128 * scale_columns + c];
+      for (int r = 0; r < num_rows; ++r) scales[c * 16 + r] = scale[(row0 + row + r) / 128 * scale_columns + c];
   }
 }
 }  // namespace ktx

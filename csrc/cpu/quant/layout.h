@@ -1,9 +1,11 @@
 // The layout of packed matrices: where the bytes of a ggml block go.
 //
-// A packed matrix is cut into groups of 16 rows. A group holds, for its 16 rows, one plane for every field narrower than four
-// bytes (scales: [block][16] of f16 or u8) and one plane of 32-bit words ([block][word][16 rows]). A vector register then holds
-// the same word of 16 rows, so packing is data movement and a packed matrix is as large as the file's, up to rounding a plane to
-// 64 bytes; except IQ1, whose code book entries are expanded. Float types are a single plane [k][16 rows].
+// A packed matrix is cut into groups of 16 rows. A plane is an array of one kind of field for all blocks of a group. A
+// group has one plane for every field narrower than four bytes (a narrow field: f16 or u8 scales, [block][16 rows]) and
+// one plane of 32-bit words ([block][word][16 rows]). A vector register then holds the same word of 16 rows, so packing
+// is data movement and a packed matrix is as large as the file's, up to rounding a plane to 64 bytes; except IQ1, whose
+// code book entries are expanded. Float types are a single plane [k][16 rows]. Everywhere in csrc/cpu, k is the number
+// of columns of a matrix (the length of a dot product) and n its number of rows.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,36 +17,43 @@ enum Code : int {  // ids of ggml; ktx types from 1000
   TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, F8_E4M3 = 1000, INT8_128 = 1001, INT4_64 = 1002, INT4_128 = 1003,
 };
 
-struct Segment { int16_t offset, bytes; };  // a run of 32-bit words in the block
+struct WordRange { int16_t offset, bytes; };  // consecutive 32-bit words of a file's block
 
+// Where the fields of a block are, in the file and in a packed group. layout.cpp has one Layout for each weight type.
 struct Layout {
   int code;
   const char* name;
-  int block, bytes;       // elements and file bytes of a block
-  int narrow_bytes;       // width of a narrow field: 2 (f16), 1, or 0 when there is none
-  int narrows;            // number of narrow fields
-  int16_t narrow_at[2];   // their offsets in the block
-  Segment words[4];       // the rest, in the order the decoder expects
+  int block, bytes;           // weights and file bytes of a block
+  int narrow_bytes;           // width of a narrow field: 2 (f16), 1, or 0 when there is none
+  int num_narrow_fields;
+  int16_t narrow_offset[2];   // of each narrow field, in the block
+  WordRange words[4];         // the other bytes, in the order in which the decoder expects them
   bool is_float;
-  int more = 0;           // packed words beyond those of the file's block
-  int word_count() const { int n = more; for (const Segment& s : words) n += s.bytes / 4; return n; }
+  int extra_words = 0;        // packed words beyond those of the file's block: IQ1 grows, see expand_iq1_indices
+  // Packed 32-bit words of a block and row.
+  int word_count() const { int n = extra_words; for (const WordRange& s : words) n += s.bytes / 4; return n; }
 };
 
 const Layout* find_layout(int code);  // nullptr when the type is unknown
 
-constexpr size_t line(size_t bytes) { return (bytes + 63) & ~size_t(63); }
-// Bytes of one group of 16 rows: narrow planes, then the word plane (float types: [k][16]).
-inline size_t narrow_plane(const Layout& l, int64_t k) { return line(size_t(k / l.block) * l.narrow_bytes * 16); }
-inline size_t words_at(const Layout& l, int64_t k) { return l.narrows * narrow_plane(l, k); }
-inline size_t float_scales_at(const Layout& l, int64_t k) { return line(size_t(k) * l.bytes * 16); }
+// Rounds up to full cache lines, because each plane starts at one.
+constexpr size_t round_to_cache_line(size_t bytes) { return (bytes + 63) & ~size_t(63); }
+// Sizes and offsets in bytes for a group of 16 rows of k columns: narrow planes, then the word plane. Float types:
+// [k][16]; F8_E4M3 is followed by f32 scales, one for each row and 128 columns.
+inline size_t narrow_plane_bytes(const Layout& l, int64_t k) { return round_to_cache_line(size_t(k / l.block) * l.narrow_bytes * 16); }
+inline size_t words_offset(const Layout& l, int64_t k) { return l.num_narrow_fields * narrow_plane_bytes(l, k); }
+inline size_t float_scales_offset(const Layout& l, int64_t k) { return round_to_cache_line(size_t(k) * l.bytes * 16); }
 inline size_t group_bytes(const Layout& l, int64_t k) {
-  if (l.code == F8_E4M3) return float_scales_at(l, k) + line(size_t((k + 127) / 128) * 16 * 4);  // + one f32 scale per row and 128 k
-  if (l.is_float) return line(size_t(k) * l.bytes * 16);
-  return words_at(l, k) + size_t(k / l.block) * l.word_count() * 64;
+  if (l.code == F8_E4M3) return float_scales_offset(l, k) + round_to_cache_line(size_t((k + 127) / 128) * 16 * 4);
+  if (l.is_float) return round_to_cache_line(size_t(k) * l.bytes * 16);
+  return words_offset(l, k) + size_t(k / l.block) * l.word_count() * 64;
 }
+// Bytes of a packed matrix of n rows.
 inline size_t packed_bytes(const Layout& l, int64_t n, int64_t k) { return size_t((n + 15) / 16) * group_bytes(l, k); }
 
-// Packs `rows` rows starting at `source` (row_bytes apart) into the groups from row0 on. Rows past the end are zero.
+// Packs `rows` rows of k columns, which start at `source` and are `row_bytes` apart, into the groups from row `row0` (a
+// multiple of 16) on. Rows that are missing in the last group become zero. F8_E4M3 only: `scale` f32 [rows of the
+// matrix / 128][scale_columns] is copied to each group; else null.
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed, int64_t row0,
                const float* scale, int64_t scale_columns);
 }  // namespace ktx
