@@ -23,8 +23,8 @@ FAKE_GPU_BYTES = 80 << 30  # memory of a fake GPU
 class Device:
     """A device for modules.
 
-    `name` is cpu or cuda:N. `torch` is the device of its tensors. `gpu`: its kernels are Triton's. `pretended`: a fake
-    GPU.
+    `name` is cpu or cuda:N. `torch` is the device of its tensors. `gpu`: its kernels are Triton's. `fake`: a fake GPU,
+    which tests place modules on; its tensors are on the CPU.
     """
 
     name: str
@@ -68,7 +68,7 @@ def parse_device(name: str, location: str = "") -> Device:
 
     Args:
         name: cpu, cuda or cuda:N.
-        where: the place of the name, as a prefix for messages.
+        location: the place of the name, as a prefix for messages.
 
     Raises:
         UsageError: the name is invalid, or this machine does not have the device.

@@ -168,6 +168,7 @@ def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
+    """The folders of this process's cgroup and its parents, for a controller ("" means cgroup v2): each may limit it."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
         if names == controller:

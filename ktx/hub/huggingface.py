@@ -53,6 +53,10 @@ class HuggingFace:
         return Listing(repo, revision, info.sha or revision or "main", files)
 
     def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
+        """Returns which files are still to be downloaded, and how many bytes of them are on disk already.
+
+        Raises KtxError if the hub denies access, before anything is downloaded.
+        """
         place = to or self.cache
         if to is not None and not to.exists():  # a dry run of the library would create the folder
             self._check_access(listing, wanted[-1])
@@ -75,6 +79,11 @@ class HuggingFace:
         to: Path | None,
         advance: Callable[[int], None],
     ) -> Path:
+        """Downloads the files, to the folder `to` or the library's cache; returns the folder.
+
+        Large files are downloaded here, several at once, because the library cannot resume after a broken connection;
+        it downloads the others. `advance` is called with the bytes that arrived.
+        """
         from huggingface_hub.utils import enable_progress_bars
 
         large = list({self._target(listing, file, to): file for file in plan.files if self._is_ours(file)}.values())
@@ -82,7 +91,7 @@ class HuggingFace:
             enable_progress_bars()
         stop = threading.Event()
         try:
-            _fetch_all(large, lambda file: self._fetch(listing, file, to, advance, stop), stop)
+            _fetch_all(large, lambda file: self._fetch_file(listing, file, to, advance, stop), stop)
         except KtxError:
             raise
         except Exception as error:
@@ -107,6 +116,7 @@ class HuggingFace:
     def _snapshot(
         self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, dry_run: bool = False
     ) -> Any:
+        """Calls the library's snapshot_download for exactly these files; with `dry_run` it only lists what is missing."""
         from huggingface_hub import snapshot_download
 
         names = [glob.escape(file.path) for file in wanted]
@@ -118,6 +128,7 @@ class HuggingFace:
             raise self.to_ktx_error(error, listing.repo, listing.revision) from error
 
     def _check_access(self, listing: Listing, file: File) -> None:
+        """Raises KtxError if the hub denies access to a file; asks for its metadata only."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         try:
@@ -125,9 +136,14 @@ class HuggingFace:
         except Exception as error:
             raise self.to_ktx_error(error, listing.repo, listing.revision) from error
 
-    def _fetch(
+    def _fetch_file(
         self, listing: Listing, file: File, to: Path | None, advance: Callable[[int], None], stop: threading.Event
     ) -> None:
+        """Downloads one large file, resumes a partial one, and verifies its SHA-256.
+
+        The partial file is locked, because two processes would write it at once. A wrong digest after a resume restarts
+        from byte 0; after a complete download it is an error.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub._local_folder import write_download_metadata  # or else the library hashes the file again
         from huggingface_hub.file_download import http_get

@@ -30,6 +30,7 @@ class ModelScope:
         self.api, self.cache = HubApi(), Path(get_default_config().cache_dir)
 
     def list_repo(self, repo: str, revision: str | None) -> Listing:
+        """Lists a repository's files with their sizes and digests. Raises KtxError with a remedy."""
         try:
             found = self.api.list_repo_files(repo, "model", revision=revision)
         except Exception as error:  # the client also raises its libraries' errors
@@ -38,6 +39,7 @@ class ModelScope:
         return Listing(repo, revision, revision or "master", files)
 
     def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
+        """Returns which files are still to be downloaded, and how many bytes of them are on disk already."""
         place = to or self.cache
         files = tuple(file for file in wanted if to is None or not _is_complete(to / file.path, file))
         parts = [place / f"{file.path}.incomplete" for file in files if to is not None]
@@ -51,6 +53,10 @@ class ModelScope:
         to: Path | None,
         advance: Callable[[int], None],
     ) -> Path:
+        """Downloads the files, to the folder `to` or the client's cache; returns the folder.
+
+        `advance` is called with the bytes that arrived. The client resumes partial files and checks digests itself.
+        """
         from modelscope_hub import ProgressCallback
 
         class Progress(ProgressCallback):

@@ -59,7 +59,7 @@ def parse_entry(
         key: a name in WORDS, a range of layers, or a regular expression.
         device: cpu, cuda, cuda:N, or for `all` several GPUs as a list or separated by commas.
         where: prefix of error messages.
-        asked: whether an option set the entry.
+        explicit: whether an option set the entry.
         implied: whether the entry is a default that no user wrote.
 
     Raises:

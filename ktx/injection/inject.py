@@ -91,7 +91,7 @@ class Plan(list[Step]):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # by module path, for all modules
         self.rules = Rules()  # the rules that were applied
-        self.stream_experts: int | str | None = None  # the rule file's (ktx.injection.device_map.streaming)
+        self.stream_experts: int | str | None = None  # the rule file's (ktx.injection.device_map.parse_stream_experts)
         self.scheme = ""  # the checkpoint's quantization scheme (ktx.weights.quantization)
         self.ignored_patterns: Sequence[str] = ()  # patterns of tensors that the modeling code ignores
         self.model_notes: list[Any] = []  # notes on the planned model (ktx.model.notes)
@@ -104,11 +104,12 @@ class Plan(list[Step]):
             step.specs = [spec for spec in map(source.spec, step.tensors) if spec is not None]
 
     def check(self, source: WeightSource | None = None) -> None:
-        """Checks that every tensor of the plan is in the file with the right shape.
+        """Checks, before any weight is read, that file and model fit: no tensor missing, of another shape, or unread.
+
+        One unread or missing tensor would otherwise give a model that runs and answers wrongly.
 
         Raises:
-            BadFile: names all tensors that are missing, have another shape, or are read by no module; equal layers are
-                one entry.
+            BadFile: names all such tensors; layers with the same problem are one entry.
         """
         source = source or self.source
         problems: dict[tuple[str, str], list[int]] = {}
@@ -203,7 +204,7 @@ def _rule_location(rule: Rule | None) -> str:
 
 
 def _without_layer(path: str) -> tuple[str, list[int]]:
-    """Returns a path with its first number replaced by a placeholder, and that number."""
+    """Returns a path with its first number replaced by a placeholder, and that number; groups equal layers."""
     number = NUMBER.search(path)
     return (path, []) if number is None else (f"{path[: number.start()]}.{{}}{path[number.end() :]}", [int(number[1])])
 
@@ -255,9 +256,9 @@ def inject(
         config: the model's configuration.
         dtype: compute type.
         kv_dtype: type of the KV cache.
-        tell_unmatched: whether to warn of rules that match no module; false for default rules.
+        warn_unmatched: whether to warn of rules that match no module; false for default rules.
         targets: quantized type of float weights by operator class.
-        places: device map for modules whose rule names no device, one GPU per entry.
+        entries: device map for modules whose rule names no device, one GPU per entry.
 
     Raises:
         UsageError: a rule or an entry of the device map is invalid for this model.
@@ -281,7 +282,10 @@ def inject(
 
 
 class _Injector:
-    """Walks the module tree once and collects the plan."""
+    """Walks the module tree once, from the top, replaces what rules match, and collects the plan.
+
+    `matched_rules` and `matched_entries` are indices, for the warnings about those that matched nothing.
+    """
 
     def __init__(
         self,
@@ -404,7 +408,11 @@ class _Injector:
         return new
 
     def record(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: Device) -> None:
-        """Records a module's device, and a step if the module was replaced or has weights of its own."""
+        """Records a module's device, and a step if the module was replaced or has weights of its own.
+
+        The step lists the tensors that the module reads, its own parameters and those of its operator; output layers
+        that share the embedding's matrix are added later (`_tie`).
+        """
         self.plan.devices[path] = device
         tensors, shapes = [], {}
         own_tensors = [

@@ -127,13 +127,14 @@ def parse(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
     """
     root, reader = _compose(text, file), _YamlReader(file)
     return (
-        _rules_from_mapping(root, reader, model_type)
+        _parse_rule_mapping(root, reader, model_type)
         if isinstance(root, yaml.MappingNode)
-        else Rules(_rules_from_list(root, reader), base=file)
+        else Rules(_parse_rule_list(root, reader), base=file)
     )
 
 
 def _compose(text: str, file: str) -> yaml.Node:
+    """Parses YAML into nodes, which have line numbers for error messages. Raises UsageError, with the line."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -149,13 +150,13 @@ def _compose(text: str, file: str) -> yaml.Node:
     return root
 
 
-def _rules_from_list(node: yaml.Node, reader: _YamlReader) -> list[Rule]:
+def _parse_rule_list(node: yaml.Node, reader: _YamlReader) -> list[Rule]:
     if not isinstance(node, yaml.SequenceNode):
         raise UsageError(f"{reader.at(node)}: rules are a list; start each rule with '- match:'")
     return [translate(_parse_rule(item, reader)) for item in node.value]
 
 
-def _rules_from_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -> Rules:
+def _parse_rule_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -> Rules:
     """Returns the rules and the device map of a file that is a mapping."""
     if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
         raise UsageError(
@@ -163,42 +164,43 @@ def _rules_from_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -
             " start each rule with '- match:'"
         )
     sections = reader.known(root, "a rule file", FILE_KEYS)
-    entries = _device_entries(sections["devices"], reader) if "devices" in sections else []
-    entries += _gpu_expert_entries(sections["gpu_experts"], reader) if "gpu_experts" in sections else []
-    rules = _referenced_rules(sections, entries, reader, model_type)
+    entries = _parse_devices(sections["devices"], reader) if "devices" in sections else []
+    entries += _parse_gpu_experts(sections["gpu_experts"], reader) if "gpu_experts" in sections else []
+    rules = _parse_rules_section(sections, entries, reader, model_type)
     if "stream_experts" in sections:
-        rules.stream_experts = _stream_experts(sections["stream_experts"], reader)
+        rules.stream_experts = _parse_stream_experts(sections["stream_experts"], reader)
     return rules
 
 
-def _referenced_rules(
+def _parse_rules_section(
     sections: Mapping[str, yaml.Node], entries: list[PlacementEntry], reader: _YamlReader, model_type: str
 ) -> Rules:
     """Returns the rules of the section `rules`: a list, those of another file, or those of the model's architecture."""
     if "rules" not in sections:
         return Rules(rules := load_rules(None, model_type), entries, rules.base, explicit=False)
     if isinstance(sections["rules"], yaml.SequenceNode):
-        return Rules(_rules_from_list(sections["rules"], reader), entries, reader.file)
+        return Rules(_parse_rule_list(sections["rules"], reader), entries, reader.file)
     name = reader.value(sections["rules"], str, "rules, a list or the name of a file,") or ""
     sibling = Path(reader.file).parent / name
     try:
-        path = _rule_path(sibling if sibling.is_file() else name)
+        path = _find_rule_file(sibling if sibling.is_file() else name)
         node = _compose(_read_text(path), str(path))
     except BadFile as error:
         raise BadFile(f"{reader.at(sections['rules'])}: {error}") from None
-    return Rules(_rules_from_list(node, _YamlReader(str(path))), entries, str(path))
+    return Rules(_parse_rule_list(node, _YamlReader(str(path))), entries, str(path))
 
 
-def _device_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
+def _parse_devices(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
+    """Parses `devices`, the device map: an entry per key, with one device or, for `all`, several."""
     sections, key_nodes = reader.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
     entries = []
     for key, value in sections.items():
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        entries.append(parse_entry(key, [_device(item, reader) for item in items], reader.at(key_nodes[key])))
+        entries.append(parse_entry(key, [_parse_device(item, reader) for item in items], reader.at(key_nodes[key])))
     return entries
 
 
-def _gpu_expert_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
+def _parse_gpu_experts(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
     """Parses `gpu_experts`: a number for all layers, or numbers by layers as in a device map."""
     if isinstance(node, yaml.SequenceNode):
         raise UsageError(f"{reader.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
@@ -209,18 +211,22 @@ def _gpu_expert_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementE
     ]
 
 
-def _stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
+def _parse_stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
     min_tokens = parse_stream_experts(
         reader.value(node, object, "stream_experts"), f"{reader.at(node)}: stream_experts"
     )
     return "auto" if min_tokens is None else min_tokens or "off"
 
 
-def _device(node: yaml.Node, reader: _YamlReader) -> str:
+def _parse_device(node: yaml.Node, reader: _YamlReader) -> str:
     return str(reader.value(node, str, "a device") or "")
 
 
 def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
+    """Parses one rule: `match` by name or class, and optionally `replace`, `device` and `recursive`.
+
+    Raises UsageError for an unknown key or a wrong type, with file and line.
+    """
     sections = reader.known(node, "")
     if "match" not in sections:
         raise UsageError(f"{reader.at(node)}: a rule needs 'match'")
@@ -284,13 +290,13 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
             )
         return Rules(rules)
     explicit = rules is not None
-    path = _rule_path(rules if explicit else RULE_FILES.get(model_type, "generic"))
+    path = _find_rule_file(rules if explicit else RULE_FILES.get(model_type, "generic"))
     parsed = parse(_read_text(path), str(path), model_type)
     parsed.explicit = parsed.explicit and explicit
     return parsed
 
 
-def _rule_path(rules: object) -> Path:
+def _find_rule_file(rules: object) -> Path:
     """Returns the path of a rule file: an existing path, or a shipped file by its name or an earlier name."""
     path = Path(str(rules)).expanduser()
     if path.is_file():

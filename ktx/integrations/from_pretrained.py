@@ -154,6 +154,10 @@ class KtxQuantizer(HfQuantizer):
     downloads: Any = None  # transformers' arguments for finding files of a hub id
 
     def __init__(self, quantization_config: KtxConfig, **kwargs: Any):
+        """Reads the call's arguments, and refuses those that would have no effect.
+
+        Raises UsageError for such an argument, or if the call names no model.
+        """
         super().__init__(quantization_config, **kwargs)
         self.ktx_config = quantization_config
         self.call = _call()

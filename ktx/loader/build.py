@@ -125,7 +125,10 @@ def placement_options(
     devices: Mapping[str, str | Sequence[str]] | None,
     gpu_experts: int | None,
 ) -> PlacementOptions:
-    """Returns a function that puts these options in front of a rule file's device map."""
+    """Returns a function that puts these options in front of a rule file's device map.
+
+    The device map is known only once `prepare_model` has read the rules, so the options cannot be merged earlier.
+    """
     return lambda file: merge_options(file, device, moe_device, shared_device, devices, gpu_experts)
 
 
@@ -191,9 +194,14 @@ def prepare_model(
     if moe_experts is not None:
         set_experts_per_token(config, moe_experts)
 
-    def planned(
+    def build_plan(
         rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
     ) -> tuple[nn.Module, Plan]:
+        """Builds the meta-device model with its operators and their plan, on the CPU's headers only.
+
+        It may run three times: for the bytes by which layers are split between GPUs, for the result, and once more if
+        the devices that were used call for another compute type than expected.
+        """
         meta_model = build_meta_model(config, compute_dtype, trust_remote_code)
         if mtp:
             mtp_layer.append_layer(meta_model, source)
@@ -211,15 +219,15 @@ def prepare_model(
     num_gpus = next((len(entry.split_devices) for entry in entries if entry.split_devices), 0)
     if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
         cpu_footprint = footprint(
-            *planned([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
+            *build_plan([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
         )
         entries = split_layers(entries, split_evenly(cpu_footprint, num_gpus, entries, base_rules))
-    meta_model, plan = planned(base_rules, entries, compute_dtype, base_rules.explicit)
+    meta_model, plan = build_plan(base_rules, entries, compute_dtype, base_rules.explicit)
     final_dtype = dtype or _default_dtype(any(device.gpu for device in plan.devices.values()))
     if final_dtype != compute_dtype:  # no module matched the GPU entries, which was warned of already
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            meta_model, plan = planned(base_rules, entries, final_dtype, False)
+            meta_model, plan = build_plan(base_rules, entries, final_dtype, False)
     plan.rules, plan.stream_experts = base_rules, base_rules.stream_experts
     plan.model_notes = notes.collect_notes(meta_model, plan, base_rules, targets, kv_dtype)
     return meta_model, plan, source, final_dtype
@@ -248,7 +256,7 @@ def _scheme(model: str | Path, weights: Path) -> str:
 
 
 def _default_dtype(gpu: bool) -> torch.dtype:
-    """Returns the default compute type."""
+    """Returns the default compute type: bf16 if a GPU computes, else f32."""
     return torch.bfloat16 if gpu else torch.float32
 
 

@@ -45,13 +45,17 @@ def load_weights(
     ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def load_step(index: int) -> None:
+        """Loads one step, and asks the system for the pages of the step that a thread will need after the current ones.
+
+        Pages are released after use, so that loading needs no more memory than the packed weights.
+        """
         for next_step in (
             ordered[index + threads : index + threads + 1] if store is None or not store.is_complete else ()
         ):
             source.prefetch(next_step.tensors)
         step = ordered[index]
         module = model.get_submodule(step.path) if step.path else model
-        if isinstance(module, Operator) and not _shares(module):
+        if isinstance(module, Operator) and not _shares_embedding(module):
             with loading(step.path, store, origin):
                 module.load(source)
         own_names = {
@@ -79,7 +83,7 @@ def load_weights(
                     pending.cancel()
                 raise
     for module in model.modules():
-        if isinstance(module, Linear) and _shares(module):
+        if isinstance(module, Linear) and _shares_embedding(module):
             owner = model.get_submodule(module.tied_to.rpartition(".")[0])
             if isinstance(owner, Embedding) and owner.packed is not None:
                 module.parts = [owner.packed]
@@ -89,12 +93,13 @@ def load_weights(
                 TiedLinear.tie_head(module, owner)
 
 
-def _shares(module: nn.Module) -> bool:
-    """Whether an output layer reads the embedding's matrix and has none of its own."""
+def _shares_embedding(module: nn.Module) -> bool:
+    """Whether an output layer reads the embedding's matrix and has none of its own, so it must be loaded after it."""
     return isinstance(module, Linear) and bool(module.tied_to) and not module.has_own_copy
 
 
 def _assign_tensor(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Replaces a meta parameter or buffer by the values of the file; float buffers become f32, parameters `dtype`."""
     param = module._parameters.get(name)
     if param is not None:
         module._parameters[name] = nn.Parameter(values.reshape(param.shape).to(dtype), requires_grad=False)
@@ -187,7 +192,7 @@ def progress_bar(total: int, progress: bool | ProgressSink, label: str = "loadin
 
     Args:
         total: bytes in all.
-        show: whether to draw the bar; a ProgressSink is called in addition to the bar.
+        progress: whether to draw the bar; a ProgressSink is called in addition to the bar.
         label: text in front of the bar.
     """
     if not isinstance(progress, bool):

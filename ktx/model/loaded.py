@@ -228,7 +228,8 @@ def _loaded_class(hf_class: type[nn.Module]) -> type[nn.Module]:
 def _forward_of(hf_class: Any) -> Any:
     """Returns the forward of the transformers class, preceded by checks.
 
-    It follows patches that scripts put on classes, checks adapters, and in training checks for frozen weights.
+    It follows patches that scripts put on classes, checks that adapters are still attached, and in training that
+    weights are not frozen by mistake. torch.compile sees the original forward only.
     """
 
     @functools.wraps(hf_class.forward)
@@ -248,6 +249,7 @@ def _forward_of(hf_class: Any) -> Any:
 
 
 def _watch_modules(model: nn.Module) -> None:
+    """Watches the classes of all modules for patches, which disable fused calls that would bypass them."""
     for module in model.modules():
         class_patches.watch(module)
 

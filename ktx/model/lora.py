@@ -62,11 +62,11 @@ class Adapters:
         return self.mapping.default_uses
 
     def add(self, adapter: Adapter, modules: MatchedModules) -> None:
-        """Packs and attaches an adapter to the modules of `fitted`. Raises UsageError if its name is taken."""
+        """Packs and attaches an adapter to the modules of `match_modules`. Raises UsageError if its name is taken."""
         self.attach(adapter, self.pack(modules))
 
     def pack(self, modules: MatchedModules) -> PackedModules:
-        """Packs an adapter for `hang`. May run on any thread, also while an engine computes."""
+        """Packs an adapter for `attach`. May run on any thread, also while an engine computes."""
         result: PackedModules = []
         for module, matrices in modules:
             lora = lora_class(module)(self.mapping, module)
@@ -187,17 +187,18 @@ class Adapters:
             )
 
     def end_steps(self) -> None:
-        """Called after an engine's last step."""
+        """Detaches the adapters of the engine's steps. Called after an engine's last step."""
         self._activate(frozenset())
 
-    def _activate(self, stepping: frozenset[AdapterUse]) -> None:
-        """Enables the modules with adapters of the engine's step or in use, and disables the others.
+    def _activate(self, step_uses: frozenset[AdapterUse]) -> None:
+        """Attaches adapters to modules: those of an engine's step (`step_uses`) and those in use; detaches all others.
 
-        It is locked, because forwards of other threads may run during a step.
+        An operator with an adapter attached leaves its fast paths, so one that no current request uses must not stay
+        attached. Locked, because forwards of other threads may run during a step.
         """
         with _attach_lock:
-            self.step_adapters = stepping
-            names = {use.name for use in (*stepping, *self.in_use)}
+            self.step_adapters = step_uses
+            names = {use.name for use in (*step_uses, *self.in_use)}
             for module, lora in list(self.loras.items()):
                 if any(name in lora.factors for name in names):
                     self._enable(module, lora)
@@ -205,6 +206,7 @@ class Adapters:
                     self._disable(module)
 
     def _enable(self, module: nn.Module, lora: Lora) -> None:
+        """Attaches an adapter: to an operator as its attribute `lora`, to torch's own module as a forward hook."""
         if not isinstance(module, Operator):
             if module not in self.hooks:
                 self.hooks[module] = module.register_forward_hook(lora.forward_hook)
@@ -212,6 +214,7 @@ class Adapters:
             module.lora = lora  # type: ignore[assignment]
 
     def _disable(self, module: nn.Module) -> None:
+        """Detaches a module's adapter, which restores the operator's fast paths."""
         if module in self.hooks:
             self.hooks.pop(module).remove()
         elif "lora" in module.__dict__:
@@ -247,7 +250,7 @@ def parse_adapters(lora: AdapterArgument | Sequence[AdapterArgument] | None) -> 
     """Parses the adapters of an argument or an option.
 
     Args:
-        lora: one or several of [NAME=]PATH[=SCALE], a path, or a Wish.
+        lora: one or several of: the text [NAME=]PATH[=SCALE], a path, or an AdapterSpec.
 
     Raises:
         UsageError: two adapters have the same name.
@@ -283,17 +286,17 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
         UsageError: a module does not support adapters.
     """
     if isinstance(file, GGUFAdapter):
-        file = file.by_module(model.config, _weights(model))
+        file = file.by_module(model.config, _weight_owners(model))
     adapter_path, result = file.adapter.path, []
     rename, _ = checkpoint_renaming(model.config)
     by_path = {
-        path if _at(model, path) else rename(f"{path}.weight").removesuffix(".weight"): low_rank
+        path if _find_module(model, path) else rename(f"{path}.weight").removesuffix(".weight"): low_rank
         for path, low_rank in file.matrices.items()
     }
     if len(by_path) < len(file.matrices):
         raise BadFile(f"adapter {adapter_path}: it names a module twice, by its old and its new name")
     for path, matrices in stack_experts(by_path, model).items():
-        module = _at(model, path)
+        module = _find_module(model, path)
         if module is None:
             raise BadFile(f"adapter {adapter_path}: the model has no module {path}; it was trained on another one")
         shapes, is_lookup = _shapes(module)
@@ -322,7 +325,7 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
             )
         result.append((module, matrices))
     for path, shape in file.base_shapes.items():
-        module = _at(model, path)
+        module = _find_module(model, path)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         head_shapes = _shapes(module)[0] if module is embeddings or module is head else []
         if not head_shapes:
@@ -339,7 +342,7 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
     return result
 
 
-def _weights(model: nn.Module) -> dict[str, tuple[str, str]]:
+def _weight_owners(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Returns for each matrix its module's path, by the name that files have for it.
 
     Of stacked experts the projection is returned too, else an empty string.
@@ -368,13 +371,13 @@ def stack_experts(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> d
     by_expert: dict[tuple[str, str], dict[int, LowRank]] = {}
     for path, low_rank in matrices.items():
         match = ONE_EXPERT.fullmatch(path)
-        if match is None or not isinstance(_at(model, match["experts"]), Experts):
+        if match is None or not isinstance(_find_module(model, match["experts"]), Experts):
             result[path] = low_rank
         else:
             name = MIXTRAL.get(match["projection"], match["projection"])
             by_expert.setdefault((match["experts"], name), {})[int(match["number"])] = low_rank[0]
     for (path, name), experts in by_expert.items():
-        owner = _at(model, path)
+        owner = _find_module(model, path)
         assert isinstance(owner, Experts)
         result.setdefault(path, []).append(_stack_experts(experts, name, owner.total_experts, path))
     return result
@@ -394,8 +397,8 @@ def _stack_experts(experts: dict[int, LowRank], projection: str, total: int, pat
     return LowRank(a, b, projection=projection)
 
 
-def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """Returns the module at a path, for an MLA's kv_b_proj the MLA, or None."""
+def _find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """Returns the module at a path, or None. MLA contains kv_b_proj, so for that path the MLA module."""
     parent_path, _, name = path.rpartition(".")
     try:
         owner = model.get_submodule(parent_path)

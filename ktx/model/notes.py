@@ -53,7 +53,7 @@ def add_notes(notes: list[Note], found: Sequence[Note], replaced_codes: Sequence
     Args:
         notes: the model's notes, changed in place.
         found: the notes to add.
-        instead_of: codes whose earlier notes are removed, for example those of a previous engine.
+        replaced_codes: codes whose earlier notes are removed, for example those of a previous engine.
     """
     unseen = [note for note in dict.fromkeys(found) if note not in notes]
     notes[:] = [note for note in notes if note.code not in replaced_codes or note in found] + unseen

@@ -70,7 +70,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class BuildArguments:
-    """Arguments of `ktx.loader.build.prepare` for a model; `placed` are those of `placement_options`."""
+    """Arguments of `ktx.loader.build.prepare_model`; `placement_args` are those of `placement_options`."""
 
     weights: str
     config: Any
@@ -124,14 +124,14 @@ class WeightFiles:
         self.found: dict[tuple[str, int], cpu.Packed] = {}
         self.prepared: tuple[nn.Module, Plan, WeightSource] | None = None
 
-    def register(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
+    def register(self, name: str, packed_weights: list[cpu.Packed]) -> list[cpu.Packed]:
         """Registers an operator's packed weights (ktx.kernels.packed_cache.Origin); returns them."""
-        for number, packed in enumerate(made):
+        for number, packed in enumerate(packed_weights):
             packed.origin = self, name, number
             if self.unpickled:
                 self.found[name, number] = packed
         self.names.add(name.partition("#")[0])
-        return made
+        return packed_weights
 
     def __copy__(self) -> WeightFiles:
         return self
@@ -140,6 +140,7 @@ class WeightFiles:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        """Stores digests of the files instead of weights. Raises BadFile if a file changed after it was loaded."""
         files = []
         for file in self.files:
             current = file.current("a pickle of the model refers to it")
@@ -153,6 +154,7 @@ class WeightFiles:
         return {"recipe": self.recipe, "files": files, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Checks that the files are those that were pickled; their weights are loaded later. Raises BadFile otherwise."""
         self.__dict__.update(state)
         self._reset()
         self.unpickled = True

@@ -101,13 +101,13 @@ def judge(attempt: Callable[[int], Fault | None]) -> str:
     """
     faults: list[Fault] = []
     for index in range(MAX_PAIRS):
-        fault_ = attempt(index)
-        if fault_ is None and not index:
+        attempt_fault = attempt(index)
+        if attempt_fault is None and not index:
             return ""
-        if fault_ is not None:
-            faults.append(fault_)
-            if fault_.certain:
-                return fault_.text
+        if attempt_fault is not None:
+            faults.append(attempt_fault)
+            if attempt_fault.certain:
+                return attempt_fault.text
     if 2 * len(faults) <= MAX_PAIRS:
         return ""
     far, noise = (median(getattr(fault, name) for fault in faults) for name in ("distance", "noise"))
@@ -153,6 +153,7 @@ class CachedForward:
         return self._forward(ids[past:], past)
 
     def _rewind(self, ids: list[int], past: int) -> None:
+        """Shortens the cache to `past` tokens; one that cannot be cropped is filled again from the start."""
         if past and getattr(self.cache, "can_crop", False):
             self.cache.truncate(past)
             return
@@ -161,6 +162,7 @@ class CachedForward:
             self._forward(ids[:past], 0)
 
     def _forward(self, ids: list[int], past: int) -> torch.Tensor:
+        """Computes ids after `past` cached tokens. The first call shows whether the family accepts a KVCache."""
         if past or self.uses_own_cache:
             return self._call(ids, past)
         self.cache = KVCache(self.model.config, self.model.ktx.kv_dtype)
@@ -270,7 +272,8 @@ def _is_batch_invariant(model: Any) -> bool:
 def _noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -> float:
     """Returns how far the last token's logits move from `row` if embeddings change by a rounding error.
 
-    Such a change alters roundings to 8 bits, and these the router's choice.
+    Such a change alters roundings to 8 bits, and these the router's choice. A difference that is not much larger than
+    this is no fault.
     """
     distances = []
     for sign in (1, -1):
@@ -329,8 +332,8 @@ def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, 
     try:
         yield
     finally:
-        for output in handles:
-            output.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ _instances: WeakSet[RecreatedOnFork] = WeakSet()
 class RecreatedOnFork:
     """Base of objects that are recreated in a forked child.
 
-    `renew` is called on construction, and in every forked child before any other code of ktx runs there.
+    `recreate` is called on construction, and in every forked child before any other code of ktx runs there.
     """
 
     def __init__(self) -> None:

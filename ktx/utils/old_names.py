@@ -97,6 +97,7 @@ class _Loader(Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        """Warns, and makes the module's attributes those of the new one, under their old names where these changed."""
         old, new = module.__name__, importlib.import_module(self.new)
         _warn(old, self.new)
         if hasattr(new, "__path__"):

@@ -24,6 +24,7 @@ class torch_defaults(ContextDecorator):  # noqa: N801 - used as a function
         return torch_defaults()
 
     def __enter__(self) -> torch_defaults:
+        """Saves the caller's defaults and sets ktx's; the first thread that enters saves the process's dtype."""
         self.stack = ExitStack()
         self.stack.callback(_restore_dtype)
         with _lock:

@@ -28,6 +28,7 @@ class GGUFSource:
     """Reads the headers on construction; tensors are views of the mapping, so pages are loaded on first access."""
 
     def __init__(self, path: Path, config: Any):
+        """Raises BadFile when the file is not a model, or not one that ktx loads with this configuration."""
         self.path = str(path)
         header = read_split_header(path)
         self.metadata, self.tensors = header.metadata, header.tensors

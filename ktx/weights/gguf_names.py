@@ -39,8 +39,6 @@ class Recipe:
     value: Callable[[torch.Tensor], torch.Tensor] | None = None  # applied to dequantized parts, reshaped to `shape`
 
 
-# The `_make_...` functions below return the recipe of one kind of parameter; None when the file has no tensor for it.
-# Their arguments: the names, the prefix of the layer's tensors ("blk.N."), and the match of the parameter's name.
 Tensors = Mapping[str, TensorSpec]
 LAYER = re.compile(r"^(?:model|language_model|model\.language_model)\.layers\.(\d+)\.(.+)$")
 
@@ -119,6 +117,9 @@ def is_known_tensor(tensor: str) -> bool:
     base = re.sub(r"(?<=^blk\.)\d+(?=\.)", "{bid}", tensor).removesuffix(".weight").removesuffix(".bias")
     return base in _known_tensor_names() and not base.endswith("attn_rot_embd")
 
+
+# The `_make_...` functions below return the recipe of one kind of parameter, None when the file has no tensor for it.
+# Their arguments: the names, the prefix of the layer's tensors ("blk.N."), and the match of the parameter's name.
 
 # ---- attention
 
@@ -199,7 +200,7 @@ def _mla_dims(config: Any) -> tuple[int, int, int, int]:
 
 
 def _make_k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
-    """Row-wise keys of MLA's absorbed form, [heads, rank, nope]: stored so, or taken from kv_b and transposed."""
+    """The keys of MLA's absorbed form, [heads, rank, nope]: stored so, or taken from kv_b and transposed."""
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_k_b.weight"):
         return names.one(f"{block}attn_k_b.weight", shape=(heads, rank, nope))

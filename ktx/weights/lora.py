@@ -93,7 +93,7 @@ class AdapterFile:
     """The content of an adapter file.
 
     `matrices`: the updates by module path; several for the parameters of stacked experts, innermost wrapper first.
-    `copies`: shapes of the base model's weights that the file also contains, by module path.
+    `base_shapes`: shapes of the base model's weights that the file also contains, by module path.
     """
 
     adapter: Adapter

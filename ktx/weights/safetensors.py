@@ -247,6 +247,7 @@ class SafetensorsSource:
         return QuantizedTensor(data, spec.qtype, spec.shape, self._scale(name, spec))
 
     def _scale(self, name: str, spec: TensorSpec) -> torch.Tensor | None:
+        """The scales of an FP8 tensor, one per 128 x 128 weights; None for other types. Raises BadFile for wrong ones."""
         if spec.qtype.name != "F8_E4M3":
             return None
         if problem := self._scale_flaw(name, spec):
