@@ -83,7 +83,7 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
   if (ranges) {
     STD_TORCH_CHECK(ranges->scalar_type() == ScalarType::Int && ranges->is_contiguous() && ranges->numel() == c.batches * c.queries * 2,
                     "ranges must be contiguous int32 [batch, queries, 2]");
-    c.ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
+    c.key_ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
   }
   if (!mask) return;
   STD_TORCH_CHECK(mask->dim() == 4, "mask must be [batch or 1, heads or 1, queries, keys]");
@@ -93,10 +93,10 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
     STD_TORCH_CHECK(mask->size(i) == want[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", want[i]);
     *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
-  if (mask->scalar_type() == ScalarType::Bool) c.seen = static_cast<const bool*>(mask->const_data_ptr());
+  if (mask->scalar_type() == ScalarType::Bool) c.bool_mask = static_cast<const bool*>(mask->const_data_ptr());
   else {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Float, "mask must be bool or float32");
-    c.added = static_cast<const float*>(mask->const_data_ptr());
+    c.additive_mask = static_cast<const float*>(mask->const_data_ptr());
   }
 }
 

@@ -137,7 +137,7 @@ Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
   const int which = named<int>(act, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
   Tensor out = torch::stable::empty_like(gate);
-  gated(which, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
+  apply_gated_activation(which, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
   return out;
 }
 }  // namespace

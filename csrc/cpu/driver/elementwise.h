@@ -6,9 +6,10 @@
 #include "cpu/quant/dtype.h"
 
 namespace ktx {
-// y = x / sqrt(mean(x^2) + eps) * (weight or 1 + weight), row by row; x rows `stride` elements apart
+// y = x / sqrt(mean(x^2) + eps) * (weight, or 1 + weight if `plus_one`), row by row; rows of x are `stride` elements apart, y is dense.
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y);
-// x [batch][head][position][width] with the strides of its three outer dimensions -> y dense; cos and sin f32 [batch][position][rope_dim]
+// Rotates the first rope_dim columns of x [batch][head][position][width], which has the strides of its three outer dimensions,
+// and copies the other columns. y is dense. cos and sin: f32 [batch][position][rope_dim].
 struct RopeCall {
   const void* x;
   void* y;
@@ -21,14 +22,17 @@ struct RopeCall {
 void rope(const RopeCall& call);
 
 // Copies [batch][head][position][column] to another dtype: keys and values on the way into or out of a KV cache.
-void convert_kv(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
+void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
 
+// How scores are made of router logits. SOFTMAX_TOPK: the logits decide, and the weights are a softmax over the chosen ones.
 enum class Scoring { SOFTMAX, SIGMOID, SOFTMAX_TOPK };
+// Group-limited routing: the score of a group is its best expert, or the sum of its two best. NONE: experts have no groups.
 enum class Groups { NONE, MAX, TOP2 };
+// Chooses `top` experts per token.
 struct RouteCall {
   const float* logits;  // [tokens][experts]
   const float* bias;    // [experts] or null: affects the choice of experts only
-  int64_t tokens, experts, top, n_group, topk_group;
+  int64_t tokens, experts, top, n_group, topk_group;  // experts are in n_group groups, of which topk_group are eligible
   Scoring scoring;
   Groups groups;
   bool renorm;
@@ -37,6 +41,7 @@ struct RouteCall {
   float* weights;  // [tokens][top]
 };
 void route(const RouteCall& call);
-// out = act(gate) * up; gate and up rows of `width` may be `stride` apart (halves of one tensor), out dense
-void gated(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out);
+// out = act(gate) * up; rows of gate and up, `width` columns, are `stride` elements apart (they may be halves of one tensor);
+// out is dense.
+void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out);
 }  // namespace ktx
