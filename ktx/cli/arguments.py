@@ -26,6 +26,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[no-untyped-def, override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ):
+        """Parses arguments after replacing underscores in option names; exits on an unknown one.
+
+        argparse would leave that to the outermost parser, which does not know the subcommand's options.
+        """
         arguments = [
             _with_dashes(argument, self._option_string_actions) for argument in (sys.argv[1:] if args is None else args)
         ]
@@ -113,6 +117,10 @@ class ConfigFile(argparse.Action):
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Sets the file's options that are still at their default, so that the command line takes precedence.
+
+        Values are parsed as on the command line. Errors name file, line and the nearest option, and exit with status 2.
+        """
         import yaml
 
         try:
@@ -140,6 +148,7 @@ class ConfigFile(argparse.Action):
 
     @staticmethod
     def _parse_value(parser: Any, action: Any, name: str, text: Any, location: str) -> Any:
+        """Parses one value with the option's own type and choices; exits with an error that names its line."""
         if not isinstance(text, str):
             parser.error(f"{location} must be a value or a list of values")
         try:
@@ -308,7 +317,7 @@ def lora_option(parser: argparse.ArgumentParser, when_repeated: str) -> argparse
     """Adds --lora and vLLM's name for it in a group, which is returned.
 
     Args:
-        meant: the effect of several adapters, for the help text.
+        when_repeated: the effect of several adapters, for the help text.
     """
     group = parser.add_argument_group("adapters")
     group.add_argument(
@@ -326,7 +335,7 @@ def lora_option(parser: argparse.ArgumentParser, when_repeated: str) -> argparse
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the model and its placement, under their names here and in KTransformers.
 
-    `named_model` infers --model where only --weights is given.
+    `infer_model` infers --model where only --weights is given.
     """
     group = parser.add_argument_group("model")
     group.add_argument(

@@ -45,6 +45,7 @@ Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one mea
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx bench` to its parser."""
     parser.epilog = EPILOG
     model_options(parser)
     lora_option(parser, "the sum of all adapters is applied")
@@ -138,9 +139,9 @@ def run(args: argparse.Namespace) -> int:
                 peer.stop()
     finally:
         ktx_engine.stop()
-    lines = [line for test in tests for line in _lines(test, rounds[test], best_alone, args, facts)]
+    lines = [line for test in tests for line in _records(test, rounds[test], best_alone, args, facts)]
     if not args.json:
-        _table(lines, facts, memory_note)
+        _print_table(lines, facts, memory_note)
     for line in lines if args.json else ():
         print(json.dumps(line))
     if args.record:
@@ -153,7 +154,7 @@ def alternate(engines: list[BenchProcess], tests: list[str], repeat: int, all_fi
     """Measures every test on every engine, `repeat` times.
 
     Args:
-        together: all engines fit in memory: they alternate test by test; else one engine at a time is loaded.
+        all_fit: all engines fit in memory, so they alternate test by test; else one engine at a time is loaded.
     """
     order = [(e, t) for t in tests for e in engines] if all_fit else [(e, t) for e in engines for t in tests]
     rounds: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
@@ -192,6 +193,11 @@ def _gguf(args: argparse.Namespace) -> Path:
 
 
 def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> BenchProcess:
+    """Returns llama.cpp's or ik_llama.cpp's process in one configuration.
+
+    Repacked weights and larger micro-batches are each faster on some machines and tests only, so all combinations are
+    tried. A larger micro-batch cannot change tests of fewer tokens: `more_than` skips those.
+    """
     context = max(count + depth for _, count, depth in map(parse_test, tests)) + 16
     arguments = [
         "--engine",
@@ -213,7 +219,7 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
     )
 
 
-def _peers(args: argparse.Namespace, tests: list[str]) -> list[BenchProcess]:
+def _peer_configurations(args: argparse.Namespace, tests: list[str]) -> list[BenchProcess]:
     """Returns the peer in each configuration to try."""
     if args.peer in REPACKERS:
         return [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
@@ -239,7 +245,7 @@ def _best_peers(
         The tests of each configuration that was best for some, and the best speed of each test.
     """
     speeds: dict[BenchProcess, dict[str, float]] = {}
-    for engine in _peers(args, tests):
+    for engine in _peer_configurations(args, tests):
         own_tests = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
         speeds[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own_tests}
         engine.stop()
@@ -257,7 +263,8 @@ def _is_prompt(test: str, more_than: int) -> bool:
 def _both_fit(args: argparse.Namespace) -> tuple[bool, str]:
     """Returns whether the peer fits in memory together with the loaded ktx, and a text that says so.
 
-    Repacking moves the peer's weights, it does not double them.
+    If both fit, the engines alternate test by test and see the same conditions. Repacking moves the peer's weights, it
+    does not double them.
     """
     from ktx.hardware import memory
 
@@ -273,14 +280,14 @@ def _both_fit(args: argparse.Namespace) -> tuple[bool, str]:
     )
 
 
-def _lines(
+def _records(
     test: str,
     measurements: dict[str, list[dict[str, Any]]],
     best_alone: dict[str, float],
     args: argparse.Namespace,
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Returns the records of one test: ktx's, then the peer's."""
+    """Returns the records of one test: ktx's, with its limits and errors, then the peer's, with `ratio` in ktx's."""
     common = (
         {"test": test}
         | run_metadata()
@@ -305,7 +312,11 @@ def _lines(
     return lines
 
 
-def _table(lines: list[dict[str, Any]], facts: dict[str, Any], memory_note: str) -> None:
+def _print_table(lines: list[dict[str, Any]], facts: dict[str, Any], memory_note: str) -> None:
+    """Prints the machine, the loading speed, the errors and a row per record.
+
+    `facts` are the figures of loading that the ktx process reported; `memory_note` states whether both engines fit.
+    """
     threads, gb = f"{facts['threads']} threads", {key: facts[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")}
     print(f"{lines[0]['machine']}: {facts['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
     limits = f"cat {facts['cat_gb_s']:.2f}, packing {facts['pack_gb_s']:.2f}, new memory {facts['fresh_gb_s']:.2f} GB/s"

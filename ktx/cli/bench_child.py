@@ -52,6 +52,10 @@ class ServerProcess:
         self.address: queue.SimpleQueue[str] = queue.SimpleQueue()  # gets "" when the log ends without one
 
     def __enter__(self) -> str:
+        """Starts the server on a free port and waits until it has loaded; returns its base URL.
+
+        The API key of the caller's environment is removed, because the benchmark sends requests without one.
+        """
         command = [sys.executable, "-P", "-m", "ktx", "serve", "--port", "0", "--log-format", "json", *self.arguments]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
@@ -61,7 +65,7 @@ class ServerProcess:
         threading.Thread(target=self._read_log, daemon=True).start()
         try:
             base = self.address.get()
-            while not self._ready(base):
+            while not self._is_ready(base):
                 time.sleep(0.1)
         except BaseException:  # KeyboardInterrupt too
             self.stop()
@@ -71,7 +75,8 @@ class ServerProcess:
     def __exit__(self, *args: object) -> None:
         self.stop()
 
-    def _ready(self, base: str) -> bool:
+    def _is_ready(self, base: str) -> bool:
+        """Whether the server has loaded its model. Raises KtxError with the end of its log if the process ended."""
         assert self.process
         if base:
             try:

@@ -25,7 +25,7 @@ WORDS = (
 class Timing:
     """Times of one request, in seconds of one clock.
 
-    `pieces` are the arrival times of stream events that have tokens, with their number. `error` is empty when the
+    `chunks` are the arrival times of stream events that have tokens, with their number. `error` is empty when the
     request succeeded.
     """
 

@@ -253,6 +253,10 @@ def load_layer(
     model = FtllmModel(llm, str(folder), moe_dtype=name)
 
     def measure(tokens: int) -> dict[str, float]:
+        """Returns milliseconds per forward, from times of tokens, and the relative error of the logits.
+
+        ftllm has no call for a single layer, so the layer runs inside a one-layer model.
+        """
         rng = torch.Generator().manual_seed(tokens)
         times: list[float] = []
         while len(times) < 2 or sum(times) < MIN_SECONDS:  # a new prompt each time, because ftllm has a prefix cache

@@ -106,6 +106,7 @@ def build_layer(
 
     # the default argument keeps the tensors alive, because the layer may point into them
     def measure(tokens: int, tensors_alive: Any = tensors) -> dict[str, float]:
+        """Returns milliseconds per forward of kt-kernel, and its relative error against the f32 reference."""
         x, ids, shares = layer.call(tokens)
         ids, shares, result = ids.contiguous(), shares.contiguous(), torch.zeros_like(x)
 

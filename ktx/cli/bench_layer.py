@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
         for peer_format, name in rows:
             for tokens in filter(None, args.prompt):
-                lines += _row(layer, ktx_engine, peer, name, peer_format, tokens, args)
+                lines += _measure_row(layer, ktx_engine, peer, name, peer_format, tokens, args)
     finally:
         ktx_engine.stop()
         if peer:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(
+def _measure_row(
     layer: MoELayer,
     ktx_engine: BenchProcess,
     peer: BenchProcess | None,
@@ -91,6 +91,10 @@ def _row(
     tokens: int,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
+    """Measures one format at one number of tokens on both engines in turn, and prints a line per engine.
+
+    Returns the records: medians of `--repeat` rounds; ktx's contains `ratio`, the peer's time divided by its own.
+    """
     engines = [(ktx_engine, name), *([(peer, peer_format)] if peer else [])]
     measurements: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine, _ in engines}
     for _ in range(args.repeat):
@@ -134,7 +138,8 @@ def main() -> int:
     cpu.ops.set_threads(args.threads)
     weights = layer.weights()
 
-    def packed(matrices: Any, name: str) -> Any:
+    def pack(matrices: Any, name: str) -> Any:
+        """Packs bf16 matrices [experts, rows, columns] into the named type, by the same path as a model's weights."""
         qtype = QTYPES[name]
         if name == "BF16":
             data = matrices.view(torch.uint8).reshape(*matrices.shape[:-1], -1)
@@ -147,12 +152,13 @@ def main() -> int:
             [QuantizedTensor(r, qtype, tuple(one.shape)) for r, one in zip(rows, matrices, strict=True)]
         )
 
-    def build(name: str) -> Callable[[int], dict[str, float]]:
+    def build_measure(name: str) -> Callable[[int], dict[str, float]]:
+        """Packs the layer's weights in a format and returns a function that measures it for a number of tokens."""
         gate_up_type, down_type = FORMATS[name]
         gate, up, down = (
-            packed(weights[0], gate_up_type),
-            packed(weights[1], gate_up_type),
-            packed(weights[2], down_type),
+            pack(weights[0], gate_up_type),
+            pack(weights[1], gate_up_type),
+            pack(weights[2], down_type),
         )
 
         def measure(tokens: int) -> dict[str, float]:
@@ -164,7 +170,7 @@ def main() -> int:
 
         return measure
 
-    serve_tests({"ready": True, "isa": cpu.ops.isa(), "formats": list(FORMATS)}, build)
+    serve_tests({"ready": True, "isa": cpu.ops.isa(), "formats": list(FORMATS)}, build_measure)
     return 0
 
 

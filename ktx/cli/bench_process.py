@@ -60,6 +60,7 @@ class BenchProcess:
         self.process = None
 
     def _read_result(self) -> dict[str, Any]:
+        """Reads a result of the child. Raises KtxError with the child's error and exit status, or if it ended."""
         assert self.process and self.process.stdout
         line = self.process.stdout.readline()
         if not line:

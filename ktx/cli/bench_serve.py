@@ -23,6 +23,7 @@ Line = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx bench serve` to its parser."""
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures level by level. Exit status 1 when all requests of a level failed."""
-    _check(args)
+    _check_arguments(args)
     import asyncio
 
     from ktx.cli.bench_child import ServerProcess, serve_arguments
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(line["errors"] == line["requests"] for line in lines) else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for contradicting options or missing packages, before a model is loaded."""
     if not 0 <= args.shared_prefix <= args.prompt_tokens:
         raise UsageError(
             f"--shared-prefix {args.shared_prefix}: must be from 0 to --prompt-tokens, {args.prompt_tokens}"

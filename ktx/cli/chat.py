@@ -29,6 +29,7 @@ DEFAULT_MAX_CONTEXT = 1 << 15  # tokens of a conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx chat` to its parser."""
     parser.epilog = EPILOG
     model_options(parser)
     lora_option(parser, "the sum of all adapters is applied")

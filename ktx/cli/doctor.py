@@ -56,7 +56,7 @@ def report(quick: bool) -> dict[str, Any]:
             "usable cpus": len(info.cpus),
             "physical cores": info.cores,
             "cgroup cpu limit": info.quota or "none",
-            "instruction sets": _isas(info.flags),
+            "instruction sets": _format_isas(info.flags),
             "AMX permitted": amx_permitted(),
             "second opinion (cpufeature)": cpufeature_flags(),
             "memory": f"{info.available / 1e9:.1f} GB free of {info.memory / 1e9:.1f} GB",
@@ -76,21 +76,25 @@ def report(quick: bool) -> dict[str, Any]:
         },
     }
     report_data |= _kernels_or_error(quick)
-    report_data["warnings"] = [*versions.untested_warnings(), *_warnings(info, report_data)]
+    report_data["warnings"] = [*versions.untested_warnings(), *_list_warnings(info, report_data)]
     return report_data
 
 
 def _kernels_or_error(quick: bool) -> dict[str, Any]:
     """Returns the section about the kernels, or the error that keeps them from loading, which the report shows."""
     try:
-        return _kernels(quick)
+        return _kernel_sections(quick)
     except UsageError:
         raise
     except KtxError as error:
         return {"kernels": {"error": str(error)}, "gpu": "not checked"}
 
 
-def _kernels(quick: bool) -> dict[str, Any]:
+def _kernel_sections(quick: bool) -> dict[str, Any]:
+    """Returns the report's sections that need the compiled kernels: kernels, GPU, operators, weight types.
+
+    Unless `quick`, also the measured bandwidth and peaks.
+    """
     import torch
 
     from ktx.kernels.cpu import ops
@@ -131,7 +135,8 @@ def _gpu(torch: Any) -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _isas(flags: frozenset[str]) -> str:
+def _format_isas(flags: frozenset[str]) -> str:
+    """The names of the instruction sets of `flags` that ktx's kernels use, separated by spaces."""
     known = (
         "avx2",
         "fma",
@@ -156,7 +161,8 @@ def _own_version() -> str:
     return installed or f"{ktx.__version__} (not installed, run from a checkout)"
 
 
-def _warnings(machine: Any, report_data: dict[str, Any]) -> list[str]:
+def _list_warnings(machine: Any, report_data: dict[str, Any]) -> list[str]:
+    """Returns what slows this machine down or contradicts its limits, with a remedy where there is one."""
     kernels, warnings = report_data["kernels"], []
     if "error" in kernels:
         warnings.append(kernels["error"])

@@ -28,6 +28,7 @@ HUBS = ("hf", "modelscope")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx download` to its parser."""
     parser.epilog = EPILOG
     parser.add_argument("repo", metavar="REPO", help="repository: OWNER/NAME, or OWNER/NAME:QUANTIZATION")
     parser.add_argument(
@@ -191,7 +192,7 @@ def progress(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     Yields a function that takes the number of bytes that have arrived. On Ctrl-C it prints how to resume.
     """
     try:
-        with _bar(plan) if sys.stderr.isatty() else _lines(plan) as advance:
+        with _show_bar(plan) if sys.stderr.isatty() else _print_lines(plan) as advance:
             yield advance
     except KeyboardInterrupt:
         print("ktx: stopped; the same command resumes the download", file=sys.stderr)
@@ -199,7 +200,7 @@ def progress(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bar(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
+def _show_bar(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -210,7 +211,8 @@ def _bar(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _lines(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
+def _print_lines(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
+    """Prints a line per tenth of the download, for logs, in which a bar would be unreadable."""
     import threading
     import time
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.against:
         reference = Reference(*load(args.against), text, args)
     model, tokenizer = load(args.weights)
-    _show(args, [score(str(args.weights or args.model), model, tokenizer, text, args, reference)])
+    _print_rows(args, [score(str(args.weights or args.model), model, tokenizer, text, args, reference)])
     return 0
 
 
@@ -92,6 +92,7 @@ class Reference:
     """The reference model's log-probabilities on the same windows, in f16, and its most probable tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, text: str, args: argparse.Namespace):
+        """Computes the log-probabilities of all windows. Raises UsageError if they would need too much memory."""
         all_windows = list(windows(tokenizer, text, args))
         needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)
         if needed_bytes > MAX_REFERENCE_BYTES:
@@ -160,7 +161,7 @@ def _measure_demo(args: argparse.Namespace, text: str) -> None:
         model, tokenizer = load()
         bits = 8 * model.ktx.bytes_per_token / active_weights(model)
         rows.append(score(name, model, tokenizer, text, args, reference) | {"bits": bits})
-    _show(args, rows)
+    _print_rows(args, rows)
 
 
 def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
@@ -199,7 +200,8 @@ def active_weights(model: Any) -> int:
     return active_params(model) + model.lm_head.in_features * model.lm_head.out_features
 
 
-def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _print_rows(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Prints a row per model as a table, or as JSON lines with --json."""
     if args.json:
         for row in rows:
             print(json.dumps(row))

@@ -40,6 +40,7 @@ DEFAULT_GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx plan` to its parser."""
     parser.epilog = EPILOG
     model_options(parser)
     lora_option(parser, "the table shows the memory of each")
@@ -127,17 +128,21 @@ def by_budget(args: argparse.Namespace) -> int:
     chunk_size = args.chunk_size or max_step_tokens(args.ctx)
     ram = args.ram or memory()[1]
     budget = solver.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kv_dtype, chunk_size)
-    placement, speeds = fit(model, budget), _speeds(args)
+    placement, speeds = fit(model, budget), _measure_speeds(args)
     if args.json:
         print(json.dumps(solver.summary(placement, speeds), indent=1))
     else:
-        print("\n".join([*table(placement), "", *_estimate(placement, speeds)]))
+        print("\n".join([*table(placement), "", *_estimate_lines(placement, speeds)]))
     if args.write:
         write(Path(args.write), placement, rules.base)
     return 0
 
 
-def _speeds(args: argparse.Namespace) -> Any:
+def _measure_speeds(args: argparse.Namespace) -> Any:
+    """Returns the bandwidths for the estimate, each with its source: measured, given as an option, or assumed.
+
+    Decoding is limited by reading weights, so its estimated time is the bytes per token divided by these bandwidths.
+    """
     from ktx.kernels.cpu import num_threads
     from ktx.kernels.microbench import (
         DEFAULT_PCIE_GB_S,
@@ -187,7 +192,11 @@ def table(placement: Any) -> list[str]:
     ]
 
 
-def _estimate(placement: Any, speeds: Any) -> list[str]:
+def _estimate_lines(placement: Any, speeds: Any) -> list[str]:
+    """Returns the lines of the device map and of the speed that it allows at most.
+
+    Times of the devices are added, because they work in turn.
+    """
     budget, seconds = placement.budget, placement.seconds_per_token(speeds)
     lines = [f"{key}: {device}" for key, device in placement.device_map().items()]
     lines += [f"gpu_experts, {key}: {count}" for key, count in placement.gpu_experts_map().items()]

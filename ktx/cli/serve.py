@@ -39,6 +39,7 @@ REQUIRED_PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx serve` to its parser, under its own and KTransformers' names."""
     parser.epilog = EPILOG
     parser.add_argument(
         "--config",
@@ -250,6 +251,11 @@ def run(args: argparse.Namespace) -> int:
     load_errors: list[BaseException] = []
 
     def on_start(stop_server: Callable[[], None]) -> None:
+        """Logs the address and starts loading, once the server listens; a failure to load stops the server.
+
+        Clients can therefore poll /health while a large model loads.
+        """
+
         def on_failure(error: BaseException) -> None:
             load_errors.append(error)
             stop_server()
@@ -296,6 +302,7 @@ def _model_name(path: str) -> str:
 
 
 def _server_settings(args: argparse.Namespace) -> Any:
+    """Returns the server's settings. Raises UsageError for sampling defaults out of range, BadFile for a bad template."""
     from ktx.server.state import ServerSettings
 
     template = read_template(args.chat_template) if args.chat_template else None
@@ -335,6 +342,7 @@ def read_template(file: str) -> str:
 
 
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ktx.engine.engine.Options, by name, as the command line sets them."""
     return {
         "max_batch_size": args.max_batch_size,
         "chunk_size": args.chunk_size,
@@ -357,10 +365,11 @@ def make_engine(args: argparse.Namespace, state: Any) -> Any:
     Args:
         state: the server's state, which receives the loading progress and the measured read bandwidth.
     """
-    return _scripted(args) if args.backend_type == "scripted" else _engine(args, state)
+    return _make_scripted_engine(args) if args.backend_type == "scripted" else _load_engine(args, state)
 
 
-def _engine(args: argparse.Namespace, state: Any) -> Any:
+def _load_engine(args: argparse.Namespace, state: Any) -> Any:
+    """Loads the model and returns its engine. The read bandwidth is measured first, while the memory is still free."""
     import ktx
     from ktx.kernels.cpu import pool_size
     from ktx.kernels.microbench import free_read_bandwidth
@@ -383,7 +392,8 @@ def _engine(args: argparse.Namespace, state: Any) -> Any:
     return model.ktx.engine(**_engine_options(args))
 
 
-def _scripted(args: argparse.Namespace) -> Any:
+def _make_scripted_engine(args: argparse.Namespace) -> Any:
+    """Returns an engine that computes no model and answers from a script, for tests of clients."""
     from ktx.engine.engine import Options
     from ktx.engine.scripted import read_script, scripted_engine
     from ktx.loader.meta_model import read_config, read_tokenizer

@@ -15,6 +15,7 @@ from ktx.utils.versions import install_command
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of replicas to the parser of `ktx serve`."""
     group = parser.add_argument_group("several replicas (Ray Serve)")
     flag(
         group,
@@ -115,6 +116,8 @@ def serve_replicas(
     load_errors: list[BaseException] = []
 
     def on_start(stop_server: Callable[[], None]) -> None:
+        """Logs the address and starts the replicas, once the server listens; a failure stops the server."""
+
         def on_failure(error: BaseException) -> None:
             load_errors.append(error)
             stop_server()

@@ -29,6 +29,7 @@ DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog. A rule file names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx verify` to its parser."""
     model_options(parser)
     lora_option(parser, "the sum of all adapters is applied, with --perplexity only")
     parser.add_argument(
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         for row in [*rows, summary]:
             print(json.dumps(row))
     else:
-        _show(rows, summary)
+        _print_report(rows, summary)
     if not args.no_self_test:
         self_test.check(model)
     return 0 if summary["ok"] else 1
@@ -244,6 +245,11 @@ def recorded_routing(model: Any, given: Mapping[str, Routing] | None = None) -> 
     recorded: dict[str, Routing] = {}
 
     def make_hook(path: str, store: bool) -> Any:
+        """Returns a pre-hook that replaces the routing of the experts at `path` if one is given.
+
+        It records the routing first if `store`; the experts on a GPU get the same one, which is recorded once.
+        """
+
         def hook(module: Any, args: Any) -> Any:
             if len(args) < 3 or args[1].is_floating_point():
                 return None  # not called with (hidden states, ids, weights) as in transformers 5
@@ -283,6 +289,10 @@ class _Reference:
     """transformers' own modules, whose weights are loaded one module at a time and freed again."""
 
     def __init__(self, model: Any, source: Any, args: argparse.Namespace):
+        """Builds transformers' model on the meta device, with eager attention and the tested model's experts per token.
+
+        Only its rotary tables are computed here; the weights of a module are loaded when the module runs.
+        """
         import copy
 
         import torch
@@ -384,6 +394,7 @@ class _Reference:
 
         @contextmanager
         def loaded() -> Any:
+            """Loads the layer's weights on entry and frees them on exit, so that one layer is in memory at a time."""
             path = f"model.layers.{index}"
             module = self.load(path)
 
@@ -428,7 +439,7 @@ def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
     for name in ("attention_type", "layer_type", "layer_idx"):
         if hasattr(layer, name):
             setattr(recorder, name, getattr(layer, name))
-    skipped = [_Skip() for _ in range(index)]
+    skipped = [_skip_layer() for _ in range(index)]
     inner.layers, inner.norm = torch.nn.ModuleList([*skipped, recorder]), identity
     inner.config.num_hidden_layers = index + 1
     try:
@@ -438,7 +449,8 @@ def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
     return outputs[0]
 
 
-def _Skip() -> Any:  # noqa: N802
+def _skip_layer() -> Any:  # noqa: N802
+    """Returns a decoder layer that does nothing, in the place of one that is not measured."""
     import torch
 
     class Skip(torch.nn.Module):
@@ -450,7 +462,8 @@ def _Skip() -> Any:  # noqa: N802
     return Skip()
 
 
-def _show(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _print_report(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Prints a row per layer, the error of the logits, and whether the model agrees with transformers."""
     counts = summary["choices"]
     print(
         f"{'layer':16}{'error on the same input':>26}{'accumulated error':>18}"

@@ -41,6 +41,10 @@ class HuggingFace:
         self.cache = Path(constants.HF_HUB_CACHE)
 
     def list_repo(self, repo: str, revision: str | None) -> Listing:
+        """Lists a repository's files at one commit, with sizes and the digests of large ones.
+
+        Raises KtxError with a remedy.
+        """
         from huggingface_hub import HfApi
 
         try:

@@ -39,7 +39,10 @@ class ModelScope:
         return Listing(repo, revision, revision or "master", files)
 
     def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
-        """Returns which files are still to be downloaded, and how many bytes of them are on disk already."""
+        """Returns which files are still to be downloaded, and how many bytes of them are on disk already.
+
+        Without `to` all files count, because only the client knows what its cache contains.
+        """
         place = to or self.cache
         files = tuple(file for file in wanted if to is None or not _is_complete(to / file.path, file))
         parts = [place / f"{file.path}.incomplete" for file in files if to is not None]
@@ -55,7 +58,7 @@ class ModelScope:
     ) -> Path:
         """Downloads the files, to the folder `to` or the client's cache; returns the folder.
 
-        `advance` is called with the bytes that arrived. The client resumes partial files and checks digests itself.
+        `advance` is called with the bytes that arrived.
         """
         from modelscope_hub import ProgressCallback
 

@@ -104,12 +104,14 @@ class Plan(list[Step]):
             step.specs = [spec for spec in map(source.spec, step.tensors) if spec is not None]
 
     def check(self, source: WeightSource | None = None) -> None:
-        """Checks, before any weight is read, that file and model fit: no tensor missing, of another shape, or unread.
+        """Checks, before weights are read, that the file fits the model.
 
-        One unread or missing tensor would otherwise give a model that runs and answers wrongly.
+        A tensor that is missing, or that the computation needs but no module reads, would otherwise give a model that
+        runs and returns wrong results.
 
         Raises:
-            BadFile: names all such tensors; layers with the same problem are one entry.
+            BadFile: names all tensors that are missing, have another shape or type, or must not stay unread;
+                layers with the same problem are one entry.
         """
         source = source or self.source
         problems: dict[tuple[str, str], list[int]] = {}

@@ -197,10 +197,10 @@ def prepare_model(
     def build_plan(
         rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
     ) -> tuple[nn.Module, Plan]:
-        """Builds the meta-device model with its operators and their plan, on the CPU's headers only.
+        """Builds the meta-device model with its operators and their plan, from headers alone.
 
         It may run three times: for the bytes by which layers are split between GPUs, for the result, and once more if
-        the devices that were used call for another compute type than expected.
+        the devices in use call for another compute type than expected.
         """
         meta_model = build_meta_model(config, compute_dtype, trust_remote_code)
         if mtp:

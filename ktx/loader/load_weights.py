@@ -45,9 +45,10 @@ def load_weights(
     ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def load_step(index: int) -> None:
-        """Loads one step, and asks the system for the pages of the step that a thread will need after the current ones.
+        """Loads one step, after requesting the pages of a later step, which comes up when the running ones are done.
 
-        Pages are released after use, so that loading needs no more memory than the packed weights.
+        Pages are released after use, because otherwise the file's pages and the packed weights would both count as this
+        process's memory.
         """
         for next_step in (
             ordered[index + threads : index + threads + 1] if store is None or not store.is_complete else ()

@@ -228,8 +228,8 @@ def _loaded_class(hf_class: type[nn.Module]) -> type[nn.Module]:
 def _forward_of(hf_class: Any) -> Any:
     """Returns the forward of the transformers class, preceded by checks.
 
-    It follows patches that scripts put on classes, checks that adapters are still attached, and in training that
-    weights are not frozen by mistake. torch.compile sees the original forward only.
+    It follows patches that scripts put on classes, checks that adapters are still attached, and in training notes
+    frozen weights. torch.compile sees the original forward only.
     """
 
     @functools.wraps(hf_class.forward)

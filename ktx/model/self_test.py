@@ -177,6 +177,7 @@ class CachedForward:
             return self._call(ids, past)
 
     def _call(self, ids: list[int], past: int) -> torch.Tensor:
+        """Calls the model and stores the cache of its output. Returns the logits [len(ids), V] on the CPU."""
         out = self.model(
             input_ids=torch.tensor([ids]),
             position_ids=torch.arange(past, past + len(ids))[None],

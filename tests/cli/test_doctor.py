@@ -105,12 +105,12 @@ def test_without_the_extension_the_rest_is_still_told(monkeypatch, tmp_path):
 def test_warnings(change, words):
     m = replace(hardware.machine(), **change)
     kernels = {"picked": "avx2", "best possible": "avx2", "threads": 1}
-    assert any(words in line for line in doctor._warnings(m, {"kernels": kernels}))
+    assert any(words in line for line in doctor._list_warnings(m, {"kernels": kernels}))
 
 
 def test_a_healthy_machine_gets_no_warning():
     m = replace(hardware.machine(), quota=None, cpus=(0, 1), cores=2, huge_pages="always [madvise] never")
-    assert doctor._warnings(m, {"kernels": {"picked": "avx2", "best possible": "avx2", "threads": 2}}) == []
+    assert doctor._list_warnings(m, {"kernels": {"picked": "avx2", "best possible": "avx2", "threads": 2}}) == []
 
 
 def test_table_is_aligned(capsys):

@@ -96,6 +96,6 @@ def test_what_is_wrong_is_seen(loaded, breaks):
 
 
 def test_what_is_shown(loaded, capsys):
-    verify._show(*loaded.compared())
+    verify._print_report(*loaded.compared())
     said = capsys.readouterr().out
     assert "other experts" in said and "routing decisions chose other experts" in said and "agrees with" in said

@@ -57,10 +57,10 @@ def test_a_model_that_is_not_there_ends_the_server(capsys, monkeypatch):
 def test_bandwidth_is_measured_before_a_model_is_loaded(monkeypatch):
     served = ServerState(("demo",))
     args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--cache-lens", "256")
-    with serve._engine(args, served) as engine:
+    with serve._load_engine(args, served) as engine:
         assert 0.1 < served.bandwidth < 10000 and engine.stats.snapshot().nbytes == 0
     monkeypatch.setattr("ktx.kernels.microbench.memory", lambda: (1 << 34, 1 << 29))
-    with serve._engine(args, served):
+    with serve._load_engine(args, served):
         assert served.bandwidth is None  # there was no room for it
 
 
