@@ -23,17 +23,17 @@ def read_bare(source: TextReader, calls: CallEvents, call_format: CallFormat, ma
     if mark[-1] == "{":
         source.pos -= 1
         yield from ObjectCall(source, calls, ends, False).read()
-        yield from _between(source)
+        yield from _read_separator(source)
         return
     yield from source.read_whitespace()
     if (yield from source.peek_char()) == "{":
         source.pos -= 1
         yield from read_list(source, calls, ends, False)
     else:
-        yield from _python_calls(source, calls)
+        yield from _read_python_calls(source, calls)
 
 
-def _between(source: TextReader) -> Iterator[Event | None]:
+def _read_separator(source: TextReader) -> Iterator[Event | None]:
     """Reads the separator between objects that are not in a list."""
     space = yield from source.read_whitespace()
     if (char := (yield from source.peek_char())) and char in ",;":
@@ -42,10 +42,10 @@ def _between(source: TextReader) -> Iterator[Event | None]:
         yield Text(space)
 
 
-def _python_calls(source: TextReader, calls: CallEvents) -> Iterator[Event | None]:
+def _read_python_calls(source: TextReader, calls: CallEvents) -> Iterator[Event | None]:
     """Reads [f(a=1), g()], from after the bracket."""
     while True:
-        yield from _python_call(source, calls)
+        yield from _read_python_call(source, calls)
         yield from source.read_whitespace()
         if not (yield from source.accept_mark(marks_of(","))):
             break
@@ -54,8 +54,8 @@ def _python_calls(source: TextReader, calls: CallEvents) -> Iterator[Event | Non
     yield from source.accept_mark(marks_of("]"))
 
 
-def _python_call(source: TextReader, calls: CallEvents) -> Iterator[Event | None]:
-    """Reads one call f(a=1)."""
+def _read_python_call(source: TextReader, calls: CallEvents) -> Iterator[Event | None]:
+    """Reads one call f(a=1); its values are JSON or Python's literals. NotACall for positional arguments."""
     name, mark = yield from source.read_short_until(marks_of("("), 256)
     if not mark or not _FUNCTION.fullmatch(name):
         raise NotACall

@@ -32,7 +32,7 @@ def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 class CallEvents:
-    """Creates the events of calls.
+    """Creates the events of an output's calls. `index` is that of the latest call, `open` whether it is incomplete.
 
     Args:
         tools: the request's tools.
@@ -44,7 +44,7 @@ class CallEvents:
         self.index, self.open = -1, False
 
     def begin(self, name: str, id: str = "") -> CallStart:
-        """Starts a call; without `id` it gets a new one. Broken beyond the maximum number of calls."""
+        """Starts a call; without `id` it gets a new one. Raises NotACall beyond MAX_CALLS."""
         if self.index + 1 >= MAX_CALLS:
             raise NotACall
         self.index, self.open = self.index + 1, True
@@ -74,8 +74,9 @@ class CallEvents:
 
 
 def object_text(text: str) -> str:
-    """Returns the JSON object that a complete JSON value stands for: an object, one inside a string, or nothing. Broken
-    otherwise.
+    """Returns the JSON object that a complete JSON value stands for: an object, one inside a string, or nothing.
+
+    Raises NotACall for any other value.
     """
     if text.startswith('"'):
         inner = json.loads(text).strip()
@@ -88,8 +89,8 @@ def object_text(text: str) -> str:
 
 
 def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
-    """Yields the next object in pieces; brackets left open before `ends` or the stream's end are closed. Broken
-    otherwise.
+    """Yields the next object in pieces; brackets left open before `ends` or the stream's end are closed.
+    Raises NotACall for anything else.
     """
     value = JsonValue(source)
     yield from value.pieces()

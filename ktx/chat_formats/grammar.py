@@ -20,14 +20,16 @@ _JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Lark:
-    """The rules of one grammar. `special`: text of single-token marks -> token id."""
+    """The rules of one grammar. `special`: text of single-token marks -> token id; the rules refer to
+    such a mark by its id.
+    """
 
     def __init__(self, special: Mapping[str, int]):
         self.special, self.rules, self.names = special, list[str](), dict[str, str]()
         marks = sorted(special, key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else r"((?!))")
 
-    def words(self, text: str) -> str:
+    def literal(self, text: str) -> str:
         """Returns an expression for fixed text; single-token marks become token ids."""
         parts = [part for part in self.split.split(text) if part]
         return " ".join(f"<[{self.special[part]}]>" if part in self.special else _quoted(part) for part in parts)
@@ -45,7 +47,7 @@ class Lark:
         schema |= {key: root[key] for key in ("$defs", "definitions") if key in root}
         return self.rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
 
-    def free(self, close: str, excluded: Iterable[str]) -> str:
+    def text_until(self, close: str, excluded: Iterable[str]) -> str:
         """Returns an expression for any text up to and including `close`, without the other marks in it.
 
         A lexeme is greedy, so one that ends with fixed text must be lazy and include that text.
@@ -56,10 +58,10 @@ class Lark:
         )
         exclusion = f" & ~/(?s:.*)({marks})(?s:.*)/" if marks else ""
         if mark in self.special:
-            return f"{self.rule('/(?s:.*)/' + exclusion, 'T')} {self.words(close)}"
+            return f"{self.rule('/(?s:.*)/' + exclusion, 'T')} {self.literal(close)}"
         closing_text = close.rstrip()
         lexeme = f"/(?s:.*){_regex(closing_text)}/ & ~/(?s:.*){_regex(mark)}(?s:.+)/{exclusion}"
-        return f"{self.rule(self.rule(lexeme, 'T'), 'r', '[lazy]')} {self.words(close[len(closing_text) :])}"
+        return f"{self.rule(self.rule(lexeme, 'T'), 'r', '[lazy]')} {self.literal(close[len(closing_text) :])}"
 
     def text(self, start: str) -> str:
         """Returns the grammar's text."""
@@ -77,7 +79,7 @@ def forced_call_grammar(
     """Returns a Lark grammar of one call, or of several.
 
     Args:
-        dialect: the model's chat format.
+        chat_format: the model's chat format.
         tools: the request's tools.
         names: the functions that may be called; None: any.
         parallel: allows several calls.
@@ -97,12 +99,12 @@ def forced_call_grammar(
     lark = Lark(special or {})
     before, call, between, after = _STYLES[call_format.style](lark, call_format)
     any_call = lark.rule(" | ".join(call(name, schema) for name, schema in selected.items()))
-    further_calls = f" ({lark.words(between)} {any_call})*" if parallel and between is not None else ""
-    reasoning = _reasoning(lark, chat_format) if thinking else ""
-    return lark.text(f"{reasoning} {lark.words(before)} {any_call}{further_calls} {lark.words(after)}".strip())
+    further_calls = f" ({lark.literal(between)} {any_call})*" if parallel and between is not None else ""
+    reasoning = _reasoning_rule(lark, chat_format) if thinking else ""
+    return lark.text(f"{reasoning} {lark.literal(before)} {any_call}{further_calls} {lark.literal(after)}".strip())
 
 
-def _reasoning(lark: Lark, chat_format: ChatFormat) -> str:
+def _reasoning_rule(lark: Lark, chat_format: ChatFormat) -> str:
     """Returns an expression for the reasoning up to the end of its block."""
     call_format = chat_format.call_format
     assert call_format is not None
@@ -110,16 +112,17 @@ def _reasoning(lark: Lark, chat_format: ChatFormat) -> str:
     before, after = (
         ("<|channel|>analysis<|message|>", "<|start|>assistant") if not chat_format.reasoning_marks[1] else ("", "\n\n")
     )
-    body = lark.free(close_mark, (*call_format.starts, *call_format.sections))
-    return f"{lark.words(before)} {body} {lark.words(after)}".strip()
+    body = lark.text_until(close_mark, (*call_format.starts, *call_format.sections))
+    return f"{lark.literal(before)} {body} {lark.literal(after)}".strip()
 
 
 Call = Callable[[str, Mapping[str, Any]], str]
-# text before the calls, a call, text between two calls (None: only one call), text after them
+# How a family writes calls: text before the calls, a function for the expression of one call, text between two calls
+# (None: only one call), text after them. The functions below return the style of each syntax, see CallFormat.style.
 Style = tuple[str, Call, str | None, str]
 
 
-def _arguments(lark: Lark, schema: Mapping[str, Any]) -> str:
+def _arguments_rule(lark: Lark, schema: Mapping[str, Any]) -> str:
     """Returns an expression for a JSON object of arguments."""
     return lark.json({"type": "object", **schema}, schema)
 
@@ -128,7 +131,7 @@ def _json_calls(lark: Lark, prefix: str, suffix: str) -> Call:
     """Returns a function for calls whose arguments are JSON between fixed texts, in which {} stands for the name."""
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        return f"{lark.words(prefix.replace('{}', name))} {_arguments(lark, schema)} {lark.words(suffix)}"
+        return f"{lark.literal(prefix.replace('{}', name))} {_arguments_rule(lark, schema)} {lark.literal(suffix)}"
 
     return call
 
@@ -138,22 +141,22 @@ def _object_head(key: str) -> str:
     return '{"name": "{}", "' + key + '": '
 
 
-def _hermes(lark: Lark, call_format: CallFormat) -> Style:
+def _hermes_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls as JSON objects between <tool_call> tags."""
     return "", _json_calls(lark, "<tool_call>\n" + _object_head("arguments"), "}\n</tool_call>"), "\n", ""
 
 
-def _list(lark: Lark, call_format: CallFormat) -> Style:
+def _list_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls as a JSON list after a mark."""
     return call_format.starts[0] + "[", _json_calls(lark, _object_head("arguments"), "}"), ", ", "]"
 
 
-def _bare(lark: Lark, call_format: CallFormat) -> Style:
+def _bare_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls as JSON objects without marks."""
     return "", _json_calls(lark, _object_head("parameters"), "}"), "; ", ""
 
 
-def _named(lark: Lark, call_format: CallFormat) -> Style:
+def _named_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls as a name and JSON arguments between marks."""
     start, separator = call_format.starts[0], call_format.separators[0]
     end = call_format.ends[0] if call_format.ends else ""
@@ -164,13 +167,13 @@ def _named(lark: Lark, call_format: CallFormat) -> Style:
         number = "/[0-9]{1,3}/"
 
         def call(name: str, schema: Mapping[str, Any]) -> str:
-            head, tail = lark.words(f"{start}functions.{name}:"), lark.words(separator)
-            return f"{head} {number} {tail} {_arguments(lark, schema)} {lark.words(end)}"
+            head, tail = lark.literal(f"{start}functions.{name}:"), lark.literal(separator)
+            return f"{head} {number} {tail} {_arguments_rule(lark, schema)} {lark.literal(end)}"
 
     return "".join(call_format.sections), call, "", section_end
 
 
-def _fenced(lark: Lark, call_format: CallFormat) -> Style:
+def _fenced_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls as a name and JSON arguments in a Markdown code block."""
     call = _json_calls(
         lark,
@@ -180,13 +183,13 @@ def _fenced(lark: Lark, call_format: CallFormat) -> Style:
     return call_format.sections[0], call, "\n", call_format.ends[1]
 
 
-def _harmony(lark: Lark, call_format: CallFormat) -> Style:
+def _harmony_style(lark: Lark, call_format: CallFormat) -> Style:
     """gpt-oss's call. The arguments end the turn, so there is only one call."""
     head = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
     return "", _json_calls(lark, head, ""), None, ""
 
 
-def _tags(lark: Lark, call_format: CallFormat) -> Style:
+def _tags_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls with arguments between tags."""
     line, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
     name_is = "=" if call_format.values_on_lines else ' name="'
@@ -207,7 +210,7 @@ def _tags(lark: Lark, call_format: CallFormat) -> Style:
     return call_format.sections[0] + "\n", call, "", call_format.ends[0]
 
 
-def _pairs(lark: Lark, call_format: CallFormat) -> Style:
+def _pairs_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls with arguments as tagged keys and tagged values."""
     key, value = call_format.pair_key, call_format.pair_value
     parameter = key[0], key[1] + "\n" + value[0], value[1] + "\n"
@@ -217,7 +220,14 @@ def _pairs(lark: Lark, call_format: CallFormat) -> Style:
 def _tagged_calls(
     lark: Lark, call_format: CallFormat, head: tuple[str, str, str], parameter: tuple[str, str, str]
 ) -> Call:
-    """Returns a function for calls in tags: the schema's arguments in its order, those not required optional."""
+    """Returns a function for calls in tags: the schema's arguments in its order, those not required optional.
+
+    Args:
+        lark: the grammar that rules are added to.
+        call_format: the family's marks, none of which may occur in a free value.
+        head: a call's text before its name, after it, and after its parameters.
+        parameter: a parameter's text before its key, between key and value ({}: whether it is a string), and after it.
+    """
     marks = (
         *call_format.starts,
         *call_format.ends,
@@ -228,30 +238,33 @@ def _tagged_calls(
     free = (*marks, *call_format.pair_key, *call_format.pair_value)
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        parts = [lark.words(head[0] + name + head[1])]
+        """Returns the expression of a call of one function: its opening tag, its parameters, its closing tag."""
+        parts = [lark.literal(head[0] + name + head[1])]
         for key in schema.get("properties") or {}:
             kind = property_schema(schema, key)
             opening = parameter[1].replace("{}", "true" if "string" in allowed_types(kind) else "false")
-            value = _value(lark, kind, schema, parameter[2], free)
-            one = f"{lark.words(parameter[0] + key + opening)} {value}"
-            parts.append(one if key in (schema.get("required") or ()) else f"({one})?")
-        return " ".join([*parts, lark.words(head[2])])
+            value = _value_rule(lark, kind, schema, parameter[2], free)
+            parameter_rule = f"{lark.literal(parameter[0] + key + opening)} {value}"
+            parts.append(parameter_rule if key in (schema.get("required") or ()) else f"({parameter_rule})?")
+        return " ".join([*parts, lark.literal(head[2])])
 
     return call
 
 
-def _value(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
-    """Returns an expression for a value and its closing tag."""
+def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
+    """Returns an expression for a value and its closing tag: JSON unless it may be a string, which is free text or one of
+    the schema's texts.
+    """
     allowed = allowed_types(schema)
     if "string" not in allowed:
-        return f"{lark.json(schema, root)} {lark.words(close)}"
+        return f"{lark.json(schema, root)} {lark.literal(close)}"
     values = schema.get("enum") if isinstance(schema, Mapping) else None
     if values and all(isinstance(value, str) and value for value in values):
-        return f"({' | '.join(map(_quoted, values))}) {lark.words(close)}"
-    return lark.free(close, marks)
+        return f"({' | '.join(map(_quoted, values))}) {lark.literal(close)}"
+    return lark.text_until(close, marks)
 
 
-def _pythonic(lark: Lark, call_format: CallFormat) -> Style:
+def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
     """Calls in Python's syntax, in a list."""
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
@@ -261,8 +274,8 @@ def _pythonic(lark: Lark, call_format: CallFormat) -> Style:
 
         def argument(key: str) -> str:
             value = property_schema(schema, key)
-            words = '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.json(value, schema)
-            return f"{_quoted(key + '=')} {words}"
+            value_rule = '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.json(value, schema)
+            return f"{_quoted(key + '=')} {value_rule}"
 
         comma = _quoted(", ")
         first = f" {comma} ".join(map(argument, required))
@@ -290,13 +303,13 @@ def _regex(text: str) -> str:
 
 
 _STYLES: dict[str, Callable[[Lark, CallFormat], Style]] = {
-    "object": _hermes,
-    "list": _list,
-    "bare": _bare,
-    "named": _named,
-    "fenced": _fenced,
-    "harmony": _harmony,
-    "tags": _tags,
-    "pairs": _pairs,
-    "pythonic": _pythonic,
+    "object": _hermes_style,
+    "list": _list_style,
+    "bare": _bare_style,
+    "named": _named_style,
+    "fenced": _fenced_style,
+    "harmony": _harmony_style,
+    "tags": _tags_style,
+    "pairs": _pairs_style,
+    "pythonic": _pythonic_style,
 }

@@ -3,7 +3,7 @@
     <|channel|>analysis<|message|>...<|end|>
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>
 
-The prompt ends with <|start|>assistant, so an output begins inside a header, unless it continues a message's text.
+The prompt ends with <|start|>assistant, so an output begins in_message a header, unless it continues a message's text.
 """
 
 from __future__ import annotations
@@ -30,34 +30,38 @@ _NO_FUNCTION = ("user", "all", "assistant")
 
 
 class CallParser(Protocol):
-    """The parser of an output, see ktx.chat_formats.parser."""
+    """What Harmony requires of the parser of an output, see ktx.chat_formats.parser."""
 
     reader: TextReader
     output: WhitespaceFilter
 
-    def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]: ...
+    def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
+        """Yields the events of what `reader` reads after `mark`, or their text if it raises NotACall."""
 
 
 class Harmony:
-    """Reads all messages of an output; text outside of messages is content too."""
+    """Reads all messages of an output: analysis is reasoning, a message to a function is a call, all else is content.
+    Text outside of messages is content too.
+    """
 
     def __init__(self, parser: CallParser):
         self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the output."""
+        """Yields the events of the output: reads headers through `Parser.call`, so that an invalid header becomes text,
+        and the text between them.
+        """
         source, output = self.source, self.output
         yield from output.emit((yield from source.read_whitespace()))
-        inside = not output.after_mark  # inside a message's text: no header begins
-        if not inside and (
-            yield from source.peek_mark(marks_of("to=functions."))
-        ):  # the mark before it is in the prompt
-            yield from self.parser.call("", self.message)
+        in_message = not output.after_mark  # in_message a message's text: no header begins
+        # the mark before the recipient is in the prompt
+        if not in_message and (yield from source.peek_mark(marks_of("to=functions."))):
+            yield from self.parser.call("", self.read_message)
         while True:
             text, mark = source.read_until(_MARKS)
             yield from output.emit(text)
             if mark in (START, CHANNEL):
-                yield from self.parser.call(mark, self.message)
+                yield from self.parser.call(mark, self.read_message)
             elif mark and (mark != MESSAGE or output.after_mark):  # a <|message|> without a header
                 yield from output.switch_kind("answer", WHITESPACE)
             elif mark:
@@ -68,10 +72,15 @@ class Harmony:
                 yield None
         yield from output.flush()
 
-    def message(
+    def read_message(
         self, source: TextReader, calls: CallEvents, call_format: CallFormat | None, mark: str
     ) -> Iterator[Event | None]:
-        """Reads a header, and a call's arguments after it if it has a recipient; otherwise `read` reads the text."""
+        """Reads a header up to <|message|>, and a call's arguments after it if its recipient is a function; the text of
+        any other message is left for `read`.
+
+        `mark` is the mark that began the header. Raises NotACall for text that is not a header, and for a call when
+        calls are not parsed.
+        """
         text, end_mark = yield from source.read_short_until(_HEADER_ENDS, MAX_HEADER_CHARS)
         text = mark + text
         channel, recipient = _KIND.search(text), _RECIPIENT.search(text)

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 def to_template_messages(messages: Iterable[Mapping[str, Any]], chat_format: ChatFormat) -> list[Message]:
     """Returns converted messages; ValueError when one contains anything but text."""
     history = _History(chat_format)
-    converted = [history.message(message) for message in messages]
+    converted = [history.convert(message) for message in messages]
     return _split_calls(converted) if chat_format.single_call else converted
 
 
@@ -29,11 +29,11 @@ class _History:
 
     def __init__(self, chat_format: ChatFormat):
         self.chat_format = chat_format
-        self.ids: dict[str, str] = {}
-        self.names: dict[str, str] = {}
-        self.count = 0
+        self.ids: dict[str, str] = {}  # a call's id in the request -> in the template's form
+        self.names: dict[str, str] = {}  # a call's id in the request -> its function
+        self.count = 0  # calls so far, which number the ids of the form functions.name:0
 
-    def message(self, message: Mapping[str, Any]) -> Message:
+    def convert(self, message: Mapping[str, Any]) -> Message:
         """Converts one message."""
         role = message.get("role")
         converted: Message = {"role": role, "content": message_text(message.get("content"))}
@@ -42,12 +42,12 @@ class _History:
         if message.get("name"):
             converted["name"] = message["name"]
         if role == "assistant":
-            self._assistant(message, converted)
+            self._convert_assistant(message, converted)
         elif role == "tool":
-            self._result(message, converted)
+            self._convert_result(message, converted)
         return converted
 
-    def _assistant(self, message: Mapping[str, Any], converted: Message) -> None:
+    def _convert_assistant(self, message: Mapping[str, Any], converted: Message) -> None:
         """Adds the reasoning and the calls of an assistant message."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
@@ -55,14 +55,14 @@ class _History:
             if self.chat_format.reasoning_key:
                 converted[self.chat_format.reasoning_key] = converted["reasoning_content"]
         if message.get("tool_calls"):
-            converted["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+            converted["tool_calls"] = [self._convert_call(call) for call in message["tool_calls"]]
             converted["content"] = converted["content"] or (None if self.chat_format.arguments_as_text else "")
 
-    def _call(self, call: Mapping[str, Any]) -> Message:
+    def _convert_call(self, call: Mapping[str, Any]) -> Message:
         """Converts one call."""
         function = call.get("function") or {}
         name, call_id = str(function.get("name", "")), str(call.get("id") or "")
-        self.ids[call_id], self.names[call_id] = self._id(call_id, name), name
+        self.ids[call_id], self.names[call_id] = self._convert_id(call_id, name), name
         arguments = function.get("arguments")
         converted_arguments = (
             _arguments_text(arguments) if self.chat_format.arguments_as_text else _arguments_object(arguments)
@@ -73,7 +73,7 @@ class _History:
             "function": {"name": name, "arguments": converted_arguments},
         }
 
-    def _id(self, call_id: str, name: str) -> str:
+    def _convert_id(self, call_id: str, name: str) -> str:
         """Returns the id in the family's form; an id of another form gets a new one, always the same."""
         self.count += 1
         if self.chat_format.id_style == "named" and not _NAMED_ID.fullmatch(call_id):
@@ -82,7 +82,7 @@ class _History:
             return hashlib.sha256(call_id.encode()).hexdigest()[:9]
         return call_id
 
-    def _result(self, message: Mapping[str, Any], converted: Message) -> None:
+    def _convert_result(self, message: Mapping[str, Any], converted: Message) -> None:
         """Adds the call id and the function name of a tool result."""
         call_id = str(message.get("tool_call_id") or "")
         converted["tool_call_id"] = self.ids.get(call_id, call_id)

@@ -20,29 +20,33 @@ IGNORED_KEYS = ("type", "index")  # other keys of a call, which are ignored
 
 
 class ObjectCall:
-    """One call object, read from `{` on. `sure`: its marks already show that it is a call."""
+    """One call object, read from `{` on.
 
-    def __init__(self, source: TextReader, calls: CallEvents, ends: Marks, sure: bool):
-        self.source, self.calls, self.ends, self.marked = source, calls, ends, sure
+    Streams the arguments if the name comes first, else stores them until it comes. `marked`: its marks already show that
+    it is a call; without them, only the keys that a family itself uses make it one.
+    """
+
+    def __init__(self, source: TextReader, calls: CallEvents, ends: Marks, marked: bool):
+        self.source, self.calls, self.ends, self.marked = source, calls, ends, marked
         self.name = self.id = ""
         self._early_arguments: list[str] | None = None  # arguments before the name
         self._emitted = False
         self._inner_braces = 0  # open braces of an inner {"function": {...}}
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the call. Broken when the object is not one."""
+        """Yields the events of the call. Raises NotACall when the object is not one."""
         self.source.pos += 1
         while not self._emitted:
-            key = yield from self._key()
+            key = yield from self._read_key()
             if key == "":
                 break
-            yield from self._member(key)
+            yield from self._read_member(key)
         if not self._emitted:
-            yield from self._without_arguments()
+            yield from self._emit_without_arguments()
             return
-        yield from self._rest()
+        yield from self._skip_rest()
 
-    def _key(self) -> Step[str]:
+    def _read_key(self) -> Step[str]:
         """Returns the next member's key and consumes its colon; empty after the last member."""
         while True:
             yield from self.source.read_whitespace()
@@ -57,31 +61,31 @@ class ObjectCall:
             self.source.pos += 1
         if (yield from self.source.peek_mark(self.ends)):
             return ""
-        return (yield from _key(self.source))
+        return (yield from _read_key_text(self.source))
 
-    def _member(self, key: str) -> Iterator[Event | None]:
-        """Reads one member's value."""
+    def _read_member(self, key: str) -> Iterator[Event | None]:
+        """Reads one member's value, by its key: an inner function object, the name, the arguments, or a key to skip."""
         char = yield from self.source.peek_char()
         if key == "function" and char == "{" and not self._inner_braces:
             self._inner_braces += 1
             self.source.pos += 1
         elif key in (NAME_KEYS if self.marked else NAME_KEYS[:2]) and not self.name:
-            self.name = yield from _string(self.source)
+            self.name = yield from _read_name(self.source)
             if self._early_arguments is not None:
-                yield from self._late_name()
+                yield from self._emit_stored_call()
         elif key in (ARGUMENT_KEYS if self.marked else ARGUMENT_KEYS[:2]) and self._early_arguments is None:
-            yield from self._arguments()
+            yield from self._read_arguments()
         elif key in ID_KEYS or key in IGNORED_KEYS:
-            text = yield from self._skip()
+            text = yield from self._skip_value()
             if key in ID_KEYS and text.startswith('"'):
                 self.id = json.loads(text)[:256]
         else:
             raise NotACall  # not a call object
 
-    def _arguments(self) -> Iterator[Event | None]:
+    def _read_arguments(self) -> Iterator[Event | None]:
         """Streams the arguments if the name is known, otherwise stores them until it is."""
         if self.name and (yield from self.source.peek_char()) in '{"n':
-            yield from self._stream()
+            yield from self._stream_arguments()
             return
         self._early_arguments = []
         for piece in read_arguments(self.source, self.ends):
@@ -90,39 +94,40 @@ class ObjectCall:
             else:
                 self._early_arguments.append(piece)
 
-    def _stream(self) -> Iterator[Event | None]:
+    def _stream_arguments(self) -> Iterator[Event | None]:
+        """Emits the call while its arguments arrive."""
         yield from stream_call(self.source, self.calls, self.ends, self.name, self.id)
         self._emitted = True
 
-    def _late_name(self) -> Iterator[Event | None]:
+    def _emit_stored_call(self) -> Iterator[Event | None]:
         """Emits the call when its name follows its arguments."""
         yield from self.calls.complete_call(self.name, "".join(self._early_arguments or ["{}"]), self.id)
         self._emitted = True
 
-    def _without_arguments(self) -> Iterator[Event | None]:
+    def _emit_without_arguments(self) -> Iterator[Event | None]:
         """Emits a call that has only a name, if marks show a call or a function has this name."""
         if not self.name or not (self.marked or self.calls.resolve_name(self.name) in self.calls.schemas):
             raise NotACall
         yield from self.calls.complete_call(self.name, id=self.id)
 
-    def _skip(self) -> Step[str]:
+    def _skip_value(self) -> Step[str]:
         """Reads a value and returns its text."""
         text = yield from read_value(self.source)
         if text is None:
             raise NotACall
         return text
 
-    def _rest(self) -> Step[None]:
+    def _skip_rest(self) -> Step[None]:
         """Skips the members after the arguments, up to the object's end. No error there makes the call invalid."""
         try:
-            while (yield from self._key()):
-                yield from self._skip()
+            while (yield from self._read_key()):
+                yield from self._skip_value()
         except NotACall:
             pass
 
 
-def read_list(source: TextReader, calls: CallEvents, ends: Marks, sure: bool = True) -> Iterator[Event | None]:
-    """Reads calls [{...}, {...}], from `[` on."""
+def read_list(source: TextReader, calls: CallEvents, ends: Marks, marked: bool = True) -> Iterator[Event | None]:
+    """Reads calls [{...}, {...}], from `[` on; each complete call stays one if a later object is broken."""
     index_before = calls.index
     while True:
         source.pos += 1  # the bracket or a comma
@@ -131,7 +136,7 @@ def read_list(source: TextReader, calls: CallEvents, ends: Marks, sure: bool = T
             break
         if calls.index > index_before:
             source.start_call()
-        yield from ObjectCall(source, calls, ends, sure).read()
+        yield from ObjectCall(source, calls, ends, marked).read()
         yield from source.read_whitespace()
         if (yield from source.peek_char()) != ",":
             break
@@ -141,7 +146,7 @@ def read_list(source: TextReader, calls: CallEvents, ends: Marks, sure: bool = T
     source.pos += len(char)
 
 
-def _key(source: TextReader) -> Step[str]:
+def _read_key_text(source: TextReader) -> Step[str]:
     """Returns a key and consumes its colon; a text longer than any key of a call is not one."""
     char = yield from source.peek_char()
     if char in "\"'":
@@ -158,7 +163,7 @@ def _key(source: TextReader) -> Step[str]:
     return key.strip()
 
 
-def _string(source: TextReader) -> Step[str]:
+def _read_name(source: TextReader) -> Step[str]:
     """Returns a function's name from a JSON string."""
     if (yield from source.peek_char()) not in ('"', "'"):
         raise NotACall

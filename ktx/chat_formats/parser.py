@@ -32,12 +32,12 @@ class Parser:
     its text follows as Text. A client that assembles a message leaves out calls without CallEnd.
 
     Args:
-        dialect: the model's chat format.
+        chat_format: the model's chat format.
         tools: the request's tools.
         thinking: the prompt has opened the reasoning block.
         parse_calls: whether to parse calls; None: if there are tools.
         ids: returns a new call id.
-        said: text at the prompt's end that the output continues.
+        prefill_text: text at the prompt's end that the output continues.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Parser:
             yield event
 
     def _read(self) -> Iterator[Event | None]:
-        """Yields the events of an output."""
+        """Yields the events of an output: text up to a mark, then what the mark begins. Not for Harmony's messages."""
         while mark := (yield from self._read_text()):
             if mark in self.chat_format.reasoning_marks:
                 yield from self._read_reasoning(mark)
@@ -99,7 +99,11 @@ class Parser:
         yield from self.output.flush()
 
     def _read_text(self) -> Generator[Event | None, None, str]:
-        """Emits text and returns the mark after it, empty at the end."""
+        """Emits text and returns the mark after it, empty at the end.
+
+        Calls without marks begin at the start of a line: there the first character is peeked at, and "{" or "[" counts
+        as a mark. Within reasoning only its own marks are searched, unless the family calls from there.
+        """
         source = self.reader
         while True:
             thinking = self.output.kind == "think" and not self.chat_format.calls_in_reasoning
@@ -131,7 +135,12 @@ class Parser:
             self._marks_behind = marks_of(*self._marks.all, *call_format.ends, *(bare and ("```",)))
 
     def _read_reasoning(self, mark: str) -> Iterator[Event]:
-        """Opens or closes the reasoning block, or emits a mark that is part of the text."""
+        """Opens or closes the reasoning block, or emits a mark that is part of the text.
+
+        Models also write the marks in prose. Right after another mark, and at the output's start, each mark counts.
+        Elsewhere an opening mark counts at the start of a line as long as there was no reasoning; a closing one counts
+        within reasoning, and in content as long as there was no reasoning.
+        """
         output, opens = self.output, mark == self.chat_format.reasoning_marks[0]
         if opens and output.kind == "answer":
             is_mark = output.after_mark or (not self._reasoning_seen and output.last == "\n")
@@ -151,8 +160,11 @@ class Parser:
         yield from output.switch_kind("think" if opens else "answer")
 
     def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
-        """Runs `reader` on the text after `mark` and yields its events; emits the text itself when that is not a
-        call.
+        """Runs `reader` on the text after `mark` and yields its events; emits the text itself when the reader raises
+        NotACall.
+
+        The reader's text is recorded until a call is complete, because a call that turns out to be broken is text. White
+        space before the call is layout: it is dropped when the call starts, and emitted when it is broken.
         """
         source = self.reader
         source.start_call(len(mark.lstrip("\n")))

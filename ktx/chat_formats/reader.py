@@ -51,7 +51,11 @@ def marks_of(*marks: str) -> Marks:
 
 
 class TextReader:
-    """Text that has arrived but was not consumed; text that a call consumed is recorded until the call is complete."""
+    """Text that has arrived but was not consumed; text that a call consumed is recorded until the call is complete.
+
+    `text` is the buffer and `pos` the position of the next character in it. `finished` is whether no more text comes,
+    `cut` whether the stream then ended without the model's end.
+    """
 
     def __init__(self) -> None:
         self.text, self.pos, self.finished, self.cut = "", 0, False, False
@@ -81,7 +85,7 @@ class TextReader:
         self._recorded = None
 
     def recorded_text(self) -> str:
-        """Returns the text that was consumed since `keep`."""
+        """Returns the text that was consumed since the start of the call, see `start_call`."""
         return "" if self._recorded is None else "".join(self._recorded) + self.text[self._call_start : self.pos]
 
     def rewind(self, raw: str) -> None:

@@ -25,22 +25,22 @@ def read_marked(source: TextReader, calls: CallEvents, call_format: CallFormat, 
     """Reads one call or a list of calls after `mark`."""
     if call_format.tag_call[0] and mark.startswith(call_format.tag_call[0]):
         source.pos -= len(mark)
-    fenced = yield from _fence(source)
-    yield from _read(source, calls, call_format)
+    fenced = yield from _read_fence(source)
+    yield from _read_calls(source, calls, call_format)
     if fenced:
-        yield from _fence(source)
+        yield from _read_fence(source)
 
 
-def _read(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
+def _read_calls(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
     """Reads calls in the syntax that the next text shows."""
     ends = marks_of(*call_format.ends, *call_format.starts, *call_format.sections, *call_format.tag_call[1:], "```")
     char = yield from source.peek_char()
     if char == "{":
-        yield from _objects(source, calls, ends)
+        yield from _read_objects(source, calls, ends)
     elif char == "[" and not (yield from source.peek_mark(marks_of(call_format.id_mark, *call_format.separators))):
         yield from read_list(source, calls, ends)
     elif (yield from source.accept_mark(marks_of(call_format.tag_call[0]))):
-        name = yield from _tag_name(source)
+        name = yield from _read_tag_name(source)
         source.mark_lead()
         yield from source.read_whitespace()
         if (yield from source.peek_char()) == "{":
@@ -48,14 +48,14 @@ def _read(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Ite
         else:
             yield from TagCall(source, calls, call_format, name).read()
     else:
-        yield from _named(source, calls, call_format)
+        yield from _read_named(source, calls, call_format)
 
 
-def _objects(source: TextReader, calls: CallEvents, ends: Marks) -> Iterator[Event | None]:
+def _read_objects(source: TextReader, calls: CallEvents, ends: Marks) -> Iterator[Event | None]:
     """Reads {...} and further objects before the end mark, each a call. Other text after them is left as text."""
     while True:
         yield from ObjectCall(source, calls, ends, True).read()
-        yield from _spare_brackets(source)
+        yield from _skip_spare_brackets(source)
         source.start_call()  # the calls so far are complete
         space = yield from source.read_whitespace()
         if (char := (yield from source.peek_char())) and char in ",;":
@@ -67,8 +67,12 @@ def _objects(source: TextReader, calls: CallEvents, ends: Marks) -> Iterator[Eve
             break
 
 
-def _named(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
-    """Reads name<separator>{...}, with marks or only line breaks between."""
+def _read_named(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
+    """Reads name<separator>{...}, with marks or only line breaks between.
+
+    The header may also have a type before the name (DeepSeek), an id after it (Mistral), or be an id that contains the
+    name (Kimi). Without a separator, only a known function's name makes it a call.
+    """
     ends = marks_of(*call_format.ends, *call_format.starts, *call_format.sections, "```")
     stops = marks_of(
         *call_format.separators,
@@ -97,7 +101,7 @@ def _named(source: TextReader, calls: CallEvents, call_format: CallFormat) -> It
         text, mark = yield from source.read_short_until(stops, MAX_HEADER_CHARS)
         call_id = text.strip()
     separator = yield from source.accept_mark(marks_of(*call_format.separators))
-    fenced = yield from _fence(source)
+    fenced = yield from _read_fence(source)
     if (yield from source.peek_mark(marks_of(call_format.pair_key[0]))):
         yield from TagCall(source, calls, call_format, name).read()
         return
@@ -109,10 +113,10 @@ def _named(source: TextReader, calls: CallEvents, call_format: CallFormat) -> It
             raise NotACall
     yield from stream_call(source, calls, ends, name, call_id)
     if fenced:
-        yield from _fence(source)
+        yield from _read_fence(source)
 
 
-def _tag_name(source: TextReader) -> Step[str]:
+def _read_tag_name(source: TextReader) -> Step[str]:
     """Reads the name and the end of <function=name> or <invoke name="name">."""
     text, mark = yield from source.read_short_until(marks_of(">"), MAX_HEADER_CHARS)
     source.pos += len(mark)
@@ -122,7 +126,7 @@ def _tag_name(source: TextReader) -> Step[str]:
     return name
 
 
-def _fence(source: TextReader) -> Step[bool]:
+def _read_fence(source: TextReader) -> Step[bool]:
     """Reads white space, and the fence of a Markdown code block if there is one; returns whether there was."""
     yield from source.read_whitespace()
     if not (yield from source.accept_mark(marks_of("```json", "```"))):
@@ -131,7 +135,7 @@ def _fence(source: TextReader) -> Step[bool]:
     return True
 
 
-def _spare_brackets(source: TextReader) -> Step[None]:
+def _skip_spare_brackets(source: TextReader) -> Step[None]:
     """Skips closing brackets without an opening one."""
     while (yield from source.peek_char()) in ("}", "]"):
         source.pos += 1

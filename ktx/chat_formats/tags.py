@@ -32,19 +32,20 @@ class TagCall:
         # A closing tag is one only where the call continues or ends after it; elsewhere it is part of the value.
         self._follow = marks_of(self.open_mark, self.close_mark, *ends)
         self._call_ends = marks_of(*ends, *call_format.starts, *call_format.sections)
-        self._keys: set[str] = set()
+        self._keys: set[str] = set()  # keys of the arguments so far
+        # the key of an opening tag that ended the previous value, and whether the call's end did
         self._next_key, self._done = "", False
         self._is_string = False  # whether the last tag marked its value as a string
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the call, from after the name to its end. Broken when it is not one."""
+        """Yields the events of the call, from after the name to its end. Raises NotACall when it is not one."""
         while not self._done:
             yield from self.source.read_whitespace()
             if self._next_key:
-                yield from self._parameter()
+                yield from self._read_parameter()
             elif (yield from self.source.accept_mark(marks_of(self.open_mark))):
-                self._next_key, _ = yield from self._key()
-                yield from self._parameter()
+                self._next_key, _ = yield from self._read_key()
+                yield from self._read_parameter()
             elif (yield from self.source.accept_mark(marks_of(self.close_mark))):
                 pass  # a repeated closing tag
             elif (yield from self.source.accept_mark(self.ends)) or (yield from self.source.peek_char()) == "":
@@ -56,7 +57,7 @@ class TagCall:
         yield self.calls.arguments("}" if self._keys else "{}")
         yield self.calls.end()
 
-    def _parameter(self) -> Iterator[Event | None]:
+    def _read_parameter(self) -> Iterator[Event | None]:
         """Reads one argument, whose opening tag was read."""
         key, self._next_key = self._next_key, ""
         if self.format.pair_key[0]:
@@ -68,27 +69,27 @@ class TagCall:
         schema = {"type": "string"} if self._is_string else property_schema(self.schema, key)
         lead = json.dumps(key, ensure_ascii=False) + ": "
         if is_string_only(schema):
-            yield from self._lead(key, lead + '"')
-            for piece in self._value():
+            yield from self._emit_lead(key, lead + '"')
+            for piece in self._read_value():
                 yield None if piece is None else self.calls.arguments(json.dumps(piece, ensure_ascii=False)[1:-1])
             yield self.calls.arguments('"')
             return
         value: list[str] = []
-        for piece in self._value():
+        for piece in self._read_value():
             if piece is None:
                 yield None
             else:
                 value.append(piece)
-        yield from self._lead(key, lead + to_json("".join(value), schema))
+        yield from self._emit_lead(key, lead + to_json("".join(value), schema))
 
-    def _lead(self, key: str, text: str) -> Iterator[Event]:
+    def _emit_lead(self, key: str, text: str) -> Iterator[Event]:
         """Emits the text before a value; starts the call with the first one."""
         if not self._keys:
             yield self.calls.begin(self.name)
         yield self.calls.arguments((", " if self._keys else "{") + text)
         self._keys.add(key)
 
-    def _key(self) -> Step[tuple[str, str]]:
+    def _read_key(self) -> Step[tuple[str, str]]:
         """Returns the key of an opening tag, empty when it has none, and the text that was read."""
         close_mark = self.format.pair_key[1] or ">"
         text, mark = yield from self.source.read_short_until(
@@ -106,7 +107,7 @@ class TagCall:
             key = match.group(1) if match else ""
         return key.strip(), text
 
-    def _value(self) -> Iterator[str | None]:
+    def _read_value(self) -> Iterator[str | None]:
         """Yields the value's text up to the closing tag, without the line breaks that are layout; None to wait."""
         source, own_lines, first = self.source, self.format.values_on_lines, self.format.values_on_lines
         closing = self._follow
@@ -120,7 +121,7 @@ class TagCall:
             if text[: len(text) - len(line_break)]:
                 yield text[: len(text) - len(line_break)]
             if mark:
-                more = yield from self._after(mark)
+                more = yield from self._read_after_mark(mark)
                 if more is None:
                     return
                 yield line_break + mark + more
@@ -130,12 +131,15 @@ class TagCall:
             else:
                 yield None
 
-    def _after(self, mark: str) -> Step[str | None]:
-        """Returns None if `mark` ends the value, else the text after it that still belongs to the value."""
+    def _read_after_mark(self, mark: str) -> Step[str | None]:
+        """Returns None if `mark` ends the value, else the text after it that still belongs to the value.
+
+        A value is free text, which may contain tags. So a mark ends it only if the call continues or ends after it.
+        """
         source = self.source
         # an opening tag without a closing tag before it ends the value only if it names a missing argument
         if mark == self.open_mark:
-            key, raw = yield from self._key()
+            key, raw = yield from self._read_key()
             known = property_schema({**(self.schema or {}), "additionalProperties": None}, key) is not None
             self._next_key = key if key and known and key not in self._keys else ""
             return None if self._next_key else raw

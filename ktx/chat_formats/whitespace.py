@@ -19,7 +19,7 @@ class WhitespaceFilter:
 
     Args:
         kind: "answer" or "think": the kind of the first text.
-        said: text in the prompt that the output continues.
+        prefill_text: text in the prompt that the output continues.
     """
 
     def __init__(self, kind: str, prefill_text: str = ""):
@@ -34,7 +34,9 @@ class WhitespaceFilter:
         self._call_last = False  # whether a call came last
 
     def emit(self, text: str) -> Iterator[Text]:
-        """Emits text, and holds trailing white space."""
+        """Emits text without the layout after a mark, and holds its trailing white space until it is known whether a mark
+        follows.
+        """
         if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)
             if self._call_last:
@@ -73,7 +75,7 @@ class WhitespaceFilter:
         self._call_last = False
 
     def after_call(self, layout: str) -> None:
-        """Records the end of a call; `layout` is the text that `drop` returned before it."""
+        """Records the end of a call; `layout` is the text that `drop_pending` returned before it."""
         self._gap += layout[: len(layout) - len(layout.lstrip(WHITESPACE))]
         self._num_outside = len(self._gap)
         self.pending, self.after_mark, self.leading, self.last = [], True, WHITESPACE, "\n"
