@@ -44,9 +44,9 @@ Matrix = tuple[QType, tuple[int, ...]]  # quantization type and shape [..., n, k
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a module's weights: `held` in memory, and `read` per decoded token."""
+    """Bytes of a module's weights: `held_bytes` in memory, and `read` per decoded token."""
 
-    held: int
+    held_bytes: int
     read: int
 
 
@@ -68,7 +68,7 @@ class ModuleMemory:
     num_experts: int = 0
     top_k: int = 0
     is_row_lookup: bool = False  # a token reads a single row
-    pinned: bool = False  # a rule places it on the CPU
+    cpu_only: bool = False  # a rule places it on the CPU
     needs_repacking: bool = False  # its packed bits are repacked when streamed to a GPU
 
     def weight_bytes(self, gpu: bool) -> WeightBytes:
@@ -78,7 +78,7 @@ class ModuleMemory:
     def subset(self, count: int) -> ModuleMemory:
         """Returns the memory of `count` of the experts; reads per token are scaled to their share."""
         cpu_bytes, gpu_bytes = (
-            (size.held * count // self.num_experts, size.read * count // self.num_experts)
+            (size.held_bytes * count // self.num_experts, size.read * count // self.num_experts)
             for size in (self.cpu, self.gpu)
         )
         return replace(
@@ -92,7 +92,7 @@ class ModuleMemory:
         """Bytes that a forward over `tokens` tokens reads, if each token selects different experts."""
         size = self.weight_bytes(gpu)
         if self.num_experts:
-            return size.held * min(self.num_experts, tokens * self.top_k) // self.num_experts
+            return size.held_bytes * min(self.num_experts, tokens * self.top_k) // self.num_experts
         return size.read * (tokens if self.is_row_lookup else 1)
 
 
@@ -112,7 +112,7 @@ class KVMemory:
     num_heads: int = 0
     is_mla: bool = False
     expanded: int = 0
-    pinned: bool = False
+    cpu_only: bool = False
 
     def row_bytes(self, store: KVType, gpu: bool) -> int:
         """Bytes of a position."""
@@ -176,9 +176,11 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
         source: the weight source.
     """
     config = model.config
-    pinned_prefixes = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
+    cpu_only_prefixes = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
     modules = [_module_memory(step, model.get_submodule(step.path), plan, source) for step in plan]
-    parts = [replace(part, pinned=f"{part.path}.".startswith(pinned_prefixes)) for part in modules if part is not None]
+    parts = [
+        replace(part, cpu_only=f"{part.path}.".startswith(cpu_only_prefixes)) for part in modules if part is not None
+    ]
     hf_layers = DynamicCache(config=config).layers
     attention_modules = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
     cached_modules = [(path, module) for path, module in attention_modules if hasattr(module, "layer_idx")]
@@ -189,7 +191,7 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
         for path, module in cached_modules
         if module.layer_idx < len(hf_layers)
     ]
-    kv_layers = [replace(layer, pinned=f"{layer.path}.".startswith(pinned_prefixes)) for layer in kv_layers]
+    kv_layers = [replace(layer, cpu_only=f"{layer.path}.".startswith(cpu_only_prefixes)) for layer in kv_layers]
     return Footprint(parts, kv_layers, int(config.hidden_size), int(config.vocab_size))
 
 

@@ -109,7 +109,7 @@ class Placement:
         CPU. So are experts that are split between two devices; `placed_modules` lists both parts.
         """
         group = getattr(part, "group", "")
-        if part.pinned:
+        if part.cpu_only:
             return CPU
         if group == EMBEDDING:
             return self.embedding
@@ -142,7 +142,7 @@ class Placement:
         placed = []
         for part in self.model.modules:
             device, count = self.device(part), self.num_gpu_experts.get(part.layer or 0, 0) if part.num_experts else 0
-            if count and device == CPU and not part.pinned:
+            if count and device == CPU and not part.cpu_only:
                 gpu_part = replace(part.subset(count), path=f"{part.path}.on_gpu")
                 placed += [(part.subset(part.num_experts - count), CPU), (gpu_part, self.layer_device(part))]
             else:
@@ -156,7 +156,7 @@ class Placement:
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
         for part, device in self.placed_modules:
-            totals[part.group][device] += part.weight_bytes(device != CPU).held
+            totals[part.group][device] += part.weight_bytes(device != CPU).held_bytes
         for layer in self.model.kv_layers:
             totals[KV][self.device(layer)] += self.kv_bytes(layer)
         for device in self.device_names:
@@ -275,7 +275,7 @@ class Placement:
             return 0
         weights_per_token = [part.num_weights * part.top_k // part.num_experts for part in parts]
         min_tokens = [
-            min_tokens_to_stream(part.cpu.held, num_weights, speeds.link_gb_s, speeds.cpu_gops)
+            min_tokens_to_stream(part.cpu.held_bytes, num_weights, speeds.link_gb_s, speeds.cpu_gops)
             for part, num_weights in zip(parts, weights_per_token, strict=True)
         ]
         return max(min_tokens)
@@ -337,7 +337,7 @@ def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
         if not placement.exceeded():
             return placement
     placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), streams_experts=stream)
-    layer_bytes = {part.layer: part.gpu.held for part in model.modules if part.group == EXPERTS}
+    layer_bytes = {part.layer: part.gpu.held_bytes for part in model.modules if part.group == EXPERTS}
     # Free bytes by GPU. The workspace for experts does not grow with the number of layers, so it is subtracted once,
     # with the first layer.
     free_bytes: dict[str, int] = {}
@@ -360,12 +360,12 @@ def _with_partial_layer(placement: Placement, device: str) -> Placement:
     The free bytes bound the number from above; it is decreased until the placement fits, because splitting a layer
     changes the workspace too.
     """
-    parts = [part for part in placement.streamed_experts(device) if not part.pinned and part.layer is not None]
+    parts = [part for part in placement.streamed_experts(device) if not part.cpu_only and part.layer is not None]
     free_bytes = placement.budget.bytes_of(device) - placement.total_bytes(device)
     if not parts or free_bytes <= 0:
         return placement
-    part = min(parts, key=lambda part: (part.gpu.held, part.layer))
-    for count in range(min(part.num_experts - 1, part.num_experts * free_bytes // max(1, part.gpu.held)), 0, -1):
+    part = min(parts, key=lambda part: (part.gpu.held_bytes, part.layer))
+    for count in range(min(part.num_experts - 1, part.num_experts * free_bytes // max(1, part.gpu.held_bytes)), 0, -1):
         candidate = replace(placement, num_gpu_experts={**placement.num_gpu_experts, part.layer or 0: count})
         if device not in candidate.exceeded():
             return candidate
@@ -387,10 +387,12 @@ def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[Modul
     """
     weights = [0] * model.num_layers
     for part in model.modules:
-        if counts(part) and part.group != EMBEDDING and not part.pinned:
-            weights[-1 if part.layer is None else part.layer] += part.gpu.held
+        if counts(part) and part.group != EMBEDDING and not part.cpu_only:
+            weights[-1 if part.layer is None else part.layer] += part.gpu.held_bytes
     for layer in model.kv_layers:
-        weights[layer.layer] += 0 if layer.pinned else layer.nbytes(budget.context, budget.batch, budget.kv_dtype, True)
+        weights[layer.layer] += (
+            0 if layer.cpu_only else layer.nbytes(budget.context, budget.batch, budget.kv_dtype, True)
+        )
     gpus = budget.gpus
     return Placement(
         model, budget, [gpus[i] for i in balance(weights, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])]
@@ -442,7 +444,7 @@ def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], 
     for part in model.modules:
         if part.group == EMBEDDING or any(pattern.search(part.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
-        weights[-1 if part.layer is None else part.layer] += part.gpu.held
+        weights[-1 if part.layer is None else part.layer] += part.gpu.held_bytes
     return balance(weights, [1 << 30] * gpus)
 
 

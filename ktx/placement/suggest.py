@@ -94,7 +94,7 @@ def _sufficient_budget(placement: Placement) -> Budget:
 
 def _more_vram(placement: Placement) -> Budget | None:
     """Returns the budget with the min memory per GPU that takes enough experts off the CPU, or None if none does."""
-    low, high = 0, sum(part.gpu.held for part in placement.model.modules) * 2 + sum(placement.budget.vram)
+    low, high = 0, sum(part.gpu.held_bytes for part in placement.model.modules) * 2 + sum(placement.budget.vram)
 
     def with_vram(size: int) -> Budget:
         return replace(placement.budget, vram=tuple(max(size, current) for current in placement.budget.vram))
@@ -122,7 +122,7 @@ def _smaller_quant(placement: Placement, device: str) -> str:
     """Describes the bits per weight that would fit on a device; empty if no quant is that small."""
     parts = [part for part in placement.model.modules if placement.device(part) == device]
     weight_bytes, num_weights = (
-        sum(part.weight_bytes(device != CPU).held for part in parts),
+        sum(part.weight_bytes(device != CPU).held_bytes for part in parts),
         sum(part.num_weights for part in parts),
     )
     missing = placement.exceeded()[device] / (1 + RESERVE_FRACTION if device == CPU else 1)

@@ -74,7 +74,10 @@ def streaming_bytes(parts: Collection[ModuleMemory]) -> int:
     A chunk holds at least one expert. Types that are repacked on the GPU need additional space.
     """
     chunk_bytes = [
-        sum(min(size, max(STREAM_CHUNK_BYTES, size // part.num_experts)) for size in (part.cpu.held, part.gpu.held))
+        sum(
+            min(size, max(STREAM_CHUNK_BYTES, size // part.num_experts))
+            for size in (part.cpu.held_bytes, part.gpu.held_bytes)
+        )
         + part.needs_repacking * PEAK_TEMPORARY_BYTES
         for part in parts
         if part.num_experts and part.num_weights
@@ -101,7 +104,7 @@ def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) ->
         for layer in kv_layers
         if layer.columns
     }
-    sizes = [F32_BYTES * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
+    sizes = [F32_BYTES * max(_scratch_floats([tokens], shape), _scratch_floats([1] * batch, shape)) for shape in shapes]
     return max(sizes, default=0)
 
 
@@ -118,7 +121,7 @@ def cuda_graph_bytes(
     return num_bytes + attention_bytes(kv_layers, 1, batch) + batch * model.vocab_size * BF16_BYTES
 
 
-def _floats(counts: Sequence[int], shape: Shape) -> int:
+def _scratch_floats(counts: Sequence[int], shape: Shape) -> int:
     """Number of floats in attention's workspace; on the meta device, so that no memory is allocated."""
     scratch = torch.empty(1 << 40, dtype=torch.float32, device="meta")
     return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).scratch_floats

@@ -174,7 +174,7 @@ def test_what_is_left_takes_a_share_of_one_more_layer(v3):
     one = next(part for part in v3.modules if part.path == path)
     assert moved == pytest.approx(one.cpu.held_bytes * count / 256, abs=256)
     assert without.read_bytes_per_token(CPU) - made.read_bytes_per_token(CPU) == pytest.approx(
-        one.read(1, False) * count / 256, abs=256
+        one.read_bytes(1, False) * count / 256, abs=256
     )
 
 

@@ -1,10 +1,14 @@
 """Reading planes of packed weights (soa_layout.py) in GPU kernels, and ordering codes of a few bits by column.
 
-Words are loaded in memory order, four to a lane, and unpacked in registers: `spread` returns the codes of a word and
-`in_order` orders them by column, where a chunk of words holds the first codes of all its bytes, then the second codes.
-Reshapes and permutations move nothing between lanes as long as the words of a lane stay in that lane. A span begins at
-block `start`. What is added to a multiple of `start` is equal for all spans, so it is computed once and the compiler
-can see what divides an address.
+Words (32 bits of packed codes) are loaded in memory order, four to a lane, and unpacked in registers: `shift_right`
+returns the codes of a word and `order_by_column` orders them by column, where a chunk of words holds the first codes of
+all its bytes, then the second codes. Reshapes and permutations move nothing between lanes as long as the words of a
+lane stay in that lane.
+
+A span is the SPAN columns that one step decodes; it begins at block `start` of a row of `blocks` blocks. Addresses are
+written as a multiple of `start` plus an offset that is equal for all spans: the offset is computed once, and the
+compiler can see which power of two divides an address. W is the number of words of a span, CHUNK the number of words of
+a chunk, RAW as in dequant_blocks.py.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ import triton.language as tl
 
 
 @triton.jit
-def stream(plane, row, index, length):
+def load_elements(plane, row, index, length):
     """Loads elements `index` [L] of rows of `length` elements: [rows, L], zero past the end of a row."""
     return tl.load(plane + (row[:, None] * length + index[None, :]), mask=(index < length)[None, :], other=0)
 
 
 @triton.jit
-def spread(words, shifts):
+def shift_right(words, shifts):
     """Shifts int32 [rows, W] right by each of `shifts` [S]: [rows, W, S]."""
     ROWS: tl.constexpr = words.shape[0]
     WORDS: tl.constexpr = words.shape[1]
@@ -28,7 +32,7 @@ def spread(words, shifts):
 
 
 @triton.jit
-def in_order(codes, CHUNK: tl.constexpr):
+def order_by_column(codes, CHUNK: tl.constexpr):
     """Orders codes [rows, W, 4 bytes x codes of a byte] by column: [rows, columns].
 
     CHUNK words hold a run of columns.
@@ -41,42 +45,42 @@ def in_order(codes, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def nibbles(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
+def load_nibbles(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
     """Loads four-bit codes, int32 [rows, SPAN]."""
     WORDS_PER_BLOCK: tl.constexpr = BLOCK // 8
-    words = stream(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
-    return in_order(spread(words, tl.arange(0, 8) * 4) & 15, CHUNK)
+    words = load_elements(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
+    return order_by_column(shift_right(words, tl.arange(0, 8) * 4) & 15, CHUNK)
 
 
 @triton.jit
-def raw_nibbles(words):
+def mask_raw_nibbles(words):
     """Masks four-bit codes without shifting them: int32 [rows, W, 8].
 
     The first four codes are from the words, the others from the words shifted by 16; code i is at bit i % 4 * 4. Read
     as f32 they are subnormal numbers, the code times 2^(i % 4 * 4 - 149), which are multiplied exactly and as fast as
-    normal numbers. This saves one instruction per weight, and its conversion. quant_matmul.raw_code_factors
+    normal numbers. This saves one instruction per weight, and its conversion. quant_matmul.make_raw_code_factors
     compensates the powers of two.
     """
     index = tl.arange(0, 8)
-    return spread(words, index // 4 * 16) & (15 << index % 4 * 4)[None, None, :]
+    return shift_right(words, index // 4 * 16) & (15 << index % 4 * 4)[None, None, :]
 
 
 @triton.jit
-def nibble_codes(
+def load_nibble_codes(
     plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr
 ):
     """Loads four-bit codes as f32 [rows, SPAN]."""
     WORDS_PER_BLOCK: tl.constexpr = BLOCK // 8
     if RAW:
-        words = stream(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
-        codes = in_order(raw_nibbles(words), CHUNK).to(tl.float32, bitcast=True)
+        words = load_elements(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
+        codes = order_by_column(mask_raw_nibbles(words), CHUNK).to(tl.float32, bitcast=True)
     else:
-        codes = nibbles(plane, row, start, blocks, BLOCK, SPAN, CHUNK).to(tl.float32)
+        codes = load_nibbles(plane, row, start, blocks, BLOCK, SPAN, CHUNK).to(tl.float32)
     return codes
 
 
 @triton.jit
-def with_high_bits(words, high, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
+def add_high_bits(words, high, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
     """Combines four-bit codes in `words` with BITS more bits each in `high`: f32 [rows, columns].
 
     The high bits of the first code of byte b are at bit 8 * b of `high`, those of its second code STEP bits above.
@@ -89,30 +93,30 @@ def with_high_bits(words, high, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: t
         high_words = tl.reshape(high, [high.shape[0], high.shape[1], 1])
         aligned = tl.where((byte < 2)[None, None, :], high_words << (4 + shift), high_words >> (12 - shift))
         upper = aligned & (MASK << (byte % 2 * 8 + second * 4 + 4))[None, None, :]
-        codes = in_order(raw_nibbles(words) | upper, CHUNK).to(tl.float32, bitcast=True)
+        codes = order_by_column(mask_raw_nibbles(words) | upper, CHUNK).to(tl.float32, bitcast=True)
     else:
-        upper = (spread(high, byte * 8 + second * STEP) & MASK) << 4
-        codes = in_order((spread(words, index * 4) & 15) | upper, CHUNK).to(tl.float32)
+        upper = (shift_right(high, byte * 8 + second * STEP) & MASK) << 4
+        codes = order_by_column((shift_right(words, index * 4) & 15) | upper, CHUNK).to(tl.float32)
     return codes
 
 
 @triton.jit
-def per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def load_per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
     """Loads one number per block as f32 [rows, SPAN / 16]."""
-    return stream(plane, row, start + tl.arange(0, SPAN // 16) // (BLOCK // 16), blocks).to(tl.float32)
+    return load_elements(plane, row, start + tl.arange(0, SPAN // 16) // (BLOCK // 16), blocks).to(tl.float32)
 
 
 @triton.jit
-def two_per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads two numbers per block, each f32 [rows, SPAN / COLUMNS]."""
+def load_two_per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr):
+    """Loads two numbers per block, such as a scale and a minimum: each f32 [rows, SPAN / COLUMNS]."""
     index = start * 2 + tl.arange(0, SPAN // COLUMNS) // (BLOCK // COLUMNS) * 2
-    return stream(plane, row, index, blocks * 2).to(tl.float32), stream(plane, row, index + 1, blocks * 2).to(
-        tl.float32
-    )
+    return load_elements(plane, row, index, blocks * 2).to(tl.float32), load_elements(
+        plane, row, index + 1, blocks * 2
+    ).to(tl.float32)
 
 
 @triton.jit
-def twice(scale):
+def repeat_scales(scale):
     """Repeats scales [rows, G] of 32 columns each to [rows, 2 G] of 16 columns each."""
     ROWS: tl.constexpr = scale.shape[0]
     GROUPS: tl.constexpr = scale.shape[1]

@@ -22,7 +22,7 @@ class Decoder(NamedTuple):
         minimum: whether weights have a minimum.
         book: name of the codebook; "" for none.
         run: number of consecutive columns that come from the low nibbles of a chunk of words, before those from its
-            high nibbles; 0 if the function cannot return raw codes, see bit_unpack.raw_nibbles.
+            high nibbles; 0 if the function cannot return raw codes, see bit_unpack.mask_raw_nibbles.
     """
 
     function: Any
@@ -60,7 +60,11 @@ DECODERS: dict[str, Decoder] = {
 
 
 def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
-    """Returns the constants with which kernels decode these weights, as keyword arguments with a prefix."""
+    """Returns the constants with which kernels decode these weights, as keyword arguments with a prefix.
+
+    Kernels are compiled per weight type: the decoder is a constant, so that Triton inlines it. The prefix tells apart
+    the weights of a kernel that reads several.
+    """
     decoder = DECODERS[packed.qtype.name]
     kwargs = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
     return {prefix + name: value for name, value in kwargs.items()}
@@ -73,7 +77,7 @@ def book(packed: SoAWeight) -> torch.Tensor:
 
 
 @triton.jit
-def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
+def apply_scales(codes, scale, minimum, MINIMUM: tl.constexpr):
     """Returns code * scale - minimum as f32 [rows, SPAN], from the results of a decoder."""
     ROWS: tl.constexpr = codes.shape[0]
     SPAN: tl.constexpr = codes.shape[1]
@@ -84,7 +88,7 @@ def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
 
 
 @triton.jit
-def scale_row_of(row, n):
+def scale_row_index(row, n):
     """Returns the row of F8_E4M3's scales for a weight row; one row of scales is for 128 weight rows.
 
     Weight rows count the rows of all matrices, of n rows each.
@@ -115,17 +119,17 @@ def _dequantize(
     out_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = out_row < count
     row = tl.load(index + out_row, mask=row_mask, other=0) if INDEXED else first + tl.minimum(out_row, count - 1)
-    block_row = scale_row_of(row, n)
+    block_row = scale_row_index(row, n)
     codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    values = weights_of(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
+    values = apply_scales(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
     tl.store(out + out_row[:, None] * k + column[None, :], values, mask=row_mask[:, None] & (column < k)[None, :])
 
 
 def dequantize(packed: SoAWeight, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
     """Dequantizes `count` rows of all matrices from `first` on (default: to the end) -> `dtype` [count, k]."""
     count = packed.matrices * packed.n - first if count is None else count
-    return _rows(packed, packed.data, first, count, dtype, False)
+    return _launch_dequantize(packed, packed.data, first, count, dtype, False)
 
 
 def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -136,13 +140,13 @@ def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.floa
         index: int64 [count], on the weights' device; an index out of range is not detected.
         dtype: dtype of the result.
     """
-    return _rows(packed, index.contiguous(), 0, index.numel(), dtype, True)
+    return _launch_dequantize(packed, index.contiguous(), 0, index.numel(), dtype, True)
 
 
-def _rows(
+def _launch_dequantize(
     packed: SoAWeight, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
 ) -> torch.Tensor:
-    """Launches the kernel; without `indexed`, `index` is not read."""
+    """Launches `_dequantize` for `count` rows: those that `index` names if `indexed`, else those from `first` on."""
     out = torch.empty(count, packed.k, dtype=dtype, device=packed.data.device)
     if count:
         grid = (triton.cdiv(count, ROWS), triton.cdiv(packed.k, SPAN))

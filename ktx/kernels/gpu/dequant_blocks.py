@@ -11,7 +11,7 @@ place (`dequant.Decoder.minimum` is False). Past the end of a row everything is 
 `planes` are the fields of the type in the order of soa_layout.FIELDS. `row` int64 [rows] counts the rows of all
 matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is the number of blocks of a row; `book` is the
 codebook, the table of values that codes index. With RAW, the types with a `run` in dequant.py return codes in the bit
-position of their word, see bit_unpack.raw_nibbles; others ignore it.
+position of their word, see bit_unpack.mask_raw_nibbles; others ignore it.
 
 In the bodies `start` is the first block of the span; words, groups and entries are counted from there. A group is the
 columns that share a scale, an entry the columns that one codebook index stands for.
@@ -26,22 +26,22 @@ import triton
 import triton.language as tl
 
 from ktx.kernels.gpu.bit_unpack import (
-    in_order,
-    nibble_codes,
-    nibbles,
-    per_block,
-    spread,
-    stream,
-    twice,
-    two_per_block,
-    with_high_bits,
+    add_high_bits,
+    load_elements,
+    load_nibble_codes,
+    load_nibbles,
+    load_per_block,
+    load_two_per_block,
+    order_by_column,
+    repeat_scales,
+    shift_right,
 )
 
 
 @triton.jit
 def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes F32, F16 and BF16: the values are the codes, with scale 1."""
-    codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
+    codes = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
     ones = tl.full([codes.shape[0], SPAN // 16], 1.0, tl.float32)
     return codes, ones, ones
 
@@ -52,26 +52,26 @@ def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
     The seven bits are the upper ones of an f32 that is too small by a factor of 2^120.
     """
-    bits = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
+    bits = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
     codes = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
     codes = tl.where((bits & 127) == 127, float("nan"), codes)
-    scale = stream(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
+    scale = load_elements(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
     return codes, scale, scale
 
 
 @triton.jit
 def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q8_0 and INT8_128: signed bytes, and a scale per block."""
-    codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
-    scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
+    codes = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
+    scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
 def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q4_0, INT4_64 and INT4_128: nibbles with offset 8, and a scale per block."""
-    codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
-    scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
+    codes = load_nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
+    scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale * 8
 
 
@@ -81,50 +81,50 @@ def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
     The file stores the minimum to add, so its sign changes.
     """
-    codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
-    scale, minimum = two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
+    codes = load_nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
+    scale, minimum = load_two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return codes, scale, -minimum
 
 
 @triton.jit
-def five_bits(planes, row, start, blocks, SPAN: tl.constexpr):
+def load_five_bit_codes(planes, row, start, blocks, SPAN: tl.constexpr):
     """Loads the codes of Q5_0 and Q5_1: bit c of a block's word of high bits is the fifth bit of column c."""
     word = tl.arange(0, SPAN // 8)
-    words = stream(planes[0], row, start * 4 + word, blocks * 4)
-    high = stream(planes[1], row, start + word // 4, blocks) >> (word % 4 * 4)[None, :]
+    words = load_elements(planes[0], row, start * 4 + word, blocks * 4)
+    high = load_elements(planes[1], row, start + word // 4, blocks) >> (word % 4 * 4)[None, :]
     code = tl.arange(0, 8)
-    codes = (spread(words, code * 4) & 15) | ((spread(high, code // 2 + code % 2 * 16) & 1) << 4)
-    return in_order(codes, 4).to(tl.float32)
+    codes = (shift_right(words, code * 4) & 15) | ((shift_right(high, code // 2 + code % 2 * 16) & 1) << 4)
+    return order_by_column(codes, 4).to(tl.float32)
 
 
 @triton.jit
 def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_0: five-bit codes with offset 16, and a scale per block."""
-    scale = per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
-    return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
+    scale = load_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
+    return load_five_bit_codes(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
 
 
 @triton.jit
 def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_1: five-bit codes, and a scale and a minimum per block (to add, so its sign changes)."""
-    scale, minimum = two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
-    return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, -minimum
+    scale, minimum = load_two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
+    return load_five_bit_codes(planes, row, first // BLOCK, blocks, SPAN), scale, -minimum
 
 
 @triton.jit
-def two_bits(plane, row, start, blocks, SPAN: tl.constexpr):
+def load_two_bit_codes(plane, row, start, blocks, SPAN: tl.constexpr):
     """Loads the codes of Q2_K, Q3_K and TQ2_0, int32 [rows, W, 16], not yet ordered by column."""
-    words = stream(plane, row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16)
-    return spread(words, tl.arange(0, 16) * 2) & 3
+    words = load_elements(plane, row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16)
+    return shift_right(words, tl.arange(0, 16) * 2) & 3
 
 
 @triton.jit
 def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q2_K: two-bit codes; per 16 columns a byte with four bits of scale and four of minimum."""
     start = first // BLOCK
-    codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
-    packed_scales = stream(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
-    scale, minimum = two_per_block(planes[2], row, start, blocks, BLOCK, SPAN, 16)
+    codes = order_by_column(load_two_bit_codes(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
+    packed_scales = load_elements(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
+    scale, minimum = load_two_per_block(planes[2], row, start, blocks, BLOCK, SPAN, 16)
     return codes, scale * (packed_scales & 15).to(tl.float32), minimum * (packed_scales >> 4).to(tl.float32)
 
 
@@ -133,21 +133,23 @@ def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
     """Decodes Q3_K: codes of two bits and a third one from a mask, with offset 4; 16 six-bit scales."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block determines its bits of the mask
-    mask = stream(planes[1], row, start * 8 + word // 16 * 8 + word % 8, blocks * 8) >> (word // 8 % 2 * 4)[None, :]
+    mask = (
+        load_elements(planes[1], row, start * 8 + word // 16 * 8 + word % 8, blocks * 8) >> (word // 8 % 2 * 4)[None, :]
+    )
     code = tl.arange(0, 16)
-    high = spread(mask, code // 4 * 8 + code % 4) & 1
-    codes = in_order(two_bits(planes[0], row, start, blocks, SPAN) | (high << 2), 8).to(tl.float32)
+    high = shift_right(mask, code // 4 * 8 + code % 4) & 1
+    codes = order_by_column(load_two_bit_codes(planes[0], row, start, blocks, SPAN) | (high << 2), 8).to(tl.float32)
     # Scales have six bits: a byte holds the lower four bits of two scales, or the upper two bits of four.
     block, i = start * 12 + word // 16 * 12, word % 16
-    low = stream(planes[2], row, block + i % 8, blocks * 12).to(tl.int32) >> (i // 8 * 4)[None, :]
-    top = stream(planes[2], row, block + 8 + i % 4, blocks * 12).to(tl.int32) >> (i // 4 * 2)[None, :]
+    low = load_elements(planes[2], row, block + i % 8, blocks * 12).to(tl.int32) >> (i // 8 * 4)[None, :]
+    top = load_elements(planes[2], row, block + 8 + i % 4, blocks * 12).to(tl.int32) >> (i // 4 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32
-    scale = per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor.to(tl.float32)
+    scale = load_per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor.to(tl.float32)
     return codes, scale, scale * 4
 
 
 @triton.jit
-def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
+def load_six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
     """Loads scale and minimum of Q4_K and Q5_K: eight of six bits each in twelve bytes.
 
     The first four bytes hold scales 0 to 3, the next four minimums 0 to 3, each with the upper two bits of scale or
@@ -156,21 +158,21 @@ def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
     group = tl.arange(0, SPAN // 32)
     block, i = start * 12 + group // 8 * 12, group % 8
     is_upper_half = (i >= 4)[None, :]
-    at_i = stream(scales, row, block + i, blocks * 12).to(tl.int32)
-    at_i_plus_4 = stream(scales, row, block + i + 4, blocks * 12).to(tl.int32)
-    at_i_mod_4 = stream(scales, row, block + i % 4, blocks * 12).to(tl.int32)
+    at_i = load_elements(scales, row, block + i, blocks * 12).to(tl.int32)
+    at_i_plus_4 = load_elements(scales, row, block + i + 4, blocks * 12).to(tl.int32)
+    at_i_mod_4 = load_elements(scales, row, block + i % 4, blocks * 12).to(tl.int32)
     factor = tl.where(is_upper_half, (at_i_plus_4 & 15) | ((at_i_mod_4 >> 2) & 48), at_i & 63)
     min_factor = tl.where(is_upper_half, (at_i_plus_4 >> 4) | ((at_i >> 2) & 48), at_i_plus_4 & 63)
-    scale, minimum = two_per_block(halves, row, start, blocks, 256, SPAN, 32)
-    return twice(scale * factor.to(tl.float32)), twice(minimum * min_factor.to(tl.float32))
+    scale, minimum = load_two_per_block(halves, row, start, blocks, 256, SPAN, 32)
+    return repeat_scales(scale * factor.to(tl.float32)), repeat_scales(minimum * min_factor.to(tl.float32))
 
 
 @triton.jit
 def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q4_K: nibbles, and a six-bit scale and minimum per 32 columns."""
     start = first // BLOCK
-    codes = nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
-    scale, minimum = six_bit_scales(planes[1], planes[2], row, start, blocks, SPAN)
+    codes = load_nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
+    scale, minimum = load_six_bit_scales(planes[1], planes[2], row, start, blocks, SPAN)
     return codes, scale, minimum
 
 
@@ -179,10 +181,12 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
     """Decodes Q5_K: as Q4_K, with the fifth bits of the codes in a plane of their own."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)
-    words = stream(planes[0], row, start * 32 + word, blocks * 32)
-    high = stream(planes[1], row, start * 8 + word // 32 * 8 + word % 8, blocks * 8) >> (word // 8 % 4 * 2)[None, :]
-    codes = with_high_bits(words, high, 1, 1, 8, RAW)
-    scale, minimum = six_bit_scales(planes[2], planes[3], row, start, blocks, SPAN)
+    words = load_elements(planes[0], row, start * 32 + word, blocks * 32)
+    high = (
+        load_elements(planes[1], row, start * 8 + word // 32 * 8 + word % 8, blocks * 8) >> (word // 8 % 4 * 2)[None, :]
+    )
+    codes = add_high_bits(words, high, 1, 1, 8, RAW)
+    scale, minimum = load_six_bit_scales(planes[2], planes[3], row, start, blocks, SPAN)
     return codes, scale, minimum
 
 
@@ -191,11 +195,14 @@ def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
     """Decodes Q6_K: codes of four and two bits with offset 32, and a signed scale per 16 columns."""
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)  # 8 words of high bits belong to 16 words of low bits, and are read twice
-    words = stream(planes[0], row, start * 32 + word, blocks * 32)
-    high = stream(planes[1], row, start * 16 + word // 16 * 8 + word % 8, blocks * 16) >> (word // 8 % 2 * 2)[None, :]
-    codes = with_high_bits(words, high, 2, 4, 16, RAW)
-    factor = stream(planes[2], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.float32)
-    scale = per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor
+    words = load_elements(planes[0], row, start * 32 + word, blocks * 32)
+    high = (
+        load_elements(planes[1], row, start * 16 + word // 16 * 8 + word % 8, blocks * 16)
+        >> (word // 8 % 2 * 2)[None, :]
+    )
+    codes = add_high_bits(words, high, 2, 4, 16, RAW)
+    factor = load_elements(planes[2], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.float32)
+    scale = load_per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor
     return codes, scale, scale * 32
 
 
@@ -212,9 +219,9 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     digit = tl.where(c < 160, c // 32, tl.where(c < 240, (c - 160) // 16, (c - 240) // 4))
     power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
     start = first // BLOCK
-    value = stream(planes[0], row, start * 52 + column // 256 * 52 + byte, blocks * 52).to(tl.int32)
+    value = load_elements(planes[0], row, start * 52 + column // 256 * 52 + byte, blocks * 52).to(tl.int32)
     codes = ((value * power[None, :]) & 255) * 3 >> 8
-    scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN)
+    scale = load_per_block(planes[1], row, start, blocks, BLOCK, SPAN)
     return codes.to(tl.float32), scale, scale
 
 
@@ -222,16 +229,16 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes TQ2_0: two-bit codes 0, 1, 2 with offset 1, so the minimum is the scale."""
     start = first // BLOCK
-    codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
-    scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN)
+    codes = order_by_column(load_two_bit_codes(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
+    scale = load_per_block(planes[1], row, start, blocks, BLOCK, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
 def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ4_NL: nibbles that index a codebook of 16 values, and a scale per block."""
-    codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
-    scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
+    codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
+    scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
 
 
@@ -239,12 +246,12 @@ def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns, stored as four and two bits."""
     start = first // BLOCK
-    codes = tl.load(book + nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
+    codes = tl.load(book + load_nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
     group = tl.arange(0, SPAN // 32)
-    low = stream(planes[1], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
-    top = stream(planes[3], row, start + group // 8, blocks).to(tl.int32) >> (group % 8 * 2)[None, :]
+    low = load_elements(planes[1], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
+    top = load_elements(planes[3], row, start + group // 8, blocks).to(tl.int32) >> (group % 8 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32
-    scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * twice(factor.to(tl.float32))
+    scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * repeat_scales(factor.to(tl.float32))
     return codes, scale, scale
 
 
@@ -255,7 +262,7 @@ def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     The codebook has the doubled values, so the scale is 2^(e - 128); for the two smallest exponents it is a subnormal
     f32.
     """
-    codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
-    exponent = stream(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
+    codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
+    exponent = load_elements(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
     scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23).to(tl.float32, bitcast=True)
     return codes, scale, scale

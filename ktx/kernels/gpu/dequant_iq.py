@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ktx.kernels.gpu.bit_unpack import per_block, stream
+from ktx.kernels.gpu.bit_unpack import load_elements, load_per_block
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def apply_signs(values, signs):
 
 
 @triton.jit
-def with_eighth_sign(signs):
+def add_eighth_sign(signs):
     """Adds the eighth sign to seven signs, which the files omit: the number of negative signs is even.
 
     The XOR of the seven bits, folded in three steps, is the parity and so the eighth sign.
@@ -44,17 +44,19 @@ def with_eighth_sign(signs):
 
 
 @triton.jit
-def iq2_values(index):
+def compute_iq2_values(index):
     """Returns the values of IQ2's codebooks: 8, 25, 43."""
     return 8 + 17 * index + (index >> 1)
 
 
 @triton.jit
-def nibble_scale(plane, half, row, start, blocks, SPAN: tl.constexpr):
+def load_nibble_scales(plane, half, row, start, blocks, SPAN: tl.constexpr):
     """Loads the scales of IQ2_XS and IQ2_S: four bits per 16 columns."""
     group = tl.arange(0, SPAN // 16)
-    factor = (stream(plane, row, start * 8 + group // 2, blocks * 8).to(tl.int32) >> (group % 2 * 4)[None, :]) & 15
-    return per_block(half, row, start, blocks, 256, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
+    factor = (
+        load_elements(plane, row, start * 8 + group // 2, blocks * 8).to(tl.int32) >> (group % 2 * 4)[None, :]
+    ) & 15
+    return load_per_block(half, row, start, blocks, 256, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
 
 
 @triton.jit
@@ -65,11 +67,11 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     group, i = entry // 4, entry % 4
-    index = (stream(planes[0], row, start * 16 + group * 2, blocks * 16) >> (i * 8)[None, :]) & 255
-    signs = (stream(planes[0], row, start * 16 + group * 2 + 1, blocks * 16) >> (i * 7)[None, :]) & 127
-    codes = apply_signs(iq2_values(load_indices(book, index, 8)), with_eighth_sign(signs))
-    factor = (stream(planes[0], row, start * 16 + tl.arange(0, SPAN // 16) // 2 * 2 + 1, blocks * 16) >> 28) & 15
-    scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
+    index = (load_elements(planes[0], row, start * 16 + group * 2, blocks * 16) >> (i * 8)[None, :]) & 255
+    signs = (load_elements(planes[0], row, start * 16 + group * 2 + 1, blocks * 16) >> (i * 7)[None, :]) & 127
+    codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), add_eighth_sign(signs))
+    factor = (load_elements(planes[0], row, start * 16 + tl.arange(0, SPAN // 16) // 2 * 2 + 1, blocks * 16) >> 28) & 15
+    scale = load_per_block(planes[1], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
     return codes, scale, scale
 
 
@@ -77,9 +79,9 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ2_XS: nine bits of codebook index and seven signs per eight columns."""
     start = first // BLOCK
-    word = stream(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
-    codes = apply_signs(iq2_values(load_indices(book, word & 511, 8)), with_eighth_sign((word >> 9) & 127))
-    scale = nibble_scale(planes[1], planes[2], row, start, blocks, SPAN)
+    word = load_elements(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
+    codes = apply_signs(compute_iq2_values(load_indices(book, word & 511, 8)), add_eighth_sign((word >> 9) & 127))
+    scale = load_nibble_scales(planes[1], planes[2], row, start, blocks, SPAN)
     return codes, scale, scale
 
 
@@ -87,11 +89,13 @@ def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    high_bits = stream(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
-    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 3) << 8)
-    signs = stream(planes[1], row, start * 32 + entry, blocks * 32).to(tl.int32)
-    codes = apply_signs(iq2_values(load_indices(book, index, 8)), signs)
-    scale = nibble_scale(planes[3], planes[4], row, start, blocks, SPAN)
+    high_bits = (
+        load_elements(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
+    )
+    index = load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 3) << 8)
+    signs = load_elements(planes[1], row, start * 32 + entry, blocks * 32).to(tl.int32)
+    codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), signs)
+    scale = load_nibble_scales(planes[3], planes[4], row, start, blocks, SPAN)
     return codes, scale, scale
 
 
@@ -102,13 +106,13 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     The word holds four times seven signs below a scale of four bits. The values are 4, 12, ... 52, 62.
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
-    value_index = load_indices(book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
-    signs = (stream(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
+    value_index = load_indices(book, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
+    signs = (load_elements(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
     codes = apply_signs(
-        4 + 8 * value_index + tl.where(value_index == 7, 2, 0), with_eighth_sign(signs) >> (entry % 2 * 4)[None, :]
+        4 + 8 * value_index + tl.where(value_index == 7, 2, 0), add_eighth_sign(signs) >> (entry % 2 * 4)[None, :]
     )
-    factor = (stream(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8) >> 28) & 15
-    scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.5
+    factor = (load_elements(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8) >> 28) & 15
+    scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.5
     return codes, scale, scale
 
 
@@ -119,14 +123,18 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     Each column has a sign, and 32 columns a scale of four bits. The values are 1, 3, ... 15.
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
-    high_bits = (stream(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]) & 1
+    high_bits = (
+        load_elements(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]
+    ) & 1
     value_index = load_indices(
-        book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (high_bits << 8), 4
+        book, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (high_bits << 8), 4
     )
-    signs = stream(planes[1], row, start * 32 + entry // 2, blocks * 32).to(tl.int32) >> (entry % 2 * 4)[None, :]
+    signs = load_elements(planes[1], row, start * 32 + entry // 2, blocks * 32).to(tl.int32) >> (entry % 2 * 4)[None, :]
     group = tl.arange(0, SPAN // 16) // 2
-    factor = (stream(planes[3], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]) & 15
-    scale = per_block(planes[4], row, start, blocks, BLOCK, SPAN) * (1 + 2 * factor).to(tl.float32)
+    factor = (
+        load_elements(planes[3], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
+    ) & 15
+    scale = load_per_block(planes[4], row, start, blocks, BLOCK, SPAN) * (1 + 2 * factor).to(tl.float32)
     return apply_signs(1 + 2 * value_index, signs), scale, scale
 
 
@@ -138,11 +146,13 @@ def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     the sign of an offset of one eighth that is added to all 32 values.
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    high_bits = stream(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
-    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8)
+    high_bits = (
+        load_elements(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
+    )
+    index = load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8)
     codes = tl.reshape(load_indices(book, index, 8).to(tl.float32), [row.shape[0], SPAN])
-    header = stream(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8).to(tl.int32)
-    scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (2 * ((header >> 12) & 7) + 1).to(tl.float32)
+    header = load_elements(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8).to(tl.int32)
+    scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (2 * ((header >> 12) & 7) + 1).to(tl.float32)
     return codes, scale, scale * tl.where(header < 0, 1.125, 0.875)
 
 
@@ -154,9 +164,11 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     changes within 16 columns, so it is subtracted from the codes here and is no minimum as in IQ1_S.
     """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    high_bits = stream(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
+    high_bits = (
+        load_elements(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
+    )
     value_index = load_indices(
-        book, stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8), 8
+        book, load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8), 8
     )
     offset = tl.where((high_bits & 8) != 0, 1.125, 0.875)
     codes = tl.reshape(
@@ -164,14 +176,20 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     )
     group = tl.arange(0, SPAN // 16)
     block = start * 4 + group // 16 * 4
-    factor = (stream(planes[2], row, block + group % 16 // 4, blocks * 4).to(tl.int32) >> (group % 4 * 3)[None, :]) & 7
-    bits = scale_nibble(planes[2], row, block, 0, blocks) | scale_nibble(planes[2], row, block, 1, blocks)
-    bits |= scale_nibble(planes[2], row, block, 2, blocks) | scale_nibble(planes[2], row, block, 3, blocks)
+    factor = (
+        load_elements(planes[2], row, block + group % 16 // 4, blocks * 4).to(tl.int32) >> (group % 4 * 3)[None, :]
+    ) & 7
+    bits = extract_scale_nibble(planes[2], row, block, 0, blocks) | extract_scale_nibble(
+        planes[2], row, block, 1, blocks
+    )
+    bits |= extract_scale_nibble(planes[2], row, block, 2, blocks) | extract_scale_nibble(
+        planes[2], row, block, 3, blocks
+    )
     scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (2 * factor + 1).to(tl.float32)
     return codes, scale, scale
 
 
 @triton.jit
-def scale_nibble(plane, row, block, INDEX: tl.constexpr, blocks):
+def extract_scale_nibble(plane, row, block, INDEX: tl.constexpr, blocks):
     """Returns the top nibble of a block's 16-bit word INDEX, in its position in the block's f16 scale."""
-    return ((stream(plane, row, block + INDEX, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * INDEX)
+    return ((load_elements(plane, row, block + INDEX, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * INDEX)

@@ -74,6 +74,15 @@ class AttentionSchedule:
         tiles: Any = None,
         scratch: torch.Tensor | None = None,
     ):
+        """Stores the counts and allocates the workspace; nothing else is planned before the keys are known.
+
+        Args:
+            counts: number of new tokens of each sequence.
+            shape: heads and columns.
+            device: the GPU.
+            tiles: ignored.
+            scratch: workspace of WORKSPACE_BYTES bytes; allocated by default.
+        """
         self.counts, self.shape, self.device = list(counts), shape, torch.device(device)
         self.scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if scratch is None else scratch
 

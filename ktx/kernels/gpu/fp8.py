@@ -53,7 +53,7 @@ def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> t
 
 
 @triton.jit
-def _quantize(x, codes, scale, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.constexpr, MAX_E4M3: tl.constexpr):
+def _quantize_tile(x, codes, scale, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.constexpr, MAX_E4M3: tl.constexpr):
     """Quantizes a tile of tokens and one block of columns."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -77,5 +77,5 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(columns, tokens, dtype=torch.float32, device=x.device)
     if tokens:
         grid = (triton.cdiv(tokens, 16), columns)
-        _quantize[grid](x, codes, scale, tokens, k, TOKENS=16, BLOCK=FP8_BLOCK, MAX_E4M3=MAX_E4M3)
+        _quantize_tile[grid](x, codes, scale, tokens, k, TOKENS=16, BLOCK=FP8_BLOCK, MAX_E4M3=MAX_E4M3)
     return codes, scale.T

@@ -50,9 +50,10 @@ def _linear(
     MINIMUM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """x [matrices, tokens, k] by [matrices, n, k] -> out [splits, matrices, tokens, n].
+    """Multiplies x [matrices, tokens, k] by [matrices, n, k] transposed -> out [splits, matrices, tokens, n].
 
-    A program sums over `split_columns` columns.
+    A program computes TOKENS tokens by ROWS rows of one matrix, and sums over the `split_columns` columns of its split.
+    Columns are split where the rows alone are too few programs for the GPU; the caller adds up the splits.
     """
     group, split = tl.program_id(1), tl.program_id(2)
     groups = tl.cdiv(tokens, TOKENS)
@@ -175,6 +176,7 @@ def _linear_dequantized(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None
 
 
 def _check(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> None:
+    """Raises KtxError unless dtypes, shapes and devices fit, because the kernels check nothing; refuses gradients."""
     refuse_gpu_gradient("Linear", x)
     if x.dtype not in DTYPES.values():
         raise KtxError(f"activations have dtype {x.dtype}: it must be float32, float16 or bfloat16")

@@ -48,7 +48,7 @@ def activate(gate, up, ACT: tl.constexpr, alpha, limit):
 def load_group(
     pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Loads a program's group.
+    """Loads the pairs that a program computes: a group of one expert's pairs (SORTED), or a single pair.
 
     Returns:
         Its expert (`experts` or more if there is none), its pairs [PAIRS], and the mask of valid pairs.
@@ -91,7 +91,7 @@ def _gate_up(
     GATE_BLOCK: tl.constexpr, GATE_DECODE: tl.constexpr, GATE_MINIMUM: tl.constexpr, GATE_RUN: tl.constexpr,
     UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr, UP_RUN: tl.constexpr,
 ):  # fmt: skip
-    """act(gate(x)) * up(x) of pairs -> out [pairs, n]."""
+    """Computes act(gate(x)) * up(x) of pairs -> out [pairs, n], the input of `_down`."""
     expert, pair, pair_mask = load_group(
         sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
     )
@@ -135,6 +135,7 @@ def _down(
 def _combine(y, ids, weights, out, expert_counts, first, experts, top, n, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """Sums over a token's selected experts on this device, in their order -> out [tokens, n].
 
+    Each program sums WIDTH columns of one token, so no atomic additions make the result depend on timing.
     With COUNT it adds one to `expert_counts` for each of these experts.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -225,7 +226,11 @@ def experts(
 
 
 def shape_of(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
-    """Returns how the kernels compute a number of pairs, as keyword arguments."""
+    """Returns how the kernels compute a number of pairs, as keyword arguments.
+
+    Up to MAX_GEMV_PAIRS pairs each run on their own. More are sorted by expert, in groups of about the pairs of an
+    expert on average, so that a group reads its expert's weights once.
+    """
     if pairs <= MAX_GEMV_PAIRS:
         return {"SORTED": False, "PAIRS": 1, **quant_matmul.gemv_tile(n, k, pairs)}
     padded_pairs = triton.next_power_of_2(max(1, pairs // experts))
@@ -243,6 +248,9 @@ class Sorting(NamedTuple):
 
 def group_pairs(ids: torch.Tensor, first: int, experts: int, max_pairs: int) -> tuple[tuple[torch.Tensor, ...], int]:
     """Sorts pairs by expert and divides them into groups of at most `max_pairs` pairs of one expert.
+
+    The number of groups has to be known without reading the device, so it is the largest that any distribution of
+    pairs can need: each expert may add one incomplete group.
 
     Returns:
         The tensors of `Sorting`, and the number of groups, including empty ones.
@@ -267,6 +275,7 @@ def _check(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: SoAWeight, up: SoAWeight, down: SoAWeight,
     gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, act: str,
 ) -> None:  # fmt: skip
+    """Raises KtxError unless shapes and the activation fit, because the kernels check nothing; refuses gradients."""
     refuse_gpu_gradient("Experts", x, weights)
     if act not in ACTIVATIONS:
         raise KtxError(f"activation {act} is not supported for experts; available: {', '.join(ACTIVATIONS)}")

@@ -14,6 +14,7 @@ MIN_ELEMENTS = 4096  # elements of a program if a row has fewer
 
 @triton.jit
 def _rms_norm(x, weight, out, rows, columns, eps, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Normalizes ROWS rows; BLOCK is `columns` rounded up to a power of two, so that a program holds complete rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     offsets = row[:, None] * columns + column[None, :]

@@ -69,10 +69,11 @@ def _attend(
     KEYS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Computes a program's range of work units, tile by tile.
+    """Computes a program's range of work units, tile by tile, by online softmax over the key blocks of each tile.
 
-    A tile that one program computes completely is written to `out`; the parts of a shared tile are written to
-    `partial`.
+    Scores are in base 2 (`scale` includes log2 e) because exp2 is one instruction. For each row the loop carries the
+    maximum `row_max`, and relative to it the sum of probabilities `total` and the weighted values `sums`. A tile that
+    one program computes completely is written to `out`; the partial results of a shared tile are written to `partial`.
     """
     block, program, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     program_begin, program_end = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
@@ -259,7 +260,11 @@ def _run(
     value_scale: float,
     softcap: float,
 ) -> None:
-    """Launches the kernel and the merge for one group of tiles."""
+    """Launches the kernel and the merge for one group of tiles.
+
+    The scratch memory holds two slots per program, for the tiles at the ends of its range that other programs share:
+    first the partial results of all slots, then their log weights.
+    """
     group, shape = work_range.group, plan.schedule.shape
     tile, rope_pair = group.tile, (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
     value_columns = shape.value_columns

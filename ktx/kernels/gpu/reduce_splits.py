@@ -37,7 +37,9 @@ def _merge(
 ):
     """Merges one row and some columns of a tile that several programs share.
 
-    A program stores the end of a tile in its even slot, the beginning of a tile in its odd slot.
+    A program stores the end of a tile in its even slot, the beginning of a tile in its odd slot. The partial results
+    are weighted by exp2 of their log weights, relative to a running maximum as in online softmax; a sink is one more
+    log weight without a value.
     """
     merge, row, remainder = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column_blocks: tl.constexpr = (V_COLUMNS + COLUMNS - 1) // COLUMNS

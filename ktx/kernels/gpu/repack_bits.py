@@ -1,6 +1,7 @@
 """Conversion of words from the CPU's order to the file's order, on any device.
 
-It reverses what packing did to the bits of a type (`arrange` in csrc/cpu/quant/layout.cpp). Every function takes and
+It is needed where experts packed for the CPU are streamed to a GPU, or written to a file. It reverses what packing did
+to the bits of a type (csrc/cpu/quant/layout.cpp), which suits SIMD registers of 16 rows. Every function takes and
 returns int32 [..., words of a block, 16 rows]. Nothing is rounded, and no step needs more than the words of one block.
 """
 
@@ -40,8 +41,12 @@ def _restore_fifth_bits(x: Words) -> Words:
     return x
 
 
-def _signs_by_row(x: Words) -> Words:
-    """Reorders eight times 64 bits, in which bit 4*row + i is for weight i of four, to the 32 signs of each row."""
+def _restore_signs(x: Words) -> Words:
+    """Reorders sign bits from the CPU's order to a word of 32 signs per row.
+
+    The CPU has eight vectors of 64 bits (two words each), one per four weights, in which bit 4 * row + i is the sign of
+    weight i, because that is the form of an AVX-512 mask.
+    """
     halves, out = x.unflatten(-1, (8, 2)), torch.zeros_like(x).unflatten(-1, (2, 8))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=x.device)
     for vector in range(8):
@@ -49,7 +54,7 @@ def _signs_by_row(x: Words) -> Words:
     return out.flatten(-2)
 
 
-def _pack_sevens(signs: Words) -> Words:
+def _pack_seven_signs(signs: Words) -> Words:
     """Reorders four times seven signs and a spare bit to four times seven signs, followed by the spare bits."""
     out = torch.zeros_like(signs)
     for i in range(4):
@@ -57,21 +62,26 @@ def _pack_sevens(signs: Words) -> Words:
     return out
 
 
-def _q5(x: Words) -> Words:
+# Each `_restore_*` function takes the words of a block in the CPU's order and returns those of the file.
+
+
+def _restore_q5(x: Words) -> Words:
+    """Restores Q5_0 and Q5_1: four words of nibbles, then a word of fifth bits."""
     return torch.cat([x[..., :4, :], _restore_fifth_bits(x[..., 4:, :])], -2)
 
 
-def _iq2_xxs(x: Words) -> Words:
-    indices, signs = _restore_bytes(x[..., 0::2, :]), _pack_sevens(_signs_by_row(x[..., 1::2, :]))
+def _restore_iq2_xxs(x: Words) -> Words:
+    """Restores pairs of a word of codebook indices and a word of seven-bit signs."""
+    indices, signs = _restore_bytes(x[..., 0::2, :]), _pack_seven_signs(_restore_signs(x[..., 1::2, :]))
     return torch.stack([indices, signs], -2).flatten(-3, -2)
 
 
-def _iq2_xs(x: Words) -> Words:
-    """Restores nine bits of index and seven signs, four times.
+def _restore_iq2_xs(x: Words) -> Words:
+    """Restores nine bits of index and seven signs, for four codebook entries in two words.
 
     The CPU's order has the low bytes of the indices, and the ninth bits in the spare bits of the signs.
     """
-    indices, signs = _restore_bytes(x[..., 0:16:2, :]), _signs_by_row(x[..., 1:16:2, :])
+    indices, signs = _restore_bytes(x[..., 0:16:2, :]), _restore_signs(x[..., 1:16:2, :])
     pairs = [
         ((indices >> (8 * i)) & 255) | ((signs >> (8 * i + 7)) & 1) << 8 | ((signs >> (8 * i)) & 127) << 9
         for i in range(4)
@@ -80,20 +90,23 @@ def _iq2_xs(x: Words) -> Words:
     return torch.cat([words, x[..., 16:, :]], -2)
 
 
-def _iq2_s(x: Words) -> Words:
-    return torch.cat([_restore_bytes(x[..., :8, :]), _signs_by_row(x[..., 8:16, :]), x[..., 16:, :]], -2)
+def _restore_iq2_s(x: Words) -> Words:
+    """Restores low index bytes and eight-bit signs; the words behind them are unchanged."""
+    return torch.cat([_restore_bytes(x[..., :8, :]), _restore_signs(x[..., 8:16, :]), x[..., 16:, :]], -2)
 
 
-def _iq3_xxs(x: Words) -> Words:
-    return torch.cat([_restore_bytes(x[..., :16, :]), _pack_sevens(_signs_by_row(x[..., 16:, :]))], -2)
+def _restore_iq3_xxs(x: Words) -> Words:
+    """Restores 16 words of indices and eight words of seven-bit signs."""
+    return torch.cat([_restore_bytes(x[..., :16, :]), _pack_seven_signs(_restore_signs(x[..., 16:, :]))], -2)
 
 
-def _iq3_s(x: Words) -> Words:
-    return torch.cat([_restore_bytes(x[..., :16, :]), _signs_by_row(x[..., 16:24, :]), x[..., 24:, :]], -2)
+def _restore_iq3_s(x: Words) -> Words:
+    """Restores 16 words of low index bytes and eight words of signs; the words behind them are unchanged."""
+    return torch.cat([_restore_bytes(x[..., :16, :]), _restore_signs(x[..., 16:24, :]), x[..., 24:, :]], -2)
 
 
 @lru_cache(maxsize=16)
-def _iq1_index_table(device: torch.device) -> torch.Tensor:
+def _make_iq1_index_table(device: torch.device) -> torch.Tensor:
     """Returns a table from the digits of an IQ1 codebook entry, eight of two bits each, to its index: int32 [65536]."""
     out = torch.zeros(1 << 16, dtype=torch.int32)
     digits = book("IQ1", torch.device("cpu"))
@@ -121,11 +134,15 @@ def _unpack_base3(x: Words) -> Words:
     return torch.cat([main, last], -2).flatten(-3, -2)
 
 
-def _iq1_indices(x: Words) -> tuple[Words, Words]:
-    """Returns the words of low index bytes, and the upper three bits of each of the 32 codebook indices."""
+def _look_up_iq1_indices(x: Words) -> tuple[Words, Words]:
+    """Looks up the codebook indices of an IQ1 block, of which the CPU stores the entries' base-3 digits instead.
+
+    Returns:
+        The words of low index bytes, and the upper three bits of each of the 32 indices.
+    """
     digit_groups = _unpack_base3(x[..., :13, :])
     digits = digit_groups[..., 0::2, :].int() | digit_groups[..., 1::2, :].int() << 8
-    entries = _iq1_index_table(x.device)[digits].unflatten(-2, (8, 4))
+    entries = _make_iq1_index_table(x.device)[digits].unflatten(-2, (8, 4))
     return _join_bits(entries & 255, 8), entries >> 8
 
 
@@ -142,29 +159,31 @@ def _split_nibbles(x: Words, count: int) -> Words:
     return torch.stack([(x >> (4 * i)) & 15 for i in range(count)], -2)
 
 
-def _iq1_s(x: Words) -> Words:
-    low, upper = _iq1_indices(x)
+def _restore_iq1_s(x: Words) -> Words:
+    """Restores IQ1_S: low index bytes, then per 32 weights 16 bits, twelve of indices and four of scale and offset."""
+    low, upper = _look_up_iq1_indices(x)
     halves = _join_bits(upper, 3) | _split_nibbles(x[..., 13, :], 8) << 12
     return torch.cat([low, _join_bits(halves.unflatten(-2, (4, 2)), 16)], -2)
 
 
-def _iq1_m(x: Words) -> Words:
-    low, upper = _iq1_indices(x)
+def _restore_iq1_m(x: Words) -> Words:
+    """Restores IQ1_M: low index bytes, then per eight weights three index bits and a sign; scales are unchanged."""
+    low, upper = _look_up_iq1_indices(x)
     signs = torch.stack([_split_nibbles(x[..., 13, :], 8) >> i & 1 for i in range(4)], -2)
     halves = _join_bits(upper | signs << 3, 4)
     return torch.cat([low, _join_bits(halves.unflatten(-2, (4, 2)), 16), x[..., 14:, :]], -2)
 
 
 RESTORE: Mapping[str, Callable[[Words], Words]] = {
-    "Q5_0": _q5,
-    "Q5_1": _q5,
-    "IQ1_S": _iq1_s,
-    "IQ1_M": _iq1_m,
-    "IQ2_XXS": _iq2_xxs,
-    "IQ2_XS": _iq2_xs,
-    "IQ2_S": _iq2_s,
-    "IQ3_XXS": _iq3_xxs,
-    "IQ3_S": _iq3_s,
+    "Q5_0": _restore_q5,
+    "Q5_1": _restore_q5,
+    "IQ1_S": _restore_iq1_s,
+    "IQ1_M": _restore_iq1_m,
+    "IQ2_XXS": _restore_iq2_xxs,
+    "IQ2_XS": _restore_iq2_xs,
+    "IQ2_S": _restore_iq2_s,
+    "IQ3_XXS": _restore_iq3_xxs,
+    "IQ3_S": _restore_iq3_s,
 }
-# Words of a block in the CPU's order that the file does not have.
+# Words of a block that the CPU's order has in addition to those of the file.
 EXTRA_WORDS: Mapping[str, int] = {"IQ1_S": 2, "IQ1_M": 2}

@@ -1,9 +1,9 @@
 """Conversion of weights packed for the CPU to the planes of a GPU, by exact strided copies on the device.
 
-There is no table per type: the CPU's order has groups of 16 rows (csrc/cpu/quant/layout.h), with a plane for each
-narrow field, then 32-bit words of 16 rows next to each other. A field of soa_layout.py is either narrow there or
-consists of complete words in the same order, so both orders follow from FIELDS. First the bits of words are restored
-(repack_bits.py), some matrices at a time.
+There is no table per type: the CPU's order has row groups of 16 rows (csrc/cpu/quant/layout.h). A row group has a plane
+for each narrow field (bytes, 16-bit words and f16 numbers), then the 32-bit words of its 16 rows next to each other. A
+field of soa_layout.py is either narrow or consists of complete words in the same order, so both orders follow from
+FIELDS. First the bits of words are restored (repack_bits.py), some matrices at a time.
 """
 
 from __future__ import annotations
@@ -23,28 +23,33 @@ WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the bytes o
 
 
 def unpack(data: torch.Tensor, into: SoAWeight, first: int = 0) -> None:
-    """Unpacks groups of rows of every matrix into planes.
+    """Unpacks row groups of every matrix into planes.
 
     Args:
-        data: uint8 [matrices, groups, bytes of a group], on the device of `into`.
+        data: uint8 [matrices, groups, bytes of a row group], on the device of `into`.
         into: the planes.
         first: index of the first group.
     """
     first_row = first * GROUP_ROWS
     num_rows = min(into.n - first_row, data.shape[1] * GROUP_ROWS)
     num_groups, remainder = divmod(num_rows, GROUP_ROWS)
-    for src, plane in _fields(data, into):  # [matrices, groups, 16, ...] and [matrices, n, ...]
+    for src, plane in _pair_fields(data, into):  # [matrices, groups, 16, ...] and [matrices, n, ...]
         dst = plane[:, first_row : first_row + num_rows]
         if num_groups:
             dst[:, : num_groups * GROUP_ROWS].unflatten(1, (num_groups, GROUP_ROWS)).copy_(src[:, :num_groups])
         if remainder:
             dst[:, num_groups * GROUP_ROWS :].copy_(src[:, num_groups, :remainder])
     if into.scale is not None:
-        _scales(data, into, first)
+        _copy_scales(data, into, first)
 
 
-def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields each field in the CPU's order, viewed as rows of blocks, and its plane in words of equal size."""
+def _pair_fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields pairs of views that a strided copy converts: a field in the CPU's order, and its plane.
+
+    Both have the same shape and dtype, [matrices, groups, 16, ...] and [matrices, n, ...]. A narrow field yields one
+    pair per element (byte or 16-bit word) of a block. 32-bit words come last; those of types in RESTORE are restored
+    for as many matrices at a time as CHUNK_BYTES allows.
+    """
     blocks, fields = into.row_blocks, FIELDS[into.qtype.name]
     planes = [plane.view(torch.uint8).view(into.matrices, into.n, blocks, -1) for plane in into.planes[: len(fields)]]
     if into.qtype.is_float:
@@ -60,13 +65,13 @@ def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor,
             words.append(plane.view(torch.int32))
             continue
         element_bytes = min(2, field.nbytes)
-        for part in range(field.nbytes // element_bytes):
+        for element in range(field.nbytes // element_bytes):
             field_data = (
                 data[..., offset : offset + blocks * GROUP_ROWS * element_bytes]
                 .view(WORD_DTYPES[element_bytes])
                 .unflatten(-1, (blocks, GROUP_ROWS))
             )
-            yield field_data.transpose(-1, -2), plane.view(WORD_DTYPES[element_bytes])[..., part]
+            yield field_data.transpose(-1, -2), plane.view(WORD_DTYPES[element_bytes])[..., element]
             offset += -(-blocks * GROUP_ROWS * element_bytes // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
     count = sum(plane.shape[-1] for plane in words) + EXTRA_WORDS.get(into.qtype.name, 0)
     field_data = data[..., offset:].view(torch.int32).unflatten(-1, (blocks, count, GROUP_ROWS))
@@ -86,7 +91,7 @@ def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor,
             first_word += plane.shape[-1]
 
 
-def _scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
+def _copy_scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
     """Copies the scales of F8_E4M3.
 
     The CPU's order repeats a scale for every row; planes have one for 128 rows and columns.

@@ -103,7 +103,10 @@ def _store_heads(
     PAGE: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
 ):
-    """Rotates a group of query heads, or rotates and stores a group of key heads and stores their values."""
+    """Rotates a group of query heads, or rotates and stores a group of key heads and stores their values.
+
+    The second program index selects one or the other, so that one launch does all of a layer's work before attention.
+    """
     token, head_group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query_groups: tl.constexpr = (HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     tables = (cos + token * table_stride, sin + token * table_stride)
@@ -185,7 +188,10 @@ def _store_latent(
     PAGE: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
 ):
-    """Rotates a group of query heads, or normalizes and stores the latent and rotates and stores its key columns."""
+    """Rotates a group of query heads, or normalizes and stores the latent and rotates and stores its key columns.
+
+    The latter is done by the programs with head group 0, as one head, because all heads share the latent.
+    """
     token, head_group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tables = (cos + token * table_stride, sin + token * table_stride)
     head = tl.arange(0, HEADS_PER_PROGRAM)

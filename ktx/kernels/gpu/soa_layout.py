@@ -2,8 +2,8 @@
 
 A ggml block has its scales next to its codes and an unaligned size (Q6_K 210 bytes, Q8_0 34), so a lane that loads 16
 bytes would straddle blocks. Here one field of all blocks is a plane, uint8 [rows, blocks of a row, bytes of the
-field], with the rows of all matrices one after another, and the planes follow each other by descending size. So a lane
-reads 16 bytes of codes at addresses that are multiples of 16, a warp reads full cache lines, and every field is
+field], with the rows of all matrices one after another. The planes follow each other in the order of FIELDS, by descending
+size. So a lane reads 16 bytes of codes at addresses that are multiples of 16, a warp reads full cache lines, and every field is
 aligned to its own words. No bit changes and no byte is added: `SoAWeight.blocks` returns the blocks of the file. A
 float type is one plane.
 """
@@ -29,11 +29,12 @@ class Field(NamedTuple):
     dtype: torch.dtype
 
 
-DEQUANT_CHUNK_WEIGHTS = (
-    1 << 26
-)  # weights dequantized at once; here because a placement plan needs it where Triton is not installed
+# Weights dequantized at once. It is defined here because a placement plan needs it where Triton is not installed.
+DEQUANT_CHUNK_WEIGHTS = 1 << 26
 BYTE, SIGNED, WORD, HALF = torch.uint8, torch.int8, torch.int32, torch.float16
-FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; dequant_blocks.py and dequant_iq.py decode them
+# The fields of each type's block, in the order of their planes, by which decoders (dequant_blocks.py, dequant_iq.py)
+# index them: `Field(start, nbytes, dtype)`. Fields of codes come before their scales.
+FIELDS: dict[str, tuple[Field, ...]] = {
     "F32": (Field(0, 4, torch.float32),),
     "F16": (Field(0, 2, HALF),),
     "BF16": (Field(0, 2, torch.bfloat16),),
@@ -90,7 +91,7 @@ class SoAWeight:
 
     def __post_init__(self) -> None:
         self.row_blocks = self.k // self.qtype.block
-        self.planes = _planes(self)
+        self.planes = _view_planes(self)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +119,7 @@ def empty(qtype: QType, n: int, k: int, matrices: int, buffer: torch.Tensor) -> 
     return SoAWeight(buffer[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
 
 
-def _planes(packed: SoAWeight) -> tuple[torch.Tensor, ...]:
+def _view_planes(packed: SoAWeight) -> tuple[torch.Tensor, ...]:
     """Returns views of the fields; for F8_E4M3 the scales are the second plane."""
     count = packed.matrices * packed.n * packed.row_blocks
     if packed.data.numel() != count * packed.qtype.nbytes:
@@ -161,7 +162,7 @@ def pack(
     qtype, matrices_per_part = first.qtype, 1 if len(first.shape) == 2 else first.shape[0]
     row_bytes, count = qtype.row_bytes(k), matrices_per_part * len(parts)
     data = torch.empty(count * n * row_bytes, dtype=torch.uint8, device=device)
-    packed = SoAWeight(data, qtype, n, k, count, _scales(parts, n, k, device))
+    packed = SoAWeight(data, qtype, n, k, count, _collect_scales(parts, n, k, device))
     blocks = matrices_per_part * n * packed.row_blocks
     for i, part in enumerate(parts):
         raw = part.data.to(device).reshape(blocks, qtype.nbytes)
@@ -174,7 +175,7 @@ def pack(
 pack_experts = pack  # a GPU has one memory, so experts have the same layout as other matrices
 
 
-def _scales(parts: list[QuantizedTensor], n: int, k: int, device: torch.device | str) -> torch.Tensor | None:
+def _collect_scales(parts: list[QuantizedTensor], n: int, k: int, device: torch.device | str) -> torch.Tensor | None:
     """Returns the scales of F8_E4M3, f32 [matrices, ceil(n/128), ceil(k/128)]; ones if the file has none.
 
     Other types have no scales: None.
