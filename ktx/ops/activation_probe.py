@@ -18,7 +18,7 @@ from ktx.kernels import reference
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATE = torch.linspace(-40.0, 40.0, 257, dtype=torch.float32, device="cpu")  # exceeds every clamping limit in use
-UP = GATE.flip(0) + 0.5
+UP = GATE.flip(0) + 0.5  # pairs each gate value with another up value
 UNSUPPORTED = (  # attributes of experts modules: name, the value that the kernel supports, what another value means
     ("has_post_expert_norm", False, "normalizes the output of each expert, which the experts kernel does not support"),
 )
@@ -68,13 +68,13 @@ def is_gated(experts: Any) -> bool:
     return bool(getattr(experts, "has_gate", True))
 
 
-def is_interleaved(experts: Any, gate: Activation) -> bool:
+def is_interleaved(experts: Any, activation: Activation) -> bool:
     """Whether the module stores gate and up interleaved row by row, instead of all gate rows before all up rows."""
     if not is_gated(experts):
         return False
     with torch.no_grad(), torch.device("cpu"):
         output = experts._apply_gate(torch.stack([GATE, UP], -1).flatten()[None])[0].float()
-    return bool(torch.allclose(reference.activate(GATE, UP, *gate), output, rtol=1e-5, atol=1e-5))
+    return bool(torch.allclose(reference.activate(GATE, UP, *activation), output, rtol=1e-5, atol=1e-5))
 
 
 def probe_mlp(mlp: Any, where: str) -> Activation:
@@ -144,21 +144,32 @@ class _ConstantProjection(nn.Module):
 def _match_activation(
     evaluate: Callable[[], list[torch.Tensor]], module: nn.Module, where: str, up: torch.Tensor = UP
 ) -> Activation:
-    """Returns the kernel activation that matches a result of `evaluate`; raises UsageError if none does."""
+    """Returns the kernel activation that matches one of the results of a probe.
+
+    Args:
+        evaluate: Runs the module on GATE and UP, in each memory layout that it may have; returns a result per layout.
+        module: The probed module.
+        where: Its module path.
+        up: The values that the gate's activation is multiplied with; GATE for experts without a gate.
+
+    Raises:
+        UsageError: No activation matches, or the module's code fails.
+    """
     try:
         with torch.no_grad(), torch.device("cpu"):
             outputs = [output.float() for output in evaluate()]
     except Exception as error:  # code of a model family, with inputs that it may not expect
         raise probe_error(module, where, "its activation", error) from error
-    for gate in _candidates(module):
-        expected = reference.activate(GATE, up, *gate)
+    for activation in _candidates(module):
+        expected = reference.activate(GATE, up, *activation)
         comparable = (output for output in outputs if output.shape == expected.shape)
         if any(torch.allclose(expected, output, rtol=1e-5, atol=1e-5) for output in comparable):
-            return gate
+            return activation
     names = " ".join((*ACTIVATIONS, "swiglu_oai"))
     inputs = "gate and up" if up is UP else "one projection"
     raise UsageError(
-        f"{where}: no kernel computes what {type(module).__name__} computes from {inputs}; ktx has {names}; {KEEP_MODULE_HINT}"
+        f"{where}: no kernel computes what {type(module).__name__} computes from {inputs}; ktx has {names};"
+        f" {KEEP_MODULE_HINT}"
     )
 
 

@@ -363,6 +363,7 @@ class AttentionBlock:
     """Fuses the attention of a FUSABLE_ATTENTION module into one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: Attention, matrices: WeightDescriptor):
+        """Builds the kernel step from `owner` and its packed `matrices`, in the order of PROJECTIONS."""
         self.owner, self.half_rotary = owner, owner.half_tables
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]

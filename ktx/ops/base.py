@@ -55,7 +55,8 @@ class Operator(nn.Module):
         trains: Whether `trained` turns its packed weights into parameters.
         derived: Attributes that the guards of fast paths (ktx.ops.guard) ignore, because no fast path depends on them.
         reads: Settings and tensors that a rebuilt fast path takes into account.
-        stays: Whether it accepts hidden states from another device than its own, whatever the device of its parent.
+        accepts_any_device: Whether it accepts hidden states from another device than its own, whatever the device of
+            its parent.
         remade: Attributes that `ready` computes from others; a copy drops and recomputes them.
         gpu_form: Dotted path of the class that replaces this one on a GPU; its own path if it supports both.
         path: The module path in the model.
@@ -125,12 +126,12 @@ class Operator(nn.Module):
         """
 
     def use_live_parameters(self) -> None:
-        """Replaces its parameters with `Live` ones, which count writes; runs before `ready`, which copies values."""
+        """Replaces its parameters with CountedParameters, which count writes; runs before `ready` copies their values."""
         for name, value in self._parameters.items():
             if value is not None and type(value) is nn.Parameter:
-                live = CountedParameter(value.detach(), value.requires_grad)
-                live.__dict__.update(value.__dict__)
-                self._parameters[name] = live
+                counted = CountedParameter(value.detach(), value.requires_grad)
+                counted.__dict__.update(value.__dict__)
+                self._parameters[name] = counted
 
     def floats(self) -> dict[str, Floats]:
         """Returns dequantizing views of its packed weights, under the parameter names of the replaced module.
@@ -413,7 +414,7 @@ _MIXED_CLASSES: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {
 
 
 def _mixed_class(cls: type[Operator], old: Any) -> type[Operator]:
-    """Returns the class that inherits from the operator class `cls` and the replaced class `old`."""
+    """Returns the class that inherits from the operator class `cls` and the replaced class `old`, one per pair."""
     names = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,

@@ -26,12 +26,12 @@ class CountedParameter(nn.Parameter):
     previous_edits: int = 0
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> CountedParameter:
-        """As in torch; `data` may be another Live parameter."""
+        """As in torch; `data` may be another CountedParameter."""
         values = data.detach() if isinstance(data, CountedParameter) else data
         return super().__new__(cls, values, requires_grad)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its module turns the copy into a Live parameter again.
+        # Its module turns the copy into a CountedParameter again (use_live_parameters).
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
     @property  # type: ignore[override]
@@ -59,7 +59,7 @@ class CountedParameter(nn.Parameter):
 
 
 def if_copied(values: torch.Tensor) -> torch.Tensor | None:
-    """Returns the tensor itself if `in_f32` copies it, else None."""
+    """Returns the tensor itself if `as_f32` copies it, else None, for the copied tensors of a Guard."""
     return None if values.dtype is torch.float32 and values.is_contiguous() else values
 
 
@@ -84,7 +84,7 @@ def as_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
 
 
 def edits(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written to in place, including writes through `data` if it is a CountedParameter."""
+    """Returns how often a tensor was written to in place; for a CountedParameter, also through its `data`."""
     if tensor.is_inference():  # inference tensors have no version counter
         return 0
     alias: torch.Tensor | None = tensor.__dict__.get("alias")

@@ -114,12 +114,17 @@ def update() -> None:
     _last_methods[:] = [getattr(cls, name, None) for cls, name in _watched_methods]
 
 
-def _set_forward(cls: Any, by_class: bool) -> None:
-    """Sets the forward of an operator class to `by_class` or to its own, unless the class itself was patched."""
-    if by_class and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
+def _set_forward(cls: Any, call_patched: bool) -> None:
+    """Sets the forward of an operator class, unless other code has patched that class itself.
+
+    Args:
+        cls: The class of an adopted operator.
+        call_patched: Whether it calls the forward of the replaced class (`call_patched_class`); else its own.
+    """
+    if call_patched and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
         _own_forwards[cls] = cls.__dict__.get("forward")
         cls.forward = cls.call_patched_class
-    elif not by_class and cls in _own_forwards:
+    elif not call_patched and cls in _own_forwards:
         own = _own_forwards.pop(cls)
         if cls.__dict__.get("forward") is not cls.call_patched_class:
             return  # other code has patched the operator's class

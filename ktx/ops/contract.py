@@ -50,8 +50,8 @@ def unsupported_module_error(old: nn.Module, path: str, what: str) -> UsageError
         what: The difference, as a predicate of the class name.
     """
     return UsageError(
-        f"{path}: {type(old).__name__} {what}. transformers {installed_version('transformers')} is installed, ktx was tested"
-        f" with {tested_range('transformers')}: pip install '{requirement('transformers')}', or {KEEP_MODULE_HINT}"
+        f"{path}: {type(old).__name__} {what}. transformers {installed_version('transformers')} is installed, ktx was"
+        f" tested with {tested_range('transformers')}: pip install '{requirement('transformers')}', or {KEEP_MODULE_HINT}"
     )
 
 
@@ -114,11 +114,15 @@ class Stub(nn.Module):
 
 
 def cached_check(check: Callable[..., None]) -> Callable[..., None]:
-    """Decorator that skips a check for modules of a class, scalar settings and children that have passed it before."""
+    """Decorator that runs a check once for modules that are alike, because a model has the same modules in each layer.
+
+    Modules are alike if class, scalar settings (without `layer_idx`), children and further arguments are equal.
+    """
     passed: set[Any] = set()
 
     @functools.wraps(check)
     def checked(old: nn.Module, path: str, *args: Any) -> None:
+        """Runs the check on the CPU without gradients; an AttributeError becomes a UsageError with the remedy."""
         settings = {name: value for name, value in vars(old).items() if isinstance(value, bool | int | float | str)}
         settings.pop("layer_idx", None)
         children = [(name, type(child), getattr(child, "out_features", 0)) for name, child in old._modules.items()]
@@ -146,7 +150,10 @@ HIDDEN = random_tensor(1, NUM_TOKENS, 8)  # hidden states for modules whose stub
 
 
 def randomized_copy(old: nn.Module, children: dict[str, nn.Module]) -> Any:
-    """Returns a copy of the module in eval mode, with random parameters and buffers, and with `children` replaced."""
+    """Returns a copy of a module to probe, in eval mode, with random parameters and buffers, and `children` replaced.
+
+    The module itself is on the meta device, without values. Random values make two formulas differ in the result.
+    """
     tensors = {
         kind: {
             name: None if tensor is None else random_tensor(*tensor.shape, seed=i)
@@ -187,16 +194,17 @@ def check_equal(old: nn.Module, path: str, what: str, found: Any, expected: torc
 def layer(old: Any, path: str) -> None:
     """Checks a decoder layer: x = x + attention(norm(x)), x = x + mlp(norm(x)).
 
-    Its attention must receive the mask, the rotary tables and the cache.
+    Each child is a stub with another function, so a child that is left out, or called in another order, changes the
+    result. The attention must receive the mask, the rotary tables and the cache.
     """
     parameters(old, path, LAYER_ARGS, cache=True)
     attributes(old, path, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
     received: dict[str, Any] = {}
 
     def attention(*args: Any, **kwargs: Any) -> Any:
-        given, received["cache"] = ForwardSignature.of(old.self_attn).split(args, kwargs)
-        received.update(given)
-        return given["hidden_states"].roll(1, -1) * 2, None
+        arguments, received["cache"] = ForwardSignature.of(old.self_attn).split(args, kwargs)
+        received.update(arguments)
+        return arguments["hidden_states"].roll(1, -1) * 2, None
 
     children: dict[str, nn.Module] = {
         "input_layernorm": Stub(lambda x: x * 1.5),
@@ -205,22 +213,22 @@ def layer(old: Any, path: str) -> None:
         "mlp": Stub(lambda x: x.flip(-1)),
     }
     x, cache = random_tensor(1, NUM_TOKENS, 8), object()
-    given = {
+    inputs = {
         "hidden_states": x,
         "attention_mask": torch.zeros(1),
         "position_embeddings": (torch.ones(1), torch.zeros(1)),
     }
     call = ForwardSignature.of(old)
-    out = run_probe(old, path, lambda: randomized_copy(old, children)(**call.join(dict(given), cache)))
+    out = run_probe(old, path, lambda: randomized_copy(old, children)(**call.join(dict(inputs), cache)))
     after_attention = x + (x * 1.5).roll(1, -1) * 2
     check_equal(old, path, "a layer", out, after_attention + (after_attention * after_attention).flip(-1))
-    for name, value in {**given, "cache": cache}.items():
+    for name, value in {**inputs, "cache": cache}.items():
         if name != "hidden_states" and received.get(name) is not value:
             raise unsupported_module_error(old, path, f"does not pass its {name} to its attention")
 
 
 class Recorder:
-    """A cache that returns the keys and values of an update unchanged, and records its layer index in `index`."""
+    """A cache that returns keys and values unchanged, and records in `index` for which layer they were stored."""
 
     index: Any = None
 
@@ -252,6 +260,7 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
     def record(
         module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, scaling: Any = None, **options: Any
     ) -> Any:
+        # A random output shows whether the module returns it unchanged but for the output projection.
         attended = random_tensor(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         recorded.extend((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, options, attended))
         return attended, None
@@ -260,8 +269,8 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
     probe, cache = randomized_copy(old, children), Recorder()
     probe.__dict__["config"] = copy.copy(old.config)
     probe.config._attn_implementation = RECORDING_ATTENTION
-    given = {"hidden_states": HIDDEN, "position_embeddings": embeddings, "attention_mask": None}
-    out = run_probe(old, path, lambda: probe(**ForwardSignature.of(old).join(given, cache)))
+    inputs = {"hidden_states": HIDDEN, "position_embeddings": embeddings, "attention_mask": None}
+    out = run_probe(old, path, lambda: probe(**ForwardSignature.of(old).join(inputs, cache)))
     if not recorded:
         raise unsupported_module_error(
             old, path, "does not look up config._attn_implementation in the attention registry of transformers"
@@ -278,13 +287,20 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
 def _rotary_tables(width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns random angles [1, NUM_TOKENS, width / 2], and their cosines and sines [1, NUM_TOKENS, width]."""
     angles = random_tensor(1, NUM_TOKENS, width // 2, seed=seed)
-    twice = torch.cat([angles, angles], -1)
-    return angles, twice.cos(), twice.sin()
+    both_halves = torch.cat([angles, angles], -1)
+    return angles, both_halves.cos(), both_halves.sin()
 
 
 @cached_check
 def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
-    """Checks attention: project, normalize q and k if there are norms, apply RoPE to halves, cache, attend, project."""
+    """Checks attention: project, normalize q and k if there are norms, apply RoPE to halves, cache, attend, project.
+
+    Args:
+        old: The transformers module.
+        path: Its module path.
+        half_tables: Whether rotary tables lack their second half, which equals the first.
+        window: The sliding window in tokens that the operator reads from the configuration; 0: none.
+    """
     parameters(old, path, ATTENTION_ARGS, cache=True)
     attributes(old, path, ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx", "config"))
     width = old.head_dim
@@ -300,16 +316,16 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
     tables = (cos[..., : width // 2], sin[..., : width // 2]) if half_tables else (cos, sin)
     query, key, value, scale, options, attended, out = _attention_call(old, path, children, tables)
     heads = {name: y.view(1, NUM_TOKENS, -1, width).transpose(1, 2) for name, y in projected.items()}
-    for name, found in (("q", query), ("k", key)):
+    for name, result in (("q", query), ("k", key)):
         factor = factors[f"{name}_norm"] if f"{name}_norm" in norms else 1.0
         check_equal(
-            old, path, {"q": "queries", "k": "keys"}[name], found, reference.rope(heads[name] * factor, cos, sin)
+            old, path, {"q": "queries", "k": "keys"}[name], result, reference.rope(heads[name] * factor, cos, sin)
         )
     check_equal(old, path, "values", value, heads["v"])
     check_equal(old, path, "its scale", torch.tensor(scale), torch.tensor(float(old.scaling)))
     check_equal(old, path, "its output", out, attended.reshape(1, NUM_TOKENS, -1))
-    sinks, given_sinks = getattr(old, "sinks", None), options.get("s_aux")
-    if (sinks is None) != (given_sinks is None):
+    sinks, passed_sinks = getattr(old, "sinks", None), options.get("s_aux")
+    if (sinks is None) != (passed_sinks is None):
         raise unsupported_module_error(
             old, path, "passes other attention sinks to its attention than the operator reads (sinks)"
         )
@@ -324,7 +340,15 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
 
 @cached_check
 def latent_attention(old: Any, path: str, interleaved: bool) -> None:
-    """Checks MLA: the scores of queries and expanded keys, the expanded values and the output, as in DeepSeek-V2."""
+    """Checks MLA: the scores of queries and expanded keys, the expanded values and the output, as in DeepSeek-V2.
+
+    Scores are compared, not queries and keys, because the order of a head's columns has no effect on the operator.
+
+    Args:
+        old: The transformers module.
+        path: Its module path.
+        interleaved: Whether RoPE rotates neighboring columns as pairs; else column i and i + width / 2.
+    """
     parameters(old, path, ATTENTION_ARGS, cache=True)
     dims = ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank")
     attributes(old, path, (*dims, "scaling", "layer_idx", "config", "kv_a_layernorm", "kv_b_proj", "o_proj"))
@@ -350,6 +374,7 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
         children["q_proj"] = Stub(lambda x: q.clone())
     else:
         attributes(old, path, ("q_a_proj", "q_a_layernorm", "q_b_proj"))
+        # q_b_proj returns q only if it gets the output of projection (times 3) and norm (plus 1).
         normed = (HIDDEN * 3 + 1).mean(-1, keepdim=True)
         children["q_a_proj"] = Stub(lambda x: x * 3)
         children["q_a_layernorm"] = Stub(lambda x: x + 1)
@@ -375,7 +400,10 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
 
 @cached_check
 def router(old: Any, path: str, operator: Any) -> None:
-    """Checks that a router returns (logits, weights, ids) as `operator` does with the same parameters."""
+    """Checks that a router returns (logits, weights, ids) as `operator` does with the same parameters and inputs.
+
+    So a family that scores, groups, corrects or normalizes in a new way is rejected.
+    """
     parameters(old, path, ROUTER_ARGS)
     attributes(old, path, ("weight",))
     children = {
@@ -406,17 +434,21 @@ def router(old: Any, path: str, operator: Any) -> None:
         return operator_probe(x, **correction)
 
     expected = run_probe(old, path, call_operator)
-    orders = [answer[2].argsort(-1) if answer[2].dtype is torch.int64 else None for answer in (found, expected)]
+    # Experts may be returned in any order, so both results are sorted by id.
+    orders = [result[2].argsort(-1) if result[2].dtype is torch.int64 else None for result in (found, expected)]
     if orders[0] is None:
         raise unsupported_module_error(old, path, "does not return (logits, weights, ids)")
     for label, index in (("its choice of experts", 2), ("the weights of experts", 1)):
-        pair = [answer[index].gather(-1, order) for answer, order in zip((found, expected), orders, strict=True)]
+        pair = [result[index].gather(-1, order) for result, order in zip((found, expected), orders, strict=True)]
         check_equal(old, path, label, pair[0], pair[1])
 
 
 @cached_check
 def moe(old: Any, path: str, operator: Any) -> None:
-    """Checks that an MoE block, with stubs for its router and experts, returns what `operator` returns."""
+    """Checks that an MoE block, with stubs for its router and experts, returns what `operator` returns.
+
+    So it must call them with the same arguments, add the shared experts with the same gate, and have no other children.
+    """
     parameters(old, path, MOE_ARGS)
     attributes(old.experts, f"{path}.experts", ("down_proj",))
     count, width, top_k = 4, old.experts.down_proj.shape[-2], 2
@@ -425,6 +457,7 @@ def moe(old: Any, path: str, operator: Any) -> None:
     ids = torch.tensor([[0, 3], [2, 1], [1, 3]])
     scores, weights = random_tensor(NUM_TOKENS, count), random_tensor(NUM_TOKENS, top_k, seed=2)
 
+    # A router stub whose weights depend on all further tensors, so that one that is not passed shows in the result.
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         extra = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         return scores, weights + sum((value.float().mean() for value in extra), torch.zeros(())), ids
@@ -464,7 +497,7 @@ def moe(old: Any, path: str, operator: Any) -> None:
         old,
         path,
         "the sum of its experts",  # routed and shared
-        *(answer[0] if isinstance(answer, tuple) else answer for answer in (found, expected)),
+        *(result[0] if isinstance(result, tuple) else result for result in (found, expected)),
     )
 
 

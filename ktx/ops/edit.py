@@ -51,10 +51,8 @@ def checked_values(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor
     return values.detach().to("cpu")
 
 
-TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) - {
-    "_parameters",
-    "_buffers",
-}  # torch's attributes: hooks, children, mode
+# torch's own attributes (hooks, children, mode), which a module keeps when it becomes a torch module.
+TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers"}
 
 
 class MatrixOperator(Parametrizable):
@@ -101,7 +99,7 @@ class MatrixOperator(Parametrizable):
     @property
     def weight(self) -> torch.Tensor:
         """The matrix [rows, columns], read-only, see ktx.ops.float_views."""
-        # torch's parametrize has removed it.
+        # torch's parametrize has removed the weight, and expects that the lookup fails then.
         if isinstance(self._buffers, OfferedParameters) and "weight" not in self._buffers:
             raise AttributeError("weight")
         return self.visible_parameters("weight", self.rows())
@@ -129,7 +127,10 @@ class MatrixOperator(Parametrizable):
         raise NotImplementedError
 
     def trained(self, name: str) -> None:
-        """Turns this module, and all that share its matrix, into torch modules with float parameters."""
+        """Turns this module, and all that share its matrix, into torch modules with one shared float parameter.
+
+        The objects stay the same ones, with another class, because parents and optimizers already refer to them.
+        """
         weight: Any = None
         for module in self.ties or [self]:
             float_module = module.to_torch(None)

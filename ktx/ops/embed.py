@@ -27,6 +27,15 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
     """Looks up token ids in a packed weight and dequantizes their rows; a tied output layer shares the weight."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
+        """Creates an embedding without weights, with the attributes of nn.Embedding.
+
+        Args:
+            path: its module path.
+            rows: number of token ids.
+            width: columns of a row.
+            padding: nn.Embedding's padding_idx.
+            dtype: of its output.
+        """
         nn.Module.__init__(self)  # not that of nn.Embedding, which allocates the weight
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
@@ -61,6 +70,12 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return F.embedding(ids, full_weight(self, "weight"), self.padding_idx)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
+        """Dequantizes the rows of token ids [...] -> [..., embedding_dim] in `dtype`.
+
+        Raises:
+            UsageError: `max_norm` is set, or the ids are not int64 or int32.
+            IndexError: an id is outside the vocabulary.
+        """
         assert self.packed is not None, f"{self.path} is not loaded"
         if self.max_norm is not None:
             raise UsageError(

@@ -24,9 +24,9 @@ class DeferredExperts:
 
     Attributes:
         count: number of experts of each token that this layer defers.
-        before: the previous link, whose deferred output this layer adds; None for the first layer.
+        previous: the previous link, whose deferred output this layer adds; None for the first layer.
         chain: all links.
-        left: waits for this layer's deferred output, which may be on another device than the next layer.
+        pending_output: waits for this layer's deferred output and returns it, on the device of this layer.
     """
 
     count: int
@@ -37,7 +37,7 @@ class DeferredExperts:
     def routed_and_shared(
         self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """MoE.mixed with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D]."""
+        """MoE.routed_and_shared with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D]."""
         if self.previous is None:
             for link in self.chain:  # left over from a forward that was aborted between two layers
                 link.pending_output = None

@@ -33,6 +33,10 @@ class ExpertsLora(Lora):
 
     @staticmethod
     def nbytes(owner: Experts, adapters: Sequence[LowRank]) -> int:
+        """Returns the bytes that `pack` allocates.
+
+        An adapter of gate_up_proj is packed as two projections, each with its own copy of A.
+        """
         total, shapes = 0, owner.lora_shapes()
         for adapter in adapters:
             count = 1 if adapter.projection else len(shapes[adapter.shape])  # projections; each stores its own A
@@ -41,6 +45,7 @@ class ExpertsLora(Lora):
         return total
 
     def pack(self, adapters: Sequence[LowRank]) -> dict[str, ExpertFactors]:
+        """Packs the adapters of stacked parameters by projection, because the experts compute each projection alone."""
         factors: dict[str, ExpertFactors] = {}
         shapes = self.owner.lora_shapes()
         for adapter in adapters:
@@ -60,8 +65,8 @@ class ExpertsLora(Lora):
             per_expert: number of rows of each expert.
         """
         uses_of_token: list[AdapterUses] = [()] * count
-        for part, uses in self.mapping.slices(count):
-            uses_of_token[part] = [uses] * len(range(*part.indices(count)))
+        for indices, uses in self.mapping.slices(count):
+            uses_of_token[indices] = [uses] * len(range(*indices.indices(count)))
         per_expert_adapters: list[list[AdapterRows]] = []
         for expert_tokens in tokens.split(list(per_expert)):
             rows = [uses_of_token[token] for token in expert_tokens.tolist()]

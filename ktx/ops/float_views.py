@@ -27,7 +27,7 @@ class Floats:
     Attributes:
         shape: of the parameter.
         read: (first, last) -> f32 [last - first, ...], a range of the first dimension.
-        place: identifies the packed memory: the address of its first bytes, or another unique number.
+        memory_id: identifies the packed memory: the address of its first bytes, or another unique number.
     """
 
     shape: tuple[int, ...]
@@ -55,13 +55,13 @@ def view_tensor(values: torch.Tensor) -> Floats:
     return Floats(tuple(values.shape), read, values.data_ptr())
 
 
-def unreadable(shape: tuple[int, ...], message: str, place: int) -> Floats:
-    """A parameter whose values cannot be read: reading raises UsageError(message)."""
+def unreadable(shape: tuple[int, ...], message: str, memory_id: int) -> Floats:
+    """Returns a parameter whose values cannot be read: reading raises UsageError(message)."""
 
     def refuse(first: int, last: int) -> torch.Tensor:
         raise UsageError(message)
 
-    return Floats(shape, refuse, place)
+    return Floats(shape, refuse, memory_id)
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
@@ -116,8 +116,8 @@ ALIAS_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 ADD_OPS = (torch.ops.aten.add.Tensor, torch.ops.aten.baddbmm.default)
-_next_place = itertools.count(-1, -1)  # unique numbers for `Floats.place` of values that are not packed
-# Dequantized values in memory, by `Floats.place` and dtype.
+_next_memory_id = itertools.count(-1, -1)  # unique `Floats.memory_id`s of values that are not packed
+# Dequantized values in memory, by `Floats.memory_id` and dtype.
 _dequantized: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
@@ -148,6 +148,16 @@ class Dequantized(torch.Tensor):
         replace: Callable[[torch.Tensor], Floats] | None = None,
         train: Callable[[], None] | None = None,
     ) -> Dequantized:
+        """Creates a tensor without memory; see the class attributes.
+
+        Args:
+            floats: the values.
+            dtype: in which they are dequantized.
+            label: the path of the weight, for messages.
+            device: of the module.
+            replace: packs other values and returns them; None: a view that cannot be written to.
+            train: turns the weight into a trainable parameter of its module; None: it cannot be trained.
+        """
         tensor: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
         tensor.floats, tensor.label, tensor.on_write, tensor.on_train = floats, label, replace, train
         tensor._is_param = replace is not None  # torch's mark of parameters whose class is not nn.Parameter
@@ -197,7 +207,7 @@ class Dequantized(torch.Tensor):
             if tensor is not None:
                 tensor.floats, tensor.cached_values = floats, None
 
-    def _written(self, func: Any, args: Any, kwargs: Any) -> Dequantized:
+    def _write(self, func: Any, args: Any, kwargs: Any) -> Dequantized:
         """Runs an operation that writes to all values of this tensor, and packs the result."""
         values = self.dequantized().clone()
         args, kwargs = tree_map_only(
@@ -209,6 +219,12 @@ class Dequantized(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Runs an operation on the dequantized values.
+
+        Aliases stay packed views, PEFT's sums are computed lazily (`_sum`), a write to all of `data` is packed, and any
+        other write raises UsageError, because it would only change a temporary copy. So results that are views of that
+        copy are read-only too.
+        """
         kwargs = kwargs or {}
         if func in ALIAS_OPS:
             source = args[0]
@@ -227,7 +243,7 @@ class Dequantized(torch.Tensor):
                         return value
                     if value.data_of is None or torch.Tag.inplace_view in func.tags:
                         raise UsageError(READ_ONLY.format(name))
-                    return value._written(func, args, kwargs)
+                    return value._write(func, args, kwargs)
         args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
         out = func(*args, **kwargs)
         if any(result.alias_info is not None for result in func._schema.returns):
@@ -266,11 +282,12 @@ class Dequantized(torch.Tensor):
             return total.float()
 
         return cls(
-            Floats(base.floats.shape, read, next(_next_place)), base.dtype, f"a sum with {base.label}", base.device
+            Floats(base.floats.shape, read, next(_next_memory_id)), base.dtype, f"a sum with {base.label}", base.device
         )
 
     @classmethod
     def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
+        """Returns a view of dequantized values as a read-only tensor."""
         tensor = cls(view_tensor(view), view.dtype, f"a view of {name}", view.device)
         tensor.cached_values = view if view.is_contiguous() else None
         return tensor
@@ -317,11 +334,11 @@ class Dequantized(torch.Tensor):
 class _PackedStorage:
     """A storage for programs that search for shared memory: equal for weights in the same packed memory."""
 
-    place: int
+    memory_id: int
     size: int
 
     def data_ptr(self) -> int:
-        return self.place
+        return self.memory_id
 
     def nbytes(self) -> int:
         return self.size

@@ -1,13 +1,13 @@
 """Checks whether a fast path is still valid for the modules that it bypasses.
 
-A fast path (`Shortcut`) is one kernel call in place of several modules: a block, a group of layers, a captured graph.
+A fast path (`FastPath`) is one kernel call in place of several modules: a block, a group of layers, a captured graph.
 It has copied the modules' settings and does not call them. So it may run only while none of these modules has been
 patched, replaced or edited, and none has a hook.
 
 The check is cheap, because it runs at every call, when the weights have just evicted everything else from the caches.
-Operators count attribute changes (`Changes`), torch counts the handles of hooks, and tensors count in-place writes;
-modules are inspected again only when a count has changed. Modules that are not operators (activations, mostly) count
-nothing, so each call checks these, but only whether they have the same objects (`UncountedModule`).
+Operators count attribute changes (`ChangeCounter`), torch counts the handles of hooks, and tensors count in-place
+writes; modules are inspected again only when a count has changed. Modules that are not operators (activations, mostly)
+count nothing, so each call checks these, but only whether they have the same objects (`UncountedModule`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ktx.transformers_compat import collects_any_output, is_output_hook
 
 GLOBAL_HOOKS = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALAR_TYPES = (bool, int, float, str, bytes, type(None), torch.dtype)
-# Attributes that `State` skips. Of torch's own, parameters, buffers, children and hooks are checked separately.
+# Attributes that `ModuleState` skips. Of torch's own, parameters, buffers, children and hooks are checked separately.
 IGNORED_ATTRIBUTES = frozenset({*nn.Module().__dict__, "training", "path", "placement", "is_ready"})
 
 
@@ -47,6 +47,10 @@ class ModuleState:
         self.snapshot = self._take_snapshot()
 
     def _take_snapshot(self) -> dict[Any, Any]:
+        """Returns what is compared: class, attributes, children, parameters and buffers with their addresses and dtypes.
+
+        Attributes that the operator lists as `derived` or `remade` are skipped, because no fast path depends on them.
+        """
         module = self.module
         derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
         snapshot: dict[Any, Any] = {type: type(module)}
@@ -86,6 +90,7 @@ class ModuleState:
 
 
 def _same(current: Any, previous: Any) -> bool:
+    """Whether two values of a snapshot are the same object, or equal scalars, or tuples of such values."""
     if current is previous:
         return True
     if isinstance(current, tuple) and isinstance(previous, tuple):
@@ -97,7 +102,9 @@ class UncountedModule:
     """A snapshot of a module that does not count changes: its class, and the identities of its objects."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
+        """Stores the identities of the module's attributes, parameters and buffers."""
+        self.module, self.cls = module, type(module)
+        self.attributes, self.num_attributes = module.__dict__, len(module.__dict__)
         dicts = (module._parameters, module._buffers, module.__dict__)
         self.objects = [
             (objects, name, value)
@@ -108,7 +115,7 @@ class UncountedModule:
 
     def changed(self) -> bool:
         """Whether the class or one of the objects has changed."""
-        if type(self.module) is not self.kind or len(self.own) != self.size:
+        if type(self.module) is not self.cls or len(self.attributes) != self.num_attributes:
             return True
         return any(objects.get(name) is not value for objects, name, value in self.objects)
 
@@ -128,6 +135,7 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
+        """Takes the snapshots that `holds` compares with; the arguments are those of the class."""
         class_patches.update()  # before the snapshots
         self.inside = [ModuleState(module) for module in inside]
         self.states = [*map(ModuleState, owners), *self.inside]
@@ -137,8 +145,9 @@ class Guard:
         self.uncounted_modules = [UncountedModule(module) for module in modules if not isinstance(module, Operator)]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
-        self.handles, self.changes, self.recorders = -1, -1, False
-        self.tried: tuple[int, ...] = ()
+        # Counters at the last full inspection that passed; -1: none did, so the first `holds` inspects all modules.
+        self.handles, self.changes, self.has_recorders = -1, -1, False
+        self.last_rebuild_key: tuple[int, ...] = ()  # the counters at the last `may_rebuild`
 
     @classmethod
     def merge(cls, guards: Iterable[Guard]) -> Guard:
@@ -155,12 +164,16 @@ class Guard:
         return merged
 
     def holds(self) -> bool:
-        """Whether the fast path is valid for this call."""
+        """Whether the fast path is valid for this call.
+
+        The cheap checks (children, copied tensors, gradients) run at each call; snapshots are compared only if a counter
+        of changes or hooks differs from the last inspection that passed, or an uncounted module has changed.
+        """
         for modules, children in self.children:
             if tuple(modules.values()) != children:
                 return False
-        for tensor, before in self.copied:
-            if edits(tensor) != before:
+        for tensor, copied_edits in self.copied:
+            if edits(tensor) != copied_edits:
                 return False
         if torch.is_grad_enabled() and any(is_recorded(*parameters.values()) for parameters in self.parameters):
             return False  # a parameter requires a gradient
@@ -170,16 +183,16 @@ class Guard:
             or changes != self.changes
             or any(map(UncountedModule.changed, self.uncounted_modules))
         ):
-            if self._listened() or not all(state.unchanged() for state in self.states):
+            if self._has_hooks() or not all(state.unchanged() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(
                 class_patches.is_patched(s.module) for s in self.states
             ):
                 return False
-            self.handles, self.changes, self.recorders = handles, changes, any(self.hooks)
-        return not (self.recorders and collects_any_output())
+            self.handles, self.changes, self.has_recorders = handles, changes, any(self.hooks)
+        return not (self.has_recorders and collects_any_output())
 
-    def _listened(self) -> bool:
+    def _has_hooks(self) -> bool:
         """Whether a hook is registered, other than transformers' output recorders.
 
         Recorders stay on modules after the first forward that collects outputs; `holds` counts them only while a
@@ -190,14 +203,15 @@ class Guard:
 
     def may_rebuild(self) -> bool:
         """Whether a rebuilt fast path might hold; True at most once after each change."""
-        now = (ChangeCounter.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
-        if now == self.tried or self._listened():
+        rebuild_key = (ChangeCounter.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
+        if rebuild_key == self.last_rebuild_key or self._has_hooks():
             return False
-        self.tried = now
+        self.last_rebuild_key = rebuild_key
         return all(state.rebuild_suffices() for state in self.states)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Returns the four hook dictionaries of a module; torch updates them in place, so they stay current."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 

@@ -124,7 +124,10 @@ def mask_version(mask: torch.Tensor | None) -> Any:
 
 
 def intervals_of(mask: torch.Tensor) -> torch.Tensor:
-    """Converts a mask bool [B, 1, S, T] to Intervals if each row is one interval or empty; returns others unchanged."""
+    """Converts a mask bool [B, 1, S, T] to Intervals if each row is one interval or empty; returns others unchanged.
+
+    A row is one interval if the distance of its first and last visible key equals their number.
+    """
     count, first = mask.sum(-1), mask.int().argmax(-1)
     end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
     if not bool(((end - first == count) | (count == 0)).all()):

@@ -101,7 +101,7 @@ class MLA(Operator):
         backend: str = "triton",
         **kwargs: Any,
     ) -> MLA:
-        """Creates the operator that replaces a transformers MLA attention, without its kv_b_proj until `ready` (KVExpansion).
+        """Creates the operator that replaces a transformers MLA attention. `ready` adds a new kv_b_proj.
 
         Args:
             old: The module, on the meta device.
@@ -509,7 +509,7 @@ class MLA(Operator):
         return cpu.linear_batched(flat.expand(w_uv.matrices, -1, -1), w_uv).transpose(0, 1).reshape(flat.shape[0], -1)
 
     def floats(self) -> dict[str, Floats]:
-        """Returns the view of kv_b_proj.weight, [heads * (nope + v), rank]: each head's rows of W_UK, then those of W_UV."""
+        """Returns the view of kv_b_proj.weight [heads * (nope + v), rank]: per head the rows of W_UK, then of W_UV."""
         self.check_loaded()
         k, v = self.w_uk_t, self.w_uv
         rows_per_head = k.k + v.n

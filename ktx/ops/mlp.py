@@ -89,15 +89,9 @@ class MLPBlock:
         num_experts, expert_width = 0, 0  # no routed experts; the layer takes the place of the shared ones
         sizes = [matrices.hidden, num_experts, expert_width, fused.matrices[0].n]
         biases = None, None  # of the logits and of the expert selection
-        route_args = (
-            1,
-            "softmax",
-            "none",
-            1,
-            1,
-            False,
-            1.0,
-        )  # see Router.route_args; without experts they have no effect
+        # The arguments of Router.route_args; without routed experts they have no effect.
+        top_k, num_groups, topk_groups = 1, 1, 1
+        route_args = top_k, "softmax", "none", num_groups, topk_groups, False, 1.0
         self.fused_step = FusedStep(
             "moe_step",
             matrices.packed,

@@ -34,12 +34,12 @@ class FusedStep:
     """Creates the kernel step of a fused block on first use, with and without the norm of its input.
 
     Args:
-        make: The kernel function that creates the step (ktx.kernels.fused_steps).
+        factory: The name of the kernel function that creates the step (ktx.kernels.fused_steps).
         *args: Its arguments: the weights and options of the block.
     """
 
-    def __init__(self, make: str, *args: Any):
-        self.factory, self.args = make, args
+    def __init__(self, factory: str, *args: Any):
+        self.factory, self.args = factory, args
         self.steps: dict[bool, tuple[Any, FusedStepHandle]] = {}
 
     def step(self, before: PreNorm = NO_NORM) -> FusedStepHandle:
@@ -106,9 +106,9 @@ class FusedAttention(Protocol):
     Attributes:
         owner: The attention module.
         heads: The number of cached heads.
-        columns: The cached columns of a head in the two KV buffers.
-        halved: Whether the rotary tables lack their second half, which equals the first.
-        made: The step of the block.
+        head_dims: The cached columns of a head in the two KV buffers.
+        half_rotary: Whether the rotary tables lack their second half, which equals the first.
+        fused_step: The step of the block.
     """
 
     owner: Any
@@ -129,9 +129,9 @@ class KVTarget:
         mask: The dense mask, or None.
         ragged: The sequences, pages and slots of a batch on the paged KV cache.
         layers: The cache layers of the blocks, if the cache grows in place; the new tokens become part of a layer when
-            `store_converted` is called.
-        numbers: The indices of these layers in the cache.
-        edits: The version of the mask (`edits_of`).
+            `commit` is called.
+        layer_indices: The indices of these layers in the cache.
+        edits: The version of the mask (`mask_version`).
     """
 
     buffers: list[torch.Tensor]
@@ -144,7 +144,7 @@ class KVTarget:
     edits: Any = 0
 
     def kernel_args(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
-        """Returns the arguments of `ktx.kernels.fused_steps.run` for this target and these rotary tables."""
+        """Returns the arguments of `ktx.kernels.fused_steps.run_steps` for this target and these rotary tables."""
         return (
             self.buffers,
             self.past,

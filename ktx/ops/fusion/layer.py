@@ -188,7 +188,7 @@ class PrecomputedOutput:
 
 def _is_training(layers: list[LayerBlocks]) -> bool:
     """Whether any module of the layers is in training mode, in which it may apply dropout or add noise."""
-    return any(module.training for parts in layers for module in parts.layer.modules())
+    return any(module.training for blocks in layers for module in blocks.layer.modules())
 
 
 def _same_tables(left: Any, right: Any) -> bool:
@@ -251,8 +251,8 @@ class FusedLayerGroup:
     def _set_layers(self, layers: list[LayerBlocks]) -> None:
         """Stores the blocks of the layers, and derives the kernel steps from them: attention, then feed-forward."""
         self.layers, self.changes = layers, ChangeCounter.count
-        self.blocks = [parts.attention for parts in layers]
-        self.has_dropout = any(parts.attention.has_dropout or parts.mlp.has_dropout for parts in layers)
+        self.blocks = [blocks.attention for blocks in layers]
+        self.has_dropout = any(blocks.attention.has_dropout or blocks.mlp.has_dropout for blocks in layers)
         self.steps = [
             fused_step.step(norm)
             for _, block, attention, mlp, _ in layers
@@ -268,8 +268,8 @@ class FusedLayerGroup:
         if self.changes == ChangeCounter.count:
             return False
         self.changes = ChangeCounter.count
-        layers = [LayerBlocks.of(parts.layer) for parts in self.layers]
-        valid = [parts for parts in layers if parts is not None]
+        layers = [LayerBlocks.of(blocks.layer) for blocks in self.layers]
+        valid = [blocks for blocks in layers if blocks is not None]
         if len(valid) < len(layers):
             return False
         self._set_layers(valid)
@@ -287,7 +287,7 @@ class FusedLayerGroup:
         layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
         if not first.supports(hidden_states, inputs.cache) or self.has_dropout and _is_training(layers):
             return None
-        if not all(parts.are_valid() for parts in layers):
+        if not all(blocks.are_valid() for blocks in layers):
             if not self._rebuilt():
                 return None
             first, layers = self.blocks[0], self.layers[: len(layers)]
@@ -344,27 +344,27 @@ def group_layers(model: nn.Module) -> None:
             continue
         if type(module) is nn.ModuleList and any(isinstance(child, Layer) for child in module):
             module.__class__ = GroupedLayers
-        row: list[LayerBlocks] = []
+        run: list[LayerBlocks] = []
         for child in [*module, None]:
-            parts = LayerBlocks.of(child) if isinstance(child, Layer) else None
-            if row and (parts is None or _grouping_key(parts) != _grouping_key(row[0])):
-                for i in range(0, len(row) - 1, GROUP_LAYERS):
-                    # A group extends to the end of the row; calls of many tokens use only its first layers.
-                    row[i].layer.fused_group = FusedLayerGroup(row[i:])
-                row = []
-            if parts is not None:
-                row.append(parts)
+            blocks = LayerBlocks.of(child) if isinstance(child, Layer) else None
+            if run and (blocks is None or _grouping_key(blocks) != _grouping_key(run[0])):
+                for i in range(0, len(run) - 1, GROUP_LAYERS):
+                    # A group extends to the end of the run; calls of many tokens use only its first layers.
+                    run[i].layer.fused_group = FusedLayerGroup(run[i:])
+                run = []
+            if blocks is not None:
+                run.append(blocks)
 
 
-def _grouping_key(parts: LayerBlocks) -> tuple[Any, ...]:
+def _grouping_key(blocks: LayerBlocks) -> tuple[Any, ...]:
     """Returns what layers of a group must have in common: the same kind of attention, to the same keys."""
-    attention = parts.attention.owner
+    attention = blocks.attention.owner
     layer_types = getattr(getattr(attention, "config", None), "layer_types", None)
     expands = getattr(attention, "w_uk", None) is not None
     return (
-        type(parts.attention),
+        type(blocks.attention),
         layer_types and layer_types[attention.layer_idx],
         attention.kv_dtype,
-        parts.attention.half_rotary,
+        blocks.attention.half_rotary,
         expands,
     )

@@ -19,7 +19,7 @@ from ktx.ops.fusion.fused import rotary_tables, sliding_window, split_mask
 from ktx.ops.gpu.kv_view import PagedView, layer_in_floats, reserve_kv, view_of_batch, view_of_states
 
 NAME = "ktx_gpu"
-MAX_SCORES = 1 << 26  # attention scores computed at once in `attend_reference`, in elements
+MAX_SCORES = 1 << 26  # attention scores computed at once in `attend_in_torch`, in elements
 
 
 def attend(

@@ -40,7 +40,7 @@ class ExpertChunk:
         experts: the layer's CPU operator.
         first: index of the first expert, relative to the first one in CPU memory.
         count: number of experts.
-        following: the next chunk to prefetch; None for the last one.
+        next_chunk: the next chunk to prefetch; None for the last one.
     """
 
     experts: Experts
@@ -48,8 +48,11 @@ class ExpertChunk:
     count: int
     next_chunk: ExpertChunk | None = None
 
-    def numa_spans(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Yields a projection's packed bytes on each NUMA node, with the first row group there and the group count."""
+    def node_shares(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """Yields a projection's packed bytes on each NUMA node, with the first row group there and the group count.
+
+        Each node holds a range of the rows of all experts (cpu.Packed.numa_ends), so a chunk is one range per node.
+        """
         packed = self.experts.weights[name]
         groups = -(-packed.n // cpu.GROUP_ROWS)
         group_bytes = packed.nbytes // packed.matrices // groups
@@ -64,7 +67,7 @@ class ExpertChunk:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a projection in the CPU's packed layout."""
-        return sum(data.numel() for data, _, _ in self.numa_spans(name))
+        return sum(data.numel() for data, _, _ in self.node_shares(name))
 
     def file_bytes(self, name: str) -> int:
         """Bytes of a projection as stored in the weight file, which is also its size in SoA layout."""
@@ -85,6 +88,7 @@ class Streamer:
     def __init__(
         self, device: torch.device, layers: Sequence[Experts], stream: Stream, limit: int = STREAM_CHUNK_BYTES
     ):
+        """Allocates both buffers for the largest chunk, and links each chunk to the next one; see the class."""
         self.device, self.stream = device, stream
         self.chunks = {experts: list(_chunks_of(experts, limit)) for experts in layers}
         chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
@@ -114,13 +118,13 @@ class Streamer:
         The outputs of a layer's chunks are summed in f32.
         """
         inputs = hidden, ids.to(torch.int64), weights.to(torch.float32)
-        chosen = experts.gpu_counts if experts.on_gpu is None else experts.on_gpu.gpu_counts
+        gpu_counts = experts.gpu_counts if experts.on_gpu is None else experts.on_gpu.gpu_counts
         chunks, total = self.chunks[experts], None
         for chunk in chunks:
             matrices = self._fetch(chunk)
             indices = slice(chunk.first, chunk.first + chunk.count)
             biases = [None if bias is None else bias[indices] for bias in self.biases[experts]]
-            out = run_experts(experts.gate, inputs, matrices, biases, experts.first_expert + chunk.first, chosen)
+            out = run_experts(experts.gate, inputs, matrices, biases, experts.first_expert + chunk.first, gpu_counts)
             total = out if len(chunks) == 1 else out.float() if total is None else total + out
         assert total is not None
         return total.to(hidden.dtype)
@@ -144,7 +148,7 @@ class Streamer:
         """Queues the copy of a projection behind the caller's stream, whose kernels may still read the buffer."""
         self.stream.fork()
         offset = 0
-        for data, _, _ in chunk.numa_spans(name):
+        for data, _, _ in chunk.node_shares(name):
             self.stream.copy(self.raw_buffers[name][offset : offset + data.numel()], data)
             offset += data.numel()
 
@@ -152,7 +156,7 @@ class Streamer:
         """Repacks a projection from the raw buffer into the SoA buffer."""
         packed, offset = chunk.experts.weights[name], 0
         target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.soa_buffers[name])
-        for data, begin, groups in chunk.numa_spans(name):
+        for data, begin, groups in chunk.node_shares(name):
             unpack(self.raw_buffers[name][offset : offset + data.numel()].view(chunk.count, groups, -1), target, begin)
             offset += data.numel()
         return target

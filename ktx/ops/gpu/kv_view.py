@@ -59,13 +59,14 @@ def cached_plan(
 ) -> Any:
     """Returns the kernels' plan for the sequences of `tables`, cached there with its schedule and scratch."""
     plans, exact = tables.plans, dtype is torch.float32
-    work_key, plan_key = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
-    if work_key not in tables.token_plans:
-        tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(work_key)
+    # The schedule does not depend on the window; plans do.
+    schedule_key, plan_key = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
+    if schedule_key not in tables.token_plans:
+        tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(schedule_key)
         schedule = kernels.schedule(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
-        tables.token_plans[work_key], tables.scratch[work_key] = schedule, schedule.scratch
+        tables.token_plans[schedule_key], tables.scratch[schedule_key] = schedule, schedule.scratch
     if plan_key not in plans:
-        plans[plan_key] = tables.token_plans[work_key].plan(tables.sequences, tables.pages, window)
+        plans[plan_key] = tables.token_plans[schedule_key].plan(tables.sequences, tables.pages, window)
     return plans[plan_key]
 
 
@@ -167,7 +168,10 @@ def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: i
 
 
 def _spec_of_ranges(ranges: torch.Tensor) -> CausalSpec | None:
-    """Parses visible key ranges int32 [B, S, 2]."""
+    """Parses visible key ranges int32 [B, S, 2]; None if they are not those of a causal mask with at most one window.
+
+    Causal: the end grows by one key per token. Window: where a range does not begin at key 0, all have the same length.
+    """
     begin, end = ranges.unbind(-1)  # int32 [B, S]
     last, num_new = end[:, -1:], end.shape[1]
     if not torch.equal(end, last + torch.arange(1 - num_new, 1, dtype=end.dtype)) or int(end.min()) < 1:
@@ -239,7 +243,13 @@ def _pool(buffer: torch.Tensor) -> torch.Tensor:
 
 
 def _tables(num_keys: Sequence[int], num_new: int, stride_pages: int) -> PageTables:
-    """Builds page tables on the CPU; `stride_pages` is the distance of two sequences' first pages."""
+    """Builds the page tables of a growing cache on the CPU: a sequence's pages are consecutive.
+
+    Args:
+        num_keys: per sequence, the number of keys including the new ones.
+        num_new: number of new tokens of each sequence.
+        stride_pages: the distance of two sequences' first pages.
+    """
     batch = len(num_keys)
     first, ends = torch.arange(batch)[:, None] * stride_pages, torch.tensor(num_keys)
     pages = first + torch.arange(-(-max(num_keys) // PAGE_TOKENS))

@@ -159,11 +159,11 @@ class MLA(mla.MLA):
         out = q_nope.new_empty(1, q_nope.shape[2], self.num_heads * self.v_head_dim)
         for i in with_full_pages:
             self._expand(q_nope, q_rope, view, i, out)
-        rest = view.tables.plans.get("rest")
-        if rest is None:  # equal for all layers
-            rest = view.tables.plans["rest"] = _tokens_outside_full_pages(view)
-        if rest:
-            indices, counts, tables = rest
+        remainder = view.tables.plans.get("rest")
+        if remainder is None:  # the first layer computes it for all others
+            remainder = view.tables.plans["rest"] = _tokens_outside_full_pages(view)
+        if remainder:
+            indices, counts, tables = remainder
             queries = q_nope.index_select(2, indices), q_rope.index_select(2, indices)
             out[:, indices] = self.absorbed_on(*queries, view, tables, counts)
         return out

@@ -50,6 +50,11 @@ class MoE(moe.MoE):
         return isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
 
     def start_experts(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        """Starts the routed experts: those of the CPU there or streamed to the GPU, and those that the GPU holds.
+
+        Returns:
+            A PendingMoE for `finish_experts`; without offload, what the base class returns.
+        """
         if self.offload is None:
             return super().start_experts(flat, ids, weights)
         gpu_experts, pending, streamed = self.experts.on_gpu, None, None
@@ -58,8 +63,10 @@ class MoE(moe.MoE):
             streamed = self.streamer(self.experts, flat, ids, weights)
         elif self.experts.num_experts:
             pending = self.offload.submit(self.experts, flat, ids, weights)
-        out = None if gpu_experts is None else gpu_experts(flat, ids, weights)
-        return PendingMoE(out if streamed is None else streamed if out is None else streamed + out, pending)
+        gpu_output = None if gpu_experts is None else gpu_experts(flat, ids, weights)
+        if streamed is not None:
+            gpu_output = streamed if gpu_output is None else streamed + gpu_output
+        return PendingMoE(gpu_output, pending)
 
     def should_stream(self, flat: torch.Tensor) -> bool:
         """Whether to stream the CPU's experts to the GPU for these tokens.
@@ -74,11 +81,11 @@ class MoE(moe.MoE):
     def finish_experts(self, started: Any) -> torch.Tensor:
         if self.offload is None:
             return super().finish_experts(started)
-        gpu_out, pending = started
-        if pending is None:
-            return gpu_out
-        cpu_out = self.offload.result(pending)
-        return cpu_out if gpu_out is None else cpu_out + gpu_out
+        gpu_output, cpu_job = started
+        if cpu_job is None:
+            return gpu_output
+        cpu_output = self.offload.result(cpu_job)
+        return cpu_output if gpu_output is None else cpu_output + gpu_output
 
 
 def install_offload(model: Any) -> None:

@@ -22,7 +22,7 @@ class Padding:
 
     Attributes:
         count: int64 [1] in CPU memory.
-        real: int64 [rows] on the device, nonzero for tokens.
+        is_token: int64 [rows] on the device, nonzero for tokens.
     """
 
     count: torch.Tensor

@@ -39,7 +39,7 @@ def _called(number: int) -> None:
 def collect_graph_functions() -> Iterator[list[int]]:
     """Collects the numbers of the functions that a CUDA graph captured inside calls at each replay.
 
-    Pass them to `forget` when the graph is freed.
+    Pass them to `unregister` when the graph is freed.
     """
     graph_numbers: list[int] = []
     token = _graph_numbers.set(graph_numbers)
@@ -148,6 +148,7 @@ class ThreadStream(RecreatedOnFork):
         self.jobs: Jobs = queue.SimpleQueue()
 
     def _put(self, job: Callable[[], None]) -> None:
+        """Queues a job, and starts the thread with the first one."""
         if self.thread is None:  # the thread holds no reference to the stream and ends when the stream is freed
             self.thread = threading.Thread(target=_work, args=(self.jobs, self.error), name="ktx-handover", daemon=True)
             self.thread.start()
@@ -155,6 +156,7 @@ class ThreadStream(RecreatedOnFork):
         self.jobs.put(job)
 
     def fork(self) -> None:
+        """Queues a wait for all work that the caller's CUDA stream has now; on a fake GPU that work is already done."""
         if self.side is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
