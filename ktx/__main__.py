@@ -69,7 +69,10 @@ def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(args: object) -> int:
-    """Runs a parsed command and returns its exit status; an error that the user can fix is printed as one line."""
+    """Runs a parsed command and returns its exit status.
+
+    An error that the user can fix (KtxError) is printed as one line, not as a traceback, unless --debug is given.
+    """
     module = importlib.import_module(f"ktx.cli.{args.command}")  # type: ignore[attr-defined]
     debug = getattr(args, "debug", False)
     _fix_streams()

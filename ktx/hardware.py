@@ -57,7 +57,7 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Detects the hardware from /proc and /sys; takes about a millisecond."""
+    """Detects the hardware from /proc and /sys, as far as this process may use it; takes about a millisecond."""
     info = _cpuinfo()
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     quota = cpu_quota()

@@ -125,6 +125,7 @@ class Prompts:
         return prompts if self.vocabulary else [" ".join(words) for words in prompts]
 
     def _units(self, rng: random.Random, tokens: int, first: bool) -> list[Any]:
+        """Returns random token ids, or words that have about `tokens` tokens with the server's BOS if `first`."""
         if self.vocabulary:
             return [rng.randrange(3, self.vocabulary) for _ in range(tokens)]
         count = round((tokens - (self.extra_tokens if first else 0)) / self.tokens_per_word)

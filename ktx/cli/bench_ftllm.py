@@ -97,7 +97,7 @@ def main() -> int:
         return run_model_tests(llm, args, out)
     folder = Path(tempfile.mkdtemp(prefix="ktx-bench-"))
     try:
-        tensors = write(folder, args.layer)
+        tensors = write_model(folder, args.layer)
 
         def build(name: str) -> Callable[[int], dict[str, float]]:
             return load_layer(llm, folder, args.layer, tensors, name)
@@ -110,8 +110,11 @@ def main() -> int:
     return 0
 
 
-def write(folder: Path, layer: MoELayer) -> dict[str, Any]:
+def write_model(folder: Path, layer: MoELayer) -> dict[str, Any]:
     """Writes the one-layer model to a Hugging Face folder in bf16.
+
+    Attention contributes nothing (o_proj is zero) and the norms are ones, so that the logits show the errors of the
+    experts.
 
     Returns:
         Its tensors by name, without those of the experts, which are in "weights" as gate, up and down.
@@ -182,7 +185,7 @@ class FtllmModel:
         self.stops = self.model.stop_token_ctypes(None)
 
     def submit(self, ids: list[int], max_tokens: int, logits: bool = False) -> int:
-        """Starts a greedy request of at most `answer` tokens and returns its handle."""
+        """Starts a greedy request of at most `max_tokens` tokens and returns its handle."""
         single = ctypes.c_float(1)
         return int(
             self.library.launch_response_llm_model(

@@ -107,8 +107,8 @@ def build_layer(
     # the default argument keeps the tensors alive, because the layer may point into them
     def measure(tokens: int, tensors_alive: Any = tensors) -> dict[str, float]:
         """Returns milliseconds per forward of kt-kernel, and its relative error against the f32 reference."""
-        x, ids, shares = layer.call(tokens)
-        ids, shares, result = ids.contiguous(), shares.contiguous(), torch.zeros_like(x)
+        x, ids, routing_weights = layer.call(tokens)
+        ids, routing_weights, result = ids.contiguous(), routing_weights.contiguous(), torch.zeros_like(x)
 
         def forward() -> None:
             count = torch.tensor([tokens], dtype=torch.int32)  # the kernel may write to it
@@ -116,7 +116,7 @@ def build_layer(
                 count.data_ptr(),
                 layer.top,
                 ids.data_ptr(),
-                shares.data_ptr(),
+                routing_weights.data_ptr(),
                 x.data_ptr(),
                 result.data_ptr(),
                 False,
@@ -126,7 +126,9 @@ def build_layer(
 
         forward()
         checked = slice(0, CHECKED_TOKENS)
-        error = relative_error(result[checked], reference_output(weights, x[checked], ids[checked], shares[checked]))
+        error = relative_error(
+            result[checked], reference_output(weights, x[checked], ids[checked], routing_weights[checked])
+        )
         return {"ms": milliseconds(forward), "relative_error": error}
 
     return measure

@@ -93,13 +93,15 @@ def active_params(model: Any) -> int:
 def matrix_errors(model: Any, together: int) -> dict[str, float]:
     """Measures the error of one matrix product of each weight type, on Gaussian activations.
 
-    Of stacked matrices, the rows of the first matrix on the first NUMA node are used.
+    Errors of ktx's kernels only: the reference multiplies the same quantized weights in float64. Of stacked matrices,
+    the rows of the first matrix on the first NUMA node are used, because each node has its own part of the packed
+    bytes.
 
     Args:
-        together: tokens that are multiplied in one call.
+        together: tokens that are multiplied in one call; kernels differ for one token and for many.
 
     Returns:
-        The relative RMS error against float64 on the same weights, by type.
+        The relative RMS error, by type.
     """
     import torch
 

@@ -162,11 +162,16 @@ def main() -> int:
         )
 
         def measure(tokens: int) -> dict[str, float]:
-            x, ids, shares = layer.call(tokens)
-            out = cpu.experts(x, ids, shares, gate, up, down)
+            x, ids, routing_weights = layer.call(tokens)
+            out = cpu.experts(x, ids, routing_weights, gate, up, down)
             checked = slice(0, CHECKED_TOKENS)
-            error = relative_error(out[checked], reference_output(weights, x[checked], ids[checked], shares[checked]))
-            return {"ms": milliseconds(lambda: cpu.experts(x, ids, shares, gate, up, down)), "relative_error": error}
+            error = relative_error(
+                out[checked], reference_output(weights, x[checked], ids[checked], routing_weights[checked])
+            )
+            return {
+                "ms": milliseconds(lambda: cpu.experts(x, ids, routing_weights, gate, up, down)),
+                "relative_error": error,
+            }
 
         return measure
 

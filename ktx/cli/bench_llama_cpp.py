@@ -97,6 +97,7 @@ class IkLlamaCpp(LlamaCpp):
         self.lib.llama_kv_cache_clear(self.state)
 
     def batch(self, tokens: Any) -> Any:
+        """A batch at the current position: this API does not continue by itself."""
         return self.lib.llama_batch(
             n_tokens=len(tokens), token=tokens, all_pos_0=self.position, all_pos_1=1, all_seq_id=0
         )

@@ -68,12 +68,12 @@ class MoELayer:
         rng = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, self.hidden, generator=rng).bfloat16()
         ids = torch.stack([torch.randperm(self.experts, generator=rng)[: self.top] for _ in range(tokens)])
-        shares = torch.rand(tokens, self.top, generator=rng)
-        return x, ids, shares / shares.sum(-1, keepdim=True)
+        routing_weights = torch.rand(tokens, self.top, generator=rng)
+        return x, ids, routing_weights / routing_weights.sum(-1, keepdim=True)
 
 
-def reference_output(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
-    """Computes the layer in float32: the sum over the chosen experts of share * down(silu(gate x) * up x)."""
+def reference_output(weights: list[Any], x: Any, ids: Any, routing_weights: Any) -> Any:
+    """Computes the layer in float32: the sum over the chosen experts of routing weight * down(silu(gate x) * up x)."""
     import torch
 
     out = torch.zeros(len(x), weights[2].shape[1])
@@ -82,12 +82,12 @@ def reference_output(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
         gate, up, down = (w[e].float() for w in weights)
         rows = x[tokens].float()
         y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-        out.index_add_(0, tokens, y * shares[tokens, slots, None])
+        out.index_add_(0, tokens, y * routing_weights[tokens, slots, None])
     return out
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Returns the mean milliseconds of a call, over at least ENOUGH seconds."""
+    """Returns the mean milliseconds of a call, over at least MIN_SECONDS."""
     call()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < MIN_SECONDS or count < 2:

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     engine_options(parser, batch="the largest number of clients")
     output = parser.add_argument_group("output")
-    flag(output, "--json", help="print JSON lines instead of a table")
+    flag(output, "--json", help="print JSON lines instead of a print_table")
     output.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
     output.add_argument("--plot", metavar="PNG", help="plot latency against throughput to PNG (needs matplotlib)")
 
@@ -169,7 +169,7 @@ async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: 
         "shared_prefix": load.shared_prefix,
         "same": load.same,
         "temperature": load.temperature,
-        **figures(timings, concurrency),
+        **summarize(timings, concurrency),
     }
 
 
@@ -186,7 +186,7 @@ async def first_model(http: Any) -> str:
     return str(names[0])
 
 
-def figures(timings: list[Timing], concurrency: int) -> Line:
+def summarize(timings: list[Timing], concurrency: int) -> Line:
     """Summarizes a level, without the requests that failed.
 
     Latencies are in seconds, speeds in tokens per second of the level's total time.
@@ -231,7 +231,8 @@ def quantile(values: list[float], percent: int) -> float | None:
 def decode_speed(timings: list[Timing], clients: int) -> float | None:
     """Returns tokens per second over the time in which all clients were decoding.
 
-    A client is decoding between the first and the last token of an answer. None when they never all were.
+    Unlike the total speed it contains no prefill, so it can be compared with a decode benchmark. A client is decoding
+    between the first and the last token of an answer. None when they never all were.
     """
     changes = [(timing.chunks[0][0], 1) for timing in timings] + [(timing.chunks[-1][0], -1) for timing in timings]
     num_decoding, seconds, spans = 0, 0.0, list[tuple[float, float]]()
@@ -247,11 +248,11 @@ def decode_speed(timings: list[Timing], clients: int) -> float | None:
 
 
 def report(lines: list[Line], args: argparse.Namespace) -> None:
-    """Prints the table or JSON, and writes the record and the plot."""
+    """Prints the print_table or JSON, and writes the record and the plot."""
     if args.json:
         print(*map(json.dumps, lines), sep="\n")
     else:
-        table(lines)
+        print_table(lines)
     for line in lines:
         if line["errors"]:
             print(f"ktx: {line['errors']} errors in {line['test']}, the first: {line['error']}", file=sys.stderr)
@@ -264,8 +265,8 @@ def report(lines: list[Line], args: argparse.Namespace) -> None:
         draw(lines, args.plot)
 
 
-def table(lines: list[Line]) -> None:
-    """Prints the lines as a table."""
+def print_table(lines: list[Line]) -> None:
+    """Prints the lines as a print_table."""
     first = lines[0]
     print(f"{first['machine']}: {first['server']}, {first['model']}")
     print(

@@ -107,11 +107,11 @@ def select_files(
         if not selected:
             raise UsageError(f"{repo}: no file matches {' or '.join(include)}; it contains {_first_names(files)}")
     else:
-        selected = _weights(repo, safe, pickles, tag)
+        selected = _select_weights(repo, safe, pickles, tag)
     weights = [file for file in selected if file.kind in WEIGHT_SUFFIXES]
-    beside = {file for file in safe if weights and "/" not in file.path and matches(file, OTHER_FILES)}
+    next_to_weights = {file for file in safe if weights and "/" not in file.path and matches(file, OTHER_FILES)}
     others = {file for file in selected if file not in weights}
-    return FileSelection(weights, sorted(others | beside, key=lambda file: file.path), pickles)
+    return FileSelection(weights, sorted(others | next_to_weights, key=lambda file: file.path), pickles)
 
 
 def matches(file: File, globs: Sequence[str]) -> bool:
@@ -120,11 +120,11 @@ def matches(file: File, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob + "*" if glob.endswith("/") else glob) for glob in globs for name in names)
 
 
-def _weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str) -> list[File]:
+def _select_weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str) -> list[File]:
     """The weights when no glob is given: quantization `tag`, else safetensors, else the only GGUF model."""
-    found, tensors = list_quantizations(files), _safetensors(files)
+    found, tensors = list_quantizations(files), _select_safetensors(files)
     if tag:
-        return list(_tagged(repo, found, tag).files)
+        return list(_find_quantization(repo, found, tag).files)
     if tensors:
         return tensors
     if len(found) > 1:
@@ -142,7 +142,7 @@ def _weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str
     )
 
 
-def _safetensors(files: Sequence[File]) -> list[File]:
+def _select_safetensors(files: Sequence[File]) -> list[File]:
     """The safetensors in the top folder, of two copies there the one that transformers reads; if none, all of them."""
     tensors = [file for file in files if file.kind == ".safetensors"]
     top = [file for file in tensors if "/" not in file.path]
@@ -150,14 +150,17 @@ def _safetensors(files: Sequence[File]) -> list[File]:
 
 
 def list_quantizations(files: Sequence[File]) -> list[Quantization]:
-    """The GGUF models of a repository, smallest first."""
+    """The GGUF models of a repository, smallest first: the parts of a split file are one model.
+
+    Models with the same quantization are named by their file instead.
+    """
     groups: dict[str, list[File]] = {}
     for file in files:
         path = PurePosixPath(file.path)
         if file.kind == ".gguf" and not NOT_MODEL.search(path.name):
             split = SPLIT.match(path.stem)
             groups.setdefault(str(path.parent / (split[1] if split else path.stem)), []).append(file)
-    names = [_name(stem) for stem in groups]
+    names = [_quantization_name(stem) for stem in groups]
     found = [
         Quantization(
             name if names.count(name) == 1 else PurePosixPath(stem).name,
@@ -169,7 +172,7 @@ def list_quantizations(files: Sequence[File]) -> list[Quantization]:
     return sorted(found, key=lambda quantization: (quantization.size, quantization.name))
 
 
-def _name(stem: str) -> str:
+def _quantization_name(stem: str) -> str:
     """The last quantization type in a file's name, else in its folder's name, else the complete file name."""
     path = PurePosixPath(stem)
     for part in (path.name, path.parent.name):
@@ -178,13 +181,13 @@ def _name(stem: str) -> str:
     return path.name
 
 
-def _tagged(repo: str, found: Sequence[Quantization], tag: str) -> Quantization:
+def _find_quantization(repo: str, found: Sequence[Quantization], tag: str) -> Quantization:
     """The quantization named `tag`, ignoring case, with or without Unsloth's prefix UD-."""
     if not found:
         raise UsageError(f"{repo}: contains no GGUF, so no quantization {tag!r}; leave :{tag} out")
     requested = tag.upper()
     for names in ((requested,), (f"UD-{requested}",)):
-        matching = [one for one in found if one.name.upper() in names or _name(one.stem) in names]
+        matching = [one for one in found if one.name.upper() in names or _quantization_name(one.stem) in names]
         if matching:
             break
     if len(matching) != 1:

@@ -235,6 +235,7 @@ class ResumableFile:
         return hashlib.file_digest(self.file, "sha256")
 
     def write(self, data: bytes) -> int:
+        """Appends downloaded bytes; raises KtxError once the download is stopped, which ends http_get."""
         if self.stop.is_set():
             raise KtxError("the download was stopped")
         self.digest.update(data)

@@ -56,7 +56,7 @@ def parse_entry(
     """Parses an entry of a device map.
 
     Args:
-        key: a name in WORDS, a range of layers, or a regular expression.
+        key: a name in MODULE_NAMES, a range of layers, or a regular expression.
         device: cpu, cuda, cuda:N, or for `all` several GPUs as a list or separated by commas.
         where: prefix of error messages.
         explicit: whether an option set the entry.

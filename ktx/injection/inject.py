@@ -223,7 +223,10 @@ def _with_layers(pattern: str, layers: Sequence[int]) -> str:
 
 
 def _fold_layers(plan: Plan) -> Iterator[tuple[str, Step]]:
-    """Yields steps that differ only in layer number and types as one, in order of first appearance."""
+    """Yields steps that differ only in layer number and types as one, in order of first appearance.
+
+    Layers of a model are nearly all equal; without this, the table of a large model has hundreds of rows.
+    """
     groups: dict[tuple[Any, ...], list[Step]] = {}
     for step in plan:
         key = (
@@ -308,7 +311,11 @@ class _Injector:
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
 
     def visit(self, path: str, module: nn.Module, device: Device) -> None:
-        """Places and replaces a module, then visits the children of the new module. `device` is the parent's."""
+        """Places and replaces a module, then visits the children of the new module. `device` is the parent's.
+
+        The new module's children are visited, not the old one's, so that rules also reach modules that an operator
+        contains. If some experts go to a GPU, both halves are recorded with the same tensors.
+        """
         index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
         rule = None if index is None else self.rules[index]
         parent_device, device = device, self.device_for(path, rule, device)
@@ -330,7 +337,11 @@ class _Injector:
             self.record_below(path, module, device)
 
     def split_experts(self, path: str, old: nn.Module, new: Experts, rule: Rule, parent_device: Device) -> None:
-        """Assigns some of a layer's CPU experts to the enclosing block's GPU, as the rule or the map requests."""
+        """Assigns some of a layer's CPU experts to the enclosing block's GPU, as the rule or the map requests.
+
+        Nothing changes unless the experts are on the CPU and the enclosing MoE block is on a GPU; `unsplit` records
+        requests that no layer could follow, for `warn_unsplit`.
+        """
         entry = next((entry for entry in self.gpu_expert_entries if entry.pattern.search(path)), None)
         num_gpu_experts, where = new.gpu_experts, f"{rule.where}: gpu_experts"
         if not num_gpu_experts and entry is not None:
@@ -449,7 +460,10 @@ class _Injector:
 
 
 def check_kwargs(cls: type[Operator], rule: Rule) -> None:
-    """Raises UsageError for an option that is missing, unknown to the operator's `from_hf`, or of the wrong type."""
+    """Raises UsageError for an option that is missing, unknown to the operator's `from_hf`, or of the wrong type.
+
+    Checked against the signature, so that a custom operator's options need no other declaration.
+    """
     parameters = [
         param
         for param in inspect.signature(cls.from_hf).parameters.values()

@@ -79,12 +79,16 @@ def translate(rule: Rule) -> Rule:
     if cls and cls.startswith((PREFIX, "~")):
         cls = CLASSES.get(cls.rpartition(".")[2], cls.rpartition(".")[2])
     if rule.replace is None and rule.kwargs or (rule.replace or "").startswith(PREFIX):
-        return _translated(rule, cls)
+        return _translate_class(rule, cls)
     return replace(rule, cls=cls) if cls != rule.cls else rule
 
 
-def _translated(rule: Rule, cls: str | None) -> Rule:
-    """Translates a rule whose replacement is a KTransformers class."""
+def _translate_class(rule: Rule, cls: str | None) -> Rule:
+    """Translates a rule whose replacement is a KTransformers class.
+
+    Options without an effect in ktx are warned of and dropped; `generate_device` becomes the device. Raises UsageError
+    for an unknown class.
+    """
     from ktx.errors import UsageError, did_you_mean
 
     name = (rule.replace or "").rpartition(".")[2]
@@ -103,10 +107,10 @@ def _translated(rule: Rule, cls: str | None) -> Rule:
     device = rule.device or rule.kwargs.get("generate_device")
     if device == "cuda":
         device = "cuda:0"
-    return replace(rule, name=_moved(rule.name), cls=cls, replace=operator, kwargs=kwargs, device=device)
+    return replace(rule, name=_rename_modules(rule.name), cls=cls, replace=operator, kwargs=kwargs, device=device)
 
 
-def _moved(pattern: re.Pattern[str] | None) -> re.Pattern[str] | None:
+def _rename_modules(pattern: re.Pattern[str] | None) -> re.Pattern[str] | None:
     """Replaces module names in a pattern that transformers 5 renamed."""
     if pattern is None:
         return None

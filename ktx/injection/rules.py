@@ -1,10 +1,9 @@
 """Rule files: parses YAML into rules and a device map.
 
 A rule file is a list. Each item has `match` (`name`, a regular expression searched in the module path, and/or `class`,
-a dotted or short name, or a regular
-expression for one, compared with the module's class and its bases) and `replace` (`class`, an operator's short name
-or dotted path, or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that
-matches applies. A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the
+a dotted or short name, or a regular expression for one, compared with the module's class and its bases) and `replace`
+(`class`, an operator's short name or dotted path, or `default` to keep the module; `kwargs`), and optionally `recursive`
+and `device`. The first rule that matches applies. A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the
 number of experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are
 streamed to it, and `rules` a list of rules or the name of another rule file; default: the rules of the model's
 architecture. Parsing does not import torch; every error names file and line.
@@ -36,7 +35,7 @@ class Rules(list[Rule]):
     """The rules of a file with its device map.
 
     `base` names the file that the rules are from; `explicit` means that the user chose the rules. `stream_experts` is
-    the file's value for ktx.injection.device_map.streaming, or None.
+    the file's value for ktx.injection.device_map.parse_stream_experts, or None.
     """
 
     stream_experts: int | str | None = None

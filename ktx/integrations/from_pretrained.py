@@ -160,7 +160,7 @@ class KtxQuantizer(HfQuantizer):
         """
         super().__init__(quantization_config, **kwargs)
         self.ktx_config = quantization_config
-        self.call = _call()
+        self.call = _find_call()
         for name, (ignored_values, alternative) in UNSUPPORTED_ARGUMENTS.items():
             argument = self.call.get(name)
             if name in self.call and not any(argument is value for value in ignored_values):
@@ -173,7 +173,10 @@ class KtxQuantizer(HfQuantizer):
         return True
 
     def update_device_map(self, device_map: Any) -> None:
-        """Reads the device of a full model; transformers itself places nothing."""
+        """Reads the device of a full model from `device_map`; transformers itself places nothing.
+
+        Raises UsageError for maps that place modules one by one, or `auto` if there are GPUs.
+        """
         if device_map is None:
             return
         if self.ktx_config.device is not None:
@@ -261,7 +264,7 @@ class KtxQuantizer(HfQuantizer):
 
         downloads = next((self.call[name] for name in DOWNLOAD_LOCALS if name in self.call), None)
         if not isinstance(downloads, dict):
-            raise _changed(DOWNLOAD_LOCALS)
+            raise _incompatible_error(DOWNLOAD_LOCALS)
         cache = Path(self.temp_dir.name, repo_folder_name(repo_id=self.name, repo_type="model"))
         self.empty_checkpoint = cache / "snapshots" / root.name / subfolder / EMPTY_CHECKPOINT
         revision = cache / "refs" / str(downloads["revision"] or "main")
@@ -288,7 +291,10 @@ class KtxQuantizer(HfQuantizer):
         model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Loads the model with ktx.load and moves its state into transformers' model object."""
+        """Loads the model with ktx.load and moves its state into transformers' model object.
+
+        from_pretrained returns that object, so it takes the loaded model's class and attributes.
+        """
         self.temp_dir.cleanup()
         options = self.ktx_config.options() | ({"device": self.device} if self.device else {})
         loaded, _ = load.load(
@@ -350,7 +356,7 @@ class KtxQuantizer(HfQuantizer):
             )
 
 
-def _call() -> dict[str, Any]:
+def _find_call() -> dict[str, Any]:
     """Returns the local variables, and thereby the arguments, of the current call of from_pretrained.
 
     Raises:
@@ -372,11 +378,11 @@ def _call() -> dict[str, Any]:
             " AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
         )
     if missing := [name for name in REQUIRED_LOCALS if name not in call_locals]:
-        raise _changed(missing)
+        raise _incompatible_error(missing)
     return call_locals
 
 
-def _changed(missing: Sequence[str]) -> KtxError:
+def _incompatible_error(missing: Sequence[str]) -> KtxError:
     """Returns the error for variables that this version of transformers does not have."""
     import transformers
 

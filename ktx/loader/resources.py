@@ -23,7 +23,10 @@ def memory_needed(plan: Plan, device: Device = CPU) -> int:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raises DoesNotFit if packed weights and a reserve exceed the free memory of the machine or of a GPU."""
+    """Raises DoesNotFit if packed weights and a reserve exceed the free memory of the machine or of a GPU.
+
+    Checked before loading, because the system ends a process that runs out of memory without a message.
+    """
     needed, (total, available) = memory_needed(plan), memory()
     if needed > available:
         raise DoesNotFit(
@@ -47,7 +50,10 @@ def open_packed_cache(folder: str | Path, plan: Plan, source: WeightSource) -> P
 
 
 def plan_identity(plan: Plan) -> list[Any]:
-    """Key of the packed cache: the files with size and time, and how each of their tensors is packed."""
+    """Key of the packed cache: the files with size and time, and how each of their tensors is packed.
+
+    Whatever changes the packed bytes must be in the key; otherwise an outdated cache would be loaded.
+    """
     files = sorted({spec.file for step in plan for spec in step.specs})
     stats = [(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
     plan_key = [

@@ -125,7 +125,7 @@ class CheckpointFolder:
         )
 
     def _finish(self, files: list[str], stem: str, places: dict[str, TensorSlot], model: Any) -> None:
-        """Writes the index of several files, and removes the files of an earlier save."""
+        """Writes the index of several files, and removes the files of an earlier save, which a loader would find too."""
         for earlier in self.path.glob(f"{stem}*.safetensors"):
             if earlier.name not in files and re.fullmatch(
                 rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors", earlier.name
@@ -182,7 +182,10 @@ def _write(
     metadata: Callable[[Iterable[str]], dict[str, str]],
     advance: Callable[[int], None],
 ) -> None:
-    """Writes the headers of all files, then every piece at its offset."""
+    """Writes the headers of all files, then every piece at its offset, in any order.
+
+    Raises UsageError for a missing piece. Offsets are known beforehand from the shapes, so no file has to be in memory.
+    """
     data_offsets = []
     for i, draft in enumerate(drafts):
         own_places = {name: place for name, place in places.items() if place.file == i}

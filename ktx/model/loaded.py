@@ -50,6 +50,7 @@ class LoadedModel(PreTrainedModel):
         return _empty_model, (hf_class, getattr(self.__dict__.get("ktx"), "files", None)), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copied or unpickled model; a copy gets its own LoadInfo, which refers to it weakly."""
         super().__setstate__(state)
         _watch_modules(self)
         info = self.__dict__.get("ktx")
@@ -153,7 +154,11 @@ class LoadedModel(PreTrainedModel):
         return result
 
     def _rebuild(self) -> None:
-        """Ties output layers and rebuilds everything derived from weights, after weights have changed."""
+        """Ties output layers and rebuilds everything derived from weights, after weights have changed.
+
+        Operators rebuild what they derive from their weights, children before parents; then layers are grouped for
+        fusion.
+        """
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
             modules: list[Any] = [self.get_submodule(name.rpartition(".")[0]) for name in (target, origin)]
             head, embedding = modules
@@ -166,6 +171,7 @@ class LoadedModel(PreTrainedModel):
         layer.group_layers(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As torch's, for `to`, `half` etc. Raises before any module changes if an operator does not support it."""
         for module in self.modules():  # all checks run before any module changes
             if isinstance(module, Operator):
                 module.cast_dtype(fn)
@@ -206,6 +212,7 @@ class LoadedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _unpack_embeddings(self) -> None:
+        """Replaces embedding and output layer by plain torch modules, tied to each other if they were."""
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
             self.set_input_embeddings(embedding.to_torch(None))

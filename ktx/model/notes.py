@@ -139,7 +139,7 @@ def collect_notes(
 
 
 def _plain_modules(plan: Plan) -> Iterator[Note]:
-    """Yields a note per class of modules with matrices that no operator replaced."""
+    """Yields a note per class of modules with matrices that no operator replaced, if these are much of the memory."""
     total = sum(step.memory_bytes for step in plan)
     steps_by_class: dict[str, list[Any]] = {}
     for step in plan:

@@ -84,7 +84,7 @@ class BuildArguments:
     cache_dir: str | None
 
     def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
-        """Builds model, plan and weight source again."""
+        """Builds model, plan and weight source again, without the warnings that loading has already issued."""
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
             model, plan, source, _ = prepare_model(
@@ -187,7 +187,10 @@ class WeightFiles:
 
     @torch_defaults()
     def _load(self, names: Collection[str]) -> None:
-        """Loads the packed weights of the named operators."""
+        """Loads the packed weights of the named operators, each into a copy of the planned operator.
+
+        `WeightFiles.register` receives the weights; `take` hands them to the operators that are being unpickled.
+        """
         if self.prepared is None:
             self.prepared = self.recipe.prepare()
         model, plan, source = self.prepared

@@ -82,7 +82,11 @@ def _written_dtype(
 def _pieces(
     places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values."""
+    """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values.
+
+    Pieces are converted and written one after another, so that saving needs the memory of one piece, not of the floats
+    of the model. `form` converts a loaded model's names and shapes to those of the checkpoint.
+    """
     independent = _independent(places, state, form)
     if independent is None:  # a written tensor combines several parameters: convert all at once
         for name, values in form({name: _values(value) for name, value in state.items()}).items():

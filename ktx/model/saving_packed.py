@@ -87,6 +87,7 @@ def save_packed(
 
 
 def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:
+    """Yields all tensors in pieces, as `Pieces` describes: the plain ones, then packed matrices some rows at a time."""
     for name, value in plain.items():
         yield name, 0, value
     for name, matrix in stored.items():

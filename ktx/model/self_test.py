@@ -198,7 +198,11 @@ def _token_pair(size: int, number: int) -> list[int]:
 
 
 def _test_pair(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
-    """Returns the fault that a token pair shows, or None."""
+    """Returns the fault that a token pair shows, or None.
+
+    Computes both tokens in one forward, then the second one again through the cache. Checked in this order: exceptions,
+    finite logits, outputs that differ between the tokens, and equal logits of the second token in both forwards.
+    """
     equal_modules: list[str] = []
     try:
         with _hooked(
@@ -320,6 +324,8 @@ def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, 
     """While entered, calls `look` with the output of each module, if it is a float tensor of `tokens` rows."""
 
     def hook(path: str) -> Callable[[Any, Any, Any], None]:
+        """Returns a forward hook for the module at `path`."""
+
         def on_output(module: Any, args: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple) and output else output
             if isinstance(rows, torch.Tensor) and rows.is_floating_point() and rows.dim() > 1:
@@ -353,7 +359,7 @@ def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def restore_state(model: nn.Module) -> Iterator[None]:
-    """Restores expert statistics and rotary tables on exit."""
+    """Restores expert statistics and rotary tables on exit, so that a test leaves no trace in them."""
     saved, tables = [], [(module, module.table) for module in model.modules() if isinstance(module, RotaryEmbedding)]
     for module in model.modules():
         if isinstance(module, Experts):

@@ -54,6 +54,7 @@ def _first(config: Any, attributes: tuple[str, ...]) -> Any:
 
 
 def _layers(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+    """The mismatch in the number of layers, or None. The file may count the layers of multi-token prediction or not."""
     blocks = metadata.get(f"{arch}.block_count")
     extra = metadata.get(f"{arch}.nextn_predict_layers", 0)
     layers = int(config.num_hidden_layers)
@@ -63,6 +64,7 @@ def _layers(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
 
 
 def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
+    """The mismatch in the size of the vocabulary, or None."""
     spec, vocabulary = tensors.get("token_embd.weight"), getattr(config, "vocab_size", None)
     if spec is None or vocabulary is None or spec.shape[0] == vocabulary:
         return None

@@ -132,6 +132,7 @@ class GGUFSource:
         return Verdict()
 
     def config_mismatches(self, config: Any) -> list[str]:
+        """Lines for each contradiction between the file's metadata and the configuration; empty when they agree."""
         from ktx.weights.check_config import gguf_mismatches
 
         tables = {name: partial(self._float_list, name) for name in ROPE_TABLES if name in self.tensors}

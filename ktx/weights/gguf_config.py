@@ -128,6 +128,7 @@ def _value(header: Header, arch: str, key: str) -> Any:
 
 
 def _vocabulary(header: Header) -> int:
+    """The vocabulary's size, from the embedding's rows; files need not store it as a key."""
     if "token_embd.weight" not in header.tensors:
         raise BadFile(f"{header.file}: the tensor token_embd.weight is missing")
     return header.tensors["token_embd.weight"].shape[0]
@@ -162,7 +163,11 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
 
 
 def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters and the related options of the configuration. Removes rope_theta from `values`."""
+    """rope_parameters and the related options of the configuration. Removes rope_theta from `values`.
+
+    Files store Llama 3's and longrope's scaling as tables, of which these are recovered, and yarn's and linear scaling
+    as keys. Raises BadFile for any other scaling.
+    """
     m = header.metadata
     kind, factor = rope_scaling(m, arch)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}

@@ -77,6 +77,7 @@ class _Reader:
             raise self.fail(f"{what} needs {size} bytes, but only {self.end - self.at} remain")
 
     def scalar(self, letter: str, what: str) -> Any:
+        """Reads a number; `letter` is its format in `struct`."""
         size = struct.calcsize("<" + letter)
         self.need(size, what)
         (value,) = struct.unpack_from("<" + letter, self.data, self.at)
@@ -100,6 +101,7 @@ class _Reader:
             raise self.fail(f"{what} is not UTF-8 text") from None
 
     def value(self, kind: int, key: str) -> Any:
+        """Reads a metadata value of GGUF's type number `kind`; `key` names it in errors."""
         if kind in SCALARS:
             return self.scalar(SCALARS[kind], f"the value of {key}")
         if kind == STRING:
@@ -185,6 +187,7 @@ def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
 
 
 def _read_metadata(r: _Reader, count: int) -> dict[str, Any]:
+    """Reads `count` keys with their values. Raises BadFile for an empty or repeated key."""
     metadata: dict[str, Any] = {}
     for i in range(count):
         key = r.string(f"metadata key {i}", 1 << 16)

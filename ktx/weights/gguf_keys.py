@@ -90,6 +90,7 @@ def head_dim(config: Any) -> int:
 
 
 def _num_rotated_columns(config: Any) -> int:
+    """The number of a head's columns that rope rotates."""
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_rope_head_dim)
     factor = rope_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
@@ -169,7 +170,11 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
-    """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported."""
+    """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported.
+
+    Unknown keys are reported too unless their value means "off", because a key that ktx ignores may change the
+    computation. UNCHECKED values follow from the tensors' shapes, which are checked elsewhere.
+    """
     mismatches = []
     for full_key, raw in metadata.items():
         key = full_key.removeprefix(f"{arch}.")
@@ -195,6 +200,7 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[
 
 
 def _same(value: Any, expected: Any) -> bool:
+    """Whether a file's value is one of the accepted ones (a tuple), or equals the expected one up to rounding."""
     if isinstance(expected, tuple):
         return value in expected
     if isinstance(value, (int, float)) and isinstance(expected, (int, float)):
@@ -231,7 +237,7 @@ def _sliding_window(metadata: Mapping[str, Any], arch: str, config: Any) -> list
 
 
 def _linear_layers(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
-    """Mismatches in which layers are linear attention."""
+    """Mismatches in which layers have linear attention: a list in the file, or full attention in every N-th layer."""
     kinds = getattr(config, "layer_types", None) or []
     listed, interval = (
         metadata.get(f"{arch}.attention.recurrent_layers"),
@@ -265,7 +271,10 @@ def rope_scaling(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
 def rope_mismatches(
     metadata: Mapping[str, Any], arch: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
-    """Mismatches in rope scaling. `tables`: readers of the ROPE_TABLES that the file has, by tensor name."""
+    """Mismatches in rope scaling, of the keys and of the tables of frequency divisors.
+
+    `tables`: readers of the ROPE_TABLES that the file has, by tensor name; they replace the keys for type and factor.
+    """
     rope = rope_of(config)
     config_kind = SCALING_TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
     mismatches = _table_mismatches(rope, config_kind, config, tables)

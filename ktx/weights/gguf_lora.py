@@ -107,7 +107,10 @@ class GGUFAdapter:
         )
 
     def _build(self, recipe: Recipe) -> LowRank:
-        """Applies a parameter's recipe to A and B. Raises UsageError when the recipe computes values."""
+        """Applies a parameter's recipe to the adapter: reordered rows are B's rows, reordered columns A's columns.
+
+        Raises UsageError when the recipe computes values, which have no low-rank form.
+        """
         if recipe.value is not None:
             tensors = " and ".join(part.tensor for part in recipe.parts)
             raise UsageError(
@@ -171,7 +174,10 @@ def _alpha(header: Header) -> float:
 
 
 def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dict[str, LowRank]:
-    """The adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B."""
+    """The adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B.
+
+    Raises BadFile for a missing or unsuitable half, UsageError for a tensor that is neither lora_a nor lora_b.
+    """
     halves: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in header.tensors.items():
         match = HALF.fullmatch(name)

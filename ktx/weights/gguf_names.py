@@ -52,7 +52,11 @@ class GGUFNames:
         self.name_map = _name_map(arch, max(1, int(config.num_hidden_layers)) + mtp_layers)
 
     def recipe(self, name: str) -> Recipe | None:
-        """The recipe for a parameter; None when the file does not contain it."""
+        """The recipe for a parameter; None when the file does not contain it.
+
+        SPECIAL_NAMES take precedence over gguf-py's name map, which does not know llama.cpp's changes of values and
+        order.
+        """
         layer = LAYER.match(name)
         if layer:
             block, rest = f"blk.{layer[1]}.", layer[2]
@@ -314,6 +318,7 @@ def _make_norm_minus_one(names: GGUFNames, block: str, match: re.Match[str]) -> 
 
 
 def _make_conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """The convolution of linear attention, [channels, 1, width]; its channels are ordered like qkv's rows."""
     tensor = f"{block}ssm_conv1d.weight"
     if not names.has(tensor):
         return None
@@ -335,7 +340,7 @@ def _qkv_order(config: Any) -> torch.Tensor:
 
 
 def _make_tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
-    """A projection whose rows are value heads, or end with them."""
+    """A projection whose rows are value heads, or end with them; the recipe regroups those by key head."""
     c = names.config
     tensor, order = {
         "qkv": ("attn_qkv", lambda: _qkv_order(c)),
@@ -447,7 +452,10 @@ def _reorder_rows(parts: list[QuantizedTensor], recipe: Recipe) -> QuantizedTens
 
 
 def _reorder_columns(part: QuantizedTensor, order: torch.Tensor) -> QuantizedTensor:
-    """Reorders the columns of a matrix: moves packed blocks if `order` keeps them intact, else converts to f16."""
+    """Reorders the columns of a matrix: moves packed blocks if `order` keeps them intact, else converts to f16.
+
+    A quantized block has common scales, so its columns cannot be separated without dequantizing.
+    """
     block = part.qtype.block
     col_blocks = order.reshape(-1, block) if len(order) % block == 0 else order[:0].reshape(0, block)
     if len(col_blocks) and bool(

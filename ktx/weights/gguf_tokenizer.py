@@ -111,7 +111,11 @@ class Vocabulary:
 
     @property
     def eog_ids(self) -> list[int]:
-        """Ids of all tokens that end generation; the EOS token first, if there is one."""
+        """Ids of all tokens that end generation; the EOS token first, if there is one.
+
+        As in llama.cpp, these are the file's EOS, EOT and EOM, and tokens with well-known texts (EOG_TEXTS,
+        FIM_EOG_TEXTS), because files often name only one of several.
+        """
         eos = self.id("eos")
         found = {token_id for key in ("eos", "eot", "eom") if (token_id := self.id(key)) is not None}
         found |= set(self.ids_of(EOG_TEXTS))

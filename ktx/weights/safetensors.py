@@ -144,6 +144,7 @@ class SafetensorsSource:
         )
 
     def spec(self, name: str) -> TensorSpec | None:
+        """Shape, type and size of a parameter, as modules request it; None when the checkpoint does not contain it."""
         sources = self._sources(name)
         if not sources:
             return None
@@ -265,12 +266,14 @@ class SafetensorsSource:
         return "" if found.qtype.name in ("F32", "F16", "BF16") else f"has {key} of {found.qtype}; {supported}, a float"
 
     def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the system to read the parameters' pages ahead."""
         for name in names:
             for spec in self.specs(name):
                 start = spec.offset // PAGE * PAGE
                 self._map(spec.file).madvise(mmap.MADV_WILLNEED, start, spec.offset + spec.nbytes - start)
 
     def release(self, names: Iterable[str]) -> None:
+        """Unmaps the parameters' pages from this process, only complete ones: a tensor's neighbors may still be read."""
         for name in names:
             for spec in self.specs(name):
                 start = (spec.offset + PAGE - 1) // PAGE * PAGE
@@ -283,6 +286,7 @@ class SafetensorsSource:
         return sources + [scale for source in sources if (scale := scale_name(source)) in self.tensors]
 
     def unreadable_reason(self, name: str) -> str:
+        """Why modules cannot read a parameter (its type, or wrong FP8 scales), as text after its name; else empty."""
         for source in self._sources(name):
             spec = self.tensors[source]
             if spec.qtype.name not in self.types:
@@ -311,6 +315,7 @@ class SafetensorsSource:
         return check_companion(key, reads, self.tensors) or Verdict()
 
     def config_mismatches(self, config: Any) -> list[str]:
+        """A line if the embedding's shape contradicts the configuration; all other shapes are checked by the plan."""
         spec = self.tensors.get("model.embed_tokens.weight")
         if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):
             return [

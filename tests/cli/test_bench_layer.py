@@ -143,7 +143,7 @@ def test_the_layer_as_a_model_is_the_layer(tmp_path):
     from transformers import AutoModelForCausalLM
 
     layer = MoELayer(4, 2, 256, 256)
-    tensors = bench_ftllm.write(tmp_path, layer)
+    tensors = bench_ftllm.write_model(tmp_path, layer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = [7, 300, 4000]
     with torch.inference_mode():

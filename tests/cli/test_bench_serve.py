@@ -89,7 +89,7 @@ def test_figures_of_known_times():
     first = Timing(0.0, 3.0, [(1.0, 1), (2.0, 1), (3.0, 2)], prompt=10, answer=4, finished=True)
     second = Timing(0.0, 4.0, [(2.0, 1), (2.5, 1), (4.0, 1)], prompt=10, cached=8, answer=3, finished=True)
     failed = Timing(0.0, 5.0, error="500 broken")
-    found = bench_serve.figures([first, second, failed], 2)
+    found = bench_serve.summarize([first, second, failed], 2)
     assert (found["requests"], found["errors"], found["error"], found["seconds"]) == (3, 1, "500 broken", 5.0)
     assert (found["prompt_tokens"], found["cached_tokens"], found["answer_tokens"]) == (20, 8, 7)
     assert (found["ttft_p50"], found["ttft_p99"], found["latency_p50"]) == (1.0, 2.0, 3.0)
@@ -97,7 +97,7 @@ def test_figures_of_known_times():
     assert (found["itl_p50"], found["itl_p99"]) == (0.5, 1.5)
     assert found["decode_tok_s"] == 3.0  # the piece of 2.5 and the two tokens of 3.0
     assert found["prompt_tok_s"] == 4.0 and found["answer_tok_s"] == 1.4 and found["tok_s"] == 5.4
-    nothing = bench_serve.figures([failed], 1)
+    nothing = bench_serve.summarize([failed], 1)
     assert nothing["ttft_p50"] is None and nothing["decode_tok_s"] is None and nothing["tok_s"] == 0
 
 
