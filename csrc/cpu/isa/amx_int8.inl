@@ -4,7 +4,7 @@
 
 constexpr int TILE_TOKENS = 16;
 
-struct Sums { alignas(64) int32_t at[TILE_TOKENS][16]; };
+struct TileSums { alignas(64) int32_t values[TILE_TOKENS][16]; };
 constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied, the previous four are added, because storing a tile takes longer than its products
 
 // Sixteen named vectors: GCC would keep an array in memory, because the inline assembly of the tiles is between its uses.
@@ -12,63 +12,63 @@ constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied,
 
 // One group of rows times T tokens (T is a multiple of four; tokens past the end are not stored).
 template <class D, int T>
-static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* parts, float* out) {
-#define X(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
-  KTX_EACH_TOKEN(X)
-#undef X
-  Sums sums[2][TILES_IN_FLIGHT];
+static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* scaled_sums, float* out) {
+#define KTX_INIT(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
+  KTX_EACH_TOKEN(KTX_INIT)
+#undef KTX_INIT
+  TileSums sums[2][TILES_IN_FLIGHT];
   const int count = length / D::SUB;
-  const auto product = [&](auto place, int s, Sums& to) __attribute__((always_inline)) {
-    constexpr int C = decltype(place)::value, A = 4 + C % 2, B = 6 + C % 2;
-    tile_zero<C>(), tile_load<A>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32), tile_load<B>(span.w + s * D::SUB * 16, 64);
-    tile_dot_bytes<C, A, B>(), tile_store<C>(to.at, 64);
+  const auto multiply_sub_block = [&](auto index, int s, TileSums& to) __attribute__((always_inline)) {
+    constexpr int SUM = decltype(index)::value, ACTIVATIONS = 4 + SUM % 2, WEIGHTS = 6 + SUM % 2;
+    tile_zero<SUM>(), tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32), tile_load<WEIGHTS>(span.w + s * D::SUB * 16, 64);
+    tile_dot_bytes<SUM, ACTIVATIONS, WEIGHTS>(), tile_store<SUM>(to.values, 64);
   };
-#define X(t)                                                                                    \
+#define KTX_ACCUMULATE(t)                                                                                    \
   if constexpr (t < T) {                                                                        \
-    total##t = fma(mulf(to_float(load(from->at[t])), scale), broadcastf(by + t), total##t);     \
-    if (D::MINIMUM) total##t = fnma(minimum, broadcastf(part + t), total##t);                   \
+    total##t = fma(mulf(to_float(load(finished->values[t])), scale), broadcastf(token_scales + t), total##t);     \
+    if (D::MINIMUM) total##t = fnma(minimum, broadcastf(token_sums + t), total##t);                   \
   }
-#define KTX_ADD(place, s)                                                                                                 \
+#define KTX_ADD_SUB_BLOCK(tile_sums, s)                                                                                                 \
   {                                                                                                                       \
-    const Sums* from = place;                                                                                             \
-    const float *by = scales + (s) * D::SUB / 32 * tokens, *part = parts + (s) * tokens;                                  \
+    const TileSums* finished = tile_sums;                                                                                             \
+    const float *token_scales = scales + (s) * D::SUB / 32 * tokens, *token_sums = scaled_sums + (s) * tokens;                                  \
     const F scale = loadf(span.scale + (s) * 16), minimum = D::MINIMUM ? loadf(span.minimum + (s) * 16) : zero();         \
-    KTX_EACH_TOKEN(X)                                                                                                     \
+    KTX_EACH_TOKEN(KTX_ACCUMULATE)                                                                                                     \
   }
   for (int s = 0; s < count + TILES_IN_FLIGHT; s += TILES_IN_FLIGHT) {
-    Sums *now = sums[s / TILES_IN_FLIGHT % 2], *before = sums[1 - s / TILES_IN_FLIGHT % 2];
-#define KTX_STEP(C)                                                              \
-  if (s + C < count) product(Int<C>(), s + C, now[C]);                           \
-  if (s && s - TILES_IN_FLIGHT + C < count) KTX_ADD(before + C, s - TILES_IN_FLIGHT + C)
+    TileSums *multiplied = sums[s / TILES_IN_FLIGHT % 2], *finished_tiles = sums[1 - s / TILES_IN_FLIGHT % 2];
+#define KTX_STEP(SUM)                                                              \
+  if (s + SUM < count) multiply_sub_block(IntConstant<SUM>(), s + SUM, multiplied[SUM]);                           \
+  if (s && s - TILES_IN_FLIGHT + SUM < count) KTX_ADD_SUB_BLOCK(finished_tiles + SUM, s - TILES_IN_FLIGHT + SUM)
     KTX_STEP(0) KTX_STEP(1) KTX_STEP(2) KTX_STEP(3)
   }
 #undef KTX_STEP
-#undef KTX_ADD
-#undef X
-#define X(t) if (t < T && t < tokens) storef(out + t * 16, total##t);
-  KTX_EACH_TOKEN(X)
-#undef X
+#undef KTX_ADD_SUB_BLOCK
+#undef KTX_ACCUMULATE
+#define KTX_STORE(t) if (t < T && t < tokens) storef(out + t * 16, total##t);
+  KTX_EACH_TOKEN(KTX_STORE)
+#undef KTX_STORE
 }
 
 template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
-  typedef Shape<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
+  typedef GemmTraits<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
   typedef void (*Kernel)(const Span&, int, const int8_t*, int, const float*, const float*, float*);
   static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>, amx_int8_group<S, 16>};
-  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
-  const float* parts = D::SUB == 16 ? x.part16 : x.part32;
+  const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
+  const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
   Span& span = *reinterpret_cast<Span*>(work);
   int configured = 0;
-  for (int g = 0; g < groups; ++g, packed += group, out += stride) {
-    __builtin_memset(out, 0, stride * sizeof(float));
+  for (int g = 0; g < groups; ++g, packed += group_stride, out += out_stride) {
+    __builtin_memset(out, 0, out_stride * sizeof(float));
     for (int64_t from = 0; from < x.k; from += SPAN) {
       const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-      next_span<D>(l, packed, x.k, from + length, g + 1 < groups ? packed + group : next, 1).fetch();
-      expand<D, true>(l, packed, x.k, from, length, span);
+      locate_next_span<D>(l, packed, x.k, from + length, g + 1 < groups ? packed + group_stride : next, 1).fetch();
+      decode_span<D, true>(l, packed, x.k, from, length, span);
       for (int tile = 0; tile < x.tiles; ++tile) {
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
         if (tokens != configured) tiles_begin(tokens, tokens, D::SUB), configured = tokens;
         table[(tokens - 1) / 4](span, length, x.q + first * x.k + from * tokens, tokens, x.scale + first * (x.k / 32) + from / 32 * tokens,
-                                parts + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
+                                scaled_sums + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
       }
     }
   }

@@ -16,7 +16,7 @@
 #define KTX_GEMV_TOKENS 8
 #define KTX_BASE_KERNELS AVX512VBMI_KERNELS
 #define KTX_INT_TYPES(X)
-#define KTX_FLOAT_TYPES(X) X(BF16, LBF16) X(F8_E4M3, LF8)
+#define KTX_FLOAT_TYPES(X) X(BF16, LoadBF16) X(F8_E4M3, LoadF8)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
 

@@ -1,14 +1,14 @@
 // Products with float weights in bf16: weights are exact, activations are rounded to eight bits of mantissa (0.1 %), sums are f32.
 
-// `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words apart.
-template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step) {
+// `columns` of a group as pairs of bf16, the 16 rows of a pair `pair_stride` words apart.
+template <class L> AI void decode_bf16_pairs(const uint8_t* src, int columns, uint32_t* w, int pair_stride) {
   int i = 0;
-  for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
+  for (; i + 4 <= columns; i += 4, w += 2 * pair_stride, src += 64 * L::BYTES) {
     Pairs a, b;
-    L::four(here, a, b);
-    store_pairs(w, a), store_pairs(w + step, b);
+    L::load_four_columns(src, a, b);
+    store_pairs(w, a), store_pairs(w + pair_stride, b);
   }
-  if (i < columns) store_pairs(w, L::pairs(here));
+  if (i < columns) store_pairs(w, L::load_bf16_pairs(src));
 }
 
 // GEMV: pairs are formed in registers.
@@ -19,32 +19,32 @@ static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float*
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
-    prefetcher.page(group + from * 16 * L::BYTES);
-    F sum[T], second[T];
+    prefetcher.prefetch_page(group + from * 16 * L::BYTES);
+    F sum[T], second_chain[T];
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) sum[t] = second[t] = zero();
+    for (int t = 0; t < T; ++t) sum[t] = second_chain[t] = zero();
     int64_t i = from;
     for (; i + 4 <= to; i += 4) {  // two chains hide latency
       Pairs a, b;
-      prefetcher.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
-      L::four(group + i * 16 * L::BYTES, a, b);
+      prefetcher.prefetch_lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
+      L::load_four_columns(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), second[t] = dot_pairs(second[t], x + (i / 2 + 1) * T + t, b);
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), second_chain[t] = dot_pairs(second_chain[t], x + (i / 2 + 1) * T + t, b);
     }
     if (i < to) {
-      const Pairs a = L::pairs(group + i * 16 * L::BYTES);
+      const Pairs a = L::load_bf16_pairs(group + i * 16 * L::BYTES);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a);
     }
-    const F scale = float_scale<L>(group, k, from);
+    const F scale = load_float_scale<L>(group, k, from);
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], second[t]), scale, total[t]);
+    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], second_chain[t]), scale, total[t]);
   }
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, F* total) {
+template <int R, int T> AI void accumulate_pairs(const uint32_t* w, const uint32_t* x, F* total) {
   Pairs v[R];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) v[r] = load_pairs(w + r * 16);
@@ -56,48 +56,48 @@ template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, 
 }
 
 // GEMM: sums in the same order as the GEMV.
-template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
-  F total[R * T], second[R * T];
+template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale, float* out, size_t out_stride) {
+  F total[R * T], second_chain[R * T];
 #pragma GCC unroll 12
-  for (int i = 0; i < R * T; ++i) total[i] = second[i] = zero();
+  for (int i = 0; i < R * T; ++i) total[i] = second_chain[i] = zero();
   int i = 0;
-  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * step) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + step, second);
-  if (i < pairs) add_pairs<R, T>(w, x, total);
+  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * pair_stride) accumulate_pairs<R, T>(w, x, total), accumulate_pairs<R, T>(w + R * 16, x + pair_stride, second_chain);
+  if (i < pairs) accumulate_pairs<R, T>(w, x, total);
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
-      float* to = out + r * stride + t * 16;
-      storef(to, fma(addf(total[r * T + t], second[r * T + t]), scale[r], loadf(to)));
+      float* to = out + r * out_stride + t * 16;
+      storef(to, fma(addf(total[r * T + t], second_chain[r * T + t]), scale[r], loadf(to)));
     }
 }
 
 typedef void (*Bf16Kernel)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
-template <int R> static Bf16Kernel bf16_kernel(int tokens) {
+template <int R> static Bf16Kernel select_bf16_tile(int tokens) {
   static const Bf16Kernel table[] = {nullptr, bf16_gemm_tile<R, 1>, bf16_gemm_tile<R, 2>, bf16_gemm_tile<R, 3>,
                                    bf16_gemm_tile<R, 4>, bf16_gemm_tile<R, 5>, bf16_gemm_tile<R, 6>};
   return table[tokens];
 }
 
 template <class L, int R>
-static void bf16_gemm(const uint8_t* packed, size_t group, const ActTiles& x, float* out, uint32_t* span, const Prefetcher& prefetcher) {
-  const size_t stride = size_t(x.n) * 16;
-  __builtin_memset(out, 0, R * stride * sizeof(float));
+static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint32_t* span, const Prefetcher& prefetcher) {
+  const size_t out_stride = size_t(x.n) * 16;
+  __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
     PrefetchRange ranges[R];
     for (int r = 0; r < R; ++r) {
-      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      ranges[r] = prefetcher.span(here, (to - from) * 16 * L::BYTES, x.tiles);
-      scale[r] = float_scale<L>(packed + r * group, x.k, from);
-      expand_pairs<L>(here, int(to - from), span + r * 16, R * 16);
+      const uint8_t* src = packed + r * group_stride + from * 16 * L::BYTES;
+      ranges[r] = prefetcher.range_of_span(src, (to - from) * 16 * L::BYTES, x.tiles);
+      scale[r] = load_float_scale<L>(packed + r * group_stride, x.k, from);
+      decode_bf16_pairs<L>(src, int(to - from), span + r * 16, R * 16);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
-      for (PrefetchRange& u : ranges) u.fetch();
+      for (PrefetchRange& range : ranges) range.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
-        bf16_kernel<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
+        select_bf16_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
     }
   }
 }

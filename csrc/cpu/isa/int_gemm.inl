@@ -1,30 +1,30 @@
 // Products with integer weights, in int8 with f32 sums: GEMV and GEMM.
 
-template <int N> struct Int { static constexpr int value = N; };
+template <int N> struct IntConstant { static constexpr int value = N; };
 
-AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
+AI Block locate_block(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
   const size_t plane = narrow_plane_bytes(l, k);
   return {group + b * l.narrow_bytes * 16, group + plane + b * l.narrow_bytes * 16,
           group + l.num_narrow_fields * plane + b * size_t(l.word_count()) * 64};
 }
 
 template <class D> struct Traits {
-  static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // the offset of codes in registers
+  static constexpr int REGISTER_OFFSET = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // the offset of codes in registers
   static constexpr int UNITS = D::BLOCK / 32;  // of 32 columns with one activation scale
-  static constexpr int PARTS = 32 / D::SUB;    // sub-blocks of a unit
+  static constexpr int SUB_BLOCKS = 32 / D::SUB;    // sub-blocks of a unit
 };
 
 // A unit's eight vectors, and the scale and minimum of each of its sub-blocks.
-template <class D> AI void decode(const typename D::BlockScales& block_scales, const Block& b, int unit, V* w, F* scale, F* minimum) {
+template <class D> AI void decode_unit(const typename D::BlockScales& block_scales, const Block& b, int unit, V* w, F* scale, F* minimum) {
   if constexpr (D::DECODES_PAIRS) D::decode_pair(block_scales, b, unit, w, scale);
   else
-    for (int p = 0; p < Traits<D>::PARTS; ++p) D::decode_sub_block(block_scales, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
+    for (int p = 0; p < Traits<D>::SUB_BLOCKS; ++p) D::decode_sub_block(block_scales, b, unit * Traits<D>::SUB_BLOCKS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
 }
 
 // The start of a sum of products whose codes are OFF too large.
-template <int OFF> AI V offset_by(const int32_t* minus_sum) {
-  static_assert((OFF & (OFF - 1)) == 0, "offsets are powers of two");
-  return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
+template <int REGISTER_OFFSET> AI V initial_sum(const int32_t* minus_sum) {
+  static_assert((REGISTER_OFFSET & (REGISTER_OFFSET - 1)) == 0, "offsets are powers of two");
+  return REGISTER_OFFSET ? shl(broadcast(minus_sum), __builtin_ctz(REGISTER_OFFSET | 1 << 30)) : set(0);
 }
 
 #ifndef KTX_SUMS_IN_16_BITS
@@ -42,54 +42,54 @@ template <bool SIGNED, int SUMS> struct DotSum {
 
 template <class D, int T>
 static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
-  typedef Traits<D> R;
+  typedef Traits<D> DTraits;
   F total[T];
   for (int t = 0; t < T; ++t) total[t] = zero();
   const int8_t* q = x.q;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
-  const float *parts = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
+  const float *scaled_sums = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
   const int64_t blocks = x.k / D::BLOCK;
-  const size_t plane = narrow_plane_bytes(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
+  const size_t plane = narrow_plane_bytes(l, x.k), words_stride = size_t(l.word_count()) * 64, narrow_stride = size_t(l.narrow_bytes) * 16;
   Block b = {group, group + plane, group + l.num_narrow_fields * plane};
-  const int64_t unit_bytes = int64_t(words + l.num_narrow_fields * narrow) / R::UNITS;
+  const int64_t unit_bytes = int64_t(words_stride + l.num_narrow_fields * narrow_stride) / DTraits::UNITS;
   const uint8_t *fetched = group, *reached = group;  // prefetches the group in order, at the pace of the units
   for (int64_t i = 0; i < blocks; ++i) {
-    prefetcher.page(b.words);
+    prefetcher.prefetch_page(b.words);
     const typename D::BlockScales block_scales = D::load_scales(b);
     const auto unit = [&](int u) __attribute__((always_inline)) {
       reached += unit_bytes;
-      fetched += prefetcher.lines(fetched, reached - fetched);
+      fetched += prefetcher.prefetch_lines(fetched, reached - fetched);
       V w[8];
-      F scale[R::PARTS], minimum[R::PARTS];
-      decode<D>(block_scales, b, u, w, scale, minimum);
+      F scale[DTraits::SUB_BLOCKS], minimum[DTraits::SUB_BLOCKS];
+      decode_unit<D>(block_scales, b, u, w, scale, minimum);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int p = 0; p < R::PARTS; ++p) {
+        for (int p = 0; p < DTraits::SUB_BLOCKS; ++p) {
           constexpr int STEPS = D::SUB / 4;
-          DotSum<D::SIGNED, sums_in_16_bits(D::MAX_CODE)> acc(offset_by<R::OFF>(sums + p * T + t));
+          DotSum<D::SIGNED, sums_in_16_bits(D::MAX_CODE)> acc(initial_sum<DTraits::REGISTER_OFFSET>(sums + p * T + t));
 #pragma GCC unroll 8
           for (int i = 0; i < STEPS; ++i) {
             const int g = p * STEPS + i;
             acc.add_product(i, STEPS, D::SIGNED && !D::WITH_OFFSET ? with_offset(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
           }
           total[t] = fma(mulf(to_float(acc.total), scale[p]), broadcastf(scales + t), total[t]);
-          if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(parts + p * T + t), total[t]);
+          if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(scaled_sums + p * T + t), total[t]);
         }
       }
-      q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
+      q += 32 * T, sums += DTraits::SUB_BLOCKS * T, scaled_sums += DTraits::SUB_BLOCKS * T, scales += T;
     };
 #ifndef KTX_SCALAR_LANES  // GCC 12 drops stores of unrolled units if a lane is a loop
     if (T == 1) {  // unrolled for constant shifts: with a single token dequantization is the bottleneck, not the products
 #pragma GCC unroll 8
-      for (int u = 0; u < R::UNITS; ++u) unit(u);
+      for (int u = 0; u < DTraits::UNITS; ++u) unit(u);
     } else
 #endif
     {
 #pragma GCC unroll 2
-      for (int u = 0; u < R::UNITS; ++u) unit(u);
+      for (int u = 0; u < DTraits::UNITS; ++u) unit(u);
     }
-    b.narrow0 += narrow, b.narrow1 += narrow, b.words += words;
+    b.narrow0 += narrow_stride, b.narrow1 += narrow_stride, b.words += words_stride;
   }
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
@@ -103,29 +103,29 @@ struct Span {  // dequantized weights of one group
 static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
 // The memory of the span at column `from` of this group; past its end, the first span of `next` with its narrow fields.
-template <class D> AI PrefetchRange next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
+template <class D> AI PrefetchRange locate_next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
   if (from >= k && !next) return PrefetchRange();
-  const uint8_t *words = from < k ? block_at(l, group, k, from / D::BLOCK).words : block_at(l, next, k, 0).words, *begin = from < k ? words : next;
+  const uint8_t *words = from < k ? locate_block(l, group, k, from / D::BLOCK).words : locate_block(l, next, k, 0).words, *begin = from < k ? words : next;
   const int64_t columns = from < k ? k - from : k;
   return PrefetchRange(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
 }
 
 // SIGNED_BYTES: codes as signed bytes around zero, as AMX multiplies them; else as `dot` takes them.
 template <class D, bool SIGNED_BYTES = false>
-static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
-  typedef Traits<D> R;
+static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
+  typedef Traits<D> DTraits;
   for (int at = 0, sub = 0; at < length; at += D::BLOCK) {
-    const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
+    const Block b = locate_block(l, group, k, (from + at) / D::BLOCK);
     const typename D::BlockScales block_scales = D::load_scales(b);
-    for (int u = 0; u < R::UNITS; ++u) {
+    for (int u = 0; u < DTraits::UNITS; ++u) {
       V w[8];
-      F scale[R::PARTS], minimum[R::PARTS];
-      decode<D>(block_scales, b, u, w, scale, minimum);
+      F scale[DTraits::SUB_BLOCKS], minimum[DTraits::SUB_BLOCKS];
+      decode_unit<D>(block_scales, b, u, w, scale, minimum);
       uint8_t* to = out.w + (at + u * 32) * 16;
 #pragma GCC unroll 8
       for (int g = 0; g < 8; ++g)
         store(to + g * 64, D::SIGNED ? (D::WITH_OFFSET == SIGNED_BYTES ? with_offset(w[g]) : w[g]) : SIGNED_BYTES && D::OFFSET ? sub8(w[g], set8(D::OFFSET)) : w[g]);
-      for (int p = 0; p < R::PARTS; ++p, ++sub) {
+      for (int p = 0; p < DTraits::SUB_BLOCKS; ++p, ++sub) {
         storef(out.scale + sub * 16, scale[p]);
         if (D::MINIMUM) storef(out.minimum + sub * 16, minimum[p]);
       }
@@ -135,17 +135,17 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
 
 template <class D, int R, int T>
 static void gemm_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
-                          const float* parts, float* out, size_t stride) {
+                          const float* scaled_sums, float* out, size_t out_stride) {
   F total[R * T];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
+    for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * out_stride + t * 16);
   for (int s = 0; s < length / D::SUB; ++s) {
     DotSum<D::SIGNED, D::SUMS> acc[R * T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
-      const V first = offset_by<Traits<D>::OFF>(sums + t);
+      const V first = initial_sum<Traits<D>::REGISTER_OFFSET>(sums + t);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) acc[r * T + t] = DotSum<D::SIGNED, D::SUMS>(first);
     }
@@ -170,26 +170,26 @@ static void gemm_tile(const Span* spans, int length, const int8_t* q, const floa
       if (D::MINIMUM) {
         const F minimum = loadf(spans[r].minimum + s * 16);
 #pragma GCC unroll 6
-        for (int t = 0; t < T; ++t) total[r * T + t] = fnma(minimum, broadcastf(parts + t), total[r * T + t]);
+        for (int t = 0; t < T; ++t) total[r * T + t] = fnma(minimum, broadcastf(scaled_sums + t), total[r * T + t]);
       }
     }
-    q += D::SUB * T, sums += T, parts += T;
+    q += D::SUB * T, sums += T, scaled_sums += T;
     if (D::SUB == 32 || s % 2) scales += T;
   }
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
+    for (int t = 0; t < T; ++t) storef(out + r * out_stride + t * 16, total[r * T + t]);
 }
 
 // The tile kernel depends on these traits only, so types with the same traits share the code.
-template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int SUMS_ = 1> struct Shape {
+template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int SUMS_ = 1> struct GemmTraits {
   static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, SUMS = SUMS_;
   static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
 };
 
 typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const int32_t*, const float*, float*, size_t);
-template <class S, int R> static TileKernel gemm_kernel(int tokens) {
+template <class S, int R> static TileKernel select_gemm_tile(int tokens) {
   static const TileKernel table[] = {nullptr, gemm_tile<S, R, 1>, gemm_tile<S, R, 2>,
 #if KTX_TILE_TOKENS >= 6
                                      gemm_tile<S, R, 3>, gemm_tile<S, R, 4>, gemm_tile<S, R, 5>, gemm_tile<S, R, 6>
@@ -200,25 +200,25 @@ template <class S, int R> static TileKernel gemm_kernel(int tokens) {
 
 template <class D, int R>
 static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans, const uint8_t* next) {
-  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
-  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  typedef GemmTraits<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
+  const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
-  const float* parts = D::SUB == 16 ? x.part16 : x.part32;
-  __builtin_memset(out, 0, R * stride * sizeof(float));
+  const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
+  __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
     PrefetchRange ranges[R];  // a few lines per tile, because a CPU drops prefetches when its buffers are full
     for (int r = 0; r < R; ++r) {
-      expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
-      ranges[r] = next_span<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
+      decode_span<D>(l, packed + r * group_stride, x.k, from, length, spans[r]);
+      ranges[r] = locate_next_span<D>(l, packed + r * group_stride, x.k, from + length, next ? next + r * group_stride : nullptr, x.tiles);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
-      for (PrefetchRange& u : ranges) u.fetch();
+      for (PrefetchRange& range : ranges) range.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
       const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
-      gemm_kernel<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, parts + at,
-                                out + first * 16, stride);
+      select_gemm_tile<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, scaled_sums + at,
+                                out + first * 16, out_stride);
     }
   }
 }

@@ -6,14 +6,14 @@
 template <class D>
 static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
                           const uint8_t* next) {
-  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
   if (x.bf16) return amx_bf16_gemm<Bf16FromInts<D>>(l, packed, groups, x, out, work, next);
 #endif
-  const Prefetcher prefetcher(packed + groups * group, next);
+  const Prefetcher prefetcher(packed + groups * group_stride, next);
   int g = 0;
   if (x.tiles == 1 && x.n <= KTX_GEMV_TOKENS) {
-    for (; g < groups; ++g, packed += group, out += stride) {
+    for (; g < groups; ++g, packed += group_stride, out += out_stride) {
       switch (x.n) {
         case 1: gemv<D, 1>(l, packed, x, out, prefetcher); break;
         case 2: gemv<D, 2>(l, packed, x, out, prefetcher); break;
@@ -34,28 +34,28 @@ static void multiply_int_weights(const Layout& l, const uint8_t* packed, int gro
 #else
   Span* spans = reinterpret_cast<Span*>(work);
 #if KTX_TILE_TOKENS >= 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
-    gemm<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
+  for (; g + 2 <= groups; g += 2, packed += 2 * group_stride, out += 2 * out_stride)
+    gemm<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group_stride : next);
 #endif
-  for (; g < groups; ++g, packed += group, out += stride)
-    gemm<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
+  for (; g < groups; ++g, packed += group_stride, out += out_stride)
+    gemm<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group_stride : next);
 #endif
 }
 
 // ---- float weights --------------------------------------------------------------------------------------------------
 
 template <class L, int R>
-static void gemm_any_float(const uint8_t* packed, size_t group, const ActTiles& x, float* out, uint8_t* work, const Prefetcher& prefetcher) {
+static void gemm_any_float(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint8_t* work, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
-  if constexpr (L::IN_BF16)
-    if (x.pair) return bf16_gemm<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), prefetcher);
+  if constexpr (L::EXACT_IN_BF16)
+    if (x.pair) return bf16_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<uint32_t*>(work), prefetcher);
 #endif
-  float_gemm<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), prefetcher);
+  float_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<float*>(work), prefetcher);
 }
 
 template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
-  if constexpr (L::IN_BF16)
+  if constexpr (L::EXACT_IN_BF16)
     if (x.pair) return bf16_gemv<L, T>(packed, x.k, x.pair, out, prefetcher);
 #endif
   float_gemv<L, T>(packed, x.k, x.f, out, prefetcher);
@@ -63,15 +63,15 @@ template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const Ac
 
 template <class L>
 static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
-  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
-  if constexpr (L::IN_BF16)
+  if constexpr (L::EXACT_IN_BF16)
     if (x.bf16 && x.pair) return amx_bf16_gemm<Bf16FromFloats<L>>(l, packed, groups, x, out, work, next);
 #endif
-  const Prefetcher prefetcher(packed + groups * group, next);
+  const Prefetcher prefetcher(packed + groups * group_stride, next);
   int g = 0;
   if (x.tiles == 1 && x.n <= FLOAT_TILE) {
-    for (; g < groups; ++g, packed += group, out += stride) {
+    for (; g < groups; ++g, packed += group_stride, out += out_stride) {
       switch (x.n) {
         case 1: gemv_any_float<L, 1>(packed, x, out, prefetcher); break;
         case 2: gemv_any_float<L, 2>(packed, x, out, prefetcher); break;
@@ -86,22 +86,22 @@ static void multiply_float_weights(const Layout& l, const uint8_t* packed, int g
     return;
   }
 #if KTX_TILE_TOKENS >= 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) gemm_any_float<L, 2>(packed, group, x, out, work, prefetcher);
+  for (; g + 2 <= groups; g += 2, packed += 2 * group_stride, out += 2 * out_stride) gemm_any_float<L, 2>(packed, group_stride, x, out, work, prefetcher);
 #endif
-  for (; g < groups; ++g, packed += group, out += stride) gemm_any_float<L, 1>(packed, group, x, out, work, prefetcher);
+  for (; g < groups; ++g, packed += group_stride, out += out_stride) gemm_any_float<L, 1>(packed, group_stride, x, out, work, prefetcher);
 }
 
 // ---- packed weights as f32 ------------------------------------------------------------------------------------------
 
 template <class D> static void unpack_ints(const Layout& l, const uint8_t* group, int64_t k, float* out) {
-  typedef Traits<D> R;
+  typedef Traits<D> DTraits;
   for (int64_t i = 0; i < k / D::BLOCK; ++i) {
-    const Block b = block_at(l, group, k, i);
+    const Block b = locate_block(l, group, k, i);
     const typename D::BlockScales block_scales = D::load_scales(b);
-    for (int u = 0; u < R::UNITS; ++u) {
+    for (int u = 0; u < DTraits::UNITS; ++u) {
       V w[8];
-      F scales[R::PARTS], minimums[R::PARTS];
-      decode<D>(block_scales, b, u, w, scales, minimums);
+      F scales[DTraits::SUB_BLOCKS], minimums[DTraits::SUB_BLOCKS];
+      decode_unit<D>(block_scales, b, u, w, scales, minimums);
       for (int j = 0; j < 32; ++j, out += 16) {
         const F scale = scales[j / D::SUB], minimum = D::MINIMUM ? minimums[j / D::SUB] : zero();
         V code = take_byte(w[j / 4], j % 4);
@@ -116,9 +116,9 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
 template <class L> static void unpack_floats(const Layout&, const uint8_t* group, int64_t k, float* out) {
   for (int64_t i = 0; i < k; i += 2) {
     F a, b;
-    if (i + 2 <= k) L::pair(group + i * 16 * L::BYTES, a, b);
+    if (i + 2 <= k) L::load_columns(group + i * 16 * L::BYTES, a, b);
     else last_column<L>(group + i * 16 * L::BYTES, a, b);
-    const F scale = float_scale<L>(group, k, i);  // shared by both columns of a pair
+    const F scale = load_float_scale<L>(group, k, i);  // shared by both columns of a pair
     storef(out + i * 16, mulf(a, scale));
     if (i + 1 < k) storef(out + (i + 1) * 16, mulf(b, scale));
   }
@@ -132,7 +132,7 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
   X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)      \
   X(INT4_128)
-#define KTX_FLOAT_TYPES(X) X(F32, LF32) X(F16, LF16) X(BF16, LBF16) X(F8_E4M3, LF8)
+#define KTX_FLOAT_TYPES(X) X(F32, LoadF32) X(F16, LoadF16) X(BF16, LoadBF16) X(F8_E4M3, LoadF8)
 #endif
 
 typedef void (*Multiply)(const Layout&, const uint8_t*, int, const ActTiles&, float*, uint8_t*, const uint8_t*);
@@ -148,8 +148,8 @@ static const TypeKernels TYPES[] = {
 };
 
 static TypeKernels kernels_of(int code) {
-  for (const TypeKernels& row : TYPES)
-    if (row.code == code) return row;
+  for (const TypeKernels& kernels : TYPES)
+    if (kernels.code == code) return kernels;
 #ifdef KTX_BASE_KERNELS
   return {code, KTX_BASE_KERNELS.multiply, KTX_BASE_KERNELS.unpack};
 #else
