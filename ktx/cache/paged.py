@@ -201,8 +201,10 @@ class BatchMetadata:
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's pools. `update` returns the pools themselves, with the attribute `ktx_batch` for the attention
-    module.
+    """One layer's pools: keys and values [pages, heads, PAGE_TOKENS, columns] of all sequences.
+
+    `update` returns the pools themselves, because their pages belong to several sequences; the attribute `ktx_batch`
+    tells the attention module which ones to read.
     """
 
     is_sliding = False
@@ -214,7 +216,7 @@ class PagedLayer(CacheLayerMixin):
         self.store_dtype = owner.dtype
 
     def store_floats(self) -> None:
-        """As GrowingLayer.keep_floats."""
+        """Stores floats instead of Q8_0 blocks if the pools are not allocated, as GrowingLayer.store_floats."""
         if not self.buffers:
             self.store_dtype = GPU_STORAGE.get(self.store_dtype, self.store_dtype)
 
@@ -274,7 +276,10 @@ def scatter_kv(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) ->
 
 
 class PagedCache(Cache):
-    """The cache of a forward over several sequences. `batch` is set before each forward.
+    """The cache of a forward over several sequences: transformers' Cache, whose attention layers are pools of pages.
+
+    `begin` sets `batch`, which says where each token of the forward belongs. Recurrent layers have no pages: `states`
+    holds theirs by sequence.
 
     Args:
         config: the model's config.

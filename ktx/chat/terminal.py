@@ -173,7 +173,7 @@ class Chat:
 
     def interactive(self) -> None:
         """Reads messages until /exit or Ctrl-D; Ctrl-C at the prompt clears the line, and a second one leaves."""
-        read_message, interrupted = _prompter(), False
+        read_message, interrupted = _make_message_reader(), False
         while True:
             try:
                 text = read_message()
@@ -215,7 +215,7 @@ def blocks(lines: Any) -> Iterator[str]:
         yield "\n".join(block_lines).strip("\n")
 
 
-def _prompter() -> Callable[[], str]:
+def _make_message_reader() -> Callable[[], str]:
     """Returns a function that reads one message, with line editing, history, bracketed paste, and blocks of three
     quotes.
     """
@@ -235,6 +235,7 @@ def _prompter() -> Callable[[], str]:
     )
 
     def read_message() -> str:
+        """Reads one line, or lines up to the closing three quotes, and returns the message."""
         text = session.prompt(">>> ")
         if text.startswith(BLOCK_QUOTES) and not (
             len(text) > len(BLOCK_QUOTES) and text.rstrip().endswith(BLOCK_QUOTES)

@@ -14,7 +14,7 @@ def configure_ray_env(own_cluster: bool) -> None:
     one every process that reaches its ports may run code in it.
 
     Args:
-        own: whether the server starts its own cluster instead of joining a running one.
+        own_cluster: whether the server starts its own cluster instead of joining a running one.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # deduplication would merge equal lines of two replicas

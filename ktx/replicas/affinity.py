@@ -36,21 +36,21 @@ def prefix_keys(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
         return []
     if not isinstance(params, dict):
         return []
-    text = "".join(_texts(params))[: KEY_CHARS * MAX_KEYS]
-    keys, digest = [], hashlib.blake2b(_adapter(params, adapters).encode(), digest_size=16)
+    text = "".join(_prompt_texts(params))[: KEY_CHARS * MAX_KEYS]
+    keys, digest = [], hashlib.blake2b(_adapter_name(params, adapters).encode(), digest_size=16)
     for start in range(0, len(text) - KEY_CHARS + 1, KEY_CHARS):
         digest.update(text[start : start + KEY_CHARS].encode("utf-8", "surrogatepass"))
         keys.append(digest.digest())
     return keys
 
 
-def _adapter(params: dict[str, Any], adapters: Collection[str]) -> str:
+def _adapter_name(params: dict[str, Any], adapters: Collection[str]) -> str:
     """Returns the LoRA adapter that a request names as its model; empty when it names the base model."""
     name = params.get("model")
     return match_model_name(name, adapters) if isinstance(name, str) else ""
 
 
-def _texts(params: dict[str, Any]) -> Iterable[str]:
+def _prompt_texts(params: dict[str, Any]) -> Iterable[str]:
     """Yields the prompt message by message, so that a conversation starts with the text of its earlier turns."""
     for name in PROMPT_FIELDS:
         if name in params:
@@ -94,6 +94,7 @@ class Affinity:
         min_requests = min((num_requests[replica] for replica in replicas), default=0)
 
         def sort_key(replica: Hashable) -> tuple[int, int, int]:
+            """Returns the rank of a replica, lowest first; an overloaded one gets no credit for cached prefixes."""
             num_cached = (
                 self.num_cached(keys, replica) if num_requests[replica] - min_requests < self.max_imbalance else 0
             )
@@ -109,8 +110,14 @@ class Affinity:
     def on_start(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
         """Records that a request was routed to a replica.
 
-        The router calls it when it chooses the replica (`sent=False`) and again when a replica accepts the request,
-        which may be another one.
+        The router calls it when it chooses the replica (`sent=False`), because other requests are routed before the
+        replica accepts this one, and again when a replica accepts it, which may be another one.
+
+        Args:
+            request: Ray's id of the request.
+            replica: the replica.
+            keys: the prompt's prefix keys, which the replica's cache will hold.
+            sent: whether the replica accepted the request.
         """
         self.requests[request] = RoutedRequest(replica, time.monotonic(), sent)
         cached = self.cached_keys.setdefault(replica, OrderedDict())

@@ -62,8 +62,8 @@ class Cluster:
         self.load_error = ""
         self.stopping = self.closed = self.serve_was_running = False
         self.last_statuses: list[ReplicaStatus] = []
-        self.read_at = 0.0
-        self.last_message = ""
+        self.read_at = 0.0  # when `last_statuses` were read, time.monotonic()
+        self.last_message = ""  # the latest message of Ray Serve in the log, so that each is logged once
 
     def connect(self) -> None:
         """Connects to the running cluster, or starts one whose processes end with the calling thread.
@@ -103,6 +103,7 @@ class Cluster:
         """
 
         def run() -> None:
+            """Starts the replicas; an error sets `load_error` unless the server is stopping anyway."""
             try:
                 self._start()
             # Every error must reach /health and the caller of the server.
@@ -117,6 +118,7 @@ class Cluster:
         threading.Thread(target=run, name="ktx-cluster", daemon=True).start()
 
     def _start(self) -> None:
+        """Places the replicas, starts the status actor and the deployment, and waits until a replica is ready."""
         config = self.config
         placement = place_replicas(list_nodes(), config.replicas, config.threads, config.replica_bytes)
         self.num_replicas = placement.replicas

@@ -70,6 +70,7 @@ class Replica:
         report_status(status_actor, self._status())  # before Serve sends requests
 
     def _status(self) -> ReplicaStatus:
+        """Returns the status to report; metrics only when the engine is ready."""
         state, ready = self.state, self.state.engine is not None and not self.state.is_shutting_down
         return ReplicaStatus(
             self.name,
@@ -82,6 +83,7 @@ class Replica:
         )
 
     def _report_loop(self) -> None:
+        """Reports the status every REPORT_INTERVAL_S until the server's actor dies."""
         while True:
             try:
                 report_status(self.status_actor, self._status())
@@ -122,17 +124,20 @@ class Replica:
         disconnected, pending = asyncio.Event(), [body]
 
         async def receive() -> dict[str, Any]:
+            """Returns the body, then waits until the client disconnects."""
             if pending:
                 return {"type": "http.request", "body": pending.pop(), "more_body": False}
             await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
+            """Queues a message of the response; its header names this replica."""
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"x-ktx-replica", self.name.encode())]}
             messages.put_nowait(message)
 
         async def run() -> None:
+            """Answers the request; a final None in the queue ends the response."""
             request_id.set_current(dict(scope["headers"]))
             try:
                 await self.routes({**scope, "type": "http", "asgi": {"version": "3.0"}}, receive, send)

@@ -59,6 +59,7 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            """Answers a request; the header IGNORED_HEADER lists the parameters that had no effect."""
             ignored: list[str] = []
             parameters.IGNORED_BY_REQUEST.set(ignored)
             try:
@@ -95,6 +96,7 @@ def parse_json(body: bytes) -> Any:
         raise APIError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from error
     except ValueError as error:
         raise APIError(400, f"the body is not valid JSON: {error}") from error
+    # Level by level instead of recursively: `values` are the containers' members at one depth.
     values, depth = [value], 0
     while values := [
         child
@@ -132,11 +134,11 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     metrics = Metrics(state)
     state.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
-    _openai(routes, state)
-    _adapters(routes, state)
-    _responses(routes, state)
-    _anthropic_and_ollama(routes, state)
-    _monitoring(routes, state, metrics)
+    _add_openai(routes, state)
+    _add_adapters(routes, state)
+    _add_responses(routes, state)
+    _add_anthropic_and_ollama(routes, state)
+    _add_monitoring(routes, state, metrics)
     app.include_router(routes)
     app.router.routes.extend(static.routes())
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)  # type: ignore[arg-type]
@@ -144,11 +146,13 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     return app, metrics
 
 
-def _openai(routes: APIRouter, state: ServerState) -> None:
+def _add_openai(routes: APIRouter, state: ServerState) -> None:
     """Adds OpenAI's models, chat completions and completions routes, and vLLM's tokenize routes."""
 
     def model(name: str) -> dict[str, Any]:
-        """Returns the model with the fields of OpenAI, vLLM (max_model_len) and Anthropic, which share this path."""
+        """Returns the entry of a model or adapter, with the fields of OpenAI, vLLM (max_model_len) and Anthropic, which
+        share this path.
+        """
         engine, _, _ = state.require_ready()
         return {
             "id": name,
@@ -200,7 +204,7 @@ def _openai(routes: APIRouter, state: ServerState) -> None:
         return tokenization.info(state)
 
 
-def _adapters(routes: APIRouter, state: ServerState) -> None:
+def _add_adapters(routes: APIRouter, state: ServerState) -> None:
     """Adds the routes that load, unload and list LoRA adapters."""
 
     @routes.post("/v1/load_lora_adapter")
@@ -224,7 +228,7 @@ def _adapters(routes: APIRouter, state: ServerState) -> None:
         )
 
 
-def _responses(routes: APIRouter, state: ServerState) -> None:
+def _add_responses(routes: APIRouter, state: ServerState) -> None:
     """Adds the routes of OpenAI's Responses API."""
 
     @routes.post("/v1/responses")
@@ -260,7 +264,7 @@ def _responses(routes: APIRouter, state: ServerState) -> None:
         return stored_responses.cancel(state.response_store, owner_of(request), name)
 
 
-def _anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
+def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     """Adds Anthropic's and Ollama's routes."""
 
     @routes.post("/v1/messages")
@@ -303,7 +307,7 @@ def _anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
         return {"version": ollama.VERSION}
 
 
-def _monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
+def _add_monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
     """Adds /health, /metrics and /machine."""
     machine = MachineStats(state)
 

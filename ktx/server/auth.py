@@ -44,13 +44,13 @@ class AccessPolicy:
 
     def authenticate(self, headers: Mapping[bytes, bytes]) -> bool:
         """Returns whether Authorization or X-Api-Key holds a valid key; constant time against timing attacks."""
-        sent = _key(headers)
+        sent = _sent_key(headers)
         matches = [hmac.compare_digest(sent, key.encode()) for key in self.keys]
         return any(matches)
 
     def owner(self, headers: Mapping[bytes, bytes]) -> bytes:
         """Returns a digest of the client's key; empty without keys."""
-        return hashlib.sha256(_key(headers)).digest() if self.keys else b""
+        return hashlib.sha256(_sent_key(headers)).digest() if self.keys else b""
 
     def host(self, header: bytes) -> bool:
         """Returns whether a Host header names this server. A DNS rebinding attack sends the attacker's host name."""
@@ -69,13 +69,14 @@ def owner_of(request: HTTPConnection) -> bytes:
     return request.scope.get(OWNER_KEY, b"")
 
 
-def _key(headers: Mapping[bytes, bytes]) -> bytes:
+def _sent_key(headers: Mapping[bytes, bytes]) -> bytes:
     """Returns the key of a request: from Authorization, else from X-Api-Key."""
     scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
     return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
 def _is_address(name: str) -> bool:
+    """Whether a host name is an IP address, which no DNS rebinding attack can use."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -103,6 +104,11 @@ class AuthMiddleware:
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Authorizes a request, reads its body and calls the application; answers preflights and rejected requests
+        itself.
+
+        The application sees the request id and JSON as content type, whatever the client sent.
+        """
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
@@ -113,7 +119,7 @@ class AuthMiddleware:
         try:
             self._authorize(scope, headers)
             if scope["method"] == "OPTIONS" and origin:
-                return await _preflight(send, origin, headers)
+                return await _answer_preflight(send, origin, headers)
             body = await _read_body(receive, headers) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else b""
         except Rejected as error:
             extra = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
@@ -248,7 +254,7 @@ def _cors_headers(origin: bytes) -> list[tuple[bytes, bytes]]:
     ]
 
 
-async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
+async def _answer_preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
     """Answers a CORS preflight request."""
     headers_out = [
         (b"access-control-allow-origin", origin),

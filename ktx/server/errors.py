@@ -66,7 +66,9 @@ def error_body(
     param: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the JSON body of an error in the format of the protocol that `path` belongs to."""
+    """Returns the JSON body of an error in the format of the protocol that `path` belongs to: Ollama's for /api,
+    Anthropic's for /v1/messages, else OpenAI's.
+    """
     openai_type, anthropic_type = ERROR_TYPES.get(status, ("server_error", "api_error"))
     if path.startswith("/api/"):
         return {"error": message}

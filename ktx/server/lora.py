@@ -35,10 +35,11 @@ async def load(state: ServerState, fields: LoadAdapter) -> Response:
     """
     root = adapter_root(state)
     engine, _, _ = state.require_ready()
-    name = _name(state, fields.lora_name)
+    name = _check_name(state, fields.lora_name)
     path = resolve_adapter_path(root, fields.lora_path)
 
     async def run_load() -> None:
+        """Loads the adapter, while no other one is loaded or unloaded; the engine reads it in another thread."""
         async with state.adapters_lock:
             if name in state.adapters and not fields.load_inplace:
                 raise APIError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
@@ -125,7 +126,7 @@ def adapter_root(state: ServerState) -> Path:
     return state.settings.lora_dir
 
 
-def _name(state: ServerState, name: str) -> str:
+def _check_name(state: ServerState, name: str) -> str:
     """Returns the name of a new adapter. Raises APIError (400) if it is invalid or a name of the model."""
     if not name.isprintable() or not name.strip() or name.endswith(LATEST_TAG):
         raise APIError(400, f"{name!r} is not a valid name for an adapter", "lora_name")
@@ -152,7 +153,7 @@ def resolve_adapter_path(root: Path, text: str) -> Path:
             raise outside_error
         if not resolved.exists():
             raise APIError(404, f"No adapter found for {text!r}", "lora_path")
-        for file in _files(path):
+        for file in _adapter_files(path):
             if not file.resolve().is_relative_to(root):
                 raise outside_error
             if not file.is_file():
@@ -164,7 +165,7 @@ def resolve_adapter_path(root: Path, text: str) -> Path:
     return path
 
 
-def _files(path: Path) -> list[Path]:
+def _adapter_files(path: Path) -> list[Path]:
     """Returns the existing files that an adapter is read from."""
     folder = path if path.is_dir() else path.parent
     known = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]

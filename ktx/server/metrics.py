@@ -30,6 +30,7 @@ class Metrics:
         self.state, self.registry = state, CollectorRegistry()
         model = state.names[0]
 
+        # These are registered once and updated by `finished`. `collect` creates the others when a client reads /metrics.
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
             return Histogram(f"ktx:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
 
@@ -127,12 +128,12 @@ class Metrics:
         yield self._counter(
             "prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", scheduler.prefix_hits
         )
-        yield from self._steps(engine)
+        yield from self._collect_budget(engine)
         yield self._counter("engine_steps", "Forward passes of the model.", engine.steps)
         yield self._counter("engine_restarts", "Restarts of the engine's thread.", engine.num_restarts)
-        yield from self._engine_stats(engine)
+        yield from self._collect_stats(engine)
 
-    def _steps(self, engine: Engine) -> Iterator[Any]:
+    def _collect_budget(self, engine: Engine) -> Iterator[Any]:
         """Yields the prefill budget and the speed of the latest prefill step, without and with decoding requests."""
         budget, labels = engine.budget, {"none": False, "some": True}
         latest = {label: budget.latest[decoding] for label, decoding in labels.items() if decoding in budget.latest}
@@ -156,7 +157,7 @@ class Metrics:
             "answers",
         )
 
-    def _engine_stats(self, engine: Engine) -> Iterator[Any]:
+    def _collect_stats(self, engine: Engine) -> Iterator[Any]:
         """Yields memory, bandwidth and expert statistics of the engine."""
         stats, bandwidth = engine.stats.snapshot(), self.state.bandwidth
         node_seconds = {str(node): seconds for node, seconds in enumerate(stats.node_seconds)}

@@ -58,6 +58,9 @@ class OutputParser:
     """Parses the events of one request.
 
     It also accumulates texts, calls and tokens for a response that is not streamed.
+
+    `choices` are the tokens since the last delta: each delta carries them, so that their log probabilities are reported
+    with the text that they belong to. `token_log` has the tokens of all deltas so far.
     """
 
     parser: Parser
@@ -67,10 +70,15 @@ class OutputParser:
     token_log: list[SampledToken] = field(default_factory=list)
     reasoning_tokens: int = 0
     end: Finish | None = None
-    _open_call: list[str] | None = None  # id, name and arguments of an incomplete call
+    # id, name and arguments of an incomplete call, which is emitted only when it is complete
+    _open_call: list[str] | None = None
 
     def feed(self, event: Event) -> Iterator[TextDelta | ToolCallDelta | Finish]:
-        """Yields the deltas that an event completes."""
+        """Yields the deltas that an event of the engine completes, none while the parser holds the text back.
+
+        A TokenEvent adds its token to `choices`. Finished flushes the parser and sets `end`; the reason stop becomes
+        tool_calls if there was a call.
+        """
         if isinstance(event, TokenEvent):
             self.choices.append(event.token)
             yield from self._read(self.parser.feed(event.text))

@@ -253,6 +253,7 @@ async def build_engine_input(
             "",
         )
     elif chat_input.response_format is not None and has_format:
+        # The text after which the grammar applies: the end of the reasoning, which the format does not constrain.
         trigger = ""
         if prompts.chat_format.call_format is not None and prompts.chat_format.call_format.style == "harmony":
             trigger = "<|channel|>final<|message|>"
@@ -280,12 +281,21 @@ def last_tokens(state: ServerState, ids: list[int], count: int, sampling: Sampli
     return ids[max(0, len(ids) - count) :]
 
 
-def _forced_call_rules(dialect: ChatFormat, tools: list[dict[str, Any]], names: list[str] | None, *more: Any) -> str:
-    """Returns Lark rules that allow only tool calls. Checks the size of the functions' schemas first."""
+def _forced_call_rules(
+    chat_format: ChatFormat, tools: list[dict[str, Any]], names: list[str] | None, *more: Any
+) -> str:
+    """Returns Lark rules that allow only tool calls. Checks the size of the functions' schemas first.
+
+    Args:
+        chat_format: the model's chat format.
+        tools: the request's tools.
+        names: the functions that may be called; None: any.
+        more: further arguments of `forced_call_grammar`.
+    """
     for tool in tools:
         if names is None or tool["function"]["name"] in names:
             check_schema(tool["function"].get("parameters") or {})
-    return forced_call_grammar(dialect, tools, names, *more)
+    return forced_call_grammar(chat_format, tools, names, *more)
 
 
 async def build_grammar(format: Format | None, trigger: str = "") -> tuple[str, str] | None:
@@ -309,6 +319,7 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
     """Returns the format that a request constrains its answer to: OpenAI's response_format or one of vLLM's guides."""
 
     def first(*candidates: Any) -> Any:
+        """Returns the first candidate that is set."""
         return next((candidate for candidate in candidates if candidate is not None), None)
 
     structured = fields.structured_outputs or Structured(json=None)
@@ -363,6 +374,7 @@ async def submit(
     """
     engine, _, grammars = state.require_ready()
     uses = resolve_adapters(state, model, lora)
+    # one constraint per request, compiled before any request is queued, because a grammar may be invalid
     constraints = []
     for engine_input in engine_inputs:
         for _ in range(engine_input.count):
@@ -384,6 +396,7 @@ async def submit(
         for engine_input in engine_inputs:
             for i in range(engine_input.count):
                 sampling = engine_input.sampling
+                # with a seed, further answers of an input must not equal the first one
                 if i and sampling.seed is not None:
                     sampling = replace(sampling, seed=sampling.seed + i)
                 group.submit(engine_input.rendered.ids, sampling, constraints[index], engine_input.salt, uses)

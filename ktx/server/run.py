@@ -24,7 +24,7 @@ log = logging.getLogger("ktx.server")
 
 
 class Stoppable(Protocol):
-    """What the server runs: a `ServerState`, or a `Cluster` of replicas."""
+    """What the server stops at its end: a `ServerState`, or a `Cluster` of replicas."""
 
     def stop(self) -> None:
         """Ends all requests; each stream gets its final event."""

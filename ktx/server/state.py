@@ -88,11 +88,11 @@ class ServerState:
         self.bandwidth: float | None = None  # GB/s, memory read bandwidth measured before the model was loaded
         self.prompts: PromptRenderer | None = None
         self.grammars: GrammarCompiler | None = None
-        self.defaults: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}  # sampling parameters of requests that do not set them
         self.load_error = ""
         self.is_shutting_down = False
         self.warnings_sent: set[str] = set()
-        self.on_finished: Callable[[Finished], None] | None = None
+        self.on_finished: Callable[[Finished], None] | None = None  # counts and logs a finished request
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,7 +104,10 @@ class ServerState:
         self.adapters = {**self.adapters, name: next(self.adapter_ids)}
 
     def set_engine(self, engine: Engine) -> None:
-        """Installs the loaded engine; from now on requests are answered."""
+        """Installs the loaded engine and creates its helpers; from now on requests are answered.
+
+        `engine` is set last, because other threads read it to see whether the model is loaded.
+        """
         tokenizer, config = engine.tokenizer, engine.model.config
         prompts = PromptRenderer(tokenizer, config.model_type, self.settings.chat_template)
         self.grammars = GrammarCompiler(tokenizer, config.vocab_size, sorted(engine.stop_ids))

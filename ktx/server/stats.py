@@ -101,6 +101,7 @@ def _types(module: nn.Module) -> str:
 
 
 def _memory(engine: Engine) -> dict[str, Any]:
+    """Returns the bytes of the weights, the KV cache, this process and the machine."""
     info = getattr(engine.model, "ktx", None)
     total, free = memory()
     return {
@@ -118,6 +119,7 @@ def resident() -> int:
 
 
 def _cache(engine: Engine) -> dict[str, Any]:
+    """Returns the pages of the KV cache by state, and the prefix cache's counters in tokens."""
     scheduler, pages = engine.scheduler, engine.scheduler.pages
     return {
         "pages": pages.count,

@@ -50,6 +50,7 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Returns when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -80,13 +81,14 @@ def sse_response(
     """
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
+        """Yields the events, an error as the last one; the status 200 has been sent, so an error cannot change it."""
         try:
             async for name, value in events:
                 yield ServerSentEvent(data=dumps(value), event=name, sep="\n")
         except Exception as error:
-            problem = _error_event(error)
+            api_error = _to_logged_api_error(error)
             yield ServerSentEvent(
-                data=dumps(error_body(path, problem.status, problem.message, problem.code)),
+                data=dumps(error_body(path, api_error.status, api_error.message, api_error.code)),
                 event="error" if path.startswith("/v1/messages") else None,
                 sep="\n",
             )
@@ -113,19 +115,19 @@ def ndjson_response(events: AsyncIterator[Any], group: RequestGroup) -> Streamin
             async for chunk in events:
                 yield dumps(chunk) + "\n"
         except Exception as error:
-            yield dumps({"error": _error_event(error).message}) + "\n"
+            yield dumps({"error": _to_logged_api_error(error).message}) + "\n"
         finally:
             group.close()
 
     return StreamingResponse(stream(), media_type="application/x-ndjson")
 
 
-def _error_event(error: Exception) -> APIError:
+def _to_logged_api_error(error: Exception) -> APIError:
     """Converts an error in a stream; logs it if it is not a client's."""
-    problem = to_api_error(error)
-    if problem.status >= 500 and not isinstance(error, APIError):
+    api_error = to_api_error(error)
+    if api_error.status >= 500 and not isinstance(error, APIError):
         log.error("a stream failed", exc_info=error)
-    return problem
+    return api_error
 
 
 def usage_so_far(group: RequestGroup, index: int, num_tokens: int) -> dict[str, int]:

@@ -66,6 +66,7 @@ class _Call:
         self.thread, self.lock, self.cancelled = 0, threading.Lock(), False
 
     def __call__(self) -> Any:
+        """Runs the function in the pool's thread, which `cancel` can interrupt until the function returns."""
         with self.lock:
             if self.cancelled:
                 return None

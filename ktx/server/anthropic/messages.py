@@ -74,7 +74,7 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
                 "role": "system",
                 "content": fields.system
                 if isinstance(fields.system, str)
-                else "\n".join(_text(block) for block in fields.system),
+                else "\n".join(_text_of_block(block) for block in fields.system),
             }
         )
     for message in fields.messages:
@@ -105,7 +105,7 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
         tool_choice,
         parallel,
         template_kwargs,
-        _format(fields),
+        _response_format(fields),
         thinking,
         continue_final_message=_continues(fields.messages[-1]),
     )
@@ -124,13 +124,13 @@ def _continues(message: AnthropicMessage) -> bool:
         last = message.content[-1]
         if last.type != "text":
             raise APIError(400, f"messages: final assistant content cannot end with a block of type {last.type!r}")
-        text = _text(last)
+        text = _text_of_block(last)
     if text != text.rstrip():
         raise APIError(400, "messages: final assistant content cannot end with trailing whitespace")
     return True
 
 
-def _format(fields: CountTokensRequest) -> Format | None:
+def _response_format(fields: CountTokensRequest) -> Format | None:
     """Returns the response format that the request constrains its answer to."""
     output_format = (fields.output_config.format if fields.output_config else None) or fields.output_format
     return (
@@ -140,7 +140,7 @@ def _format(fields: CountTokensRequest) -> Format | None:
     )
 
 
-def _text(block: ContentBlock) -> str:
+def _text_of_block(block: ContentBlock) -> str:
     """Returns the text of a text block."""
     return _block_text(block.type, (block.model_extra or {}).get("text"))
 
@@ -182,7 +182,7 @@ def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
         elif block.type == "thinking":
             converted["reasoning_content"] = converted.get("reasoning_content", "") + str(extra.get("thinking", ""))
         elif block.type != "redacted_thinking":
-            texts.append(_text(block))
+            texts.append(_text_of_block(block))
     converted["content"] = "".join(texts)
     return results + ([converted] if texts or len(converted) > 2 or not results else [])
 
@@ -259,6 +259,7 @@ async def _stream(
     index, open_type = -1, ""
 
     def close_block() -> list[tuple[str, dict[str, Any]]]:
+        """Returns the events that end the open content block; clients expect a signature at the end of thinking."""
         events: list[tuple[str, dict[str, Any]]] = []
         if open_type == "thinking":
             events.append(

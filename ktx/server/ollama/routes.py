@@ -39,7 +39,7 @@ from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with
 VERSION = "0.13.0"  # version of Ollama whose API these routes implement
 
 
-def _sampling(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
+def _sampling_params(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
     """Returns the sampling parameters under OpenAI's names, and the max number of new tokens (None: no limit)."""
     params = fields.options.model_dump(exclude_none=True) if fields.options else {}
     limit = params.pop("num_predict", fields.max_tokens)
@@ -48,7 +48,7 @@ def _sampling(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
     return params, limit if limit is not None and limit > 0 else None
 
 
-def _format(fields: OllamaShared) -> Format | None:
+def _response_format(fields: OllamaShared) -> Format | None:
     """Returns the response format that the request constrains its answer to."""
     if not fields.format:
         return None
@@ -76,6 +76,7 @@ def _load_response(fields: OllamaShared, delta_fields: dict[str, Any]) -> Respon
 
 
 def _now() -> str:
+    """Returns the current time in ISO 8601, as in Ollama's responses."""
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -96,14 +97,14 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
             call["type"] = "function"
             call["function"]["arguments"] = json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False)
         messages.append(converted)
-    params, limit = _sampling(fields)
+    params, limit = _sampling_params(fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     template_kwargs = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
     chat_input = ChatInput(
         messages,
         tools,
         template_kwargs=template_kwargs,
-        response_format=_format(fields),
+        response_format=_response_format(fields),
         thinking=None if fields.think is None else bool(fields.think),
         continue_final_message=fields.messages[-1].role == "assistant",
     )
@@ -112,6 +113,7 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
     )
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
+        """Returns the fields of /api/chat: a message."""
         message: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
         if kind == "think":
             message["thinking"] = text
@@ -125,7 +127,7 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
             ]
         return {"message": message}
 
-    return await _answer(state, engine_input, fields, name, format_delta, request, fields.think is not False)
+    return await _run(state, engine_input, fields, name, format_delta, request, fields.think is not False)
 
 
 async def generate(state: ServerState, fields: OllamaGenerate, request: Request) -> Response:
@@ -134,14 +136,14 @@ async def generate(state: ServerState, fields: OllamaGenerate, request: Request)
     engine, _, _ = state.require_ready()
     if not fields.prompt:
         return _load_response(fields, {"response": ""})
-    params, limit = _sampling(fields)
+    params, limit = _sampling_params(fields)
     sampling = build_sampling_params(state, params, limit, logprobs=_num_logprobs(fields))
     if fields.raw:
         ids = await run_with_timeout(
             RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
         )
         engine_input = EngineInput(
-            RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_format(fields))
+            RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_response_format(fields))
         )
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
@@ -150,23 +152,24 @@ async def generate(state: ServerState, fields: OllamaGenerate, request: Request)
             state,
             ChatInput(
                 [*messages, {"role": "user", "content": fields.prompt}],
-                response_format=_format(fields),
+                response_format=_response_format(fields),
                 thinking=thinking,
             ),
             sampling,
         )
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
+        """Returns the fields of /api/generate: text; it has no tool calls."""
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
-    return await _answer(state, engine_input, fields, name, format_delta, request, fields.think is not False)
+    return await _run(state, engine_input, fields, name, format_delta, request, fields.think is not False)
 
 
 # (kind of the text: "answer" or "think", text, tool calls) -> fields of the response
 DeltaFormatter = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
 
 
-async def _answer(
+async def _run(
     state: ServerState,
     engine_input: EngineInput,
     fields: OllamaShared,

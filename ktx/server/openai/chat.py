@@ -39,7 +39,7 @@ async def answer(state: ServerState, fields: ChatCompletionRequest, request: Req
     sampling = build_sampling_params(state, fields, limit, logprobs=num_logprobs)
     chat_input = ChatInput(
         [to_template_message(message) for message in fields.messages],
-        *_tools(fields),
+        *_select_tools(fields),
         fields.parallel_tool_calls is not False,
         _template_kwargs(fields),
         structured_output(fields),
@@ -80,7 +80,7 @@ def _template_kwargs(fields: ChatCompletionRequest) -> dict[str, Any]:
     return template_kwargs | fields.template_kwargs
 
 
-def _tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | list[str]]:
+def _select_tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | list[str]]:
     """Returns the tools for the prompt and the tool choice."""
     tools, choice = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()], fields.tool_choice
     if isinstance(choice, AllowedChoice):
@@ -94,13 +94,13 @@ def to_template_message(message: Message) -> dict[str, Any]:
     converted = message.model_dump(exclude_none=True)
     content = converted.get("content")
     if isinstance(content, list):
-        converted["content"] = [_part(part) for part in content]
+        converted["content"] = [_convert_part(part) for part in content]
     if converted["role"] == "function":
         converted["role"] = "tool"
     return converted
 
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
+def _convert_part(part: dict[str, Any]) -> dict[str, Any]:
     """Converts a refusal to a text part; returns other parts unchanged."""
     if part.get("type") != "refusal":
         return part
@@ -122,7 +122,8 @@ def usage_dict(num_prompt_tokens: int, parsers: list[OutputParser]) -> dict[str,
     }
 
 
-def _prompt_tokens(group: RequestGroup) -> int:
+def _num_prompt_tokens(group: RequestGroup) -> int:
+    """Returns the number of prompt tokens; all choices have the same prompt."""
     return len(group.requests[0].prompt)
 
 
@@ -166,7 +167,7 @@ async def _complete(
         **base,
         "object": "chat.completion",
         "choices": choices,
-        "usage": usage_dict(_prompt_tokens(group), parsers),
+        "usage": usage_dict(_num_prompt_tokens(group), parsers),
         "service_tier": "default",
     }
 
@@ -190,6 +191,7 @@ async def _stream(
     def chunk(
         index: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
     ) -> tuple[None, Any]:
+        """Returns an event without a name: a chunk with one choice's delta."""
         token_logprobs = formatter.content(choices) if logprobs and choices else None
         choice = {"index": index, "delta": delta, "logprobs": token_logprobs, "finish_reason": finish}
         usage = streaming.usage_so_far(group, index, num_tokens[index]) if options.continuous_usage_stats else None
@@ -207,13 +209,13 @@ async def _stream(
                 elif not hide_reasoning:
                     yield chunk(index, {"reasoning_content": output.text, "reasoning": output.text}, output.choices)
             elif isinstance(output, ToolCallDelta):
-                head = {
+                call_start = {
                     "index": output.index,
                     "id": output.id,
                     "type": "function",
                     "function": {"name": output.name, "arguments": ""},
                 }
-                yield chunk(index, {"tool_calls": [head]}, output.choices)
+                yield chunk(index, {"tool_calls": [call_start]}, output.choices)
                 yield chunk(
                     index, {"tool_calls": [{"index": output.index, "function": {"arguments": output.arguments}}]}
                 )
@@ -227,6 +229,6 @@ async def _stream(
                 **base,
                 "object": "chat.completion.chunk",
                 "choices": [],
-                "usage": usage_dict(_prompt_tokens(group), parsers),
+                "usage": usage_dict(_num_prompt_tokens(group), parsers),
             },
         )

@@ -41,7 +41,9 @@ async def answer(state: ServerState, fields: CompletionRequest, request: Request
     sampling = build_sampling_params(
         state, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
-    prompts = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", _ids, engine.tokenizer, fields)
+    prompts = await run_with_timeout(
+        RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", _tokenize_prompts, engine.tokenizer, fields
+    )
     if fields.truncate_prompt_tokens is not None:
         prompts = [last_tokens(state, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
     grammar = await build_grammar(structured_output(fields))
@@ -67,7 +69,7 @@ async def answer(state: ServerState, fields: CompletionRequest, request: Request
     )
 
 
-def _ids(tokenizer: Any, fields: CompletionRequest) -> list[list[int]]:
+def _tokenize_prompts(tokenizer: Any, fields: CompletionRequest) -> list[list[int]]:
     """Returns the token ids of each prompt. The request has one text, several texts, one list of ids or several."""
     prompt: Any = fields.prompt
     prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt else prompt
@@ -85,7 +87,7 @@ class LegacyLogprobs:
         self.formatter, self.enabled, self.offset = formatter, enabled, 0
 
     def of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
-        """Returns the lists of the next tokens; None if the request has no logprobs."""
+        """Returns the lists of the next tokens, and advances `offset` by their text; None if the request has no logprobs."""
         if not self.enabled:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -192,6 +194,7 @@ async def _stream(
     finished: dict[int, Finished] = {}
 
     def chunk(index: int, text: str, finish: str | None = None) -> tuple[None, Any]:
+        """Returns a chunk with one choice's new text and the log probabilities of its pending tokens."""
         choices, pending[index] = pending[index], []
         choice = {
             "index": index,

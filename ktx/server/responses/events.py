@@ -70,8 +70,8 @@ class ResponseEvents:
         self.sequence_number = -1
         self.items: list[dict[str, Any]] = []
         self.open_kind = ""  # kind of the incomplete item: answer or think
-        self.text = ""
-        self.logprobs: list[Any] = []
+        self.text = ""  # its text so far
+        self.logprobs: list[Any] = []  # log probabilities of its tokens
 
     def event(self, kind: str, **fields: Any) -> tuple[str, dict[str, Any]]:
         """Returns the next event: its name and its body."""
@@ -100,7 +100,7 @@ class ResponseEvents:
         fields = {"annotations": [], "logprobs": list(self.logprobs)} if self.open_kind == "answer" else {}
         return {"type": shape.part_type, "text": self.text, **fields}
 
-    def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    def _begin_item(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
         """Starts a text item of a kind and returns its first events."""
         self.open_kind, self.text, self.logprobs = kind, "", []
         shape = self.shapes[kind]
@@ -146,7 +146,7 @@ class ResponseEvents:
         """Returns the events of new text; text of another kind starts a new item."""
         events = []
         if self.open_kind != delta.kind:
-            events = self.close() + self._begin(delta.kind)
+            events = self.close() + self._begin_item(delta.kind)
         self.text += delta.text
         shape, fields = self.shapes[delta.kind], {}
         if delta.kind == "answer":
@@ -155,7 +155,9 @@ class ResponseEvents:
         return [*events, self.event(f"{shape.text_event}.delta", **self.location(shape), delta=delta.text, **fields)]
 
     def on_tool_call(self, call: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the events of a tool call, which is one complete item."""
+        """Returns the events of a tool call, which is one complete item. The stream has all events that a client expects
+        of a call that arrives in fragments.
+        """
         events = self.close()
         namespace, name = self.namespaces.get(call.name, (None, call.name))
         item = {
@@ -185,7 +187,7 @@ class ResponseEvents:
         truncated = finish.reason == "length"
         events = self.close("incomplete" if truncated else "completed")
         if not self.items:  # an empty answer has an empty message
-            events += self._begin("answer") + self.close("incomplete" if truncated else "completed")
+            events += self._begin_item("answer") + self.close("incomplete" if truncated else "completed")
         usage = finish.event.usage
         self.base |= {
             "status": "incomplete" if truncated else "completed",

@@ -141,7 +141,7 @@ def to_messages(instructions: str | None, previous_items: list[Item], new_items:
                 {
                     "role": "tool",
                     "tool_call_id": str(item.get("call_id", "")),
-                    "content": _text_of(item.get("output"), i),
+                    "content": _item_text(item.get("output"), i),
                 }
             )
         elif kind == "function_call":
@@ -159,7 +159,7 @@ def to_messages(instructions: str | None, previous_items: list[Item], new_items:
             if reasoning:
                 messages[-1]["reasoning_content"], reasoning = reasoning, ""
         elif kind == "message" and item.get("role") in ("user", "assistant", "system", "developer"):
-            messages.append({"role": item["role"], "content": _text_of(item.get("content"), i)})
+            messages.append({"role": item["role"], "content": _item_text(item.get("content"), i)})
             if reasoning and item["role"] == "assistant":
                 messages[-1]["reasoning_content"], reasoning = reasoning, ""
         else:
@@ -171,7 +171,7 @@ def to_messages(instructions: str | None, previous_items: list[Item], new_items:
     return messages
 
 
-def _text_of(content: Any, index: int) -> str:
+def _item_text(content: Any, index: int) -> str:
     """Returns the text of an item's content. Raises APIError (400) for a part that is not text."""
     if isinstance(content, str):
         return content

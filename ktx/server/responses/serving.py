@@ -65,7 +65,9 @@ async def answer(state: ServerState, fields: ResponsesRequest, request: Request)
     check_context_length(state, engine_input.rendered.ids, fields.max_output_tokens)
     group = await submit(state, [engine_input], model)
     events = ResponseEvents(
-        _base(fields, model, sampling, bool(state.response_store.max_responses) and fields.store is not False),
+        _initial_response(
+            fields, model, sampling, bool(state.response_store.max_responses) and fields.store is not False
+        ),
         OutputParser(engine_input.parser(state)),
         LogprobFormatter(group.engine.tokenizer) if wants_logprobs else None,
         len(engine_input.rendered.ids),
@@ -104,16 +106,16 @@ def _to_chat_input(
 
     Also returns the namespace and own name of each function that has a namespace, by its qualified name.
     """
-    tools, namespaces = _tools(fields)
-    tools, choice = _tool_choice(fields, tools)
+    tools, namespaces = _convert_tools(fields)
+    tools, choice = _resolve_tool_choice(fields, tools)
     template_kwargs = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
     messages = to_messages(fields.instructions, previous_items, new_items)
     return ChatInput(
-        messages, tools, choice, fields.parallel_tool_calls is not False, template_kwargs, _format(fields)
+        messages, tools, choice, fields.parallel_tool_calls is not False, template_kwargs, _response_format(fields)
     ), namespaces
 
 
-def _tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+def _convert_tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
     """Returns the tools in OpenAI's chat format, and the namespace and own name of each function in a namespace."""
     tools: list[dict[str, Any]] = []
     namespaces: dict[str, tuple[str, str]] = {}
@@ -129,7 +131,7 @@ def _tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[st
     return tools, namespaces
 
 
-def _tool_choice(
+def _resolve_tool_choice(
     fields: ResponseTokensRequest, tools: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], str | list[str]]:
     """Returns the tools for the prompt and the tool choice. Raises APIError (400) if it names an unknown tool."""
@@ -143,7 +145,7 @@ def _tool_choice(
     return tools, choice
 
 
-def _format(fields: ResponseTokensRequest) -> Format | None:
+def _response_format(fields: ResponseTokensRequest) -> Format | None:
     """Returns the response format that the request constrains its answer to."""
     params = dict((fields.text.format if fields.text else None) or {})
     if not params or params.get("type") == "text":
@@ -156,7 +158,7 @@ def _format(fields: ResponseTokensRequest) -> Format | None:
         raise APIError(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
 
 
-def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> dict[str, Any]:
+def _initial_response(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> dict[str, Any]:
     """Returns the response object of a request that has just started."""
     params = fields.model_dump(exclude_none=True)
     tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
@@ -216,6 +218,6 @@ async def _stream(
             store_response()
             for emitted_event in emitted:
                 yield emitted_event
-    except APIError as problem:
-        events.base |= {"status": "failed", "error": {"code": "server_error", "message": problem.message}}
+    except APIError as error:
+        events.base |= {"status": "failed", "error": {"code": "server_error", "message": error.message}}
         yield events.state_event("response.failed")
