@@ -57,7 +57,7 @@ class LoadedModel(PreTrainedModel):
         if info is not None:
             self.__dict__["ktx"] = info.for_copy(self)
             if info.files is not None:
-                info.files.close()
+                info.files.free()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
