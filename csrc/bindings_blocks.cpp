@@ -101,7 +101,7 @@ struct Call {
 // tensor in place when it shares the tensor with another process.
 class Step {
  public:
-  Step(int64_t hidden, const Optional& before, double eps, bool plus_one) : hidden(hidden), before_{optional_floats(before, hidden, "before"), float(eps), plus_one} { hold({&before}); }
+  Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden), pre_norm_{optional_floats(pre_norm, hidden, "before"), float(eps), plus_one} { hold({&pre_norm}); }
   virtual ~Step() = default;
   bool moved() const {
     for (const auto& [tensor, address] : held_)
@@ -120,7 +120,7 @@ class Step {
     for (const Optional* t : tensors)
       if (*t) held_.emplace_back(**t, (*t)->const_data_ptr());
   }
-  Norm before_;
+  Norm pre_norm_;
 
  private:
   std::vector<std::pair<Tensor, const void*>> held_;
@@ -142,8 +142,8 @@ Past place(B& b, const Call& call, const Tensor& kept, bool interleaved) {
 class MlaStep : public Step {
  public:
   MlaStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, const Doubles& numbers,
-          const Optional& before, double eps, bool plus_one)
-      : Step(sizes[0], before, eps, plus_one), turned_(sizes[5]), interleaved_(interleaved) {
+          const Optional& pre_norm, double eps, bool plus_one)
+      : Step(sizes[0], pre_norm, eps, plus_one), turned_(sizes[5]), interleaved_(interleaved) {
     MlaBlock& b = block_;
     b.hidden = sizes[0], b.heads = sizes[1], b.nope = sizes[2], b.values = sizes[3], b.rank = sizes[4];
     Matrices matrices(packed, about);
@@ -167,7 +167,7 @@ class MlaStep : public Step {
     STD_TORCH_CHECK(b.rotation.rope_dim == turned_, "cos has ", b.rotation.rope_dim, " columns, ", turned_, " are turned");
     b.latent = cached(kept[0], where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(kept[1], where.batches, 1, where.positions, turned_, "ropes");
     b.x = x, b.out = out;
-    with_norm_and_residual(b, before_, b.batches * b.length, b.hidden, mla_block);
+    with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, mla_block);
   }
 
  private:
@@ -179,9 +179,9 @@ class MlaStep : public Step {
 class GqaStep : public Step {
  public:
   GqaStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias,
-          const Optional& q_norm, const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& numbers, const Optional& before, double eps,
+          const Optional& q_norm, const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& numbers, const Optional& pre_norm, double eps,
           bool plus_one)
-      : Step(sizes[0], before, eps, plus_one) {
+      : Step(sizes[0], pre_norm, eps, plus_one) {
     GqaBlock& b = block_;
     b.hidden = sizes[0], b.kv_heads = sizes[1], b.columns = sizes[2];
     STD_TORCH_CHECK(b.kv_heads > 0 && b.columns > 0, "kv_heads and columns must be positive");
@@ -206,7 +206,7 @@ class GqaStep : public Step {
     STD_TORCH_CHECK(b.rotation.rope_dim <= b.columns, "cos is wider than a head");
     b.keys = cached(kept[0], where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(kept[1], where.batches, b.kv_heads, where.positions, b.columns, "values");
     b.x = x, b.out = out;
-    with_norm_and_residual(b, before_, b.batches * b.length, b.hidden, gqa_block);
+    with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, gqa_block);
   }
 
  private:
@@ -216,8 +216,8 @@ class GqaStep : public Step {
 class MoeStep : public Step {
  public:
   MoeStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& router_bias, const Optional& correction, const RouteCall& route, Activation act, double alpha,
-          double limit, const Optional& counts, const Optional& before, double eps, bool plus_one)
-      : Step(sizes[0], before, eps, plus_one) {
+          double limit, const Optional& counts, const Optional& pre_norm, double eps, bool plus_one)
+      : Step(sizes[0], pre_norm, eps, plus_one) {
     const int64_t experts = sizes[1], ff = sizes[2], shared_ff = sizes[3];
     Matrices matrices(packed, about);
     MoeBlock& b = block_;
@@ -245,7 +245,7 @@ class MoeStep : public Step {
     MoeBlock b = block_;
     b.experts.tokens = b.shared.tokens = call.batches * call.length;
     b.x = x, b.out = out;
-    with_norm_and_residual(b, before_, b.experts.tokens, hidden, moe_block);
+    with_norm_and_residual(b, pre_norm_, b.experts.tokens, hidden, moe_block);
   }
 
  private:
@@ -302,27 +302,27 @@ void check_sizes(const Ints& sizes, size_t count, size_t positive) {
   for (size_t i = 0; i < count; ++i) STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
 }
 
-int64_t mla_step(Tensors packed, Ints about, Ints sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, Doubles numbers, const Optional& before, double eps, bool plus_one) {
+int64_t mla_step(Tensors packed, Ints about, Ints sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, Doubles numbers, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
   STD_TORCH_CHECK(numbers.size() == 3, "numbers are two epsilons and a scale");
-  return known().add([=] { return std::make_shared<MlaStep>(packed, about, sizes, q_norm, kv_norm, interleaved, numbers, before, eps, plus_one); });
+  return known().add([=] { return std::make_shared<MlaStep>(packed, about, sizes, q_norm, kv_norm, interleaved, numbers, pre_norm, eps, plus_one); });
 }
 
 int64_t gqa_step(Tensors packed, Ints about, Ints sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
-                 const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, Doubles numbers, const Optional& before, double eps, bool plus_one) {
+                 const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, Doubles numbers, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 3, 3);
   STD_TORCH_CHECK(numbers.size() == 4, "numbers are two epsilons, a scale and a cap");
-  return known().add([=] { return std::make_shared<GqaStep>(packed, about, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, numbers, before, eps, plus_one); });
+  return known().add([=] { return std::make_shared<GqaStep>(packed, about, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, numbers, pre_norm, eps, plus_one); });
 }
 
 int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_bias, const Optional& correction, int64_t top, StringHandle scoring_word, StringHandle group_word,
-                 int64_t n_group, int64_t topk_group, bool renorm, double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& before,
+                 int64_t n_group, int64_t topk_group, bool renorm, double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,
                  double eps, bool plus_one) {
   const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word), act = text_of(act_word);
   check_sizes(sizes, 4, 1);
   STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0, "experts have a width, or there is a layer that all tokens pass");
   const RouteCall route = sizes[1] ? route_style(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group, renorm, scale) : RouteCall{};
-  return known().add([=] { return std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, before, eps, plus_one); });
+  return known().add([=] { return std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, pre_norm, eps, plus_one); });
 }
 
 void erase_step(int64_t number) { known().forget(number); }

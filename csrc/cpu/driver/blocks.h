@@ -19,31 +19,32 @@ struct Norm {  // RMSNorm; weight null: none
   float eps;
   bool plus_one;
 };
-// run(b); with a norm: run(b) on norm(b.x), plus the residual b.x.
+// Runs a block: b.out = run(b.x), or with a norm of weights the pre-norm residual layer b.out = run(norm(b.x)) + b.x. b.x is
+// f32 [rows][width].
 template <class B>
-void with_norm_and_residual(B& b, const Norm& before, int64_t rows, int64_t width, void (*run)(const B&)) {
-  if (!before.weight) return run(b);
+void with_norm_and_residual(B& b, const Norm& pre_norm, int64_t rows, int64_t width, void (*run)(const B&)) {
+  if (!pre_norm.weight) return run(b);
   thread_local std::vector<float> normalized;
   normalized.resize(size_t(rows * width));
-  rms_norm(b.x, DType::F32, rows, width, width, before.weight, before.eps, before.plus_one, normalized.data());
+  rms_norm(b.x, DType::F32, rows, width, width, pre_norm.weight, pre_norm.eps, pre_norm.plus_one, normalized.data());
   const float* x = b.x;
   b.x = normalized.data();
   run(b);
   for (int64_t i = 0; i < rows * width; ++i) b.out[i] += x[i];
 }
-struct RopeTables {  // cos and sin [batch][length][rope_dim]; `batch` their stride, 0 when one table serves all
+struct RopeTables {  // cos and sin [batch][length][rope_dim]; `batch`: their stride per sequence, 0 if one table serves all
   const float *cos, *sin;
   int64_t rope_dim, batch;
   bool interleaved;
 };
-struct KVStore {  // storage of keys or values: [batch or page][head][position][column]
+struct KVStore {  // storage of keys or values: [batch or page][head][position][column]; `write` converts an f32 row to its dtype
   Strided at;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };
-struct KVSlots {  // where the tokens' keys and values are stored
-  int64_t past, length;  // of every batch
-  const int64_t* slots;  // of a ragged call: page * positions of a page + position; else null
-  int64_t page;
+struct KVSlots {  // where the keys and values of the new tokens are stored
+  int64_t past, length;  // of every batch: cached positions, and new tokens
+  const int64_t* slots;  // of a ragged call: page index * page + position in the page, per token; else null
+  int64_t page;          // positions per page
   int64_t batch(int64_t t) const { return slots ? slots[t] / page : t / length; }
   int64_t position(int64_t t) const { return slots ? slots[t] % page : past + t % length; }
 };

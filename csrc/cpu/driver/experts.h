@@ -1,4 +1,4 @@
-// One mixture-of-experts layer in one call.
+// The routed experts of a mixture-of-experts layer in one call: out = sum over a token's experts of weight * down(act(gate(x)) * up(x)).
 #pragma once
 #include <cstdint>
 

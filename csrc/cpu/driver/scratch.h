@@ -14,7 +14,8 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(base_); }
 
-  // Invalidates everything that was taken. `bytes`: upper bound of what will be taken, plus 64 for each piece.
+  // Frees everything that was taken and reserves `bytes`: an upper bound of all pieces, plus 64 for the alignment of each. Grows
+  // by a quarter more than requested, so that slowly growing calls do not allocate each time.
   void reset(size_t bytes) {
     used_ = 0;
     if (bytes <= size_) return;
@@ -25,6 +26,7 @@ class Scratch {
     if (!base_) throw std::bad_alloc();
     size_ = rounded;
   }
+  // Returns space for `count` elements, aligned to 64 bytes and uninitialized; valid until the next reset.
   template <class T> T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
@@ -37,11 +39,14 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-// Bytes of `rows` rows of k activations, quantized and as floats.
-inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
+// Bytes that take_activations takes for `rows` rows of k activations. Per value 2 bytes quantized (int8 plus the scales and
+// sums of its sub-blocks) and 6 as floats (f32 plus bf16); the rest aligns the arrays.
+inline size_t activation_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
   return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
-inline ActTiles take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool bf16) {
+// Takes the arrays that the weights of a call need: `ints` for quantized weights, `floats` for float weights, and with `bf16`
+// pairs of bf16 in place of the quantized values.
+inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool bf16) {
   ActTiles t;
   t.k = k, t.bf16 = bf16;
   if (ints && !bf16) {
@@ -53,7 +58,8 @@ inline ActTiles take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool
   if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16)) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
-// The n tokens from row `first` on, cut into tiles for these kernels.
+// Returns a view of the n tokens from row `first` on, cut into tiles for these kernels. Up to gemv_tokens quantized tokens are
+// one tile, which takes the GEMV path.
 inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& kernels) {
   ActTiles t = all;
   const int64_t k = all.k;
@@ -68,5 +74,6 @@ inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& 
   return t;
 }
 inline size_t row_bytes(int64_t k) { return size_t(k) * 9 + 8 * 64; }  // a RowView and an f32 row
+// Takes one quantized row, the step between the floats and their tile.
 inline RowView take_row(Scratch& s, int64_t k) { return {s.take<int8_t>(k), s.take<float>(k / 32 + 1), s.take<int32_t>(k / 16 + 1)}; }
 }  // namespace ktx
