@@ -309,7 +309,7 @@ def _set_attention(model: Any, attn_implementation: str | None) -> None:
 
 def _stream_experts(model: nn.Module, plan: Plan, requested: int | str | None) -> None:
     if any(device.gpu for device in plan.devices.values()):  # without a GPU Triton may not be installed
-        importlib.import_module("ktx.ops.gpu.moe").hand_over(model)
+        importlib.import_module("ktx.ops.gpu.moe").install_offload(model)
         importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
 
 
