@@ -1,11 +1,19 @@
-// GEMM over AMX tile registers in bf16: a span of weights of any type is dequantized to pairs of bf16, scales and minimums included, so that sums stay
-// in their tile until the span ends. Rounding to eight bits of mantissa costs weights and activations 0.1 to 0.2 % each.
+// GEMM over AMX tile registers in bf16. A span of weights of any type is dequantized to pairs of bf16 (two consecutive
+// columns of a row in a 32-bit word), scales and minimums included, so that sums stay in their tile register until the
+// span ends; in int8 they leave it after each sub-block. Rounding to eight bits of mantissa costs weights and
+// activations 0.1 to 0.2 % each.
+//
+// Letters: W = what dequantizes (Bf16FromInts, Bf16FromFloats), R = groups of 16 rows at once, TILES = tiles of tokens
+// at once.
 
-constexpr int PRODUCT_COLUMNS = 32;  // columns of a product
-constexpr int GROUPS_AT_ONCE = 4;  // dequantized at once: loads of activations from the second-level cache, the bottleneck here, serve all of them
+constexpr int PRODUCT_COLUMNS = 32;  // columns that one tile instruction multiplies
+// Groups dequantized before they are multiplied. The bottleneck is loading activations from the second-level cache: a
+// load serves all of them.
+constexpr int GROUPS_AT_ONCE = 4;
 static_assert(GROUPS_AT_ONCE * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in bf16");
 
-// A span of a group as pairs of bf16, [column/2][16 rows].
+// decode_span dequantizes `length` columns of a group, from column `from` on, to pairs of bf16: `to` [column/2][16
+// rows]. `next`: the weights multiplied next, whose start is prefetched at the end of this group.
 template <class D> struct Bf16FromInts {
   static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to, const uint8_t* next) {
     typedef Traits<D> DTraits;
@@ -20,6 +28,7 @@ template <class D> struct Bf16FromInts {
         decode_unit<D>(block_scales, b, u, w, scale, minimum);
 #pragma GCC unroll 2
         for (int p = 0; p < DTraits::SUB_BLOCKS; ++p) {
+          // value = scale * (code - CENTER) - minimum, from a float 1 + code/256: value = that * (256 * scale) + base.
           const F factor = mulf(scale[p], setf(256)), zero_value = mulf(scale[p], setf(-256 - CENTER));
           const F base = D::MINIMUM ? fma(minimum[p], setf(-1), zero_value) : zero_value;
           // A code's byte in the upper bits of a mantissa is 1 + code / 256.
@@ -54,11 +63,13 @@ template <class L> struct Bf16FromFloats {
   }
 };
 
-// R groups times N tiles of tokens (of rows[0] and rows[1] tokens) over `products` products, at most four independent sums to hide latency.
-// Sums continue from `out` unless this is the first span.
+// Multiplies R groups by TILES tiles of tokens (tile_tokens[0] and tile_tokens[1] tokens) over `products` instructions
+// per sum. Up to four independent sums hide the latency of an instruction. Sums continue from out0 and out1 unless this
+// is the first span.
 template <int R, int TILES>
 static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_tile0, const uint32_t* x_tile1, const int* tile_tokens, bool first, float* out0, float* out1, size_t out_stride) {
   static_assert(R * TILES <= 4, "four tiles hold sums");
+  // Words from one product to the next and from one group to the next, in the dequantized weights.
   constexpr int PRODUCT_WORDS = PRODUCT_COLUMNS / 2 * 16, GROUP_WORDS = SPAN / 2 * 16;
 #define KTX_EACH_SUM(X) X(0) X(1) X(2) X(3)  // sum i: of group i / N and of tile i % N
   if (first) {
@@ -86,6 +97,7 @@ static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_ti
 #undef KTX_EACH_SUM
 }
 
+// Multiplies R groups by all tiles of tokens, span by span, two tiles at a time. `span` has R spans of pairs of bf16.
 template <class W, int R> static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, uint32_t* span, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   int configured[2] = {0, 0};
@@ -109,6 +121,7 @@ template <class W, int R> static void amx_bf16_groups(const Layout& l, const uin
   }
 }
 
+// Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]; four, two or one group at a time.
 template <class W> static void amx_bf16_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   uint32_t* span = reinterpret_cast<uint32_t*>(work);

@@ -1,16 +1,25 @@
-// GEMM over AMX tile registers in int8 (amx_tiles.inl, amx_tiles_emulated.inl). A dequantized span [column/4][16 rows][4] has the layout of a weight
-// tile; activations are [column/32][token][32], so the columns of a sub-block of 16 tokens are a tile. A tile of sums covers one sub-block, because each
-// has its own scales: it goes through memory into sixteen vectors of totals.
+// GEMM over AMX tile registers in int8 (amx_tiles.inl, amx_tiles_emulated.inl). A tile register has up to 16 rows of 64
+// bytes; one instruction multiplies two of them. Layouts, so that tiles load without rearranging bytes:
+//   weights: a dequantized span is [column/4][16 rows][4], so the SUB/4 vectors of a sub-block are the rows of a tile
+//   activations q: [column/32][token][32], so the columns of a sub-block of 16 tokens are a tile
+// A tile of int32 sums covers one sub-block only, because each sub-block has scales of its own. The sums therefore go
+// through memory, [token][16 rows], into sixteen vectors of f32 totals, one for each token.
 
 constexpr int TILE_TOKENS = 16;
 
+// A tile of sums in memory.
 struct TileSums { alignas(64) int32_t values[TILE_TOKENS][16]; };
-constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied, the previous four are added, because storing a tile takes longer than its products
+// Sub-blocks are processed four at a time in a pipeline of two stages: while four are multiplied, the sums of the
+// previous four are scaled and added, because storing a tile takes longer than its products.
+constexpr int TILES_IN_FLIGHT = 4;
 
-// Sixteen named vectors: GCC would keep an array in memory, because the inline assembly of the tiles is between its uses.
+// Sixteen named vectors: GCC would keep an array in memory, because the inline assembly of the tiles is between its
+// uses.
 #define KTX_EACH_TOKEN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
-// One group of rows times T tokens (T is a multiple of four; tokens past the end are not stored).
+// Adds the products of one span (`length` columns of a group of 16 rows) and a tile of `tokens` tokens to out
+// [token][16 rows]. T: `tokens` rounded up to a multiple of four; tokens past the end are not stored. s: sub-block, t:
+// token.
 template <class D, int T>
 static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* scaled_sums, float* out) {
 #define KTX_INIT(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
@@ -18,11 +27,13 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 #undef KTX_INIT
   TileSums sums[2][TILES_IN_FLIGHT];
   const int count = length / D::SUB;
+  // Stage 1: multiplies sub-block s in the tile register of sums number `index`, and stores the sums in `to`.
   const auto multiply_sub_block = [&](auto index, int s, TileSums& to) __attribute__((always_inline)) {
     constexpr int SUM = decltype(index)::value, ACTIVATIONS = 4 + SUM % 2, WEIGHTS = 6 + SUM % 2;
     tile_zero<SUM>(), tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32), tile_load<WEIGHTS>(span.w + s * D::SUB * 16, 64);
     tile_dot_bytes<SUM, ACTIVATIONS, WEIGHTS>(), tile_store<SUM>(to.values, 64);
   };
+  // Stage 2: for each token, total += scale * token_scale * sum - minimum * token_scale * sum(q), 16 rows at once.
 #define KTX_ACCUMULATE(t)                                                                                    \
   if constexpr (t < T) {                                                                        \
     total##t = fma(mulf(to_float(load(finished->values[t])), scale), broadcastf(token_scales + t), total##t);     \
@@ -50,6 +61,7 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 #undef KTX_STORE
 }
 
+// Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]. `work` holds one dequantized span.
 template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   typedef GemmTraits<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
   typedef void (*Kernel)(const Span&, int, const int8_t*, int, const float*, const float*, float*);
@@ -75,7 +87,7 @@ template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* pac
   tiles_end();
 }
 
-// One product, for the test that compares instructions with emulation.
+// Multiplies one pair of tiles, c += a * b, for the test that compares the instructions with the emulation.
 static void tile_product(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
   tiles_begin(rows, rows, bytes);
   tile_load<0>(c, 64), tile_load<4>(a, bytes), tile_load<6>(b, 64);

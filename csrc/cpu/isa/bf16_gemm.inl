@@ -1,6 +1,9 @@
-// Products with float weights in bf16: weights are exact, activations are rounded to eight bits of mantissa (0.1 %), sums are f32.
+// Products with float weights in bf16 (BF16, F8_E4M3): weights are exact, activations are rounded to eight bits of
+// mantissa (0.1 %), sums are f32. A pair is two consecutive columns of a row (or token) in a 32-bit word: dot_pairs
+// multiplies both columns of 16 rows in one instruction. Letters as in float_gemm.inl; the formula is the same.
 
-// `columns` of a group as pairs of bf16, the 16 rows of a pair `pair_stride` words apart.
+// Dequantizes `columns` columns of a group, without scales, to pairs of bf16: w [column/2] pair_stride words apart [16
+// rows].
 template <class L> AI void decode_bf16_pairs(const uint8_t* src, int columns, uint32_t* w, int pair_stride) {
   int i = 0;
   for (; i + 4 <= columns; i += 4, w += 2 * pair_stride, src += 64 * L::BYTES) {
@@ -11,7 +14,7 @@ template <class L> AI void decode_bf16_pairs(const uint8_t* src, int columns, ui
   if (i < columns) store_pairs(w, L::load_bf16_pairs(src));
 }
 
-// GEMV: pairs are formed in registers.
+// GEMV: multiplies one group by T tokens, out [T][16 rows]. Pairs are formed in registers.
 template <class L, int T>
 static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
@@ -24,7 +27,7 @@ static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float*
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) sum[t] = second_chain[t] = zero();
     int64_t i = from;
-    for (; i + 4 <= to; i += 4) {  // two chains hide latency
+    for (; i + 4 <= to; i += 4) {  // two chains of sums, of every other pair, hide the latency of dot_pairs
       Pairs a, b;
       prefetcher.prefetch_lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::load_four_columns(group + i * 16 * L::BYTES, a, b);
@@ -44,6 +47,7 @@ static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float*
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
+// Adds one pair of columns: total [R groups][T tokens] += w [R][16 rows] * x [T].
 template <int R, int T> AI void accumulate_pairs(const uint32_t* w, const uint32_t* x, F* total) {
   Pairs v[R];
 #pragma GCC unroll 2
@@ -55,7 +59,8 @@ template <int R, int T> AI void accumulate_pairs(const uint32_t* w, const uint32
   }
 }
 
-// GEMM: sums in the same order as the GEMV.
+// GEMM, one tile: out [R groups, out_stride apart][T tokens][16 rows] += scale * sum over `pairs` pairs of columns of w
+// * x. Adds in the same order as bf16_gemv, so that both give the same bits.
 template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale, float* out, size_t out_stride) {
   F total[R * T], second_chain[R * T];
 #pragma GCC unroll 12
@@ -73,12 +78,14 @@ template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs,
 }
 
 typedef void (*Bf16Kernel)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
+// Returns bf16_gemm_tile for 1 to 6 tokens.
 template <int R> static Bf16Kernel select_bf16_tile(int tokens) {
   static const Bf16Kernel table[] = {nullptr, bf16_gemm_tile<R, 1>, bf16_gemm_tile<R, 2>, bf16_gemm_tile<R, 3>,
                                    bf16_gemm_tile<R, 4>, bf16_gemm_tile<R, 5>, bf16_gemm_tile<R, 6>};
   return table[tokens];
 }
 
+// GEMM: multiplies R groups by all tiles of tokens. `span`: buffer for FLOAT_SPAN columns of R groups as pairs.
 template <class L, int R>
 static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint32_t* span, const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;

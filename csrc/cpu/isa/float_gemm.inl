@@ -1,6 +1,16 @@
-// Products with float weights in f32.
+// Products with float weights (F32, F16, BF16, F8_E4M3) in f32: GEMV and GEMM. For each row and token
+//   out += scale * sum over the columns of a span of w * x,
+// where scale is 1 except for F8_E4M3, which has one for each row and 128 columns.
+//
+// Letters: L = loader of the weight type, T = tokens, R = groups of 16 rows at once, k = columns, x = activations
+// [column][token], w = dequantized weights, t = token, r = group.
 
-// Two columns of 16 rows. SCALE_FACTOR: a factor of all values, applied to the scales. EXACT_IN_BF16: bf16 holds them exactly.
+// A loader dequantizes columns of 16 rows without their scale. BYTES: of a weight. SCALE_FACTOR: multiplies all scales,
+// to undo what loading leaves out. EXACT_IN_BF16: bf16 represents all values exactly, so products may be in bf16
+// (bf16_gemm.inl).
+//   load_columns(p, a, b)       two columns as floats
+//   load_bf16_pairs(p)          two columns as pairs of bf16, a row per lane
+//   load_four_columns(p, a, b)  four columns as two vectors of such pairs
 struct LoadF32 {
   enum { BYTES = 4, EXACT_IN_BF16 = false };
   static constexpr float SCALE_FACTOR = 1;
@@ -40,20 +50,22 @@ struct LoadF8 {  // e4m3 as the f16 with the same bits in its upper byte, one ex
 #endif
 };
 
-// The last of an odd number of columns, without reading past it.
+// Loads the last of an odd number of columns as `a` (b becomes zero), without reading past it.
 template <class L> AI void last_column(const uint8_t* p, F& a, F& b) {
   uint8_t padded[32 * L::BYTES] = {};
   __builtin_memcpy(padded, p, 16 * L::BYTES);
   L::load_columns(padded, a, b);
 }
-AI const float* locate_float_scales(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }  // of e4m3, behind the codes
+// Returns the scales of a group of F8_E4M3, which follow its codes (float_scales_offset in quant/layout.h).
+AI const float* locate_float_scales(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }
+// Loads the scale of each row for the span at column `from`; 1 for types without scales.
 template <class L> AI F load_float_scale(const uint8_t* group, int64_t k, int64_t from) {
   return L::BYTES == 1 ? mulf(loadf(locate_float_scales(group, k) + from / 128 * 16), setf(L::SCALE_FACTOR)) : setf(1);
 }
-constexpr int FLOAT_TILE = KTX_TILE_TOKENS < 6 ? KTX_TILE_TOKENS : 6;  // tokens with sums in registers
-constexpr int FLOAT_SPAN = 128;  // columns that share a scale and are dequantized at once
+constexpr int FLOAT_TILE = KTX_TILE_TOKENS < 6 ? KTX_TILE_TOKENS : 6;  // max tokens whose sums stay in registers
+constexpr int FLOAT_SPAN = 128;  // columns of a span: they share a scale and are dequantized at once
 
-// GEMV: weights are dequantized in registers.
+// GEMV: multiplies one group by T tokens, out [T][16 rows]. Weights are dequantized in registers and used at once.
 template <class L, int T>
 static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
@@ -87,7 +99,8 @@ static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* o
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-// GEMM: a span of weights is dequantized once, [column][group][16], and used by every tile.
+// GEMM, one tile: out [R groups, out_stride apart][T tokens][16 rows] += scale * sum over `columns` of w * x.
+// w [column][R groups][16 rows], x [column] x_stride apart [T tokens].
 template <int R, int T>
 static void float_gemm_tile(const float* w, int columns, const float* x, int x_stride, const F* scale, float* out, size_t out_stride) {
   F total[R * T];
@@ -114,6 +127,7 @@ static void float_gemm_tile(const float* w, int columns, const float* x, int x_s
 }
 
 typedef void (*FloatKernel)(const float*, int, const float*, int, const F*, float*, size_t);
+// Returns float_gemm_tile for 1 to FLOAT_TILE tokens.
 template <int R> static FloatKernel select_float_tile(int tokens) {
   static const FloatKernel table[] = {nullptr, float_gemm_tile<R, 1>, float_gemm_tile<R, 2>,
 #if KTX_TILE_TOKENS >= 6
@@ -123,6 +137,8 @@ template <int R> static FloatKernel select_float_tile(int tokens) {
   return table[tokens];
 }
 
+// GEMM: multiplies R groups by all tiles of tokens. A span of weights is dequantized once to f32 and used by every
+// tile, because dequantizing costs more than a product. A tile of more than FLOAT_TILE tokens is cut.
 template <class L, int R>
 static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, float* span, const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;

@@ -1,8 +1,12 @@
-// The entry points of the kernels: `multiply` and `unpack` of any weight type. Each picks the path by the number of tokens and by what this
-// instruction set has.
+// The entry points of the kernels: `multiply` and `unpack` for any weight type. `multiply` picks the path (GEMV, GEMM,
+// AMX) by the number of tokens and by what this instruction set has. Common parameters: `packed` = the first group of
+// 16 rows, `groups` = their number, out [group][token][16 rows], `work` = WORK_BYTES of this thread, `next` = the
+// weights that the caller multiplies next, or null.
 
 // ---- integer weights ------------------------------------------------------------------------------------------------
 
+// D: decoder (dequant.inl). Up to KTX_GEMV_TOKENS tokens in one tile take the GEMV path, which has no intermediate
+// buffer.
 template <class D>
 static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
                           const uint8_t* next) {
@@ -44,6 +48,7 @@ static void multiply_int_weights(const Layout& l, const uint8_t* packed, int gro
 
 // ---- float weights --------------------------------------------------------------------------------------------------
 
+// Multiplies R groups in bf16 if the weights are exact in it and the activations have pairs, else in f32.
 template <class L, int R>
 static void gemm_any_float(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint8_t* work, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
@@ -53,6 +58,7 @@ static void gemm_any_float(const uint8_t* packed, size_t group_stride, const Act
   float_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<float*>(work), prefetcher);
 }
 
+// The same choice for one group and T tokens.
 template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::EXACT_IN_BF16)
@@ -61,6 +67,7 @@ template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const Ac
   float_gemv<L, T>(packed, x.k, x.f, out, prefetcher);
 }
 
+// L: loader (float_gemm.inl). Up to FLOAT_TILE tokens in one tile take the GEMV path.
 template <class L>
 static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
@@ -93,6 +100,8 @@ static void multiply_float_weights(const Layout& l, const uint8_t* packed, int g
 
 // ---- packed weights as f32 ------------------------------------------------------------------------------------------
 
+// Dequantizes a group to f32, out [k][16 rows], for callers that need the weights themselves: embedding look-ups, for
+// example.
 template <class D> static void unpack_ints(const Layout& l, const uint8_t* group, int64_t k, float* out) {
   typedef Traits<D> DTraits;
   for (int64_t i = 0; i < k / D::BLOCK; ++i) {
@@ -113,6 +122,7 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
   }
 }
 
+// The same for float types; k may be odd.
 template <class L> static void unpack_floats(const Layout&, const uint8_t* group, int64_t k, float* out) {
   for (int64_t i = 0; i < k; i += 2) {
     F a, b;
@@ -124,9 +134,10 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
   }
 }
 
-// ---- one row per weight type ----------------------------------------------------------------------------------------
+// ---- the table of weight types ----------------------------------------------------------------------------------------
 
-// An instruction set that extends another compiles only the types that gain; KTX_BASE_KERNELS serve the others.
+// X(type) for each weight type compiled here: all of them, unless an instruction set extends another. It then defines
+// these lists with the types that gain, and KTX_BASE_KERNELS serve the others.
 #ifndef KTX_BASE_KERNELS
 #define KTX_INT_TYPES(X)                                                                                                          \
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
@@ -147,6 +158,7 @@ static const TypeKernels TYPES[] = {
 #undef X
 };
 
+// Returns the kernels for the weight type `code`.
 static TypeKernels kernels_of(int code) {
   for (const TypeKernels& kernels : TYPES)
     if (kernels.code == code) return kernels;
