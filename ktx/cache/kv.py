@@ -159,8 +159,10 @@ class GrowingLayer(DynamicLayer):
             self._grow(self.length + new)
 
     def apply_assigned(self) -> None:
-        """Stores the tensors that were assigned to `keys` and `values`, in buffers of their size. UsageError when keys and values differ in
-        batch, heads or positions.
+        """Stores the tensors that were assigned to `keys` and `values`, in buffers of their size.
+
+        Raises:
+            UsageError: keys and values differ in batch, heads or positions.
         """
         if not self.assigned:
             return

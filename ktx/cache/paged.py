@@ -99,7 +99,7 @@ class SequenceSpan:
 
     @property
     def full_page_tokens(self) -> int:
-        """How many of the tokens after the lead are whole pages of the prompt."""
+        """How many of the tokens after the lead are full pages of the prompt."""
         return max(0, (self.past + self.prompt) // PAGE_TOKENS * PAGE_TOKENS - self.past - self.lead_tokens)
 
     @property
@@ -163,7 +163,7 @@ class BatchMetadata:
         return self._tables[device]
 
     def full_page_rows(self, excluded: Sequence[int] = ()) -> list[int]:
-        """Returns first row and number of rows of each range that holds whole pages of a prompt, see cpu.bf16_rows;
+        """Returns first row and number of rows of each range that holds full pages of a prompt, see cpu.bf16_rows;
         without those of the spans `excluded`.
         """
         ranges = [
@@ -175,7 +175,7 @@ class BatchMetadata:
 
     @cached_property
     def remainder(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The tokens outside of whole pages: their rows int64 [n], and `sequences` and `pages` for them alone; None if
+        """The tokens outside of full pages: their rows int64 [n], and `sequences` and `pages` for them alone; None if
         there are none.
         """
         token_rows, rows, span_indices, num_tokens = [], [], [], 0

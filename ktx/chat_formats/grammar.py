@@ -190,7 +190,9 @@ def _harmony_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _tags_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls with arguments between tags."""
+    """Calls with arguments between tags: <function=name><parameter=key> with values on lines of their own
+    (Qwen3-Coder), or <invoke name="name"><parameter name="key"> with values in place (MiniMax, DeepSeek V3.2).
+    """
     line, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
     name_is = "=" if call_format.values_on_lines else ' name="'
     quote_string = quote + (' string="{}"' if call_format.typed_parameters else "")
@@ -252,8 +254,8 @@ def _tagged_calls(
 
 
 def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
-    """Returns an expression for a value and its closing tag: JSON unless it may be a string, which is free text or one of
-    the schema's texts.
+    """Returns an expression for a value and its closing tag: JSON unless the value may be a string, which is free text
+    or one of the schema's texts.
     """
     allowed = allowed_types(schema)
     if "string" not in allowed:
@@ -265,7 +267,11 @@ def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, ma
 
 
 def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls in Python's syntax, in a list."""
+    """Calls in Python's syntax, in a list.
+
+    Arguments are separated by commas, so which one comes first matters: the rule has one alternative for each optional
+    argument that may be the first.
+    """
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
         """Puts required arguments first: a comma separates two arguments, so their order is fixed."""

@@ -49,8 +49,9 @@ ITEM, ITEM_OR_END, KEY, KEY_OR_END, COLON, NEXT = "item", "item or ]", "key", "k
 
 
 class JsonValue:
-    """One value, read from `source` in pieces and emitted as valid JSON; `done` when it is complete, `unrepairable` when
-    it is not JSON.
+    """One value, read from `source` in pieces and emitted as valid JSON.
+
+    `done` is set when the value is complete, `unrepairable` when its text is not JSON.
 
     `_expected` is what the grammar allows next; `_quote` is the quote of the string that is being read, `_word` the
     incomplete number or bare word. `closers` grows with each opening bracket.
@@ -270,7 +271,7 @@ def _escape_for_json(match: re.Match[str]) -> str:
 
 
 def _literal_to_json(word: str) -> str | None:
-    """Returns a bare word as JSON, None if it is not a value."""
+    """Returns a bare word as JSON: a literal of JSON, Python or JavaScript, or a number; None if it is no value."""
     if re.fullmatch(_NUMBER, word) or word in ("true", "false", "null"):
         return word
     if word in _WORDS:

@@ -34,7 +34,7 @@ class _History:
         self.count = 0  # calls so far, which number the ids of the form functions.name:0
 
     def convert(self, message: Mapping[str, Any]) -> Message:
-        """Converts one message."""
+        """Converts one message: its text, its role as the template knows it, and what its role has in addition."""
         role = message.get("role")
         converted: Message = {"role": role, "content": message_text(message.get("content"))}
         if role == "developer" and not self.chat_format.developer:
@@ -59,7 +59,7 @@ class _History:
             converted["content"] = converted["content"] or (None if self.chat_format.arguments_as_text else "")
 
     def _convert_call(self, call: Mapping[str, Any]) -> Message:
-        """Converts one call."""
+        """Converts one call: its id and arguments in the template's form; records both ids for the call's result."""
         function = call.get("function") or {}
         name, call_id = str(function.get("name", "")), str(call.get("id") or "")
         self.ids[call_id], self.names[call_id] = self._convert_id(call_id, name), name

@@ -22,8 +22,10 @@ IGNORED_KEYS = ("type", "index")  # other keys of a call, which are ignored
 class ObjectCall:
     """One call object, read from `{` on.
 
-    Streams the arguments if the name comes first, else stores them until it comes. `marked`: its marks already show that
-    it is a call; without them, only the keys that a family itself uses make it one.
+    Streams the arguments if the name comes first, else stores them until it comes.
+
+    `marked` is whether marks already show that it is a call; without them, only the keys that a family itself uses make
+    it one.
     """
 
     def __init__(self, source: TextReader, calls: CallEvents, ends: Marks, marked: bool):

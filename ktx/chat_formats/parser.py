@@ -56,6 +56,7 @@ class Parser:
         self.output = WhitespaceFilter("think" if thinking else "answer", prefill_text)
         self._reasoning_seen = thinking or bool(prefill_text)  # whether there was reasoning, or none can follow
         self._at_line_start = prefill_text.endswith("\n")  # the output begins at the start of a line
+        # how many characters of broken calls may still be read again, and the number of broken calls
         self._reread_chars, self._num_broken = MAX_REREAD_CHARS, 0
         self.open_call = False  # after finish(cut=True): the stream ended inside a call
         self._set_marks()
@@ -163,8 +164,8 @@ class Parser:
         """Runs `reader` on the text after `mark` and yields its events; emits the text itself when the reader raises
         NotACall.
 
-        The reader's text is recorded until a call is complete, because a call that turns out to be broken is text. White
-        space before the call is layout: it is dropped when the call starts, and emitted when it is broken.
+        The reader's text is recorded until a call is complete, because a call that turns out to be broken is text.
+        White space before the call is layout: it is dropped when the call starts, and emitted when it is broken.
         """
         source = self.reader
         source.start_call(len(mark.lstrip("\n")))

@@ -43,7 +43,12 @@ def _resolve_ref(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def allowed_types(schema: Any, depth: int = 4) -> frozenset[str]:
-    """Returns the JSON types that a schema allows."""
+    """Returns the JSON types that a schema allows; all of them where it does not restrict the type.
+
+    Args:
+        schema: a JSON schema, True or False.
+        depth: how many levels of anyOf, oneOf and allOf are followed; deeper ones do not restrict the types.
+    """
     if not isinstance(schema, Mapping):
         return frozenset(("string",)) if schema is False else _ALL  # False: an undefined argument is not converted
     allowed = _ALL
@@ -73,7 +78,9 @@ def is_string_only(schema: Any) -> bool:
 
 
 def to_json(text: str, schema: Any) -> str:
-    """Returns the JSON text of one argument."""
+    """Returns the JSON text of one argument: the text as JSON if the schema allows the type that it then has, else as a
+    string.
+    """
     allowed = allowed_types(schema)
     if allowed - {"string"}:
         stripped = text.strip()

@@ -58,7 +58,9 @@ class TagCall:
         yield self.calls.end()
 
     def _read_parameter(self) -> Iterator[Event | None]:
-        """Reads one argument, whose opening tag was read."""
+        """Reads one argument, whose opening tag was read. A string is emitted while it arrives; any other value only at
+        its end, because its text is converted as a whole.
+        """
         key, self._next_key = self._next_key, ""
         if self.format.pair_key[0]:
             yield from self.source.read_whitespace()

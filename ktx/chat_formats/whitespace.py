@@ -34,8 +34,8 @@ class WhitespaceFilter:
         self._call_last = False  # whether a call came last
 
     def emit(self, text: str) -> Iterator[Text]:
-        """Emits text without the layout after a mark, and holds its trailing white space until it is known whether a mark
-        follows.
+        """Emits text without the layout after a mark, and holds its trailing white space until the next text or mark
+        decides about it.
         """
         if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)

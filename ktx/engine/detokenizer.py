@@ -53,7 +53,9 @@ class StopChecker:
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
-        """Returns the text that is safe to emit; nothing more after a stop string."""
+        """Returns the text that is safe to emit: up to the first stop string, or up to an end that may become one;
+        nothing more after a stop string.
+        """
         if self.found is not None:
             return ""
         self.pending += piece

@@ -117,9 +117,10 @@ class Engine:
         self.store = self._open_store()
         self.stats = EngineStats(model)
         self.scheduler = self._build_scheduler(pages)
-        self.outputs: dict[Request, OutputState] = {}
+        self.outputs: dict[Request, OutputState] = {}  # of all unfinished requests
+        # calls that other threads want on the engine's thread; None ends it
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # guards `outputs`, the adapters' names, `closed` and `failure`
         self.num_submitted = 0
         # adapters that were unloaded while unfinished requests still use them
         self.unloading_adapters: set[str] = set()
@@ -509,7 +510,11 @@ class Engine:
         return True
 
     def step(self) -> None:
-        """Schedules and runs one forward and processes its logits."""
+        """Schedules and runs one forward and processes its logits, after ending cancelled requests.
+
+        A forward that was cancelled is scheduled again; one that failed is repeated request by request, to find the
+        request that fails.
+        """
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
                 self._finish(self.outputs[request], "cancelled")

@@ -157,7 +157,12 @@ class GrammarMatcher:
         return mask
 
     def accept(self, token: int) -> None:
-        """Advances the parser by a token of the output."""
+        """Advances the parser by a token of the output; before the grammar begins, only looks for the text `after`.
+
+        Raises:
+            ValueError: the grammar does not allow the token.
+            UsageError: the parser's state exceeds its limits.
+        """
         if self.after:
             self.tail = (self.tail + self.tokens.decode_str([token]))[-len(self.after) - 64 :]
             if self.after in self.tail:

@@ -133,7 +133,7 @@ class Request:
         return len(self.ids) - len(self.prompt)
 
     def usage(self) -> Usage:
-        """Returns the usage up to now."""
+        """Returns the usage up to now; a time that has not come yet counts as now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token or now
         return Usage(

@@ -51,7 +51,7 @@ class ModelRunner:
     """
 
     supports_prefix_cache = True  # whether a sequence can reuse pages of another one
-    page_aligned_numerics = False  # whether whole pages of a prompt are computed with other kernels than single tokens
+    page_aligned_numerics = False  # whether full pages of a prompt are computed with other kernels than single tokens
     # Chunks of a prompt end at multiples of so many tokens, so that results do not depend on how the prompt is split.
     granularity = PAGE_TOKENS
     recurrent = False
@@ -267,8 +267,8 @@ class SequentialRunner(ModelRunner):
     def _split(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
         """Returns the first token and the number of tokens of the forwards that a chunk takes.
 
-        A prompt is computed `granularity` tokens at once, because a family's own code may sum in another order for another
-        number of tokens. Output tokens that are recomputed come one by one, as they came before.
+        A prompt is computed `granularity` tokens at once, because a family's own code may sum in another order for
+        another number of tokens. Output tokens that are recomputed come one by one, as they came before.
         """
         prompt_end = chunk.start + chunk.num_prompt_tokens
         decode_steps = [(start, 1) for start in range(prompt_end, chunk.start + chunk.count)]

@@ -195,8 +195,8 @@ class Scheduler:
         """Schedules chunked prefill. Prompts share the budget: the oldest one takes most of it, the shortest of the
         others the rest, and what they leave returns to the oldest.
 
-        The oldest prompt always gets at least `granularity` tokens or the whole budget, however small the budget and however many short prompts
-        arrive.
+        The oldest prompt always gets at least `granularity` tokens, or the budget if that is smaller, however many
+        short prompts arrive.
         """
         if not prompts:
             return
@@ -237,8 +237,8 @@ class Scheduler:
         return count
 
     def _align_chunk(self, request: Request, count: int) -> int:
-        """Limits a chunk to the granularity: full pages of a prompt are computed whole at any budget, so that their
-        content does not depend on it. Recurrent layers need the prompt's end whole too.
+        """Limits a chunk to the granularity: each full page of a prompt is computed in one forward at any budget, so
+        that its content does not depend on the budget. Recurrent layers need the prompt's end in one forward too.
         """
         end, prompt = request.num_computed + count, len(request.prompt)
         if self.budget.step >= PAGE_TOKENS and (
@@ -367,7 +367,9 @@ class Scheduler:
         return allocated[0]
 
     def _reuse_partial(self, request: Request) -> bool:
-        """Continues a partial page where another sequence ended. A page of the prompt that would be computed whole is
+        """Continues a partial page where another sequence ended.
+
+        With `page_aligned_numerics`, a full page of the prompt must be computed in one forward. There a partial page is
         taken only from a sequence that ended exactly there, as a conversation's last turn does.
         """
         page_index = len(request.pages)
@@ -417,7 +419,9 @@ class Scheduler:
         return self.pages_in_flight.get(request.page_hashes[page_index], request) is not request
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless pages and requests agree."""
+        """Raises AssertionError unless pages and requests agree: only running requests have pages, each has enough of
+        them, and both queues are in the order of arrival.
+        """
         self.pages.check_integrity(request.pages for request in self.running)
         assert not any(request.pages or request.num_computed for request in self.waiting), (
             "a waiting request holds pages"

@@ -71,7 +71,7 @@ class EngineStats:
         self.nbytes += self.weight_traffic.bytes(forwards, tokens, heads)
 
     def snapshot(self) -> StatsSnapshot:
-        """Returns the counters up to now."""
+        """Returns the counters from this engine's start up to now. Any thread may call it."""
         pairs = list(zip(self.experts, self.before, strict=True))
         experts = [ExpertStats.read(module.total_counts() - start) for (_, module), (start, _) in pairs]
         waited_s = sum(module.wait_s - start for (_, module), (_, start) in pairs)

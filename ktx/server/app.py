@@ -55,7 +55,7 @@ class JsonRoute(APIRoute):
     """A route that parses its body as JSON, whatever its content type, and is cancelled when the client disconnects."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wraps FastAPI's handler."""
+        """Wraps FastAPI's handler: parses the body, cancels on disconnect, converts errors, lists ignored fields."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

@@ -135,7 +135,9 @@ class AuthMiddleware:
         await self.app(scope, _replay(body, receive), _add_headers(send, _cors_headers(origin)) if origin else send)
 
     def _authorize(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Raises Rejected if the policy does not allow the request."""
+        """Raises Rejected if the policy does not allow the request: 403 for its host or its page's origin, 401 for a
+        missing key.
+        """
         access, path, method = self.access, scope["path"], scope["method"]
         origin, host = headers.get(b"origin"), headers.get(b"host", b"")
         if not access.keys and not access.host(host):
@@ -255,7 +257,7 @@ def _cors_headers(origin: bytes) -> list[tuple[bytes, bytes]]:
 
 
 async def _answer_preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
-    """Answers a CORS preflight request."""
+    """Answers a CORS preflight request, with which a browser asks whether a page may send the actual request."""
     headers_out = [
         (b"access-control-allow-origin", origin),
         (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),

@@ -20,7 +20,7 @@ class LogFormatter(logging.Formatter):
         self.as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns one line."""
+        """Returns a record as one line: its message, the fields of `extra`, and the request id if there is one."""
         extra = {key: value for key, value in vars(record).items() if key not in STANDARD_FIELDS and key[0] != "_"}
         if current_id := request_id.CURRENT.get():
             extra["request_id"] = current_id

@@ -166,7 +166,7 @@ def resolve_adapter_path(root: Path, text: str) -> Path:
 
 
 def _adapter_files(path: Path) -> list[Path]:
-    """Returns the existing files that an adapter is read from."""
+    """Returns the existing files that an adapter is read from, all of which must be inside --lora-dir."""
     folder = path if path.is_dir() else path.parent
     known = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     if path.is_dir():

@@ -30,7 +30,7 @@ class Metrics:
         self.state, self.registry = state, CollectorRegistry()
         model = state.names[0]
 
-        # These are registered once and updated by `finished`. `collect` creates the others when a client reads /metrics.
+        # These are registered once and updated by `finished`; `collect` creates the others when /metrics is read.
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
             return Histogram(f"ktx:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
 
@@ -105,7 +105,7 @@ class Metrics:
             self.inter_token_latency.observe((usage.seconds - usage.first_token_seconds) / (usage.answer - 1))
 
     def collect(self) -> Iterator[Any]:
-        """Yields the metrics that are read from the engine at collection time."""
+        """Yields the metrics that are read from the engine at collection time; the registry calls it for /metrics."""
         progress, engine = self.state.progress, self.state.engine
         yield self._gauge("model_load_bytes", "Bytes of weights read so far.", progress.done)
         yield self._gauge("model_load_total_bytes", "Bytes of weights to read.", progress.total)

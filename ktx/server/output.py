@@ -90,7 +90,7 @@ class OutputParser:
             yield self.end
 
     def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
-        """Converts the parser's events to deltas and accumulates them."""
+        """Converts the parser's events to deltas and accumulates them; a call that is not complete yields nothing."""
         for event in merge_events(events):
             if isinstance(event, CallStart):
                 self._open_call = [event.id, event.name, ""]

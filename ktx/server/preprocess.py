@@ -234,8 +234,8 @@ async def build_engine_input(
         if prompts.chat_format.call_format is None:
             raise APIError(
                 400,
-                f"tool_choice: the format of this model's tool calls is unknown ({prompts.chat_format.name}), so it cannot"
-                " be forced to call a function",
+                f"tool_choice: the format of this model's tool calls is unknown ({prompts.chat_format.name}), so it"
+                " cannot be forced to call a function",
                 "tool_choice",
             )
         grammar_args = (

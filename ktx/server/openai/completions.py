@@ -87,7 +87,7 @@ class LegacyLogprobs:
         self.formatter, self.enabled, self.offset = formatter, enabled, 0
 
     def of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
-        """Returns the lists of the next tokens, and advances `offset` by their text; None if the request has no logprobs."""
+        """Returns the lists of the next tokens and advances `offset`; None if the request has no logprobs."""
         if not self.enabled:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -29,117 +29,129 @@ class RefusedParameter:
     neutral_values: tuple[Any, ...] = ()
 
 
-def _all(names: str, value: Any) -> dict[str, Any]:
+def _map_names(names: str, value: Any) -> dict[str, Any]:
     """Maps each of the names, which are separated by spaces, to the same value."""
     return dict.fromkeys(names.split(), value)
 
 
 # parameters that do not change the answer -> reason
 IGNORED: dict[str, str] = {
-    **_all(
+    **_map_names(
         "cache_prompt id_slot slot_id n_cache_reuse", "the prefix cache finds computed prompts by itself (llama.cpp)"
     ),
-    **_all("n_keep n_discard num_keep", "a full context ends the answer; there is no context shift"),
-    **_all("timings_per_token return_progress response_fields", "additional statistics in the response (llama.cpp)"),
-    **_all("priority", "requests are scheduled in order of arrival (vLLM, SGLang)"),
-    **_all("request_id rid", "the request id is read from the header x-request-id (vLLM, SGLang)"),
-    **_all(
+    **_map_names("n_keep n_discard num_keep", "a full context ends the answer; there is no context shift"),
+    **_map_names(
+        "timings_per_token return_progress response_fields", "additional statistics in the response (llama.cpp)"
+    ),
+    **_map_names("priority", "requests are scheduled in order of arrival (vLLM, SGLang)"),
+    **_map_names("request_id rid", "the request id is read from the header x-request-id (vLLM, SGLang)"),
+    **_map_names(
         "data_parallel_rank routed_dp_rank backend_sampling", "the place of the computation does not change the answer"
     ),
-    **_all("kv_transfer_params", "the KV cache stays in this process (vLLM)"),
-    **_all("mm_processor_kwargs media_io_kwargs", "this is a text model"),
-    **_all("guided_decoding_backend", "there is only one backend (vLLM)"),
-    **_all("spaces_between_special_tokens", "fast tokenizers add no such spaces, as in vLLM"),
-    **_all("stream_reasoning", "reasoning is always streamed (SGLang)"),
-    **_all("length_penalty early_stopping", "only for beam search, which is not supported"),
-    **_all("mirostat_tau mirostat_eta", "only for mirostat, which is not supported"),
-    **_all("dynatemp_exponent", "only for dynatemp_range, which is not supported"),
-    **_all("xtc_threshold", "only for xtc_probability, which is not supported"),
-    **_all(
+    **_map_names("kv_transfer_params", "the KV cache stays in this process (vLLM)"),
+    **_map_names("mm_processor_kwargs media_io_kwargs", "this is a text model"),
+    **_map_names("guided_decoding_backend", "there is only one backend (vLLM)"),
+    **_map_names("spaces_between_special_tokens", "fast tokenizers add no such spaces, as in vLLM"),
+    **_map_names("stream_reasoning", "reasoning is always streamed (SGLang)"),
+    **_map_names("length_penalty early_stopping", "only for beam search, which is not supported"),
+    **_map_names("mirostat_tau mirostat_eta", "only for mirostat, which is not supported"),
+    **_map_names("dynatemp_exponent", "only for dynatemp_range, which is not supported"),
+    **_map_names("xtc_threshold", "only for xtc_probability, which is not supported"),
+    **_map_names(
         "dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers",
         "only for dry_multiplier, which is not supported",
     ),
-    **_all("store metadata", "these routes do not store responses; /v1/responses stores and returns both"),
-    **_all(
+    **_map_names("store metadata", "these routes do not store responses; /v1/responses stores and returns both"),
+    **_map_names(
         "user safety_identifier service_tier",
         "they name the user and the price; the response's service_tier is `default`",
     ),
-    **_all(
+    **_map_names(
         "prompt_cache_key prompt_cache_retention prompt_cache_options",
         "the prefix cache finds computed prompts by their tokens",
     ),
-    **_all("verbosity", "a hint for OpenAI's own models"),
-    **_all("keep_alive", "the model stays loaded until the server stops (Ollama)"),
-    **_all(
+    **_map_names("verbosity", "a hint for OpenAI's own models"),
+    **_map_names("keep_alive", "the model stays loaded until the server stops (Ollama)"),
+    **_map_names(
         "truncate shift",
         "a prompt that is too long is refused; an answer that reaches the end of the context is truncated (Ollama)",
     ),
-    **_all("num_ctx", "the server sets the context length (--max-context)"),
-    **_all(
+    **_map_names("num_ctx", "the server sets the context length (--max-context)"),
+    **_map_names(
         "num_batch num_gpu main_gpu num_thread numa use_mmap use_mlock low_vram f16_kv",
         "options of Ollama's model runner",
     ),
-    **_all("vocab_only logits_all embedding_only num_gqa draft_num_predict", "options of Ollama's model runner"),
+    **_map_names("vocab_only logits_all embedding_only num_gqa draft_num_predict", "options of Ollama's model runner"),
 }
 # prefixes of ignored names -> reason
 PREFIXES = {"speculative.": "speculative decoding does not change the answer (llama.cpp)"}
 
 REFUSED: dict[str, RefusedParameter] = {
-    **_all("use_beam_search", RefusedParameter("there is no beam search")),
-    **_all("bad_words allowed_token_ids", RefusedParameter("use logit_bias, or a grammar")),
-    **_all(
+    **_map_names("use_beam_search", RefusedParameter("there is no beam search")),
+    **_map_names("bad_words allowed_token_ids", RefusedParameter("use logit_bias, or a grammar")),
+    **_map_names(
         "logits_processors logits_processor_args custom_logit_processor vllm_xargs",
         RefusedParameter("requests cannot run code"),
     ),
-    **_all("custom_params", RefusedParameter("there are no custom logits processors")),
-    **_all("prompt_logprobs", RefusedParameter("use echo with logprobs at /v1/completions")),
-    **_all(
+    **_map_names("custom_params", RefusedParameter("there are no custom logits processors")),
+    **_map_names("prompt_logprobs", RefusedParameter("use echo with logprobs at /v1/completions")),
+    **_map_names(
         "return_token_ids return_tokens return_hidden_states return_meta_info",
         RefusedParameter("responses do not include it"),
     ),
-    **_all(
+    **_map_names(
         "thinking_budget thinking_token_budget",
         RefusedParameter("the length of reasoning cannot be limited; reasoning_effort may shorten it"),
     ),
-    **_all("documents", RefusedParameter("put them into a message")),
-    **_all(
+    **_map_names("documents", RefusedParameter("put them into a message")),
+    **_map_names(
         "separate_reasoning parse_tool_calls",
         RefusedParameter("reasoning and tool calls are always separated from the text", (True,)),
     ),
-    **_all("reasoning_format", RefusedParameter("reasoning is returned in a separate field", ("auto", "deepseek"))),
-    **_all("reasoning_in_content thinking_forced_open", RefusedParameter("reasoning is returned in a separate field")),
-    **_all("stop_regex", RefusedParameter("use stop or stop_token_ids")),
-    **_all("guided_whitespace_pattern", RefusedParameter("the grammar determines the white space in JSON")),
-    **_all("repetition_detection", RefusedParameter("use repetition_penalty")),
-    **_all(
+    **_map_names(
+        "reasoning_format", RefusedParameter("reasoning is returned in a separate field", ("auto", "deepseek"))
+    ),
+    **_map_names(
+        "reasoning_in_content thinking_forced_open", RefusedParameter("reasoning is returned in a separate field")
+    ),
+    **_map_names("stop_regex", RefusedParameter("use stop or stop_token_ids")),
+    **_map_names("guided_whitespace_pattern", RefusedParameter("the grammar determines the white space in JSON")),
+    **_map_names("repetition_detection", RefusedParameter("use repetition_penalty")),
+    **_map_names(
         "reasoning_budget thinking_budget_tokens", RefusedParameter("the length of reasoning cannot be limited", (-1,))
     ),
-    **_all("prompt_embeds input_embeds session_params", RefusedParameter("send the text, or its tokens")),
-    **_all(
+    **_map_names("prompt_embeds input_embeds session_params", RefusedParameter("send the text, or its tokens")),
+    **_map_names(
         "grammar ebnf",
         RefusedParameter("grammars in llama.cpp's and SGLang's formats are not supported; use structured_outputs"),
     ),
-    **_all(
+    **_map_names(
         "lora_path lora_request",
         RefusedParameter("use the adapter's name as the model; /v1/load_lora_adapter loads an adapter"),
     ),
-    **_all("mirostat", RefusedParameter("use temperature, top_p or min_p", (0,))),
-    **_all("dynatemp_range xtc_probability dry_multiplier", RefusedParameter("use temperature, top_p or min_p", (0,))),
-    **_all("top_n_sigma", RefusedParameter("use temperature, top_p or min_p", (-1, 0))),
-    **_all("adaptive_target", RefusedParameter("use temperature, top_p or min_p", (-1,))),
-    **_all("tfs_z", RefusedParameter("use temperature, top_p or min_p", (1,))),
-    **_all("top_a", RefusedParameter("use temperature, top_p or min_p", (0,))),
-    **_all(
+    **_map_names("mirostat", RefusedParameter("use temperature, top_p or min_p", (0,))),
+    **_map_names(
+        "dynatemp_range xtc_probability dry_multiplier", RefusedParameter("use temperature, top_p or min_p", (0,))
+    ),
+    **_map_names("top_n_sigma", RefusedParameter("use temperature, top_p or min_p", (-1, 0))),
+    **_map_names("adaptive_target", RefusedParameter("use temperature, top_p or min_p", (-1,))),
+    **_map_names("tfs_z", RefusedParameter("use temperature, top_p or min_p", (1,))),
+    **_map_names("top_a", RefusedParameter("use temperature, top_p or min_p", (0,))),
+    **_map_names(
         "samplers sampler_seq", RefusedParameter("the order is: penalties, temperature, top_k, top_p, min_p, typical_p")
     ),
-    **_all("min_keep", RefusedParameter("sampling filters keep at least one token", (0, 1))),
-    **_all("n_probs", RefusedParameter("use logprobs", (0,))),
-    **_all("post_sampling_probs", RefusedParameter("log probabilities are the model's, before any sampling parameter")),
-    **_all("n_indent", RefusedParameter("there is no min indentation of lines", (0,))),
-    **_all("t_max_predict_ms t_max_prompt_ms", RefusedParameter("use max_tokens", (0, -1))),
-    **_all("penalize_newline", RefusedParameter("a newline is penalized like any other token", (True,))),
-    **_all("rope_frequency_base rope_frequency_scale", RefusedParameter("the model sets its rotary embedding", (0,))),
-    **_all("input_extra multimodal_data", RefusedParameter("this is a text model")),
+    **_map_names("min_keep", RefusedParameter("sampling filters keep at least one token", (0, 1))),
+    **_map_names("n_probs", RefusedParameter("use logprobs", (0,))),
+    **_map_names(
+        "post_sampling_probs", RefusedParameter("log probabilities are the model's, before any sampling parameter")
+    ),
+    **_map_names("n_indent", RefusedParameter("there is no min indentation of lines", (0,))),
+    **_map_names("t_max_predict_ms t_max_prompt_ms", RefusedParameter("use max_tokens", (0, -1))),
+    **_map_names("penalize_newline", RefusedParameter("a newline is penalized like any other token", (True,))),
+    **_map_names(
+        "rope_frequency_base rope_frequency_scale", RefusedParameter("the model sets its rotary embedding", (0,))
+    ),
+    **_map_names("input_extra multimodal_data", RefusedParameter("this is a text model")),
 }
 
 ALIASES = {  # other name -> our name, on the routes that have a field of our name

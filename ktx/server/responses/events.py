@@ -101,7 +101,7 @@ class ResponseEvents:
         return {"type": shape.part_type, "text": self.text, **fields}
 
     def _begin_item(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
-        """Starts a text item of a kind and returns its first events."""
+        """Starts a text item of a kind, a message or reasoning, and returns its first events."""
         self.open_kind, self.text, self.logprobs = kind, "", []
         shape = self.shapes[kind]
         if kind == "answer":
@@ -128,7 +128,7 @@ class ResponseEvents:
         ]
 
     def close(self, status: str = "completed") -> list[tuple[str, dict[str, Any]]]:
-        """Completes the open text item, if there is one, and returns its events."""
+        """Completes the open text item, if there is one, and returns its last events: text, part and item are done."""
         if not self.open_kind:
             return []
         item, shape = self.items[-1], self.shapes[self.open_kind]
@@ -155,8 +155,8 @@ class ResponseEvents:
         return [*events, self.event(f"{shape.text_event}.delta", **self.location(shape), delta=delta.text, **fields)]
 
     def on_tool_call(self, call: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the events of a tool call, which is one complete item. The stream has all events that a client expects
-        of a call that arrives in fragments.
+        """Returns the events of a tool call, which is one complete item, with all events that a client expects of a
+        call that arrives in fragments.
         """
         events = self.close()
         namespace, name = self.namespaces.get(call.name, (None, call.name))

@@ -157,5 +157,5 @@ class ResponseStore:
 
 
 def _to_json(value: Any) -> bytes:
-    """Returns compact JSON; the store holds JSON because it takes less memory than Python objects."""
+    """Returns compact JSON in UTF-8, whose length counts towards the store's size."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
