@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from ktx.kernels.check import relative_error  # noqa: E402
-from ktx.quant.quantize import random_rows  # noqa: E402
+from ktx.quant.random_blocks import random_rows  # noqa: E402
 from ktx.quant.types import QTYPES, QType  # noqa: E402
 from ktx.weights.base import QuantizedTensor  # noqa: E402
 

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ktx.quant.quantize import random_rows  # noqa: E402
+from ktx.quant.random_blocks import random_rows  # noqa: E402
 from ktx.quant.types import QTYPES, QType  # noqa: E402
 
 POOL_WEIGHTS = 1 << 22  # weights in a pool; the tensors cut from it exceed the last-level cache several times

@@ -72,7 +72,7 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
     (said,) = [sum(by_device.values()) for by_device in model.ktx.plan.adapters.values()]
     assert taken == said == sum(adapter_bytes(match_modules(model, read(AdapterSpec.parse(tmp_path / "one")))).values())
     need = ktx.loader.resources.memory_needed(model.ktx.plan)
-    monkeypatch.setattr("ktx.loader.load.memory", lambda: (1 << 40, need - 1))
+    monkeypatch.setattr("ktx.loader.resources.memory", lambda: (1 << 40, need - 1))
     with pytest.raises(DoesNotFit):
         load(tmp_path, None, lora=tmp_path / "one")
     load(tmp_path, None)

@@ -265,7 +265,7 @@ def experts_of(model):
 def test_other_parametrizations(two, folder, caplog):
     """They are computed as a whole, and the log says so once."""
     before, name = computed(two[0]), targets(folder[0])[-1]
-    parameters._said.clear()
+    parameters._logged.clear()
     for model in two:
         own = experts_of(model)
         parametrize.register_parametrization(own, name, Plus(getattr(own, name).shape))

@@ -24,7 +24,7 @@ from ktx.placement import workspace
 from ktx.placement.memory_model import Footprint, ModuleMemory, WeightBytes, cpu_packed_bytes, gpu_packed_bytes
 from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balance, solve
 from ktx.placement.suggest import fit, suggestions
-from ktx.quant.quantize import random_rows
+from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
 from tests.families.test_families import load

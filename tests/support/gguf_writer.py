@@ -12,7 +12,7 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-from ktx.quant.quantize import random_rows
+from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import QTYPES, QType
 
 ARCH = {
