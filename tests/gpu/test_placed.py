@@ -89,7 +89,7 @@ def test_prompts_can_stay_absorbed(moe):
 def test_weights_that_do_not_fit_on_a_gpu_are_told_with_the_numbers(moe, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("its memory is what it is")
-    monkeypatch.setattr(ktx.devices, "MEMORY", 1 << 20)
+    monkeypatch.setattr(ktx.devices, "FAKE_GPU_BYTES", 1 << 20)
     with pytest.raises(
         DoesNotFit, match=r"cuda:1: the weights need 2\d\d.* MB of memory, 1.0 MB of 1.0 MB are free; put less"
     ):

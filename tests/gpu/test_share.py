@@ -65,7 +65,7 @@ def test_the_self_test_sees_both_sides(v3, monkeypatch):
     """It refuses none where one side was not chosen, counts nothing, and sees a layer that drops its cache."""
     model = v3.load(v3.rules(Experts="cpu"), gpu_experts=1, self_test=True)
     assert not experts_of(model).total_counts().any()
-    monkeypatch.setattr(self_test, "TRIES", 1)  # the interpreter is slow
+    monkeypatch.setattr(self_test, "MAX_PAIRS", 1)  # the interpreter is slow
     layer = model.model.layers[1]
     whole = layer.forward
     layer.forward = lambda hidden, **words: whole(

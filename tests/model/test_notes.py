@@ -208,14 +208,14 @@ LATE = "torch was imported before ktx: its OpenMP threads spin"
 )
 def test_torch_before_ktx(imports, more, said):
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    program = f"import {imports}; import ktx.model.notes; print([note.text for note in ktx.model.notes.spinning()])"
+    program = f"import {imports}; import ktx.model.notes; print([note.text for note in ktx.model.notes.openmp_notes()])"
     env |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.getcwd()} | more
     out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
     assert (LATE in out) == said and ("import ktx first" in out) == said
 
 
 def test_loading_says_it(monkeypatch, caplog):
-    monkeypatch.setattr(ktx, "_torch_came_first", True)
+    monkeypatch.setattr("ktx.utils.openmp.TORCH_CAME_FIRST", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, _ = ktx.load(demo.path(), demo.gguf(), progress=False)
     assert [note.code for note in model.ktx.notes if LATE in note.text] == ["flag"] and LATE in caplog.text
