@@ -134,7 +134,17 @@ def attend(
     if dropout > 0 or needs_weight_gradients:
         weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
         return apply_weights(weights, value), weights if choice.returns_weights(kwargs) else None
-    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **paging)
+    out = kernel(
+        query,
+        _make_rows_contiguous(key),
+        _make_rows_contiguous(value),
+        ranges,
+        mask,
+        float(scale),
+        sinks,
+        cap,
+        **paging,
+    )
     if batch is not None or not choice.returns_weights(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
@@ -176,7 +186,7 @@ def non_causal_error(module: Any) -> UsageError:
     )
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def _make_rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """Returns `x` with contiguous columns, as the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -210,7 +220,7 @@ def interval_mask(
             first_end = q_offset + 1 - int(kv_offset)
             intervals = [[0, min(first_end + i, keys)] for i in range(q_length)]
             return Intervals(torch.tensor([intervals] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
-        starts = _left_padding(padding_mask, batch_size, kv_offset, kv_length)
+        starts = _find_first_visible(padding_mask, batch_size, kv_offset, kv_length)
         if starts is not None:
             ends = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
                 max=keys
@@ -233,7 +243,7 @@ def interval_mask(
     return mask if compiling else intervals_of(mask)
 
 
-def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
+def _find_first_visible(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
     """Returns the first visible key of each sequence, or None if a sequence has padding that is not on the left."""
     if mask is None:
         return torch.zeros(batch, dtype=torch.int64, device="cpu")

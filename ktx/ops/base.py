@@ -126,7 +126,7 @@ class Operator(nn.Module):
         """
 
     def use_live_parameters(self) -> None:
-        """Replaces its parameters with CountedParameters, which count writes; runs before `ready` copies their values."""
+        """Replaces its parameters with CountedParameters, which count writes, before `ready` copies their values."""
         for name, value in self._parameters.items():
             if value is not None and type(value) is nn.Parameter:
                 counted = CountedParameter(value.detach(), value.requires_grad)

@@ -44,7 +44,10 @@ def replaced_class(cls: type) -> type | None:
 
 
 def watch(module: nn.Module) -> None:
-    """Watches the class of a module, and the class that the module replaces, from now on."""
+    """Watches the methods of a module's class, and of the class that the module replaces, from now on.
+
+    Called for every module of a Guard; the classes of ktx need only their forward watched.
+    """
     cls = type(module)
     replaced = module.__dict__.get("replaced_class")
     if cls in _watched_classes and (replaced is None or replaced in _watched_classes):
@@ -66,7 +69,10 @@ def _watch_method(cls: type, name: str, original: bool = True) -> None:
 
 
 def _is_original(cls: Any, name: str) -> bool:
-    """Whether a method and the functions that it wraps are defined in its class's file, in transformers or in torch."""
+    """Whether a method, with the functions that it wraps, is defined in its class's file, in transformers or in torch.
+
+    A method patched before its class was watched is recognized this way.
+    """
     owner = next(base for base in cls.__mro__ if name in vars(base))
     files = (getattr(sys.modules.get(owner.__module__), "__file__", None) or "", *LIBRARIES)
     method: Any = getattr(cls, name)
@@ -94,7 +100,10 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def update() -> None:
-    """Compares all watched methods with the last check, and lets operators use patched classes."""
+    """Compares all watched methods with the last check; a change counts as a change of all modules.
+
+    Operators whose replaced class is patched now call its forward; those whose patch was undone call their own again.
+    """
     current = [getattr(cls, name, None) for cls, name in _watched_methods]
     if current == _last_methods:
         return

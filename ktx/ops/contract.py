@@ -240,7 +240,7 @@ class Recorder:
         return 0
 
 
-def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddings: Any) -> tuple[Any, ...]:
+def _record_attention(old: Any, path: str, children: dict[str, nn.Module], embeddings: Any) -> tuple[Any, ...]:
     """Runs the forward of an attention module and captures what its attention function receives.
 
     Args:
@@ -261,6 +261,7 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
         module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, scaling: Any = None, **options: Any
     ) -> Any:
         # A random output shows whether the module returns it unchanged but for the output projection.
+        """The attention function that the module calls: stores its arguments and returns a random output."""
         attended = random_tensor(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         recorded.extend((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, options, attended))
         return attended, None
@@ -284,7 +285,7 @@ def _attention_call(old: Any, path: str, children: dict[str, nn.Module], embeddi
     return (*recorded, out[0])
 
 
-def _rotary_tables(width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _random_rotary_tables(width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns random angles [1, NUM_TOKENS, width / 2], and their cosines and sines [1, NUM_TOKENS, width]."""
     angles = random_tensor(1, NUM_TOKENS, width // 2, seed=seed)
     both_halves = torch.cat([angles, angles], -1)
@@ -312,9 +313,9 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
     factors = {"q_norm": 1.5, "k_norm": 0.5}
     norms = [name for name in factors if old._modules.get(name) is not None]
     children |= {name: Stub(lambda x, factor=factors[name]: x * factor) for name in norms}
-    _, cos, sin = _rotary_tables(width, 5)
+    _, cos, sin = _random_rotary_tables(width, 5)
     tables = (cos[..., : width // 2], sin[..., : width // 2]) if half_tables else (cos, sin)
-    query, key, value, scale, options, attended, out = _attention_call(old, path, children, tables)
+    query, key, value, scale, options, attended, out = _record_attention(old, path, children, tables)
     heads = {name: y.view(1, NUM_TOKENS, -1, width).transpose(1, 2) for name, y in projected.items()}
     for name, result in (("q", query), ("k", key)):
         factor = factors[f"{name}_norm"] if f"{name}_norm" in norms else 1.0
@@ -379,10 +380,10 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
         children["q_a_proj"] = Stub(lambda x: x * 3)
         children["q_a_layernorm"] = Stub(lambda x: x + 1)
         children["q_b_proj"] = Stub(lambda x: q / normed * x.mean(-1, keepdim=True))
-    angles, cos, sin = _rotary_tables(rope_dim, 5)
+    angles, cos, sin = _random_rotary_tables(rope_dim, 5)
     complex_table = type(old).__name__ == "DeepseekV2Attention"
     embeddings: Any = torch.polar(torch.ones_like(angles), angles) if complex_table else (cos, sin)
-    query, key, value, scale, _, attended, out = _attention_call(old, path, children, embeddings)
+    query, key, value, scale, _, attended, out = _record_attention(old, path, children, embeddings)
     q_heads = q.view(1, NUM_TOKENS, heads, -1).transpose(1, 2)
     q_nope, q_rope = q_heads.split([nope_dim, rope_dim], -1)
     q_rope = reference.rope(q_rope, cos, sin, interleaved)

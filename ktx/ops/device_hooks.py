@@ -48,9 +48,9 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
     """
     if not any(device.gpu for device in devices.values()):
         return
-    placements = _placements(model, devices, dtype)
+    placements = _assign_placements(model, devices, dtype)
     scope: TransferScope | None = None
-    boundaries = list(_device_boundaries(model, placements))
+    boundaries = list(_iter_call_sequence(model, placements))
     for module, input_placements in boundaries:
         placement = placements[module]
         is_first = scope is None or scope.placement != placement
@@ -85,7 +85,7 @@ def _install_inside(
     child.register_forward_hook(FromDevice(parent_placement))
 
 
-def _placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
+def _assign_placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
     """Returns the placement of every module.
 
     A module on the CPU that takes hidden states is in f32, with all modules in it, if `_takes_f32` allows it.
@@ -122,7 +122,7 @@ def _takes_f32(module: nn.Module, devices: Devices) -> bool:
     return all(p.dtype is torch.float32 for p in parameters if p.is_floating_point())
 
 
-def _device_boundaries(model: Any, placements: Placements) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
+def _iter_call_sequence(model: Any, placements: Placements) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
     """Yields the decoder's modules in the order of calls, then the output layer, each with its inputs' placements.
 
     A module needs a hook if one of these placements differs from its own.

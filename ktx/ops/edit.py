@@ -105,6 +105,7 @@ class MatrixOperator(Parametrizable):
         return self.visible_parameters("weight", self.rows())
 
     def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch, but packs a tensor that is assigned to `weight`, and ends the tie of its modules."""
         if name == "weight" and not self.parametrized(name):
             self.assign(self.packed_from(as_weights(checked_values(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]

@@ -50,6 +50,7 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
+        """Creates the operator that replaces a plain nn.Embedding; UsageError for a module that computes otherwise."""
         if not is_plain(old, nn.Embedding):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: Embedding replaces only plain nn.Embedding; leave the module as"

@@ -37,7 +37,11 @@ class DeferredExperts:
     def routed_and_shared(
         self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """MoE.routed_and_shared with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D]."""
+        """Computes the MoE layer with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D].
+
+        The output is the sum of the experts with the highest weights, the shared experts, and the deferred output of
+        the previous layer; the experts with the lowest weights are started for the next layer to add.
+        """
         if self.previous is None:
             for link in self.chain:  # left over from a forward that was aborted between two layers
                 link.pending_output = None

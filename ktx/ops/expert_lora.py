@@ -77,7 +77,18 @@ class ExpertsLora(Lora):
     def add_output(
         self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
     ) -> torch.Tensor:
-        """Returns y [tokens, n], the projection `half` of an expert's rows [tokens, k], plus the adapters' outputs."""
+        """Adds the adapters' outputs to the output of one expert's projection.
+
+        Args:
+            half: the projection.
+            rows: its input [tokens, k].
+            expert: the index of the expert.
+            chosen: the adapters of these rows.
+            y: its output [tokens, n].
+
+        Returns:
+            [tokens, n].
+        """
         for use, indices in chosen:
             factors = self.factors[use.name].get(half)
             if factors is None:

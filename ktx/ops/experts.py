@@ -176,15 +176,16 @@ class Experts(Parametrizable):
         return {f"{self.path}.{name}": down_shape if name == "down_proj" else up_shape for name in self.projections}
 
     def load(self, source: WeightSource) -> None:
+        """Reads and packs the projections one by one, and releases each in the source to bound the peak of memory."""
         for name in self.projections if self.num_experts else ():
             path = f"{self.path}.{name}"
             (self.weights[name],) = cached_pack(lambda path=path: [self._pack(source, path)])  # type: ignore[misc]
             source.release([path])
             if self.has_bias:
                 self.biases[name] = self._bias(source, path)
-        self._complete()
+        self._share_up_as_gate()
 
-    def _complete(self) -> None:
+    def _share_up_as_gate(self) -> None:
         """Completes the weights after loading: without a gate projection, up_proj serves as both (shared memory)."""
         if self.weights and len(self.projections) < len(PROJECTIONS):
             shared = {"gate_proj": self.weights["up_proj"]}
@@ -207,6 +208,7 @@ class Experts(Parametrizable):
         return [QuantizedTensor.from_float(part.dequantize()) for part in selected] if types_differ else selected
 
     def _bias(self, source: WeightSource, path: str) -> torch.Tensor:
+        """Reads the biases [num_experts, n] of a projection, in f32."""
         return (
             source.get(f"{path}_bias")
             .dequantize()[self.first_expert : self.first_expert + self.num_experts]
@@ -241,7 +243,7 @@ class Experts(Parametrizable):
         packed, biases = self.weights, self.biases
         ids = ids.to(torch.int64)
         if self.lora is not None or PARAMETRIZATIONS in self._modules or children_observed(self):
-            out_one_by_one = self._one_by_one(hidden, ids - self.first_expert, weights)
+            out_one_by_one = self._compute_one_by_one(hidden, ids - self.first_expert, weights)
             if out_one_by_one is not None:
                 return out_one_by_one.to(device)
         out = cpu.experts(
@@ -261,13 +263,16 @@ class Experts(Parametrizable):
 
     def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: returns one expert's projection, f32 [n, k]."""
-        packed = self._packed(name, expert)
+        packed = self._get_projection(name, expert)
         assert expert is not None
         return packed.matrix(expert - self.first_expert).rows(torch.arange(packed.n, device="cpu"))
 
     def repack(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
-        """For ktx.edit: packs one expert's projection, in the weight type that all experts of it share."""
-        packed = self._packed(name, expert)
+        """For ktx.edit: packs one expert's projection, in the weight type that all experts of it share.
+
+        All experts of a projection are one block of memory, so the block is copied with the new matrix in it.
+        """
+        packed = self._get_projection(name, expert)
         assert expert is not None
         if dtype not in (None, packed.qtype.name):
             raise UsageError(
@@ -282,7 +287,7 @@ class Experts(Parametrizable):
             projection: merged if projection in changed else current for projection, current in self.weights.items()
         }
 
-    def _packed(self, name: str, expert: int | None) -> cpu.Packed:
+    def _get_projection(self, name: str, expert: int | None) -> cpu.Packed:
         """Returns a packed projection; UsageError for an unknown projection or an expert that is not here."""
         if name not in self.weights:
             raise UsageError(
@@ -293,7 +298,9 @@ class Experts(Parametrizable):
             raise UsageError(f"{self.path}: expert={expert}, this module has experts {self.first_expert} to {last}")
         return self.weights[name]
 
-    def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+    def _compute_one_by_one(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
         """Computes the experts one by one, with parametrizations and LoRA adapters.
 
         If the activation is a module, it is called once for the rows [rows, width] of all selected experts, sorted by
@@ -312,7 +319,10 @@ class Experts(Parametrizable):
         counts = per_expert.tolist()
         lora = self.lora  # read once: another thread's step may set it to None
         adapters = None if lora is None else lora.adapters_by_expert(tokens, len(hidden), counts)
-        products, gated = self._products(*up_param, hidden[tokens], counts, lora, adapters), len(up_param[1]) > 1
+        products, gated = (
+            self._multiply_stacked(*up_param, hidden[tokens], counts, lora, adapters),
+            len(up_param[1]) > 1,
+        )
         if ACTIVATION in self._modules:
             activated = self.act_fn(products[0])
             is_plain = is_unmodified(activated, products[0], self.gate.act, None if gated else products[0])
@@ -322,10 +332,10 @@ class Experts(Parametrizable):
         else:
             inner = reference.activate(products[0], products[-1], *self.gate)
         self.counts[: self.num_experts] += per_expert
-        (y,) = self._products(*down_param, inner, counts, lora, adapters)
+        (y,) = self._multiply_stacked(*down_param, inner, counts, lora, adapters)
         return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
 
-    def _products(
+    def _multiply_stacked(
         self,
         name: str,
         halves: tuple[str, ...],
@@ -349,7 +359,7 @@ class Experts(Parametrizable):
         """
         biases = {half: self.biases[half] for half in halves}
         if self.parametrized(f"{name}_bias"):
-            split = self._halves(getattr(self, f"{name}_bias"), len(halves), -1)
+            split = self._split_halves(getattr(self, f"{name}_bias"), len(halves), -1)
             biases = dict(zip(halves, split, strict=True))
         parametrized = ParametrizedProduct.of(self, name, self.transposed) if self.parametrized(name) else None
         outputs: list[list[torch.Tensor]] = [[] for _ in halves]
@@ -357,7 +367,9 @@ class Experts(Parametrizable):
             if not len(expert_rows):
                 continue
             extra = (
-                None if parametrized is None else self._halves(parametrized.product(expert_rows, i), len(halves), -1)
+                None
+                if parametrized is None
+                else self._split_halves(parametrized.product(expert_rows, i), len(halves), -1)
             )
             for j, half in enumerate(halves):
                 bias = None if (half_biases := biases[half]) is None else half_biases[i]
@@ -389,7 +401,7 @@ class Experts(Parametrizable):
 
     def split_projections(self, stacked: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Splits a stacked parameter [experts, out, ...] into its projections."""
-        return self._halves(stacked, count, 1)
+        return self._split_halves(stacked, count, 1)
 
     @property
     def is_transposed(self) -> bool:
@@ -397,6 +409,7 @@ class Experts(Parametrizable):
         return self.transposed
 
     def offered_names(self) -> frozenset[str]:
+        """Returns the names of stacked parameters and biases; none if another operator has some of the experts."""
         if self.num_experts < self.total_experts:  # part of the layer
             return frozenset()
         return frozenset(
@@ -454,12 +467,12 @@ class Experts(Parametrizable):
         floats: dict[str, Floats] = {}
         for name, halves in self.stacked_parameters().items():
             if self.placement.gpu or self.on_gpu is not None:
-                floats |= self._unreadable(name, len(halves))
+                floats |= self._unreadable_floats(name, len(halves))
                 continue
             floats[name] = view_experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
-                floats[f"{name}_bias"] = view_tensor(self._both(biases))
+                floats[f"{name}_bias"] = view_tensor(self._join_biases(biases))
         return floats
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
@@ -476,7 +489,7 @@ class Experts(Parametrizable):
                 states[f"{name}_bias"] = torch.cat(biases)
         return states
 
-    def _unreadable(self, name: str, halves: int) -> dict[str, Floats]:
+    def _unreadable_floats(self, name: str, halves: int) -> dict[str, Floats]:
         """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
         message = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"
@@ -496,13 +509,13 @@ class Experts(Parametrizable):
         first, last = self.projections[:-1], self.projections[-1]
         return {"gate_up_proj" if len(first) > 1 else first[0]: first, last: (last,)}
 
-    def _both(self, halves: list[torch.Tensor]) -> torch.Tensor:
+    def _join_biases(self, halves: list[torch.Tensor]) -> torch.Tensor:
         """Joins the biases of gate and up as in the replaced module."""
         if len(halves) == 1:
             return halves[0]
         return torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1)
 
-    def _halves(self, stacked: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    def _split_halves(self, stacked: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
         """Splits a stacked parameter along `dim` into `count` (1 or 2) projections, in the module's row order."""
         if count == 1:
             return [stacked]
@@ -511,6 +524,7 @@ class Experts(Parametrizable):
         return list(stacked.chunk(2, dim))
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Packs other values of stacked parameters, in the replaced module's layout. UsageError for experts on a GPU."""
         if self.placement.gpu or self.on_gpu is not None:
             raise UsageError(
                 f"{self.path}: the weights of experts on a GPU cannot be replaced; load the model on the CPU"
@@ -523,13 +537,13 @@ class Experts(Parametrizable):
         for name, halves in self.stacked_parameters().items():
             if name in values:
                 stacked = values[name].transpose(1, 2) if self.transposed else values[name]
-                for half, half_values in zip(halves, self._halves(stacked, len(halves), 1), strict=True):
+                for half, half_values in zip(halves, self._split_halves(stacked, len(halves), 1), strict=True):
                     weights[half] = packed(half_values)
             if f"{name}_bias" in values:
-                bias = self._halves(values[f"{name}_bias"].float(), len(halves), -1)
+                bias = self._split_halves(values[f"{name}_bias"].float(), len(halves), -1)
                 biases |= {half: half_values.contiguous() for half, half_values in zip(halves, bias, strict=True)}
         self.weights, self.biases = weights, biases  # new dicts, so that fast paths notice the change
-        self._complete()
+        self._share_up_as_gate()
 
     def weight_bytes(self) -> tuple[int, int]:
         total_bytes = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)

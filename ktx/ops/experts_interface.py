@@ -67,7 +67,7 @@ class PackedExperts:
         self.module, self.lock = module, threading.Lock()
 
     def __reduce__(self) -> Any:
-        return _empty, (self.dtype,)
+        return _unpickle, (self.dtype,)
 
     @classmethod
     def of(cls, module: Any) -> PackedExperts:
@@ -125,7 +125,7 @@ class PackedExperts:
         self.operator = operator
 
 
-def _empty(dtype: str | None) -> PackedExperts:
+def _unpickle(dtype: str | None) -> PackedExperts:
     """Creates the instance of a pickle, and registers the name in the model's configuration for the reading process."""
     experts(dtype)
     return PackedExperts()
@@ -156,7 +156,7 @@ def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]
 
 
 def _pack(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packed:
-    """Packs matrices [experts, n, k] as a weight type."""
+    """Packs matrices [experts, n, k] as a weight type; None: their own. UsageError: rows are not whole blocks of it."""
     if dtype is None:
         return cpu.pack_experts(as_weights(values))
     qtype = QTYPES[dtype]

@@ -200,6 +200,7 @@ class Dequantized(torch.Tensor):
         self.requires_grad_(value)
 
     def _pack(self, values: torch.Tensor) -> None:
+        """Packs other values, and lets this tensor, and the one whose `data` it is, view them."""
         if self.on_write is None:
             raise UsageError(READ_ONLY.format(self.label))
         floats = self.on_write(values)
@@ -221,15 +222,15 @@ class Dequantized(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Runs an operation on the dequantized values.
 
-        Aliases stay packed views, PEFT's sums are computed lazily (`_sum`), a write to all of `data` is packed, and any
-        other write raises UsageError, because it would only change a temporary copy. So results that are views of that
-        copy are read-only too.
+        Aliases stay packed views, PEFT's sums are computed lazily (`_add_lazily`), a write to all of `data` is packed,
+        and any other write raises UsageError, because it would only change a temporary copy. So results that are views
+        of that copy are read-only too.
         """
         kwargs = kwargs or {}
         if func in ALIAS_OPS:
             source = args[0]
             return cls(source.floats, source.dtype, source.label, source.device)
-        if func in ADD_OPS and (total := cls._sum(func, args, kwargs)) is not None:
+        if func in ADD_OPS and (total := cls._add_lazily(func, args, kwargs)) is not None:
             return total
         name = "this weight"
         for i, argument in enumerate(func._schema.arguments):
@@ -248,11 +249,11 @@ class Dequantized(torch.Tensor):
         out = func(*args, **kwargs)
         if any(result.alias_info is not None for result in func._schema.returns):
             # A write to a view of the dequantized values would be lost.
-            out = tree_map_only(torch.Tensor, lambda view: cls._of_view(view, name), out)
+            out = tree_map_only(torch.Tensor, lambda view: cls._wrap_view(view, name), out)
         return out
 
     @classmethod
-    def _sum(cls, func: Any, args: Any, kwargs: Any) -> Dequantized | None:
+    def _add_lazily(cls, func: Any, args: Any, kwargs: Any) -> Dequantized | None:
         """Adds matrices lazily to a stack of as many, as PEFT's parametrizations do; None for any other sum.
 
         torch's parametrize computes the sum only to read its shape.
@@ -286,7 +287,7 @@ class Dequantized(torch.Tensor):
         )
 
     @classmethod
-    def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
+    def _wrap_view(cls, view: torch.Tensor, name: str) -> Dequantized:
         """Returns a view of dequantized values as a read-only tensor."""
         tensor = cls(view_tensor(view), view.dtype, f"a view of {name}", view.device)
         tensor.cached_values = view if view.is_contiguous() else None

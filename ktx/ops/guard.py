@@ -47,7 +47,7 @@ class ModuleState:
         self.snapshot = self._take_snapshot()
 
     def _take_snapshot(self) -> dict[Any, Any]:
-        """Returns what is compared: class, attributes, children, parameters and buffers with their addresses and dtypes.
+        """Returns what is compared: class, attributes, children, tensors with their addresses and dtypes.
 
         Attributes that the operator lists as `derived` or `remade` are skipped, because no fast path depends on them.
         """
@@ -151,7 +151,7 @@ class Guard:
 
     @classmethod
     def merge(cls, guards: Iterable[Guard]) -> Guard:
-        """Merges guards into one that holds when all of them do."""
+        """Merges guards into one that holds when all of them do, so that a group of layers is checked in one pass."""
         merged = cls(())
         for guard in guards:
             merged.inside += guard.inside
@@ -166,7 +166,7 @@ class Guard:
     def holds(self) -> bool:
         """Whether the fast path is valid for this call.
 
-        The cheap checks (children, copied tensors, gradients) run at each call; snapshots are compared only if a counter
+        The cheap checks (children, copied tensors, gradients) run at each call. Snapshots are compared only if a counter
         of changes or hooks differs from the last inspection that passed, or an uncounted module has changed.
         """
         for modules, children in self.children:

@@ -24,6 +24,7 @@ class HeadFactors:
     """
 
     def __init__(self, adapter: LowRank, owner: MLA):
+        """Splits B by head into the rows of W_UK and W_UV, and packs what the absorbed form multiplies with."""
         heads, nope = owner.num_heads, owner.qk_nope_head_dim
         k, v = adapter.b.view(heads, -1, adapter.b.shape[-1]).split([nope, owner.v_head_dim], 1)
         self.a, self.a_t = packed(adapter.a), packed(adapter.a.t())

@@ -54,6 +54,7 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
+        """Creates the operator that replaces a plain nn.Linear; UsageError for a module that computes otherwise."""
         if not is_plain(old, nn.Linear):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: Linear replaces only plain nn.Linear; leave the module as it is"
@@ -91,12 +92,13 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         """Returns the bias if `bias_in_f32` is a copy of it, else None."""
         return None if self.bias is None else if_copied(self.bias)
 
-    def _added(self) -> torch.Tensor | None:
+    def _bias_to_add(self) -> torch.Tensor | None:
         """Returns the bias in f32; attached to the autograd graph if it is trained."""
         bias = self.bias
         return bias if bias is None else bias.float() if is_recorded(bias) else as_f32(self, bias)
 
     def forward_parametrized(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes the layer with its parametrized weight; low-rank updates are added to the packed product."""
         parametrized = ParametrizedProduct.of(self, "weight")
         y = parametrized.product(x, 0)
         if parametrized.is_added:
@@ -105,7 +107,7 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
-            return cpu.linear(x, self.parts[0], self._added())
+            return cpu.linear(x, self.parts[0], self._bias_to_add())
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

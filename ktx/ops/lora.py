@@ -70,7 +70,7 @@ class AdapterMapping:
         """
         first, count = getattr(_state, "part", None) or (0, -1)  # -1: no `step_part` is active
         if self.spans is not None and count == rows:
-            yield from _slices([(count, self.uses_of_row(first))])
+            yield from _merge_spans([(count, self.uses_of_row(first))])
             return
         if self.spans is not None and not any(uses for _, uses in self.spans):
             return
@@ -78,7 +78,7 @@ class AdapterMapping:
             if spans is None:
                 continue
             if sum(count for count, _ in spans) == rows:
-                yield from _slices(spans)
+                yield from _merge_spans(spans)
                 return
         if self.spans is not None:
             raise UsageError(
@@ -92,12 +92,12 @@ class AdapterMapping:
         """Returns the adapters of one row of the step."""
         if self.spans is None:
             return self.default_uses
-        return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
+        return next((uses for rows, uses in _merge_spans(self.spans) if rows.start <= row < rows.stop), ())
 
     def slices_of_rows(self, row_indices: torch.Tensor) -> list[tuple[slice, AdapterUses]]:
         """Like `slices`, for some of the step's rows: returns slices of `row_indices`, which are ascending."""
         uses_of_row = [self.uses_of_row(row) for row in row_indices.tolist()]
-        return list(_slices([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
+        return list(_merge_spans([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
 
     @contextmanager
     def step(
@@ -132,7 +132,7 @@ def step_part(first: int, count: int) -> Iterator[None]:
         _state.part = None
 
 
-def _slices(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, AdapterUses]]:
+def _merge_spans(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, AdapterUses]]:
     """Yields slices of rows that have adapters; consecutive spans with the same adapters become one slice."""
     first = 0
     for uses, run in groupby(spans, key=lambda span: span[1]):

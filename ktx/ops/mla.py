@@ -118,7 +118,7 @@ class MLA(Operator):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: MLA needs an attention with a compressed latent (kv_lora_rank)"
             )
-        pairs = _rotary_pairs(rope or MLA_PAIRING.get(type(old).__name__, ""), old, ctx)
+        pairs = _choose_rotary_pairs(rope or MLA_PAIRING.get(type(old).__name__, ""), old, ctx)
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
         new.dtype = ctx.dtype
@@ -152,9 +152,11 @@ class MLA(Operator):
         spec, expanded = source.spec(self.tensors()[0]), f"{self.tensors()[0]}{EXPANDED}"
         if not self.absorb_for_prefill and source.spec(expanded) is not None:  # written by save_pretrained(packed=True)
             return [cpu.pack(weight) for weight in (k_b, v_b, source.get(expanded))]
-        return self._packed(k_b, v_b, self.stores_f32(source), spec is not None and not spec.qtype.is_float)
+        return self._pack_matrices(k_b, v_b, self.stores_f32(source), spec is not None and not spec.qtype.is_float)
 
-    def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantized: bool) -> list[cpu.Packed]:
+    def _pack_matrices(
+        self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantized: bool
+    ) -> list[cpu.Packed]:
         """Packs W_UK transposed and W_UV, and W_UK for the expanded form unless `absorb_for_prefill` is set.
 
         Args:
@@ -187,7 +189,7 @@ class MLA(Operator):
         k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
         exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
         halves = [QuantizedTensor.from_float(half.contiguous()) for half in (k.transpose(1, 2), v)]
-        packed = self._packed(halves[0], halves[1], exact=exact, quantized=False)
+        packed = self._pack_matrices(halves[0], halves[1], exact=exact, quantized=False)
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def stores_f32(self, source: WeightSource) -> bool:
@@ -214,7 +216,7 @@ class MLA(Operator):
         needs_weight_gradients = is_recorded(arguments["hidden_states"]) and self.choice.returns_weights(
             arguments, cache
         )
-        if drops or needs_weight_gradients or self.choice.is_custom or self._expands():
+        if drops or needs_weight_gradients or self.choice.is_custom or self._needs_kv_b_proj():
             return self.call_replaced(arguments, cache)
         return self.compute(cache, **arguments)
 
@@ -228,7 +230,7 @@ class MLA(Operator):
             return super().call_patched_class(*args, **kwargs)
         return self.call_replaced(*self.call.split(args, kwargs))
 
-    def _expands(self) -> bool:
+    def _needs_kv_b_proj(self) -> bool:
         """Whether kv_b_proj has hooks, or was patched or replaced."""
         if self.expansion is None or torch.compiler.is_compiling():
             return False
@@ -333,7 +335,7 @@ class MLA(Operator):
         if not self.choice.returns_weights(kwargs):
             return out, None
         states = torch.cat([to_floats(latent).float(), to_floats(k_rope).float()], -1)
-        queries = torch.cat([self._absorbed_queries(q_nope, adapters), q_rope], -1)
+        queries = torch.cat([self._absorb_queries(q_nope, adapters), q_rope], -1)
         return out, attention_weights(queries, states, ranges, mask, self.scaling)
 
     def attend_pages(
@@ -421,7 +423,7 @@ class MLA(Operator):
         """
         batch, heads, length, _ = q_nope.shape
         context = cpu.mla_attention(
-            self._absorbed_queries(q_nope, adapters), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
+            self._absorb_queries(q_nope, adapters), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
         )  # [B, S, H, rank]
         by_head = context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1)
         out = cpu.linear_batched(by_head, self.w_uv)
@@ -429,7 +431,7 @@ class MLA(Operator):
             out = adapters.values(by_head, out)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def _absorbed_queries(self, q_nope: torch.Tensor, adapters: MLAAdapters | None = None) -> torch.Tensor:
+    def _absorb_queries(self, q_nope: torch.Tensor, adapters: MLAAdapters | None = None) -> torch.Tensor:
         """Multiplies queries [B, H, S, nope] by W_UK -> [B, H, S, rank]."""
         batch, heads, length, _ = q_nope.shape
         flat = q_nope.transpose(0, 1).reshape(heads, batch * length, -1)
@@ -474,8 +476,8 @@ class MLA(Operator):
         for head in range(0, heads, heads_per_step):
             head_range = range(head, min(head + heads_per_step, heads))
             expanded = (
-                cpu.linear(flat, _head_rows(self.w_uk, head_range, nope), all_bf16=True),
-                self._values(flat, head_range),
+                cpu.linear(flat, _slice_head_rows(self.w_uk, head_range, nope), all_bf16=True),
+                self._expand_values(flat, head_range),
             )
             if adapters is not None:
                 expanded = adapters.expanded(flat, *expanded, head_range)
@@ -493,7 +495,7 @@ class MLA(Operator):
             )
         return out.view(batch, length, -1)
 
-    def _values(self, flat: torch.Tensor, heads: range) -> torch.Tensor:
+    def _expand_values(self, flat: torch.Tensor, heads: range) -> torch.Tensor:
         """Computes the values of some heads from latents `flat` [rows, rank] -> [rows, heads * v].
 
         Heads that fill whole row groups are contiguous in memory and multiplied as one matrix.
@@ -503,7 +505,7 @@ class MLA(Operator):
         if w_uv.n % cpu.GROUP_ROWS == 0:
             return cpu.linear(
                 flat,
-                _head_rows(cpu.Packed(w_uv.data, w_uv.qtype, w_uv.matrices * w_uv.n, w_uv.k), heads, w_uv.n),
+                _slice_head_rows(cpu.Packed(w_uv.data, w_uv.qtype, w_uv.matrices * w_uv.n, w_uv.k), heads, w_uv.n),
                 all_bf16=True,
             )
         return cpu.linear_batched(flat.expand(w_uv.matrices, -1, -1), w_uv).transpose(0, 1).reshape(flat.shape[0], -1)
@@ -522,28 +524,30 @@ class MLA(Operator):
 
         def read(first: int, last: int) -> torch.Tensor:
             heads = range(first // rows_per_head, -(-last // rows_per_head))
-            rows = [torch.cat([_dequantized_head(k, head).T, _dequantized_head(v, head)]) for head in heads]
+            rows = [torch.cat([_dequantize_head(k, head).T, _dequantize_head(v, head)]) for head in heads]
             return torch.cat(rows)[first - heads.start * rows_per_head : last - heads.start * rows_per_head]
 
         return {"kv_b_proj.weight": Floats((k.matrices * rows_per_head, k.n), read, k.data.data_ptr())}
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
+        """Returns W_UK transposed and W_UV, and W_UK for the expanded form under a name of its own (EXPANDED)."""
         self.check_loaded()
         k_b, v_b = (name.removeprefix(f"{self.path}.") for name in self.tensors())
         state: dict[str, list[PackedState] | torch.Tensor] = {
-            k_b: [stored.stack(_packed_heads(self.w_uk_t))],
-            v_b: [stored.stack(_packed_heads(self.w_uv))],
+            k_b: [stored.stack(_split_heads(self.w_uk_t))],
+            v_b: [stored.stack(_split_heads(self.w_uv))],
         }
         return state if self.w_uk is None else state | {f"{k_b}{EXPANDED}": [stored.matrix(self.w_uk)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Packs another kv_b_proj.weight [heads * (nope + v), rank], f32 values as F32. UsageError on a GPU."""
         if self.placement.gpu:
             raise UsageError(
                 f"{self.path}: kv_b_proj cannot be replaced on a GPU; load the model on the CPU to replace it"
             )
         heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
         k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        packed = self._packed(
+        packed = self._pack_matrices(
             QuantizedTensor.from_float(k_b.transpose(1, 2)),
             QuantizedTensor.from_float(v_b),
             exact=True,
@@ -566,6 +570,7 @@ class KVExpansion(nn.Module):
     bias = None
 
     def __init__(self, owner: MLA):
+        """Creates the child of `owner` with the attributes of the nn.Linear that programs expect, but no parameter."""
         super().__init__()
         self.__dict__["owner"] = owner  # not registered as a child
         self.path, self.placement = f"{owner.path}.kv_b_proj", owner.placement
@@ -610,7 +615,7 @@ class KVExpansion(nn.Module):
                 f"{owner.path}.kv_b_proj: absorb_for_prefill never expands keys; load the model without that option"
             )
         flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
-        parts = cpu.linear(flat, owner.w_uk, all_bf16=True), owner._values(flat, range(heads))
+        parts = cpu.linear(flat, owner.w_uk, all_bf16=True), owner._expand_values(flat, range(heads))
         if (lora := owner.lora) is not None and (adapters := lora.of_sequence(0)) is not None:
             parts = adapters.expanded(flat, *parts, range(heads))
         return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
@@ -621,6 +626,7 @@ class KVExpansion(nn.Module):
             destination["weight"] = self.weight
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Packs a weight from a state dict of this module alone; as part of a model, the owner loads it."""
         super()._load_from_state_dict(*args)
         state, prefix, unexpected = args[0], args[1], args[5]
         if not prefix and "weight" in state:
@@ -649,6 +655,7 @@ class MLABlock:
     """Fuses the absorbed form into one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: MLA, matrices: WeightDescriptor):
+        """Builds the kernel step from `owner` and its packed `matrices`, in the order that `of` adds them."""
         self.owner = owner
         q_norm: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, rope_dim = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
@@ -720,7 +727,7 @@ class MLABlock:
         return run_attention(self, hidden, embeddings, mask, cache, before) if self.supports(hidden, cache) else None
 
 
-def _rotary_pairs(rope: str, old: Any, ctx: Context) -> str:
+def _choose_rotary_pairs(rope: str, old: Any, ctx: Context) -> str:
     """Returns which columns RoPE rotates as a pair: "interleaved" or "halves". UsageError for an unknown class."""
     if rope == "config":
         return "interleaved" if old.config.rope_interleave else "halves"
@@ -733,23 +740,23 @@ def _rotary_pairs(rope: str, old: Any, ctx: Context) -> str:
     return rope
 
 
-def _dequantized_head(w: cpu.Packed, head: int) -> torch.Tensor:
+def _dequantize_head(w: cpu.Packed, head: int) -> torch.Tensor:
     """Returns the dequantized matrix of a head, f32 [n, k]."""
-    return _packed_head(w, head).rows(torch.arange(w.n, device="cpu"))
+    return _slice_head(w, head).rows(torch.arange(w.n, device="cpu"))
 
 
-def _packed_head(w: cpu.Packed, head: int) -> cpu.Packed:
+def _slice_head(w: cpu.Packed, head: int) -> cpu.Packed:
     """Returns the packed matrix of a head."""
     head_bytes = w.nbytes // w.matrices
     return cpu.Packed(w.data[head * head_bytes : (head + 1) * head_bytes], w.qtype, w.n, w.k)
 
 
-def _packed_heads(w: Any) -> list[Any]:
+def _split_heads(w: Any) -> list[Any]:
     """Returns the packed matrices of all heads; a GPU matrix is returned whole."""
-    return [_packed_head(w, head) for head in range(w.matrices)] if isinstance(w, cpu.Packed) else [w]
+    return [_slice_head(w, head) for head in range(w.matrices)] if isinstance(w, cpu.Packed) else [w]
 
 
-def _head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Packed:
+def _slice_head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Packed:
     """Returns the packed rows of `heads`; a head must fill whole row groups, unless all heads are requested."""
     if len(heads) * rows_per_head == w.n:
         return w

@@ -36,7 +36,10 @@ class FusedMLP:
 
     @classmethod
     def of(cls, owner: MLP) -> FusedMLP | None:
-        """Builds it from `owner`; None if a projection is not a plain Linear, or gate and up are not one part each."""
+        """Builds it from `owner`, splitting a joint gate_up_proj into two matrices that share its memory.
+
+        None if a projection is not a plain Linear or has several parts, or if the split is inside a group of rows.
+        """
         modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
         if any(not is_plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
@@ -64,6 +67,7 @@ class FusedMLP:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x [..., D] -> [..., D]."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         # Every token selects the only expert, id 0, with weight 1.
         expert_ids, expert_weights = (
@@ -82,6 +86,7 @@ class MLPBlock:
     has_dropout = False
 
     def __init__(self, fused: FusedMLP):
+        """Builds the kernel step from the matrices of `fused`."""
         self.guard, matrices = fused.guard, WeightDescriptor()
         for weights in fused.matrices:
             matrices.experts(weights)
@@ -157,7 +162,11 @@ class MLP(Operator):
         return self.call_children(x) if children_observed(self) else self.compute(x)
 
     def call_children(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes the layer by calling every child as a module, including the activation."""
+        """Computes the layer by calling every child as a module, including the activation, so that all hooks run.
+
+        If the activation module returned exactly act(gate), a kernel computes act(gate) * up, so that a hook that only
+        reads changes no bit of the result.
+        """
         activations = [child for name, child in self._modules.items() if name not in PROJECTIONS]
         if len(activations) != 1:
             result: torch.Tensor = super().forward(x)

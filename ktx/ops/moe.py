@@ -62,7 +62,10 @@ class MoE(Operator):
         return self.deferral is None and children_observed(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Computes hidden_states [..., D] -> [..., D]; for classes in RETURNS_ROUTER also the routing weights."""
+        """Computes hidden_states [..., D] -> [..., D]; for classes in RETURNS_ROUTER also the routing weights.
+
+        Small batches use the fused step; router noise in training and observed children need transformers' forward.
+        """
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:
             if self.deferral is not None:
                 raise UsageError(
@@ -83,6 +86,7 @@ class MoE(Operator):
         return (out, weights) if self.returns_router else out
 
     def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the forward of the replaced class; UsageError with deferred experts, which it does not support."""
         if self.deferral is not None:
             raise UsageError(
                 f"{self.path}: a method of a class of MoE blocks was patched, which deferred experts do not call;"

@@ -93,6 +93,7 @@ class OfferedParameters(dict[str, Any]):
             super().__delitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
+        """Packs values assigned to a packed weight; another view of it (Dequantized) changes nothing."""
         if name not in self.names:
             super().__setitem__(name, value)
         elif value is None or value.device != self.owner.placement.torch:
@@ -143,7 +144,10 @@ class Parametrizable(Operator):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's, with the packed weights first."""
+        """Yields the packed weights first, then torch's parameters.
+
+        `nn.Module.parameters()` of a parent does not call this method, so optimizers do not get the packed weights.
+        """
         if isinstance(self._buffers, OfferedParameters):
             names = self._buffers.names  # read once: training one of them replaces the buffers
             for name, floats in self.floats().items():
@@ -199,8 +203,19 @@ class ParametrizedProduct(NamedTuple):
 
     @classmethod
     def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> ParametrizedProduct:
-        """Builds the products; PEFT's low-rank updates are added, for anything else the full weight is computed."""
-        products = [_added(parametrization, transposed) for parametrization in owner.parametrizations[name]]
+        """Builds the products of a parametrized weight.
+
+        If all parametrizations are PEFT's, their updates are added to the packed product; otherwise the full weight is
+        computed in each forward. A warning names what is computed in full.
+
+        Args:
+            owner: the operator.
+            name: the weight.
+            transposed: whether its matrices are [k, n].
+        """
+        products = [
+            _find_added_product(parametrization, transposed) for parametrization in owner.parametrizations[name]
+        ]
         added_products = [product for product in products if product is not None]
         full_deltas = [
             parametrization.delta_weight
@@ -216,7 +231,7 @@ class ParametrizedProduct(NamedTuple):
                     full_deltas,
                 )
             return cls(lambda rows, i: torch.stack([product(rows, i) for product in added_products]).sum(0), True)
-        return cls(_dense(full_weight(owner, name), transposed), False)
+        return cls(_dense_product(full_weight(owner, name), transposed), False)
 
 
 def full_weight(owner: Parametrizable, name: str) -> torch.Tensor:
@@ -226,7 +241,7 @@ def full_weight(owner: Parametrizable, name: str) -> torch.Tensor:
     return values
 
 
-def _added(parametrization: Any, transposed: bool) -> Product | None:
+def _find_added_product(parametrization: Any, transposed: bool) -> Product | None:
     """Returns the product that one of PEFT's parametrizations adds to the packed one; None for any other.
 
     Recognizes PEFT's two proxies by name: a low-rank update is computed as two thin products, without its full
@@ -235,10 +250,14 @@ def _added(parametrization: Any, transposed: bool) -> Product | None:
     if not type(parametrization).__module__.startswith("peft."):
         return None
     if type(parametrization).__name__ == "_LoraParameterProxy":
-        return _dense(parametrization.delta_weight, transposed)
+        return _dense_product(parametrization.delta_weight, transposed)
     if type(parametrization).__name__ != "_LoraFactorsProxy":
         return None
-    lhs, rhs, scaling = _matrices(parametrization.lhs), _matrices(parametrization.rhs), parametrization.scaling
+    lhs, rhs, scaling = (
+        _split_matrices(parametrization.lhs),
+        _split_matrices(parametrization.rhs),
+        parametrization.scaling,
+    )
 
     def product(rows: torch.Tensor, i: int) -> torch.Tensor:
         first, second = (lhs[i], rhs[i]) if transposed else (rhs[i].T, lhs[i].T)
@@ -247,14 +266,14 @@ def _added(parametrization: Any, transposed: bool) -> Product | None:
     return product
 
 
-def _matrices(values: Any) -> tuple[torch.Tensor, ...]:
+def _split_matrices(values: Any) -> tuple[torch.Tensor, ...]:
     """Returns the matrices of a stack, or a single matrix."""
     return values.unbind(0) if values.dim() == 3 else (values,)  # type: ignore[no-any-return]
 
 
-def _dense(values: Any, transposed: bool) -> Product:
+def _dense_product(values: Any, transposed: bool) -> Product:
     """Returns the product with full matrices."""
-    matrices = _matrices(values)
+    matrices = _split_matrices(values)
     return lambda rows, i: rows @ (matrices[i] if transposed else matrices[i].T).to(rows.dtype)
 
 

@@ -28,6 +28,7 @@ class RotaryEmbedding(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
+        """Creates the operator that replaces a RoPE module; UsageError if it has no frequencies (inv_freq)."""
         if not hasattr(old, "inv_freq"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}: RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)

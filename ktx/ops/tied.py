@@ -93,6 +93,7 @@ class TiedLinear(Linear):
         return view if weight is None else Floats(view.shape, view.read, weight.untyped_storage().data_ptr())
 
     def _assign_to_ties(self, weight: QuantizedTensor) -> None:
+        """Writes the values to the shared parameter, so that the embedding changes too; untied, only packs them."""
         shared = self.shared_weight()
         if shared is None:
             super()._assign_to_ties(weight)

@@ -32,7 +32,10 @@ class ModuleBytes:
 
 
 def module_bytes(model: nn.Module) -> list[ModuleBytes]:
-    """Lists the bytes of operators and of other modules with parameters of their own."""
+    """Lists the bytes of operators and of other modules with parameters of their own.
+
+    A weight that two modules share is held once, but each of them reads it. An embedding reads one row per token.
+    """
     modules, counted = [], set[int]()
     for path, module in model.named_modules():
         parameters = plain_parameters(module)

@@ -172,7 +172,7 @@ def test_a_module_left_to_transformers_keeps_its_layer_in_the_models_type(twins,
 
     def homes():
         placements = {m: m.placement for m in halves.modules() if hasattr(m, "placement")}
-        return device_hooks._placements(halves, placements, halves.dtype)
+        return device_hooks._assign_placements(halves, placements, halves.dtype)
 
     assert homes()[layer].dtype is torch.float32
     layer.mlp.kept = torch.nn.Linear(4, 4, dtype=torch.bfloat16)

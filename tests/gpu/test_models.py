@@ -122,8 +122,8 @@ def test_whole_pages_of_a_prompt_are_expanded(tmp_path, ends, monkeypatch):
     twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     monkeypatch.setattr("ktx.ops.mla.EXPAND_BYTES", 1)  # a head at a time
     seen = []
-    real = MLA._expand
-    monkeypatch.setattr(MLA, "_expand", lambda self, *args: seen.append(args[3]) or real(self, *args))
+    real = MLA._attend_expanded
+    monkeypatch.setattr(MLA, "_attend_expanded", lambda self, *args: seen.append(args[3]) or real(self, *args))
     ids = IDS[:, : ends[-1]]
     assert (in_pieces(twins.on(), ids, ends) - logits(twins.cpu, ids)).abs().max() < BOUND
     assert seen == [0]

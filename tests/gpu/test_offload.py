@@ -157,7 +157,7 @@ def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_a
 
 def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypatch):
     capturing, seen = [True], []
-    monkeypatch.setattr(streams, "_native", lambda *types: lambda stream, function, number: 0)
+    monkeypatch.setattr(streams, "_load_cuda_function", lambda *types: lambda stream, function, number: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     launch, before = streams.host_functions(), set(streams._waiting)
     with streams.collect_graph_functions() as numbers:
@@ -166,7 +166,7 @@ def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypa
     launch(0, lambda: seen.append("once"))
     (once,) = set(streams._waiting) - before - set(numbers)
     for number in (*numbers, once, *numbers):
-        streams._called(number)
+        streams._run_registered(number)
     assert seen == ["graph", "once", "graph"] and len(numbers) == 1
     streams.unregister(numbers)
     assert set(streams._waiting) == before

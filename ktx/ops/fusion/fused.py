@@ -299,6 +299,7 @@ def _check_single_token_mask(ranges: torch.Tensor, mask_keys: int, keys: int) ->
 
 
 def _mask_length_error(mask_keys: int, keys: int) -> UsageError:
+    """Returns the error for a mask of another number of keys than the cache of this layer."""
     return UsageError(
         f"the mask is for {mask_keys} keys, this layer's cache has {keys} with the new ones: its keys were replaced by"
         " keys of another length than those of other layers. transformers creates one mask for all layers of a type;"
@@ -307,7 +308,13 @@ def _mask_length_error(mask_keys: int, keys: int) -> UsageError:
 
 
 def sliding_window(module: Any) -> int:
-    """Returns the sliding window of a layer in tokens, 0 for none, by its layer type or else by the configuration."""
+    """Returns the sliding window of a layer in tokens, 0 for none, by its layer type or else by the configuration.
+
+    On the paged KV cache no mask is built, so the window comes from here.
+
+    Raises:
+        UsageError: The layer type is neither full nor sliding attention.
+    """
     config = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)

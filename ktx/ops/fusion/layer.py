@@ -52,6 +52,11 @@ class Layer(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
+        """Creates the operator that replaces a decoder layer.
+
+        Raises:
+            UsageError: The class is unknown, or combines attention and feed-forward in another way.
+        """
         known_class(old, PRE_NORM_LAYERS, ctx, "ktx does not know how {} combines attention and feed-forward")
         contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
@@ -86,6 +91,7 @@ class LayerBlock:
     """The two fused steps of a layer: attention with its norm, and feed-forward with its norm."""
 
     def __init__(self, owner: Layer, norms: list[RMSNorm]):
+        """Copies the norms of `owner`. The guard covers the layer and its children; their blocks have own guards."""
         self.owner = owner
         self.guard = Guard(
             [owner],
@@ -110,7 +116,10 @@ class LayerBlock:
         return valid_fast_path(children["self_attn"]), valid_fast_path(mlp) if isinstance(mlp, MoE | MLP) else None
 
     def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
-        """Computes the layer: hidden_states f32 [B, S, D] -> [B, S, D]; None if the call needs the unfused forward."""
+        """Computes the layer: hidden_states f32 [B, S, D] -> [B, S, D]; None if the call needs the unfused forward.
+
+        The feed-forward step is fused only for small batches; for large ones its call overhead does not matter.
+        """
         attention, mlp = self.current_blocks()
         if attention is None:
             return None
@@ -259,7 +268,7 @@ class FusedLayerGroup:
             for fused_step, norm in zip((attention.fused_step, mlp.fused_step), block.norms, strict=True)
         ]
 
-    def _rebuilt(self) -> bool:
+    def _rebuild(self) -> bool:
         """Rebuilds the group from the current blocks of its layers, once per change of settings or weights.
 
         Returns:
@@ -288,7 +297,7 @@ class FusedLayerGroup:
         if not first.supports(hidden_states, inputs.cache) or self.has_dropout and _is_training(layers):
             return None
         if not all(blocks.are_valid() for blocks in layers):
-            if not self._rebuilt():
+            if not self._rebuild():
                 return None
             first, layers = self.blocks[0], self.layers[: len(layers)]
         target = kv_target(hidden_states, inputs.cache, self.blocks[: len(layers)], inputs.mask)
@@ -337,7 +346,10 @@ class GroupedLayers(nn.ModuleList):
 
 
 def group_layers(model: nn.Module) -> None:
-    """Groups consecutive layers of a loaded model that attend in the same way (`_grouping_key`)."""
+    """Groups consecutive layers of a loaded model that attend in the same way (`_grouping_key`).
+
+    A group has one kernel call, so its layers share the mask, the rotary tables and the number of cached tokens.
+    """
     class_patches.update()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):

@@ -121,9 +121,10 @@ class Attention(attention.Attention):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
+        """Creates the operator; an unsupported backend or shape raises UsageError here, before any weight is loaded."""
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if new.fusable:  # an unsupported backend or shape raises here, before any weight is loaded
+        if new.fusable:
             num_heads = old.config.num_attention_heads
             shape = Shape(num_heads, num_heads // old.num_key_value_groups, old.head_dim, old.head_dim)
             kernels_for(shape, backend, sinks=hasattr(old, "sinks"))
@@ -134,6 +135,7 @@ class Attention(attention.Attention):
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
     def compute(self, arguments: dict[str, Any], cache: Any) -> Any:
+        """Computes the forward on pages if the kernels support the call, else transformers' forward with `attend`."""
         drops = self.training and getattr(self, "attention_dropout", 0.0) > 0
         if self.fusable and not drops and self.choice.uses_kernel(cache):
             output = self.forward_on_pages(cache=cache, **arguments)
@@ -164,13 +166,13 @@ class Attention(attention.Attention):
         if view is None:
             return None
         refuse_gpu_gradient("Attention", getattr(self, "sinks", None))
-        q, k, v = (self._heads(name, hidden_states) for name in "qkv")
+        q, k, v = (self._project_heads(name, hidden_states) for name in "qkv")
         cos, sin = flatten_tables(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = rope_and_cache_kv(q, k, v, cos, sin, view.tables.slots, *view.pools)
         attended = attend_on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)
         return self.o_proj(attended.view(*hidden_states.shape[:2], -1))
 
-    def _heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:
+    def _project_heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:
         """Projects queries, keys or values to [1, heads, tokens, head_dim] and applies their norm, if there is one.
 
         A norm whose weight has head_dim elements applies to each head, any other to the whole row.

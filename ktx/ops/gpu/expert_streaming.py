@@ -90,23 +90,25 @@ class Streamer:
     ):
         """Allocates both buffers for the largest chunk, and links each chunk to the next one; see the class."""
         self.device, self.stream = device, stream
-        self.chunks = {experts: list(_chunks_of(experts, limit)) for experts in layers}
+        self.chunks = {experts: list(_split_into_chunks(experts, limit)) for experts in layers}
         chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
         for chunk, following in zip(chunks_in_order, chunks_in_order[1:], strict=False):
             chunk.next_chunk = following
         self.prefetching: ExpertChunk | None = None  # in `raw`, or being copied there
         self.resident: ExpertChunk | None = None  # the chunk of `matrices`
         self.matrices: list[soa_layout.SoAWeight] = []
-        self.raw_buffers = {name: self._buffer(chunk.nbytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
-        self.soa_buffers = {
-            name: self._buffer(chunk.file_bytes(name) for chunk in chunks_in_order) for name in PROJECTIONS
+        self.raw_buffers = {
+            name: self._allocate(chunk.nbytes(name) for chunk in chunks_in_order) for name in PROJECTIONS
         }
-        self.biases = {experts: self._biases(experts) for experts in layers}
+        self.soa_buffers = {
+            name: self._allocate(chunk.file_bytes(name) for chunk in chunks_in_order) for name in PROJECTIONS
+        }
+        self.biases = {experts: self._copy_biases(experts) for experts in layers}
 
-    def _buffer(self, sizes: Iterable[int]) -> torch.Tensor:
+    def _allocate(self, sizes: Iterable[int]) -> torch.Tensor:
         return torch.empty(max(sizes), dtype=torch.uint8, device=self.device)
 
-    def _biases(self, experts: Experts) -> list[torch.Tensor | None]:
+    def _copy_biases(self, experts: Experts) -> list[torch.Tensor | None]:
         biases = [experts.biases[name] for name in PROJECTIONS]
         return [None if bias is None else bias.to(self.device) for bias in biases]
 
@@ -130,7 +132,10 @@ class Streamer:
         return total.to(hidden.dtype)
 
     def _fetch(self, chunk: ExpertChunk) -> list[soa_layout.SoAWeight]:
-        """Returns a chunk's matrices in SoA layout and starts the copy of the next chunk."""
+        """Returns a chunk's matrices in SoA layout and starts the copy of the next chunk.
+
+        A projection of the next chunk is copied as soon as that of this chunk has left the raw buffer.
+        """
         if chunk is self.resident:
             return self.matrices
         if chunk is not self.prefetching:
@@ -162,7 +167,7 @@ class Streamer:
         return target
 
 
-def _chunks_of(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
+def _split_into_chunks(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
     """Splits a layer's experts into chunks of at most `limit` packed bytes."""
     count = experts.num_experts
     max_experts = max(1, limit * count // max(1, experts.weight_bytes()[0]))
@@ -198,15 +203,24 @@ def install(model: Any, requested: object = "auto") -> None:
 
 
 def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -> None:
-    """Installs one streamer on the blocks of a device; `min_tokens` None: computed per layer."""
+    """Installs one streamer, which all blocks of a device share.
+
+    Args:
+        device: the GPU.
+        blocks: its MoE blocks with experts in CPU memory, in the order of their calls.
+        min_tokens: the requested number of tokens to stream from; None: computed for each layer.
+
+    Raises:
+        DoesNotFit: the buffers do not fit on the device, and `min_tokens` was requested; otherwise a warning.
+    """
     layers = [block.experts for block in blocks]
     try:
-        streamer = Streamer(device.torch, layers, _stream(device, layers))
+        streamer = Streamer(device.torch, layers, _create_stream(device, layers))
     except torch.OutOfMemoryError:
         needed_bytes = 2 * max(
             sum(chunk.nbytes(name) for name in PROJECTIONS)
             for e in layers
-            for chunk in _chunks_of(e, STREAM_CHUNK_BYTES)
+            for chunk in _split_into_chunks(e, STREAM_CHUNK_BYTES)
         )
         message = f"{device}: the buffers for streaming experts need {format_bytes(needed_bytes)} that are not free"
         if min_tokens is not None:
@@ -233,15 +247,15 @@ def _min_tokens(experts: Experts, link_gb_s: float, cpu_gops: float) -> int:
     return microbench.min_tokens_to_stream(experts.weight_bytes()[0], experts.weights_per_token(), link_gb_s, cpu_gops)
 
 
-def _stream(device: Device, layers: Sequence[Experts]) -> Stream:
+def _create_stream(device: Device, layers: Sequence[Experts]) -> Stream:
     """Returns a CUDA stream where the weights' memory can be pinned in place, else a thread that copies unpinned."""
     launch = host_functions() if device.torch.type == "cuda" else None
-    if launch is None or not all(_pinned(w) for experts in layers for w in experts.weights.values()):
+    if launch is None or not all(_pin_in_place(w) for experts in layers for w in experts.weights.values()):
         return ThreadStream(device.torch)
     return CudaStream(device.torch, launch)
 
 
-def _pinned(packed: cpu.Packed) -> bool:
+def _pin_in_place(packed: cpu.Packed) -> bool:
     """Pins packed weights in place and returns whether that succeeded.
 
     Weights in a mapped file are not pinned, because kernels/packed_cache.py moves them to anonymous memory in the

@@ -24,13 +24,14 @@ class Experts(experts.Experts):
     weights: dict[str, Any]
 
     def load(self, source: WeightSource) -> None:
+        """Reads and packs the projections on the device one by one, and releases each in the source."""
         for name in self.projections if self.num_experts else ():
             path = f"{self.path}.{name}"
             self.weights[name] = self._pack(source, path)
             source.release([path])
             if self.has_bias:
                 self.biases[name] = self._bias(source, path).to(self.placement.torch)
-        self._complete()
+        self._share_up_as_gate()
 
     def _pack(self, source: WeightSource, path: str) -> Any:
         pack = partial(linear.pack_experts, device=self.placement.torch)

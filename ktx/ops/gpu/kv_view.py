@@ -57,7 +57,16 @@ def cached_plan(
     dtype: torch.dtype,
     window: int = 0,
 ) -> Any:
-    """Returns the kernels' plan for the sequences of `tables`, cached there with its schedule and scratch."""
+    """Returns the kernels' plan for the sequences of `tables`, which caches it because all layers of a kind use it.
+
+    Args:
+        kernels: the attention kernels.
+        tables: the page tables, which cache schedule, scratch memory and plans.
+        counts: number of tokens of each sequence.
+        shape: heads and columns of the layer.
+        dtype: of the queries; f32 uses exact tiles.
+        window: sliding window in tokens; 0: none.
+    """
     plans, exact = tables.plans, dtype is torch.float32
     # The schedule does not depend on the window; plans do.
     schedule_key, plan_key = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
@@ -139,11 +148,11 @@ def view_of_states(
     spec = causal_spec(mask, len(keys), num_new, keys.shape[2])
     if spec is None:
         return None
-    capacity = _capacity(keys)
-    if not capacity or capacity != _capacity(values):
+    capacity = _page_capacity(keys)
+    if not capacity or capacity != _page_capacity(values):
         keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % PAGE_TOKENS)) for x in (keys, values))
         capacity = keys.shape[2]
-    return _view_of_buffers(_full_buffer(keys, capacity), _full_buffer(values, capacity), num_new, spec, mask)
+    return _view_of_buffers(_extend_to_buffer(keys, capacity), _extend_to_buffer(values, capacity), num_new, spec, mask)
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,17 @@ class CausalSpec:
 
 
 def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: int) -> CausalSpec | None:
-    """Parses transformers' mask for `num_new` tokens of each sequence; None if it is not causal (padding, holes)."""
+    """Parses transformers' mask into the integers that the GPU kernels take in place of a mask.
+
+    Args:
+        mask: the mask, or None.
+        batch: number of sequences.
+        num_new: number of new tokens of each sequence.
+        num_keys: number of keys of each sequence.
+
+    Returns:
+        None if the mask is not causal (padding, holes).
+    """
     if mask is None:
         return CausalSpec((num_keys,) * batch) if num_new in (1, num_keys) else None
     ranges = ranges_of(mask)
@@ -183,7 +202,7 @@ def _spec_of_ranges(ranges: torch.Tensor) -> CausalSpec | None:
     return CausalSpec(tuple(last[:, 0].tolist()), window)
 
 
-def _capacity(x: torch.Tensor) -> int:
+def _page_capacity(x: torch.Tensor) -> int:
     """Returns the positions from one head of [B, heads, T, columns] to the next; 0 if these are not full pages.
 
     The pages must be inside the tensor's storage.
@@ -201,7 +220,7 @@ def _capacity(x: torch.Tensor) -> int:
     )
 
 
-def _full_buffer(x: torch.Tensor, capacity: int) -> torch.Tensor:
+def _extend_to_buffer(x: torch.Tensor, capacity: int) -> torch.Tensor:
     """Extends a tensor to its buffer [B, heads, capacity, columns], without a copy."""
     batch, heads, _, columns = x.shape
     head_size = capacity * columns
@@ -220,11 +239,11 @@ def _view_of_buffers(
         cached = mask.__dict__.setdefault("ktx_tables", cached)
     if key not in cached:
         cached[key] = _tables(spec.keys, num_new, key[1]).to(keys.device)
-    full_pages = tuple(_full_pages(count - num_new, num_new) for count in spec.keys)
-    return PagedView((_pool(keys), _pool(values)), rows, cached[key], spec.window, full_pages)
+    full_pages = tuple(_split_full_pages(count - num_new, num_new) for count in spec.keys)
+    return PagedView((_as_pages(keys), _as_pages(values)), rows, cached[key], spec.window, full_pages)
 
 
-def _full_pages(past: int, num_new: int) -> tuple[int, int]:
+def _split_full_pages(past: int, num_new: int) -> tuple[int, int]:
     """Returns the tokens before the first full page and the tokens in full pages, for a call without an engine.
 
     Only an engine knows which tokens are a prompt; here all tokens of a call count as one.
@@ -233,7 +252,7 @@ def _full_pages(past: int, num_new: int) -> tuple[int, int]:
     return lead, (num_new - lead) // PAGE_TOKENS * PAGE_TOKENS
 
 
-def _pool(buffer: torch.Tensor) -> torch.Tensor:
+def _as_pages(buffer: torch.Tensor) -> torch.Tensor:
     """Views a buffer [B, heads, capacity, columns] as pages [pages, heads, PAGE_TOKENS, columns]."""
     batch, heads, capacity, columns = buffer.shape
     pages = ((batch - 1) * heads + 1) * capacity // PAGE_TOKENS

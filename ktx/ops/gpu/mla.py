@@ -37,9 +37,9 @@ class MLA(mla.MLA):
 
     def _kernels(self, stored: torch.dtype) -> AttentionKernels:
         """Returns the kernels of the absorbed form for latents stored in dtype `stored`."""
-        return kernels_for(self._latent(), self.backend, self.qk_rope_head_dim, cache_dtype=stored)
+        return kernels_for(self._latent_shape(), self.backend, self.qk_rope_head_dim, cache_dtype=stored)
 
-    def _latent(self) -> Shape:
+    def _latent_shape(self) -> Shape:
         """The shape of absorbed attention: all heads share one latent key."""
         return Shape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
 
@@ -52,9 +52,9 @@ class MLA(mla.MLA):
         self.block = None
 
     def call_replaced(self, arguments: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise self._refused()
+        raise self._unsupported_error()
 
-    def _refused(self) -> UsageError:
+    def _unsupported_error(self) -> UsageError:
         return UsageError(
             f"{self.path}: MLA on a GPU returns no attention weights and runs no attention implementation other than"
             " ktx's; load the model with device='cpu'"
@@ -74,25 +74,25 @@ class MLA(mla.MLA):
             UsageError: attention weights, or another attention implementation than ktx's, are requested.
         """
         if not self.choice.uses_kernel(kv_cache):
-            raise self._refused()
+            raise self._unsupported_error()
         columns = self.kv_lora_rank, self.qk_rope_head_dim
         view = reserve_kv(self, kv_cache, hidden_states, 1, columns, attention_mask)
-        q_nope, q_rope = self._queries(hidden_states)
+        q_nope, q_rope = self._project_queries(hidden_states)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(columns, -1)
         cos, sin = flatten_tables(rotary_tables(position_embeddings), hidden_states)
         if view is not None:
-            q_rope = self._store(view, latent, k_rope, q_rope, cos, sin)
+            q_rope = self._store_in_pages(view, latent, k_rope, q_rope, cos, sin)
         else:
             q_rope = reference.rope(q_rope, cos, sin, self.interleaved)
-            states = self._update(
+            states = self._update_cache(
                 kv_cache, latent, reference.rope(_flatten(k_rope)[:, None], cos, sin, self.interleaved)
             )
             view = view_of_states(*states, hidden_states.shape[1], attention_mask)
             if view is None:
-                return self.o_proj(self._by_torch(q_nope, q_rope, *states, attention_mask)), None
-        return self.o_proj(self._on_pages(q_nope, q_rope, view).view(*hidden_states.shape[:2], -1)), None
+                return self.o_proj(self._attend_in_torch(q_nope, q_rope, *states, attention_mask)), None
+        return self.o_proj(self._attend_on_pages(q_nope, q_rope, view).view(*hidden_states.shape[:2], -1)), None
 
-    def _queries(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project_queries(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Projects queries to [1, H, tokens, nope] and [1, H, tokens, rope], before RoPE."""
         q = (
             self.q_proj(hidden)
@@ -103,7 +103,7 @@ class MLA(mla.MLA):
         nope, rope = heads.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         return nope, rope
 
-    def _store(
+    def _store_in_pages(
         self,
         view: PagedView,
         latent: torch.Tensor,
@@ -135,7 +135,9 @@ class MLA(mla.MLA):
             self.interleaved,
         )
 
-    def _update(self, cache: Any, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update_cache(
+        self, cache: Any, latent: torch.Tensor, k_rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalizes latents [B, S, rank] and adds them and rotated columns [1, 1, tokens, rope] to any cache.
 
         Returns:
@@ -149,8 +151,11 @@ class MLA(mla.MLA):
         dtype = kv_float_dtype(self.kv_dtype, latent.dtype)
         return cache.update(normalized.to(dtype), rotated.to(dtype), self.layer_idx)
 
-    def _on_pages(self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView) -> torch.Tensor:
-        """Computes paged attention of queries [1, H, T, nope] and [1, H, T, rope]; returns [1, T, H * v]."""
+    def _attend_on_pages(self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView) -> torch.Tensor:
+        """Computes paged attention of queries [1, H, T, nope] and [1, H, T, rope]; returns [1, T, H * v].
+
+        Full pages of prompts use the expanded form, all other tokens the absorbed form, as in ktx.ops.mla.
+        """
         with_full_pages = (
             [] if self.absorb_for_prefill else [i for i, (_, count) in enumerate(view.full_pages) if count]
         )
@@ -158,7 +163,7 @@ class MLA(mla.MLA):
             return self.absorbed_on(q_nope, q_rope, view, view.tables, [count for _, count, _ in view.rows])
         out = q_nope.new_empty(1, q_nope.shape[2], self.num_heads * self.v_head_dim)
         for i in with_full_pages:
-            self._expand(q_nope, q_rope, view, i, out)
+            self._attend_expanded(q_nope, q_rope, view, i, out)
         remainder = view.tables.plans.get("rest")
         if remainder is None:  # the first layer computes it for all others
             remainder = view.tables.plans["rest"] = _tokens_outside_full_pages(view)
@@ -171,16 +176,27 @@ class MLA(mla.MLA):
     def absorbed_on(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, tables: PageTables, counts: list[int]
     ) -> torch.Tensor:
-        """Computes the absorbed form for the queries of the sequences in `tables`; returns [1, T, H * v]."""
+        """Computes the absorbed form for some of the queries.
+
+        Args:
+            q_nope: queries [1, H, T, nope].
+            q_rope: their rotated columns [1, H, T, rope].
+            view: the pools of latents and rotated key columns.
+            tables: the sequences of these queries and their pages.
+            counts: number of queries of each sequence.
+
+        Returns:
+            [1, T, H * v].
+        """
         query = linear.linear_batched(q_nope[0], self.w_uk_t)[None]
         ckv, kpe = (pool[:, 0] for pool in view.pools)
         kernels = self._kernels(ckv.dtype)
-        plan = cached_plan(kernels, tables, counts, self._latent(), query.dtype)
+        plan = cached_plan(kernels, tables, counts, self._latent_shape(), query.dtype)
         context = kernels.mla_attention(query, q_rope, ckv, kpe, plan, self.scaling)
         out = linear.linear_batched(context[0].transpose(0, 1), self.w_uv)  # [H, T, v]
         return out.transpose(0, 1).reshape(1, len(context[0]), -1)
 
-    def _expand(
+    def _attend_expanded(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, index: int, out: torch.Tensor
     ) -> None:
         """Computes the expanded form for the full pages of a sequence's prompt, in chunks of heads.
@@ -198,12 +214,14 @@ class MLA(mla.MLA):
         latent, rope = (pool.index_select(0, pages) for pool in view.pools)  # [pages, 1, PAGE, columns]
         latent, rope = latent.to(q_nope.dtype), rope.to(q_nope.dtype)
         by_head = out.view(1, -1, self.num_heads, self.v_head_dim)
-        for heads in self._heads_at_once(latent):
-            k, v = self._expanded(latent.flatten(0, 2), heads)
+        for heads in self._split_into_head_chunks(latent):
+            k, v = self._expand_latents(latent.flatten(0, 2), heads)
             shape = Shape(len(heads), len(heads), self.qk_nope_head_dim, self.v_head_dim)
             head_slice = slice(heads.start, heads.stop)
             kernels = kernels_for(shape)
-            plan = cached_plan(kernels, self._own_tables(view, index, num_full, end), [num_full], shape, q_nope.dtype)
+            plan = cached_plan(
+                kernels, self._tables_of_sequence(view, index, num_full, end), [num_full], shape, q_nope.dtype
+            )
             kernels.attention(
                 q_nope[:, head_slice, tokens],
                 k,
@@ -215,7 +233,7 @@ class MLA(mla.MLA):
                 out=by_head[:, tokens, head_slice],
             )
 
-    def _own_tables(self, view: PagedView, index: int, num_full: int, end: int) -> PageTables:
+    def _tables_of_sequence(self, view: PagedView, index: int, num_full: int, end: int) -> PageTables:
         """Returns tables of one sequence with pages numbered from 0, cached because all layers share them."""
         plans = view.tables.plans
         if ("alone", index) not in plans:
@@ -224,7 +242,7 @@ class MLA(mla.MLA):
             plans["alone", index] = tables.to(view.tables.pages.device)
         return plans["alone", index]
 
-    def _heads_at_once(self, latent: torch.Tensor) -> Iterator[range]:
+    def _split_into_head_chunks(self, latent: torch.Tensor) -> Iterator[range]:
         """Yields chunks of heads whose expanded keys and values fit in EXPAND_BYTES."""
         rows = latent.shape[0] * PAGE_TOKENS
         bytes_per_head = rows * (self.qk_nope_head_dim + self.v_head_dim) * latent.element_size()
@@ -232,7 +250,7 @@ class MLA(mla.MLA):
         for head in range(0, self.num_heads, step):
             yield range(head, min(head + step, self.num_heads))
 
-    def _expanded(self, flat: torch.Tensor, heads: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def _expand_latents(self, flat: torch.Tensor, heads: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Expands latents [rows, rank] to keys and values of some heads: pools [pages, heads, PAGE_TOKENS, columns]."""
         pools = []
         for matrix, transposed in ((self.w_uk_t, False), (self.w_uv, True)):
@@ -242,7 +260,7 @@ class MLA(mla.MLA):
             pools.append(states.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1))
         return pools[0], pools[1]
 
-    def _by_torch(
+    def _attend_in_torch(
         self,
         q_nope: torch.Tensor,
         q_rope: torch.Tensor,

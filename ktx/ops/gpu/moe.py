@@ -79,6 +79,7 @@ class MoE(moe.MoE):
         return not (self.experts._forward_hooks or self.experts._forward_pre_hooks)
 
     def finish_experts(self, started: Any) -> torch.Tensor:
+        """Waits for the experts on the CPU, and adds their output to that of the GPU; [tokens, D]."""
         if self.offload is None:
             return super().finish_experts(started)
         gpu_output, cpu_job = started

@@ -59,7 +59,12 @@ class PinnedBuffers:
     job: Job | None
 
     def buffer_for(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Returns the buffer of a name for a tensor of the shape [tokens, columns] and dtype of `like`."""
+        """Returns a buffer in CPU memory for a tensor [tokens, columns], with its shape and dtype.
+
+        Args:
+            name: of the buffer.
+            like: the tensor; a larger buffer of an earlier job is used again.
+        """
         buffer = self.buffers.get(name)
         if (
             buffer is None
@@ -102,7 +107,10 @@ class Job:
         self.owner.worker.submit(self.run)
 
     def run(self) -> None:
-        """Computes the experts; on an error the output is NaN and the error is stored in the owner."""
+        """Computes the experts, on the worker thread.
+
+        On an error the output is NaN and the owner stores the error, because nothing can be raised on that thread.
+        """
         self.owner.count_waiting(self.experts)
         try:
             num_tokens = len(self.out) if self.count is None else int(self.count)

@@ -27,7 +27,7 @@ _graph_numbers: ContextVar[list[int] | None] = ContextVar("captured", default=No
 
 
 @_FUNCTION
-def _called(number: int) -> None:
+def _run_registered(number: int) -> None:
     """Callback for CUDA's thread. Nothing can be raised there, so the functions store their errors."""
     function, once = _waiting[number]
     if once:
@@ -60,16 +60,20 @@ def host_functions() -> Launch | None:
 
     None where libcudart is not available. The returned function raises KtxError if CUDA returns an error.
     """
-    native = _native("cudaLaunchHostFunc", ctypes.c_void_p, _FUNCTION, ctypes.c_void_p)
+    native = _load_cuda_function("cudaLaunchHostFunc", ctypes.c_void_p, _FUNCTION, ctypes.c_void_p)
     if native is None:
         return None
 
     def launch(stream: int, function: Callable[[], None]) -> None:
+        """Queues a function on a CUDA stream by a number, because CUDA passes only an integer to the callback.
+
+        A function in a captured graph stays registered, because each replay calls it.
+        """
         key, is_capturing = next(_next_number), torch.cuda.is_current_stream_capturing()
         _waiting[key] = function, not is_capturing
         if is_capturing and (graph_numbers := _graph_numbers.get()) is not None:
             graph_numbers.append(key)
-        if code := native(stream, _called, key):
+        if code := native(stream, _run_registered, key):
             del _waiting[key]
             raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
 
@@ -82,8 +86,11 @@ def pin(memory: torch.Tensor) -> Callable[[], None] | None:
     Returns:
         A function that unpins it; None where CUDA cannot pin it.
     """
-    register = _native("cudaHostRegister", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
-    unregister, clear_error = _native("cudaHostUnregister", ctypes.c_void_p), _native("cudaGetLastError")
+    register = _load_cuda_function("cudaHostRegister", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
+    unregister, clear_error = (
+        _load_cuda_function("cudaHostUnregister", ctypes.c_void_p),
+        _load_cuda_function("cudaGetLastError"),
+    )
     if register is None or unregister is None or clear_error is None:
         return None
     address = memory.data_ptr()
@@ -93,7 +100,7 @@ def pin(memory: torch.Tensor) -> Callable[[], None] | None:
     return lambda: unregister(address)
 
 
-def _native(name: str, *types: Any) -> Any:
+def _load_cuda_function(name: str, *types: Any) -> Any:
     """Returns a function of the libcudart that torch has loaded; None if there is none."""
     cuda_major = (torch.version.cuda or "").partition(".")[0]
     for library in (f"libcudart.so.{cuda_major}", "libcudart.so"):
@@ -150,7 +157,9 @@ class ThreadStream(RecreatedOnFork):
     def _put(self, job: Callable[[], None]) -> None:
         """Queues a job, and starts the thread with the first one."""
         if self.thread is None:  # the thread holds no reference to the stream and ends when the stream is freed
-            self.thread = threading.Thread(target=_work, args=(self.jobs, self.error), name="ktx-handover", daemon=True)
+            self.thread = threading.Thread(
+                target=_run_jobs, args=(self.jobs, self.error), name="ktx-handover", daemon=True
+            )
             self.thread.start()
             weakref.finalize(self, self.jobs.put, None).atexit = False
         self.jobs.put(job)
@@ -166,6 +175,7 @@ class ThreadStream(RecreatedOnFork):
         self._put(lambda: self._copy(target, source))
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies on the side stream and waits, because the next job may read the copy on the CPU."""
         if self.side is None:
             target.copy_(source)
             return
@@ -177,6 +187,7 @@ class ThreadStream(RecreatedOnFork):
         self._put(function)
 
     def join(self) -> None:
+        """Waits until all queued jobs are done; raises the first error of one."""
         reached = threading.Event()
         self._put(reached.set)
         reached.wait()
@@ -186,7 +197,7 @@ class ThreadStream(RecreatedOnFork):
             raise error
 
 
-def _work(jobs: Jobs, errors: list[BaseException]) -> None:
+def _run_jobs(jobs: Jobs, errors: list[BaseException]) -> None:
     """Runs jobs until one is None; the next `join` raises an error."""
     while (job := jobs.get()) is not None:
         try:
