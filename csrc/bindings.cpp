@@ -27,7 +27,7 @@ namespace {
 using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
-std::string best() { return ISA_NAMES[best_isa()]; }
+std::string best_isa_() { return ISA_NAMES[best_isa()]; }
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
@@ -41,7 +41,7 @@ double probe_bf16_(int64_t threads, double seconds) { return probe_bf16(int(thre
 
 double idle_seconds_() { return idle_seconds(); }
 int64_t nodes_() { return nodes(); }
-int64_t share_of_(int64_t groups, int64_t node) {
+int64_t node_begin_(int64_t groups, int64_t node) {
   STD_TORCH_CHECK(groups >= 0 && node >= 0 && node <= nodes(), "no node ", node);
   return node_begin(groups, int(node));
 }
@@ -72,7 +72,7 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
 
 // The bytes of a file, see cpu/runtime/mapped.h.
 Tensor map_file_(StringHandle handle) {
-  const std::string path = text_of(handle);
+  const std::string path = take_string(handle);
   const Mapped file = map_file(path.c_str());
   STD_TORCH_CHECK(file.data, path, ": cannot be opened or mapped");
   const int64_t sizes[1] = {int64_t(file.size)}, strides[1] = {1};
@@ -98,7 +98,7 @@ void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, in
   packed_data(dst, layout, 1, n, k, "dst");
   const int64_t columns = (k + 127) / 128;
   STD_TORCH_CHECK((layout.code == F8_E4M3) == scale.has_value(), layout.name, scale ? " takes no scale" : " needs its block scales");
-  const float* scales = optional_floats(scale, (n + 127) / 128 * columns, "scale");
+  const float* scales = optional_float_data(scale, (n + 127) / 128 * columns, "scale");
   pack_rows(layout, static_cast<const uint8_t*>(src.const_data_ptr()), size_t(src.stride(0)), src.size(0), k,
             static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
 }
@@ -128,7 +128,7 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && x.is_contiguous(), "x must be contiguous with ", k, " columns");
-  const float* b = optional_floats(bias, n, "bias");
+  const float* b = optional_float_data(bias, n, "bias");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor y = torch::stable::new_empty(x, shape);
@@ -159,35 +159,35 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
                 int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
                 const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias,
                 StringHandle act_word, double alpha, double limit, const Optional& counts) {
-  const std::string act = text_of(act_word);
+  const std::string act = take_string(act_word);
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous [tokens, hidden]");
   STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 2 && ids.is_contiguous() && ids.size(0) == tokens, "ids must be contiguous int64 [tokens, top]");
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == tokens && weights.size(1) == ids.size(1), "weights must be float32 [tokens, top]");
-  const Layout &lg = layout_of(gate_code, hidden), &lu = layout_of(up_code, hidden), &ld = layout_of(down_code, ff);
+  const Layout &gate_layout = layout_of(gate_code, hidden), &up_layout = layout_of(up_code, hidden), &down_layout = layout_of(down_code, ff);
   Tensor out = torch::stable::new_empty(x, {tokens, hidden});
   ExpertsCall call{x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x), static_cast<const int64_t*>(ids.const_data_ptr()),
-                   optional_floats(weights, tokens * ids.size(1), "weights"), tokens, ids.size(1), hidden, ff, n_experts,
-                   {&lg, packed_data(gate, lg, n_experts, ff, hidden, "gate"), optional_floats(gate_bias, n_experts * ff, "gate_bias")},
-                   {&lu, packed_data(up, lu, n_experts, ff, hidden, "up"), optional_floats(up_bias, n_experts * ff, "up_bias")},
-                   {&ld, packed_data(down, ld, n_experts, hidden, ff, "down"), optional_floats(down_bias, n_experts * hidden, "down_bias")},
-                   activation(act), float(alpha), float(limit), optional_stats(counts, n_experts)};
+                   optional_float_data(weights, tokens * ids.size(1), "weights"), tokens, ids.size(1), hidden, ff, n_experts,
+                   {&gate_layout, packed_data(gate, gate_layout, n_experts, ff, hidden, "gate"), optional_float_data(gate_bias, n_experts * ff, "gate_bias")},
+                   {&up_layout, packed_data(up, up_layout, n_experts, ff, hidden, "up"), optional_float_data(up_bias, n_experts * ff, "up_bias")},
+                   {&down_layout, packed_data(down, down_layout, n_experts, hidden, ff, "down"), optional_float_data(down_bias, n_experts * hidden, "down_bias")},
+                   parse_activation(act), float(alpha), float(limit), optional_stats(counts, n_experts)};
   if (tokens) experts(call);
   return out;
 }
 
 // c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h.
 Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
-  const std::string kind = text_of(kind_word);
+  const std::string kind = take_string(kind_word);
   for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");
   const int64_t rows = a.size(0), bytes = a.size(1);
   STD_TORCH_CHECK(rows >= 1 && rows <= 16 && bytes >= 4 && bytes <= 64 && bytes % 4 == 0, "a is [", rows, ", ", bytes, "], a tile has up to 16 rows of up to 64 bytes");
   STD_TORCH_CHECK(b.size(0) == bytes / 4 && b.size(1) == 64 && c.size(0) == rows && c.size(1) == 64, "b and c do not fit a");
   STD_TORCH_CHECK(model || best_isa() == AMX, "this machine has no AMX tiles");
   Tensor out = torch::stable::clone(c);
-  const TileKind which = named<TileKind>(kind, {{"ssd", SSD}, {"usd", USD}, {"bf16", PAIRS_OF_BF16}}, "kind");
-  (model ? tile_dot_model : tile_dot_amx)(which, int(rows), int(bytes), a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr());
+  const TileKind tile_kind = parse_enum<TileKind>(kind, {{"ssd", SSD}, {"usd", USD}, {"bf16", PAIRS_OF_BF16}}, "kind");
+  (model ? tile_dot_model : tile_dot_amx)(tile_kind, int(rows), int(bytes), a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr());
   return out;
 }
 }  // namespace
@@ -226,7 +226,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
-  m.impl("best_isa", TORCH_BOX(&best));
+  m.impl("best_isa", TORCH_BOX(&best_isa_));
   m.impl("threads", TORCH_BOX(&threads_));
   m.impl("set_threads", TORCH_BOX(&set_threads_));
   m.impl("probe_read", TORCH_BOX(&probe_read_));
@@ -241,7 +241,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("nodes", TORCH_BOX(&nodes_));
   m.impl("bf16_rows", TORCH_BOX(&bf16_rows_));
   m.impl("has_bf16_tiles", TORCH_BOX(&has_bf16_tiles));
-  m.impl("node_begin", TORCH_BOX(&share_of_));
+  m.impl("node_begin", TORCH_BOX(&node_begin_));
   m.impl("steal_stats", TORCH_BOX(&steal_stats_));
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {

@@ -41,17 +41,17 @@ inline const Layout& layout_of(int64_t code, int64_t k) {
 
 inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
-  const int64_t need = matrices * int64_t(packed_bytes(layout, n, k));
-  STD_TORCH_CHECK(packed.numel() == need, what, " holds ", packed.numel(), " bytes, ", matrices, " x [", n, ", ", k, "] of ", layout.name, " takes ", need);
+  const int64_t expected_bytes = matrices * int64_t(packed_bytes(layout, n, k));
+  STD_TORCH_CHECK(packed.numel() == expected_bytes, what, " holds ", packed.numel(), " bytes, ", matrices, " x [", n, ", ", k, "] of ", layout.name, " takes ", expected_bytes);
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-inline const float* floats(const Tensor& t, int64_t count, const char* what) {
+inline const float* float_data(const Tensor& t, int64_t count, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
+inline const float* optional_float_data(const Optional& t, int64_t count, const char* what) { return t ? float_data(*t, count, what) : nullptr; }
 
 // int64 [experts + 2 + nodes]: the fields of ExpertStats in order.
 inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
@@ -62,18 +62,18 @@ inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
 }
 
 // A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks (uint8 in torch).
-inline Strided strided(const Tensor& t, const char* what, bool kept = false) {
+inline Strided strided(const Tensor& t, const char* what, bool is_cache = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
-  const bool heads = t.dim() == 4, blocks = kept && t.scalar_type() == ScalarType::Byte;
+  const bool heads = t.dim() == 4, blocks = is_cache && t.scalar_type() == ScalarType::Byte;
   return {t.const_data_ptr(), blocks ? DType::Q8_0 : dtype_of(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
 }
 
 // Number of columns in the last dimension of keys or values.
-inline int64_t columns_of(const Tensor& t, const char* what) {
-  const int64_t last = t.size(t.dim() - 1);
-  if (t.scalar_type() != ScalarType::Byte) return last;
-  STD_TORCH_CHECK(last % Q8_BYTES == 0, what, " of ", last, " bytes are no whole blocks of q8_0 (", Q8_BYTES, " bytes for ", Q8_BLOCK, " columns)");
-  return last / Q8_BYTES * Q8_BLOCK;
+inline int64_t num_columns(const Tensor& t, const char* what) {
+  const int64_t row_size = t.size(t.dim() - 1);
+  if (t.scalar_type() != ScalarType::Byte) return row_size;
+  STD_TORCH_CHECK(row_size % Q8_BYTES == 0, what, " of ", row_size, " bytes are no whole blocks of q8_0 (", Q8_BYTES, " bytes for ", Q8_BLOCK, " columns)");
+  return row_size / Q8_BYTES * Q8_BLOCK;
 }
 
 inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
@@ -87,10 +87,10 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
   }
   if (!mask) return;
   STD_TORCH_CHECK(mask->dim() == 4, "mask must be [batch or 1, heads or 1, queries, keys]");
-  const int64_t want[4] = {c.batches, c.heads, c.queries, c.keys};
+  const int64_t expected[4] = {c.batches, c.heads, c.queries, c.keys};
   int64_t* strides[4] = {&c.mask_batch, &c.mask_head, &c.mask_query, &c.mask_key};
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(mask->size(i) == want[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", want[i]);
+    STD_TORCH_CHECK(mask->size(i) == expected[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", expected[i]);
     *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
   if (mask->scalar_type() == ScalarType::Bool) c.bool_mask = static_cast<const bool*>(mask->const_data_ptr());
@@ -108,31 +108,31 @@ struct Ragged {
     STD_TORCH_CHECK(pages && pages->scalar_type() == ScalarType::Int && pages->dim() == 2 && pages->is_contiguous(), "pages must be contiguous int32 [sequences, most pages]");
     STD_TORCH_CHECK(sequences_.scalar_type() == ScalarType::Long && sequences_.dim() == 2 && sequences_.size(1) == 3 && sequences_.is_contiguous() && sequences_.size(0) == pages->size(0),
                     "sequences must be contiguous int64 [as many as pages, 3]");
-    const int64_t all = pool.size(0), most = pages->size(1);
+    const int64_t pool_pages = pool.size(0), max_pages = pages->size(1);
     page = pool.size(pool.dim() - 2);
     STD_TORCH_CHECK(page > 0 && page % 64 == 0, "a page must hold whole blocks of 64 positions, it holds ", page);
     const int64_t* s = static_cast<const int64_t*>(sequences_.const_data_ptr());
     const int32_t* p = static_cast<const int32_t*>(pages->const_data_ptr());
-    for (int64_t i = 0; i < sequences_.size(0); ++i, s += 3, p += most) {
-      STD_TORCH_CHECK(s[0] >= 0 && s[1] > 0 && s[0] + s[1] <= queries && s[2] >= s[1] && s[2] <= most * page, "sequence ", i, " has ", s[1], " queries from ", s[0], " on and ", s[2],
-                      " keys: the call has ", queries, " queries, and room for ", most * page, " keys");
-      for (int64_t j = 0; j * page < s[2]; ++j) STD_TORCH_CHECK(p[j] >= 0 && p[j] < all, "sequence ", i, " has page ", p[j], ", the pool has ", all);
+    for (int64_t i = 0; i < sequences_.size(0); ++i, s += 3, p += max_pages) {
+      STD_TORCH_CHECK(s[0] >= 0 && s[1] > 0 && s[0] + s[1] <= queries && s[2] >= s[1] && s[2] <= max_pages * page, "sequence ", i, " has ", s[1], " queries from ", s[0], " on and ", s[2],
+                      " keys: the call has ", queries, " queries, and room for ", max_pages * page, " keys");
+      for (int64_t j = 0; j * page < s[2]; ++j) STD_TORCH_CHECK(p[j] >= 0 && p[j] < pool_pages, "sequence ", i, " has page ", p[j], ", the pool has ", pool_pages);
       sequences.push_back({s[0], s[1], s[2], p});
     }
   }
-  void put(AttentionCall& c) const { c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page; }
+  void apply_to(AttentionCall& c) const { c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page; }
 };
 
-inline const int64_t* slots_of(const Optional& slots, int64_t tokens, const Tensor& pool) {
+inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const Tensor& pool) {
   STD_TORCH_CHECK(slots && slots->scalar_type() == ScalarType::Long && slots->is_contiguous() && slots->numel() == tokens, "slots must be ", tokens, " contiguous int64");
-  const int64_t* at = static_cast<const int64_t*>(slots->const_data_ptr());
-  const int64_t room = pool.size(0) * pool.size(pool.dim() - 2);
-  for (int64_t t = 0; t < tokens; ++t) STD_TORCH_CHECK(at[t] >= 0 && at[t] < room, "slot ", at[t], " of a pool of ", room);
-  return at;
+  const int64_t* slot_ids = static_cast<const int64_t*>(slots->const_data_ptr());
+  const int64_t capacity = pool.size(0) * pool.size(pool.dim() - 2);
+  for (int64_t t = 0; t < tokens; ++t) STD_TORCH_CHECK(slot_ids[t] >= 0 && slot_ids[t] < capacity, "slot ", slot_ids[t], " of a pool of ", capacity);
+  return slot_ids;
 }
 
 // A str argument, which the callee must delete. torch's own conversion to std::string leaks a copy per call (2.13).
-inline std::string text_of(StringHandle handle) {
+inline std::string take_string(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;
   const bool found = torch_string_length(handle, &length) == 0 && torch_string_c_str(handle, &data) == 0;
@@ -142,25 +142,25 @@ inline std::string text_of(StringHandle handle) {
 }
 
 template <class T>
-T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
-  for (const auto& [word, value] : known)
-    if (name == word) return value;
+T parse_enum(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
+  for (const auto& [key, value] : known)
+    if (name == key) return value;
   STD_TORCH_CHECK(false, what, " '", name, "' is not known");
 }
 
-inline RouteCall route_style(const std::string& scoring, const std::string& group_mode, const float* bias, int64_t experts, int64_t top_k,
+inline RouteCall make_route_call(const std::string& scoring, const std::string& group_mode, const float* bias, int64_t experts, int64_t top_k,
                              int64_t n_group, int64_t topk_group, bool renorm, double scale) {
-  const Groups groups = named<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");
+  const Groups groups = parse_enum<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");
   STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k ", top_k, " of ", experts, " experts");
   STD_TORCH_CHECK(n_group >= 1 && experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group, topk_group, " of ", n_group, " groups of ", experts, " experts");
   STD_TORCH_CHECK(groups == Groups::NONE || experts / n_group * topk_group >= top_k, "the chosen groups hold fewer than ", top_k, " experts");
-  RouteCall r{};
-  r.bias = bias, r.experts = experts, r.top = top_k, r.n_group = n_group, r.topk_group = topk_group, r.groups = groups, r.renorm = renorm, r.scale = float(scale);
-  r.scoring = named<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring");
-  return r;
+  RouteCall call{};
+  call.bias = bias, call.experts = experts, call.top = top_k, call.n_group = n_group, call.topk_group = topk_group, call.groups = groups, call.renorm = renorm, call.scale = float(scale);
+  call.scoring = parse_enum<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring");
+  return call;
 }
 
-inline Activation activation(const std::string& name) {
-  return named<Activation>(name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}}, "activation");
+inline Activation parse_activation(const std::string& name) {
+  return parse_enum<Activation>(name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}}, "activation");
 }
 }  // namespace ktx

@@ -18,11 +18,11 @@
 namespace {
 using namespace ktx;
 
-Tensor finish(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages, const Tensor& pool) {
+Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages, const Tensor& pool) {
   std::optional<Ragged> ragged;
   if (sequences) {
     STD_TORCH_CHECK(c.batches == 1, "sequences on pages come as one batch, found ", c.batches);
-    ragged.emplace(*sequences, pages, pool, c.queries).put(c);
+    ragged.emplace(*sequences, pages, pool, c.queries).apply_to(c);
   }
   set_masks(c, ranges, mask);
   Tensor out = torch::stable::new_empty(like, {c.batches, c.queries, c.heads, c.dv});
@@ -36,22 +36,22 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
   AttentionCall c{};
   c.q = strided(q, "q"), c.k = strided(k, "k", true), c.v = strided(v, "v", true);
-  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = columns_of(v, "v");
-  STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) && v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys && columns_of(k, "k") == c.dk,
+  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = num_columns(v, "v");
+  STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) && v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys && num_columns(k, "k") == c.dk,
                   "k and v do not fit q and each other");
   STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads, " key/value heads");
-  if (sinks) c.sinks = floats(*sinks, c.heads, "sinks");
+  if (sinks) c.sinks = float_data(*sinks, c.heads, "sinks");
   STD_TORCH_CHECK(bool(q_rope) == bool(k_rope), "q_rope and k_rope come together");
   if (q_rope) {
     STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4, "q_rope and k_rope must be [batch, heads, positions, columns]");
     c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", true), c.dr = q_rope->size(3);
     STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries, "q_rope does not fit q");
-    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && columns_of(*k_rope, "k_rope") == c.dr,
+    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr,
                     "k_rope does not fit k and q_rope");
     if (k_rope->size(1) == 1) c.k_rope.head = 0;
   }
   c.scale = float(scale), c.softcap = float(softcap);
-  return finish(c, q, ranges, mask, sequences, pages, k);
+  return run_attention(c, q, ranges, mask, sequences, pages, k);
 }
 
 Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& ckv, const Tensor& kpe, const Optional& ranges,
@@ -62,38 +62,38 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
   c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2), c.keys = ckv.size(1);
   c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
   STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries, "q_rope does not fit q_nope");
-  STD_TORCH_CHECK(kpe.size(0) == ckv.size(0) && (sequences || ckv.size(0) == c.batches) && kpe.size(1) == c.keys && columns_of(ckv, "ckv") == c.dk && columns_of(kpe, "kpe") == c.dr,
+  STD_TORCH_CHECK(kpe.size(0) == ckv.size(0) && (sequences || ckv.size(0) == c.batches) && kpe.size(1) == c.keys && num_columns(ckv, "ckv") == c.dk && num_columns(kpe, "kpe") == c.dr,
                   "ckv and kpe do not fit the queries and each other");
   c.scale = float(scale);
-  return finish(c, q_nope, ranges, mask, sequences, pages, ckv);
+  return run_attention(c, q_nope, ranges, mask, sequences, pages, ckv);
 }
 
 Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_one) {
   const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
   STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");
   Tensor y = torch::stable::empty_like(x);
-  rms_norm(x.const_data_ptr(), dtype_of(x), rows, width, width, floats(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
+  rms_norm(x.const_data_ptr(), dtype_of(x), rows, width, width, float_data(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
   return y;
 }
 
 Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
   STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3, "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
-  const int64_t turned = cos.size(2), tables = cos.size(0);
-  STD_TORCH_CHECK(turned % 2 == 0 && turned <= x.size(3) && cos.size(1) == x.size(2) && (tables == 1 || tables == x.size(0)), "cos does not fit x");
+  const int64_t rope_dim = cos.size(2), num_tables = cos.size(0);
+  STD_TORCH_CHECK(rope_dim % 2 == 0 && rope_dim <= x.size(3) && cos.size(1) == x.size(2) && (num_tables == 1 || num_tables == x.size(0)), "cos does not fit x");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  const int64_t count = tables * x.size(2) * turned;
-  rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), turned, x.stride(0), x.stride(1),
-        x.stride(2), floats(cos, count, "cos"), floats(sin, count, "sin"), tables == 1 ? 0 : x.size(2) * turned, interleaved});
+  const int64_t table_size = num_tables * x.size(2) * rope_dim;
+  rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), rope_dim, x.stride(0), x.stride(1),
+        x.stride(2), float_data(cos, table_size, "cos"), float_data(sin, table_size, "sin"), num_tables == 1 ? 0 : x.size(2) * rope_dim, interleaved});
   return y;
 }
 
 std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHandle scoring_word, const Optional& bias, int64_t n_group,
                                   int64_t topk_group, StringHandle group_word, bool renorm, double scale) {
-  const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word);
+  const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word);
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, experts]");
   const int64_t tokens = logits.size(0), experts = logits.size(1);
-  const float* values = floats(logits, tokens * experts, "logits");
-  RouteCall r = route_style(scoring, group_mode, bias ? floats(*bias, experts, "bias") : nullptr, experts, top_k, n_group, topk_group, renorm, scale);
+  const float* values = float_data(logits, tokens * experts, "logits");
+  RouteCall r = make_route_call(scoring, group_mode, bias ? float_data(*bias, experts, "bias") : nullptr, experts, top_k, n_group, topk_group, renorm, scale);
   Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, std::make_optional(ScalarType::Long));
   Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
   r.logits = values, r.tokens = tokens, r.ids = static_cast<int64_t*>(ids.mutable_data_ptr()), r.weights = static_cast<float*>(weights.mutable_data_ptr());
@@ -105,39 +105,39 @@ std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHan
 void store_q8_0_(const Tensor& x, Tensor& to) {
   STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
-  STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && columns_of(to, "to") == columns, "to does not fit x");
+  STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && num_columns(to, "to") == columns, "to does not fit x");
   convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
 }
 
 // x [1][head][token][column] into the slots of a pool [page][head][position][column].
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
-  STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) && columns_of(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
+  STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) && num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
   const int64_t tokens = x.size(2), page = pool.size(2);
-  const int64_t* at = slots_of(slots, tokens, pool);
+  const int64_t* slot_ids = checked_slots(slots, tokens, pool);
   const Strided from = strided(x, "x"), to = strided(pool, "pool", true);
   for (int64_t first = 0, end; first < tokens; first = end) {  // one call per run of consecutive slots on a page
-    for (end = first + 1; end < tokens && at[end] == at[end - 1] + 1 && at[end] % page; ++end) {}
-    const Strided piece{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
-    uint8_t* place = static_cast<uint8_t*>(pool.mutable_data_ptr()) + (at[first] / page * to.batch + at[first] % page * to.position) * int64_t(size_of(to.type));
-    convert_kv(piece, place, to, 1, x.size(1), end - first, x.size(3));
+    for (end = first + 1; end < tokens && slot_ids[end] == slot_ids[end - 1] + 1 && slot_ids[end] % page; ++end) {}
+    const Strided slot_run{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
+    uint8_t* target = static_cast<uint8_t*>(pool.mutable_data_ptr()) + (slot_ids[first] / page * to.batch + slot_ids[first] % page * to.position) * int64_t(size_of(to.type));
+    convert_kv(slot_run, target, to, 1, x.size(1), end - first, x.size(3));
   }
 }
 
 // The f16 values of Q8_0 blocks, dense.
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), columns_of(x, "x")}, std::make_optional(ScalarType::Half));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")}, std::make_optional(ScalarType::Half));
   convert_kv(strided(x, "x", true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
   return y;
 }
 
 Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
-  const std::string act = text_of(act_word);
+  const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
-  const int which = named<int>(act, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
+  const int act = parse_enum<int>(act_name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
   Tensor out = torch::stable::empty_like(gate);
-  apply_gated_activation(which, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
+  apply_gated_activation(act, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
   return out;
 }
 }  // namespace
