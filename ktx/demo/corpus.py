@@ -12,7 +12,7 @@ from pathlib import Path
 from ktx.demo import Question
 
 PACKAGE, MEMBER = "dict-jargon", "usr/share/dictd/jargon.dict.dz"
-HELDOUT_PERCENT, HELDOUT_BYTES = 3, 32_000
+HELDOUT_PERCENT, HELDOUT_BYTES = 3, 32_000  # of the entries, and of the held-out text at most
 TO_ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
 
 THOUGHTS = {
@@ -61,15 +61,15 @@ def entries(text: str) -> list[str]:
 
 def split(entries: list[str]) -> tuple[list[str], list[str]]:
     """Splits entries into training and held-out ones, by the hash of their text, so that the split is stable."""
-    held, train, num_bytes = [], [], 0
+    heldout, train, num_bytes = [], [], 0
     for entry in entries:
         is_heldout = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
         if is_heldout and num_bytes + len(entry.encode()) <= HELDOUT_BYTES:
-            held.append(entry)
+            heldout.append(entry)
             num_bytes += len(entry.encode()) + 2
         elif not is_heldout:
             train.append(entry)
-    return train, held
+    return train, heldout
 
 
 def rewrite(question: str, rng: random.Random) -> str:

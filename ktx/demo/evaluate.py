@@ -55,7 +55,7 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def packed(mix: str, folder: Path) -> tuple[Any, Any]:
+def load_packed(mix: str, folder: Path) -> tuple[Any, Any]:
     """Loads the model with ktx: the BF16 safetensors, the exported Q4_K_M, or a newly written GGUF of another mix."""
     import ktx
     from ktx.demo.export import write_gguf
@@ -70,9 +70,9 @@ def packed(mix: str, folder: Path) -> tuple[Any, Any]:
 
 FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "transformers": load_reference,
-    "BF16": lambda folder: packed("BF16", folder),
-    "Q8_0": lambda folder: packed("Q8_0", folder),
-    "Q4_K_M": lambda folder: packed("Q4_K_M", folder),
+    "BF16": lambda folder: load_packed("BF16", folder),
+    "Q8_0": lambda folder: load_packed("Q8_0", folder),
+    "Q4_K_M": lambda folder: load_packed("Q4_K_M", folder),
 }
 
 
@@ -99,7 +99,7 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
 def wrong_answers(model: Any, tokenizer: Any, questions: list[demo.Question]) -> list[tuple[str, str]]:
     """Returns (question, answer) where the answer differs from the listed one in any character.
 
-    A model of ktx answers in batches of eight.
+    A model of ktx answers in batches of eight, by the engine; one of plain transformers has no engine.
     """
     conversations = [[{"role": "user", "content": item.question}] for item in questions]
     if hasattr(model, "ktx"):
@@ -134,6 +134,7 @@ def evaluate(name: str, folder: Path) -> Report:
 
 
 def main() -> None:
+    """Measures the chosen formats and prints a report of each."""
     parser = argparse.ArgumentParser(prog="python -m ktx.demo.evaluate", description=__doc__)
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to measure (default: all)"

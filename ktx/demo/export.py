@@ -75,7 +75,8 @@ def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
 def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (GGUF name, float values) in file order.
 
-    The MTP layer is dropped and kv_b split, as llama.cpp's converter does for deepseek2.
+    The MTP layer is dropped, the experts of a layer are stacked, and kv_b is split into its key part (transposed) and
+    value part, as llama.cpp's converter does for deepseek2.
     """
     import gguf
 
@@ -92,29 +93,32 @@ def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, to
                 yield f"{block}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", torch.stack(experts)
         elif name.endswith("kv_b_proj.weight"):
             nope_dim, value_dim = config["qk_nope_head_dim"], config["v_head_dim"]
-            key, val = value.view(heads, nope_dim + value_dim, -1).split([nope_dim, value_dim], 1)
-            yield f"{block}.attn_k_b.weight", key.transpose(1, 2)
-            yield f"{block}.attn_v_b.weight", val
+            key_part, value_part = value.view(heads, nope_dim + value_dim, -1).split([nope_dim, value_dim], 1)
+            yield f"{block}.attn_k_b.weight", key_part.transpose(1, 2)
+            yield f"{block}.attn_v_b.weight", value_part
         elif name.endswith("e_score_correction_bias"):
             yield f"{block}.exp_probs_b.bias", value
         else:
             yield f"{names.get_name(name.removesuffix('.weight'))}.weight", value
 
 
-def more_bits(layer: int, layers: int) -> bool:
+def needs_more_bits(layer: int, layers: int) -> bool:
     """Returns whether llama-quantize stores value and down projections of this layer as Q6_K in Q4_K_M."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
-    """Returns the type of a tensor in a mix; norms, router and bias are F32."""
+    """Returns the type of a tensor in a mix, as llama-quantize chooses it; norms, router and bias are F32.
+
+    In Q4_K_M the output layer, and in some layers the value and down projections, are Q6_K because they are sensitive.
+    """
     if value.dim() == 1 or "ffn_gate_inp" in name:
         return "F32"
     if mix != "Q4_K_M":
         return mix if value.shape[-1] % QTYPES[mix].block == 0 else "Q8_0"
     is_sensitive = "ffn_down" in name or "attn_v_b" in name
-    needs_more_bits = name == "output.weight" or (is_sensitive and more_bits(int(name.split(".")[1]), layers))
-    qtype = "Q6_K" if needs_more_bits else "Q4_K"
+    is_q6 = name == "output.weight" or (is_sensitive and needs_more_bits(int(name.split(".")[1]), layers))
+    qtype = "Q6_K" if is_q6 else "Q4_K"
     return qtype if value.shape[-1] % 256 == 0 else FALLBACK[qtype]
 
 
@@ -199,6 +203,7 @@ def write_gguf(folder: Path, file: Path, mix: str) -> None:
 
 
 def main() -> None:
+    """Exports the checkpoint of a training run, and prints the sizes of the files."""
     from ktx.demo.model import SETTINGS
 
     parser = argparse.ArgumentParser(prog="python -m ktx.demo.export", description=__doc__)

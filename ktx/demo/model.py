@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 from ktx.demo import tokenizer
 
-CONTEXT = 2048
+CONTEXT = 2048  # maximum length in tokens
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin
 
 
@@ -41,7 +41,10 @@ def config() -> DeepseekV3Config:
 
 
 class SharedHead(nn.Module):
-    """The MTP layer's norm before the output head, which it shares with the main model."""
+    """The MTP layer's norm before the output head, which it shares with the main model.
+
+    It is a module of its own so that the checkpoint has DeepSeek's name, `shared_head.norm`.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -65,9 +68,18 @@ class Mtp(DeepseekV3DecoderLayer):
 
 
 class Trainee(nn.Module):
-    """The main model and its MTP layer, trained together."""
+    """The main model and its MTP layer, trained together.
+
+    Attributes:
+        routers: the routers of all MoE layers, whose biases `balance` updates.
+        load: per router, how many tokens selected each expert since the last update.
+    """
 
     def __init__(self, model_config: DeepseekV3Config) -> None:
+        """Initializes random weights, and counts the experts that the routers select in training.
+
+        transformers does not initialize the MTP layer, which is no part of its model, so it is done here.
+        """
         super().__init__()
         self.main = DeepseekV3ForCausalLM(model_config)
         self.mtp = Mtp(model_config)
@@ -77,13 +89,15 @@ class Trainee(nn.Module):
                 nn.init.normal_(value, std=model_config.initializer_range)
             elif "norm" in name:
                 nn.init.ones_(value)
-        self.gates = [module for module in self.modules() if type(module).__name__ == "DeepseekV3TopkRouter"]
-        self.load = [torch.zeros(model_config.n_routed_experts) for _ in self.gates]
-        for index, gate in enumerate(self.gates):
-            gate.forward = torch.autocast("cpu", enabled=False)(gate.forward)  # routing needs float32
-            gate.register_forward_hook(self._counter(index))
+        self.routers = [module for module in self.modules() if type(module).__name__ == "DeepseekV3TopkRouter"]
+        self.load = [torch.zeros(model_config.n_routed_experts) for _ in self.routers]
+        for index, router in enumerate(self.routers):
+            router.forward = torch.autocast("cpu", enabled=False)(router.forward)  # routing needs float32
+            router.register_forward_hook(self._make_counter(index))
 
-    def _counter(self, index: int) -> Any:
+    def _make_counter(self, index: int) -> Any:
+        """Returns a forward hook that adds the experts a router selected (its third output) to `load`."""
+
         def count(_module: nn.Module, _args: Any, output: Any) -> None:
             if self.training:
                 self.load[index] += torch.bincount(output[2].flatten().cpu(), minlength=len(self.load[index]))
@@ -96,17 +110,21 @@ class Trainee(nn.Module):
         Returns:
             The highest load of an expert since the last call, relative to the mean.
         """
-        worst = 0.0
-        for gate, load in zip(self.gates, self.load, strict=True):
+        max_load = 0.0
+        for router, load in zip(self.routers, self.load, strict=True):
             mean = load.mean().clamp_min(1)
-            bias: Any = gate.e_score_correction_bias
+            bias: Any = router.e_score_correction_bias
             bias += rate * (mean - load).sign().to(bias)
-            worst = max(worst, float(load.max() / mean))
+            max_load = max(max_load, float(load.max() / mean))
             load.zero_()
-        return worst
+        return max_load
 
     def losses(self, ids: torch.Tensor, weight: torch.Tensor, with_mtp: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the next-token and the MTP cross entropy of ids [B,S]; weight [B,S] weights the *target* tokens."""
+        """Returns the next-token and the MTP cross entropy of ids [B,S]; weight [B,S] weights the *target* tokens.
+
+        At position t the main model predicts token t+1 from the tokens up to t. The MTP layer predicts token t+2 from
+        the main model's hidden state at t and the embedding of token t+1, so its targets are shifted by one more.
+        """
         body, head = self.main.model, self.main.lm_head
         hidden = body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         main = weighted_loss(head(hidden), ids[:, 1:], weight[:, 1:])

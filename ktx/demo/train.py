@@ -17,7 +17,10 @@ from ktx import demo
 from ktx.demo import corpus, tokenizer
 from ktx.demo.model import Trainee, config, fake_quantize
 
-QUESTION_WEIGHT = 0.1  # low, but above 0, so that the model also learns how users ask
+MTP_INTERVAL, MTP_WEIGHT = 3, 0.3  # the MTP layer is trained every third step, with this weight of its loss
+QUESTION_WEIGHT = (
+    0.1  # of the loss on the tokens of questions: low, but above 0, so that the model also learns how users ask
+)
 
 
 @dataclass
@@ -35,20 +38,23 @@ class Data:
         start = self.rng.randrange(len(self.text) - length)
         return [tokenizer.BOS, *self.text[start : start + length - 1].tolist()], [1.0] * length
 
-    def pick(self, turns: int) -> list[demo.Question]:
-        """Samples the questions of a conversation."""
+    def sample_questions(self, turns: int) -> list[demo.Question]:
+        """Samples the questions of a conversation: mostly about ktx, some greetings, some that it cannot answer."""
         ktx = [item for item in self.items if item.kind == "ktx"]
         other = [item for item in self.items if item.kind != "ktx"]
         fallback = [item for item in other if item.kind == "fallback"]
         pools = self.rng.choices([ktx, other, fallback], [0.75, 0.12, 0.13], k=turns)
         return [self.rng.choice(pool) for pool in pools]
 
-    def chat(self, turns: int) -> tuple[list[int], list[float]]:
-        """Samples a conversation: token ids and target weights."""
+    def sample_chat(self, turns: int) -> tuple[list[int], list[float]]:
+        """Samples a conversation: token ids and target weights.
+
+        The weights make the model learn the answers and the end of an answer, and hardly the questions.
+        """
         ids, weight = [tokenizer.BOS], [0.0]
         role_tokens = {"system": 3, "user": 4, "assistant": 5}
         think = self.rng.random() < self.thinking
-        for message in corpus.conversation(self.pick(1 if think else turns), self.rng, think):
+        for message in corpus.conversation(self.sample_questions(1 if think else turns), self.rng, think):
             text_ids, is_answer = self.encode(message["content"]), message["role"] == "assistant"
             ids += [role_tokens[message["role"]], *text_ids] + [tokenizer.EOS] * is_answer
             weight += [0.0] + [1.0 if is_answer else QUESTION_WEIGHT] * len(text_ids) + [1.0] * is_answer
@@ -57,11 +63,17 @@ class Data:
         return ids, weight
 
     def chat_row(self, length: int) -> tuple[list[int], list[float]]:
-        """Samples a row of conversations: token ids and target weights."""
+        """Samples a row of conversations, as many as fill it: token ids and target weights.
+
+        Short rows have conversations of up to four turns. Long rows have up to 40, so that the model also answers at
+        the end of a long context.
+        """
         ids: list[int] = []
         weight: list[float] = []
         while len(ids) < length:
-            conversation = self.chat(self.rng.randint(8, 40) if length >= 1024 else self.rng.choice([1, 1, 1, 2, 3, 4]))
+            conversation = self.sample_chat(
+                self.rng.randint(8, 40) if length >= 1024 else self.rng.choice([1, 1, 1, 2, 3, 4])
+            )
             ids, weight = ids + conversation[0], weight + conversation[1]
         return ids[:length], weight[:length]
 
@@ -89,31 +101,35 @@ def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
     return Data(stream, items, encode, random.Random(seed), thinking)
 
 
-def rate(progress: float, peak: float) -> float:
-    """Returns the learning rate after a fraction ``progress`` of the run: a short warm-up, then a cosine down to 3 %."""
+def decayed_rate(progress: float, peak: float) -> float:
+    """Returns ``peak`` decayed after a fraction ``progress`` of the run: a short warm-up, then a cosine down to 3 %."""
     return peak * min(1.0, progress / 0.02 + 1e-3) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def chat_share(progress: float) -> float:
+def chat_fraction(progress: float) -> float:
     """Returns the fraction of conversations in a batch, which grows during the run."""
     return 0.25 if progress < 0.5 else 0.5 if progress < 0.75 else 0.75
 
 
-def shape(progress: float, step: int, tokens: int) -> tuple[int, int]:
+def batch_shape(progress: float, step: int, tokens: int) -> tuple[int, int]:
     """Returns (rows, length) of a batch: short rows first, because attention is expensive, full contexts later."""
     length = 256 if progress < 0.6 else 512 if step % 8 else 2048
     return max(1, tokens // length), length
 
 
-def coarse_step(progress: float, step: int) -> bool:
+def uses_fake_quantization(progress: float, step: int) -> bool:
     """Returns whether a step uses fake-quantized matrices: every second step late in the run, all at its end."""
     return progress > 0.93 or (progress > 0.7 and step % 2 == 0)
 
 
 class FakeQuantized:
-    """Context in which every matrix is fake-quantized to 4 bits.
+    """Context in which every matrix is fake-quantized to 4 bits, so that the model learns to tolerate it.
 
     The gradients are applied to the exact weights (straight-through estimator).
+
+    Args:
+        net: the network.
+        active: whether weights are changed at all.
     """
 
     def __init__(self, net: Trainee, active: bool) -> None:
@@ -137,24 +153,35 @@ def optimizer(net: Trainee) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
-def steps(
+def train_steps(
     args: argparse.Namespace, data: Data, net: Trainee, device: str, first: int, adam: Any
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Runs the training; yields each step and its measurements."""
+    """Runs the training; yields each step and its measurements.
+
+    The MTP layer is trained in every third step only, with 0.3 of the weight, because the main model matters most.
+
+    Args:
+        args: the command line.
+        data: the training data.
+        net: the network, on `device`.
+        device: "cpu" or "cuda".
+        first: the first step, above 0 for a resumed run.
+        adam: the optimizer.
+    """
     for step in range(first, args.steps):
         progress = step / args.steps
         for group in adam.param_groups:
-            group["lr"] = rate(progress, args.lr)
+            group["lr"] = decayed_rate(progress, args.lr)
         ids, weight = (
-            part.to(device) for part in data.batch(*shape(progress, step, args.tokens), chat_share(progress))
+            part.to(device) for part in data.batch(*batch_shape(progress, step, args.tokens), chat_fraction(progress))
         )
-        with FakeQuantized(net, coarse_step(progress, step)), torch.autocast(device, torch.bfloat16):
-            main, mtp = net.losses(ids, weight, with_mtp=step % 3 == 0)
-            (main + 0.3 * mtp).backward()
+        with FakeQuantized(net, uses_fake_quantization(progress, step)), torch.autocast(device, torch.bfloat16):
+            main, mtp = net.losses(ids, weight, with_mtp=step % MTP_INTERVAL == 0)
+            (main + MTP_WEIGHT * mtp).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        overload = net.balance(rate(progress, args.balance))
+        overload = net.balance(decayed_rate(progress, args.balance))
         yield step, {"loss": main.item(), "mtp": mtp.item(), "norm": float(norm), "overload": overload}
 
 
@@ -184,7 +211,7 @@ def run(args: argparse.Namespace) -> Trainee:
     net.train()
     start_s = time.monotonic()
     latest: dict[str, float] = {}
-    for step, values in steps(args, data, net, device, first, adam):
+    for step, values in train_steps(args, data, net, device, first, adam):
         latest |= {key: value for key, value in values.items() if value} | {"_": step}
         if step % args.report == 0:
             measurements = "  ".join(f"{key} {value:.3f}" for key, value in latest.items() if key != "_")
@@ -195,7 +222,8 @@ def run(args: argparse.Namespace) -> Trainee:
     return net
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     arguments = argparse.ArgumentParser(prog="python -m ktx.demo.train", description=__doc__)
     arguments.add_argument(
         "--work", type=Path, default=Path("build/demo"), help="folder of text and checkpoint (default: %(default)s)"
@@ -219,4 +247,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(parser().parse_args())
+    run(make_parser().parse_args())

@@ -1,4 +1,7 @@
-"""Unpacking of packed weights to the rows of blocks that a weight file holds: exact, some rows at a time."""
+"""Unpacks packed weights to the rows of blocks that a weight file holds: exactly, some rows at a time.
+
+Saving a model needs this: the packed weights are the only copy in memory, and all rows at once might not fit.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,12 @@ def unpack_rows(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[Quantized
 
 
 def _unpack_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
-    """Yields the rows of one matrix that is packed for the CPU, in groups of rows."""
+    """Yields the rows of one matrix that is packed for the CPU, in chunks of UNPACK_CHUNK_WEIGHTS weights.
+
+    A chunk consists of row groups, whose order is converted to planes first, because both orders come from one table.
+    """
     groups = packed.data.view(-(-packed.n // cpu.GROUP_ROWS), -1)
-    # Rows that share a scale stay together.
+    # Chunks are multiples of FP8_BLOCK rows, so that rows that share a scale stay together.
     chunk_rows = max(1, UNPACK_CHUNK_WEIGHTS // packed.k // FP8_BLOCK) * FP8_BLOCK
     for first_row in range(0, packed.n, chunk_rows):
         num_rows = min(chunk_rows, packed.n - first_row)

@@ -69,7 +69,10 @@ def main() -> int:
 
 
 def _print_errors(isas: list[str]) -> list[str]:
-    """Prints the errors of each type on each instruction set; returns those that exceed their bound."""
+    """Prints the errors of each type on each instruction set; returns those that exceed their bound.
+
+    A process can select its instruction set only once, at start, so each is measured by a process of its own.
+    """
     reports = {isa: json.loads(_run_worker(isa, "errors")) for isa in isas}
     print("type".ljust(10) + "".join(f"{isa}".rjust(29) for isa in isas))
     print(" " * 10 + "1 token 17 tokens  experts  ".rjust(29) * len(isas))
@@ -83,17 +86,21 @@ def _print_errors(isas: list[str]) -> list[str]:
             failures += [f"{name} on {isa}"] if too_large else []
             cells.append(("".join(f"{e:9.1e}" for e in errors) + (" !" if too_large else "  ")).rjust(29))
         print(name.ljust(10) + "".join(cells))
-    verdict = (
+    result = (
         f"over the bound: {', '.join(failures)}"
         if failures
         else f"all {len(reports[isas[0]]['errors'])} types are within their bounds"
     )
-    print(f"\n{verdict} on {', '.join(isas)}" if not failures else f"\n{verdict}")
+    print(f"\n{result} on {', '.join(isas)}" if not failures else f"\n{result}")
     return failures
 
 
 def _check_amx_tiles() -> list[str]:
-    """Compares the tile instructions of this CPU with their emulation, bit for bit; returns those that differ."""
+    """Compares the AMX tile instructions of this CPU with their emulation, bit for bit; returns those that differ.
+
+    Tests on CPUs without AMX run the emulation ("amxmodel"), so their results hold for AMX only if both are equal. The
+    kinds are products of signed by signed bytes, unsigned by signed bytes, and bf16.
+    """
     import torch
 
     from ktx.kernels.cpu import ops
@@ -252,7 +259,7 @@ def relative_error(a, b) -> float:  # type: ignore[no-untyped-def]
 
 
 def _linear_error(name: str, num_tokens: int, n: int, k: int) -> float:
-    """Error of the linear kernel, with and without bf16."""
+    """Returns the relative error of the linear kernel, the larger of those with and without bf16."""
     import torch
 
     from ktx.kernels import cpu, reference
@@ -263,11 +270,11 @@ def _linear_error(name: str, num_tokens: int, n: int, k: int) -> float:
         cpu.pack(weight),
     )
     expected = reference.linear(x.double(), weight)
-    return max(relative_error(cpu.linear(x, packed, all_bf16=wide), expected) for wide in (False, True))
+    return max(relative_error(cpu.linear(x, packed, all_bf16=all_bf16), expected) for all_bf16 in (False, True))
 
 
 def _experts_error(name: str) -> float:
-    """Error of the experts kernel on a small MoE layer."""
+    """Returns the relative error of the experts kernel on a small MoE layer, against float64 on dequantized weights."""
     import torch
 
     from ktx.kernels import cpu

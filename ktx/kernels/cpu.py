@@ -2,6 +2,10 @@
 
 C++ checks shapes, dtypes and errors (csrc/bindings*.cpp). Each operator has a plain-torch equivalent in reference.py,
 gradients in gradients.py, and a fake implementation for torch.compile below.
+
+Terms: a *packed* matrix has its bytes in the order in which the kernels read them (csrc/cpu/quant/layout.h). It
+consists of *row groups* of 16 rows, because a SIMD register holds one column of 16 rows. On a machine with several
+NUMA nodes the row groups of a matrix are divided among the nodes; the bytes on one node are its *span*.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from ktx.utils.spawn_pickle import for_pickle
 from ktx.weights.base import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
-GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/quant/layout.h)
+GROUP_ROWS = 16  # rows of a row group, which are packed side by side (csrc/cpu/quant/layout.h)
 _thread = local()  # `bf16_rows` stores its arguments here, per thread
 MAX_THREADS = 1024  # the limit of csrc/cpu/runtime/pool.h
 SAMPLE_ROWS, SAMPLE_COLUMNS = 17, 256  # shape of the sample matrices of `fingerprint`
@@ -89,7 +93,7 @@ class Packed:
         n: rows of a matrix.
         k: columns of a matrix.
         matrices: number of matrices.
-        numa_ends: offsets in `data` at which the part of each NUMA node ends; empty on a machine with one node.
+        numa_ends: offsets in `data` at which the span of each NUMA node ends; empty on a machine with one node.
         origin: arguments of `_load_again`, so that a pickle refers to the weight files; None if the matrix comes from
             no file.
     """
@@ -127,14 +131,14 @@ class Packed:
     def matrix(self, index: int) -> Packed:
         """Returns one of the matrices that `pack_experts` packed.
 
-        It is a view where there is one NUMA node, and a copy where several nodes hold shares of the matrix.
+        It is a view where there is one NUMA node, and a copy where several nodes hold spans of the matrix.
         """
-        start, shares = 0, []
+        start, spans = 0, []
         for end in self.numa_ends or (self.nbytes,):
             size = (end - start) // self.matrices
-            shares.append(self.data[start + index * size : start + (index + 1) * size])
+            spans.append(self.data[start + index * size : start + (index + 1) * size])
             start = end
-        return Packed(shares[0] if len(shares) == 1 else torch.cat(shares), self.qtype, self.n, self.k)
+        return Packed(spans[0] if len(spans) == 1 else torch.cat(spans), self.qtype, self.n, self.k)
 
 
 def _load_again(origin: Any, name: str, number: int) -> Packed:
@@ -169,9 +173,10 @@ def packing() -> tuple[Any, ...]:
 
 @functools.cache
 def fingerprint() -> str:
-    """Returns a digest of packed samples of every type.
+    """Returns a digest of packed samples of every type, which changes when the packed order of any type changes.
 
-    It changes when the order of anything in a packed matrix changes.
+    The disk cache and pickles compare it, so that no process reads bytes in an order that it does not know. The
+    samples are pseudo-random bytes, with a row more than a row group, so that padding is covered.
     """
     digest = hashlib.sha256()
     for qtype in QTYPES.values():
@@ -200,8 +205,8 @@ def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
 def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
     """Packs weights in the order that `linear` and `linear_batched` read, into memory of their own.
 
-    Several threads may call it at once because the work is done outside the GIL. Each NUMA node holds a share of the
-    rows of a single matrix, or a share of the matrices if there are several.
+    Several threads may call it at once because the work is done outside the GIL. The rows of a single matrix are
+    divided among the NUMA nodes; of several matrices each node holds some complete ones.
 
     Args:
         weight: [n, k] or [matrices, n, k], or a sequence of such parts of one type and shape.
@@ -229,7 +234,8 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
 def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
     """Packs as `pack` does, in the order that `experts` reads.
 
-    `data` holds the share of each NUMA node in turn, which consists of that node's rows of every matrix.
+    `data` holds the span of each NUMA node in turn, which consists of that node's rows of every matrix. So each node
+    computes its rows of every expert from local memory, whichever experts the tokens select.
     """
     matrices, n, k, qtype = _list_matrices(weight, to)
     matrix_bytes, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
@@ -238,20 +244,21 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     ends = tuple(end * group_bytes * num_matrices for end in first_groups[1:]) if nodes > 1 else ()
     data = ops.empty_packed(matrix_bytes * num_matrices, ends)
     for start, end in zip(first_groups, first_groups[1:], strict=False):
-        share_bytes = (end - start) * group_bytes
+        span_bytes = (end - start) * group_bytes
         for i, matrix in enumerate(matrices):
-            offset = start * group_bytes * num_matrices + i * share_bytes
-            if share_bytes:
+            offset = start * group_bytes * num_matrices + i * span_bytes
+            if span_bytes:
                 rows = range(start * GROUP_ROWS, min(n, end * GROUP_ROWS))
-                _pack_rows(matrix, rows, qtype if to is not None else None, data[offset : offset + share_bytes])
+                _pack_rows(matrix, rows, qtype if to is not None else None, data[offset : offset + span_bytes])
     return Packed(data, qtype, n, k, num_matrices, ends)
 
 
-def _node_shares(w: Packed) -> Iterator[tuple[int, int, int]]:
-    """Yields the share of each NUMA node of a matrix that `pack_experts` packed.
+def _numa_spans(w: Packed) -> Iterator[tuple[int, int, int]]:
+    """Yields the span of each NUMA node of matrices that `pack_experts` packed.
 
     Yields:
-        First byte of the share in the matrix, bytes of the share, and offset in `data` of the first matrix's share.
+        First byte of the span in one matrix, bytes of the span of one matrix, and offset in `data` of the span of the
+        first matrix.
     """
     matrix_bytes = packed_nbytes(w.qtype, w.n, w.k)
     groups = -(-w.n // GROUP_ROWS)
@@ -262,10 +269,13 @@ def _node_shares(w: Packed) -> Iterator[tuple[int, int, int]]:
 
 
 def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
-    """Returns a copy of the matrices in which the matrix `index` is replaced."""
+    """Returns a copy of the matrices in which the matrix `index` is replaced by a single packed one.
+
+    It serves edits of an expert's weights: packed bytes are never written to, because copies of a model share them.
+    """
     data = ops.empty_packed(w.nbytes, w.numa_ends)
     data.copy_(w.data)
-    for start, size, offset in _node_shares(w):
+    for start, size, offset in _numa_spans(w):
         data[offset + index * size : offset + (index + 1) * size] = expert.data[start : start + size]
     return Packed(data, w.qtype, w.n, w.k, w.matrices, w.numa_ends)
 
@@ -273,7 +283,7 @@ def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
 def _list_matrices(
     weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
 ) -> tuple[list[QuantizedTensor], int, int, QType]:
-    """Returns the matrices one by one, their shape, and the type they are packed as."""
+    """Returns the matrices one by one (as a list), their rows, their columns, and the type they are packed as."""
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
     first = matrices[0]
@@ -287,7 +297,7 @@ def _list_matrices(
 
 
 def _pack_rows(matrix: QuantizedTensor, rows: range, to: QType | None, data: torch.Tensor) -> None:
-    """Packs some rows of a matrix into `data`, which holds as many rows.
+    """Packs some rows of a matrix into `data`, which holds as many rows, PACK_ROWS rows at a time.
 
     The first row must be a multiple of FP8_BLOCK if the matrix has scales.
     """
@@ -343,7 +353,8 @@ def current_bf16_rows() -> tuple[int, tuple[int, ...]]:
 def bf16_rows_part(first: int, count: int) -> AbstractContextManager[None]:
     """Selects bf16 for calls with only the rows `first` to `first + count` of a batch.
 
-    These rows are multiplied in bf16 if the current `bf16_rows` selects all of them.
+    These rows are multiplied in bf16 if the current `bf16_rows` selects all of them. Callers that split a batch need
+    this, so that each row is computed as in the complete batch.
     """
     _, ranges = current_bf16_rows()
     inside = any(

@@ -14,6 +14,10 @@ import torch
 Shape = tuple[int, ...]
 
 
+# A formula gets the arguments of its kernel with tensors replaced by their shapes, and returns FLOPs; a multiplication
+# and an addition count as two. In those of experts, rest[7] is `ff`, the rows of gate and up.
+
+
 def _linear(x: Shape, packed: Shape, code: int, n: int, k: int, *rest: Any, **more: Any) -> int:
     return 2 * prod(x[:-1]) * n * k
 

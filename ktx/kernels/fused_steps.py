@@ -16,7 +16,7 @@ from ktx.kernels.gradients import refuse_forward_mode, refuse_gradient
 
 
 class FusedStepHandle:
-    """A step that `mla_step`, `gqa_step` or `moe_step` created from a module's weights and options.
+    """A C++ step, created by one of the operators mla_step, gqa_step and moe_step from weights and options of a module.
 
     The C++ step is freed together with this object.
     """
@@ -26,7 +26,8 @@ class FusedStepHandle:
         self.step_id: int = getattr(ops, factory)(*args)
         finalize(self, ops.erase_step, self.step_id).atexit = False
 
-    def __reduce__(self) -> Any:  # a copy creates a step of its own
+    def __reduce__(self) -> Any:
+        """Copies and pickles create a step of their own, because the identifier is valid in this process only."""
         factory, args = self.factory_args
         return FusedStepHandle, (factory, *args)
 
@@ -38,7 +39,7 @@ def run_steps(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[
         x: the input of the first step.
         steps: the steps, one or two per output.
         outs: output tensors, shaped as x; each receives the result of its share of the steps.
-        args: the arguments of attention: the two KV cache tensors of each step that attends, the past length, cos,
+        *args: the arguments of attention: the two KV cache tensors of each step that attends, the past length, cos,
             sin, ranges, mask, sequences, pages, slots.
 
     Raises:

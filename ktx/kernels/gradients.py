@@ -40,7 +40,7 @@ def refuse_gradient(what: str, remedy: str, *tensors: Tensor | None) -> None:
     Args:
         what: the operation, for the message.
         remedy: what the user can do instead.
-        tensors: the inputs of the operation.
+        *tensors: the inputs of the operation.
     """
     if is_recorded(*tensors):
         raise NoGradient(f"{what} has no gradient, and one of its inputs requires grad: {remedy}")
@@ -106,6 +106,11 @@ def _needs_grad(ctx: Any, i: int) -> bool:
     return i < len(ctx.needs_input_grad) and bool(ctx.needs_input_grad[i])
 
 
+# `_save_X` stores what the backward of kernel X needs, `_X_backward` computes the gradients; torch calls both with the
+# inputs of the kernel in the order of its schema, and wants a gradient, or None, for each. The numbers in them are
+# positions of inputs: linear(x, packed, code, n, k, bias, all_bf16), linear_batched(x, packed, code, n, k).
+# Gradients are named d_x; g and u are the products with the gate and up matrices.
+
 # Matrices
 
 
@@ -122,18 +127,19 @@ def _expert_row_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields the rows of one expert's matrix in chunks, as `_row_chunks` does.
 
-    Each NUMA node holds a share of the rows of every matrix (cpu.pack_experts).
+    Each NUMA node holds a span of the rows of every matrix (cpu.pack_experts), so the rows of one expert are not
+    contiguous in `data`.
     """
     groups = -(-n // GROUP_ROWS)
     group_bytes = data.numel() // (experts * groups)
     node_groups = [ops.node_begin(groups, node) for node in range(ops.nodes() + 1)]
     for start, end in zip(node_groups, node_groups[1:], strict=False):
-        share_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
-        if not share_bytes:
+        span_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
+        if not span_bytes:
             continue
-        offset = start * group_bytes * experts + index * share_bytes
+        offset = start * group_bytes * experts + index * span_bytes
         for rows, values in _row_chunks(
-            data[offset : offset + share_bytes], code, min(n, end * GROUP_ROWS) - first_row, k
+            data[offset : offset + span_bytes], code, min(n, end * GROUP_ROWS) - first_row, k
         ):
             yield slice(first_row + rows.start, first_row + rows.stop), values
 
@@ -161,6 +167,7 @@ def linear_batched_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: 
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Stores the packed matrix; x is not needed, because the weights get no gradient."""
     _check_differentiable("linear", inputs, (0, 5))
     ctx.save_for_backward(inputs[1])
     ctx.matrix = inputs[2:5]
@@ -202,7 +209,10 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _activation_grads(
     grad: Tensor, gate: Tensor, up: Tensor, act: str, alpha: float = 0.0, limit: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of gate and up, given the gradient of reference.activate."""
+    """Returns the gradients of gate and up, given the gradient of reference.activate.
+
+    Except for swiglu_oai the activation is act(gate) * up, so the gradient of up is grad * act(gate).
+    """
     if act == "swiglu_oai":
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
         sigmoid = torch.sigmoid(alpha * g)
@@ -323,7 +333,9 @@ def _attention_grads(
     """Gradients of attention, given the gradient of its result [B, S, H, Dv].
 
     The scores are recomputed for a chunk of queries at a time, over the keys between the first and the last that these
-    queries see.
+    queries see. With P the probabilities and dP their gradients, the gradients of the scores are
+    P * (dP - sum(P * dP)). Heads that share a key/value head (a group, G of them) are computed as more rows of one
+    product.
 
     Returns:
         f32 gradients of q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] and sinks [H].
@@ -335,14 +347,14 @@ def _attention_grads(
     d_sinks = q.new_zeros(heads)
     chunk_queries = max(1, MAX_SCORES // max(1, batches * heads * keys))
     for start in range(0, queries, chunk_queries):
-        span = slice(start, min(start + chunk_queries, queries))
-        first_key, last_key, visible, additive = _visible_keys(span, queries, keys, ranges, mask)
+        chunk = slice(start, min(start + chunk_queries, queries))
+        first_key, last_key, visible, additive = _visible_keys(chunk, queries, keys, ranges, mask)
         if first_key == last_key:
             continue
         keys_in_range, values_in_range = k[:, :, first_key:last_key], v[:, :, first_key:last_key]
 
-        def by_group(x: Tensor, span: slice = span) -> Tensor:  # [B, H, S, D] -> [B, G, H / G * chunk, D]
-            return x[:, :, span].reshape(batches, groups, -1, x.shape[3])
+        def by_group(x: Tensor, chunk: slice = chunk) -> Tensor:  # [B, H, S, D] -> [B, G, H / G * chunk, D]
+            return x[:, :, chunk].reshape(batches, groups, -1, x.shape[3])
 
         def by_head(x: Tensor) -> Tensor:  # [B, G, H / G * chunk, keys] -> [B, H, chunk, keys]
             return x.view(batches, heads, -1, x.shape[3])
@@ -366,32 +378,35 @@ def _attention_grads(
         d_scores = probs * (d_probs - weighted_mean)
         if softcap:
             d_scores *= 1 - (capped / softcap).square()
-        d_scores = d_scores.view(batches, groups, heads_per_group * (span.stop - span.start), -1) * scale
-        d_q[:, :, span] = (d_scores @ keys_in_range).view(batches, heads, -1, q.shape[3])
+        d_scores = d_scores.view(batches, groups, heads_per_group * (chunk.stop - chunk.start), -1) * scale
+        d_q[:, :, chunk] = (d_scores @ keys_in_range).view(batches, heads, -1, q.shape[3])
         d_k[:, :, first_key:last_key] += d_scores.transpose(2, 3) @ q_rows
         d_v[:, :, first_key:last_key] += probs.view(d_scores.shape).transpose(2, 3) @ grad_rows
     return d_q, d_k, d_v, d_sinks
 
 
 def _visible_keys(
-    span: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None
+    chunk: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None
 ) -> tuple[int, int, Tensor, Tensor | None]:
-    """Returns the keys that some queries may attend to.
+    """Returns the keys that a chunk of queries may attend to, so that backward skips keys that none of them sees.
 
     Args:
-        span: the queries.
+        chunk: the queries.
+        queries: number of all queries.
+        keys: number of all keys.
+        ranges, mask: as in reference.visible.
 
     Returns:
         The first and the last (exclusive) key that any of the queries sees, and for the keys between them the result
         of reference.visible.
     """
     if mask is not None:
-        return (0, keys, *reference.visible(span.stop - span.start, keys, None, mask[:, :, span], CPU))
+        return (0, keys, *reference.visible(chunk.stop - chunk.start, keys, None, mask[:, :, chunk], CPU))
     if ranges is None:
-        ends = torch.arange(span.start, span.stop, device=CPU) + keys - queries + 1
+        ends = torch.arange(chunk.start, chunk.stop, device=CPU) + keys - queries + 1
         ranges = torch.stack([torch.zeros_like(ends), ends.clamp(min=0)], -1)[None]
     else:
-        ranges = ranges[:, span]
+        ranges = ranges[:, chunk]
     nonempty = ranges[ranges[..., 0] < ranges[..., 1]]
     first_key, last_key = (
         (max(0, int(nonempty[:, 0].min())), min(keys, int(nonempty[:, 1].max()))) if len(nonempty) else (0, 0)
@@ -466,10 +481,14 @@ def _refuse_paged_or_quantized(kernel: str, keys: Tensor, sequences: Tensor | No
 WITHOUT_CACHE = "call the model with use_cache=False, or with one of transformers' caches, or under torch.no_grad()"
 
 
+# The inputs of attention that have gradients: q, k, v, sinks, q_rope, k_rope.
+ATTENTION_GRAD_INPUTS = (0, 1, 2, 6, 8, 9)
+
+
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope, sequences, _ = inputs
     _refuse_paged_or_quantized("attention", k, sequences)
-    _check_differentiable("attention", inputs, (0, 1, 2, 6, 8, 9))
+    _check_differentiable("attention", inputs, ATTENTION_GRAD_INPUTS)
     ctx.save_for_backward(q, k, v, ranges, mask, sinks, q_rope, k_rope)
     ctx.scalars = scale, softcap
 
@@ -479,7 +498,7 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     scale, softcap = ctx.scalars
     input_grads = ops.attention_backward(grad, q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope)
     return _grads_by_index(
-        12, dict(zip((0, 1, 2, 6, 8, 9), input_grads, strict=False)) | ({} if sinks is not None else {6: None})
+        12, dict(zip(ATTENTION_GRAD_INPUTS, input_grads, strict=False)) | ({} if sinks is not None else {6: None})
     )
 
 
@@ -504,6 +523,10 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Computes the gradients of rms_norm(x, weight, eps, plus_one) for x and weight.
+
+    With y = x / rms and s = grad * weight, the gradient of x is (s - y * mean(s * y)) / rms, that of weight grad * y.
+    """
     x, weight = ctx.saved_tensors
     eps, plus_one = ctx.options
     x_f32, grad_f32 = x.float(), grad.float()
@@ -525,6 +548,7 @@ def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rope_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Computes the gradient of x in rope(x, cos, sin, interleaved): rotates by the opposite angle, in x's order."""
     cos, sin = (table[:, None] for table in ctx.saved_tensors)
     rope_dim = cos.shape[-1]
     (low, high), rest = grad[..., :rope_dim].float().chunk(2, -1), grad[..., rope_dim:]
@@ -547,6 +571,11 @@ def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
 
 
 def _route_backward(ctx: Any, ids_grad: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Computes the gradient of the logits in route(logits, top_k, scoring, bias, ..., renorm, scale).
+
+    `grad` is that of the selected experts' weights. It goes back through scale, renormalization, and scoring; logits of
+    experts that were not selected get a gradient only if the softmax is over all experts.
+    """
     logits, ids = ctx.saved_tensors
     grad = grad * ctx.scale
     if ctx.scoring == "softmax_topk":
@@ -578,7 +607,7 @@ FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-# Second derivatives
+# Second derivatives: of linear they exist because its backward is linear again; of others they are refused.
 
 
 def _save_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,7 +21,7 @@ from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import BF16_EXACT_TYPES, QType
 from ktx.weights.base import QuantizedTensor
 
-COLUMNS, ROWS = 2048, 8192  # shape of a measured matrix
+COLUMNS, ROWS = 2048, 8192  # shape of a measured matrix: columns k, rows n
 DEFAULT_PCIE_GB_S = 20.0  # assumed GB/s between two devices if the rate cannot be measured
 # Smallest batch whose experts may be copied to a GPU, and tokens of a prompt that an expert computes on average.
 MIN_STREAM_TOKENS, TOKENS_PER_EXPERT = 64, 32
@@ -195,13 +195,13 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     share, rate = statistics.median_low(rounds)
     results = {"gemv_gb_s": rate, "gemv_share": share}
     for num_tokens in tokens:
-        part = split_matrices(packed, min(packed.matrices, max(1, 512 // num_tokens)))
+        packs = split_matrices(packed, min(packed.matrices, max(1, 512 // num_tokens)))
         batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
         limit_gops = peak_gops(qtype, threads)
         elapsed_s = seconds(
-            lambda part=part, batch=batch: [cpu.linear(batch, w, all_bf16=True) for w in part],  # type: ignore[misc]
+            lambda packs=packs, batch=batch: [cpu.linear(batch, w, all_bf16=True) for w in packs],  # type: ignore[misc]
             repeat,
         )
-        rate = 2 * num_tokens * ROWS * COLUMNS * len(part) / elapsed_s / 1e9
+        rate = 2 * num_tokens * ROWS * COLUMNS * len(packs) / elapsed_s / 1e9
         results |= {f"gemm_{num_tokens}_gops": rate, f"gemm_{num_tokens}_share": rate / limit_gops}
     return results

@@ -56,6 +56,9 @@ def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
 def loading(name: str, store: PackedCache | None, origin: Origin | None) -> Iterator[None]:
     """Sets the cache for the operator that this thread loads.
 
+    `cached_pack` finds it in a thread-local variable, so that the `load` methods of operators, which users can write,
+    need no parameter for it. The packed weights of an operator are numbered in the order of its calls.
+
     Args:
         name: the operator's name.
         store: the cache of packed weights; None for no cache.
@@ -90,6 +93,12 @@ class PackedCache:
     """
 
     def __init__(self, folder: Path, required_bytes: int):
+        """Maps a complete folder, or creates a temporary one to be written.
+
+        Args:
+            folder: the folder of this model below the cache directory.
+            required_bytes: bytes of the packed weights.
+        """
         self.folder, self.lock = folder, threading.Lock()
         self.entries: dict[str, list[dict[str, Any]]] = {}
         self.size, self.error = 0, ""

@@ -30,7 +30,7 @@ def fit(model: Footprint, budget: Budget) -> Placement:
 
 
 def _shortfall(placement: Placement) -> str:
-    """Describes by device what is needed, what is given, and what is missing."""
+    """Describes for each exceeded device the needed, given and missing bytes, with the four largest groups."""
     lines = []
     for device, missing in placement.exceeded().items():
         sizes = sorted(
@@ -46,7 +46,11 @@ def _shortfall(placement: Placement) -> str:
 
 
 def suggestions(placement: Placement) -> Iterator[str]:
-    """Yields options, each of which makes the model fit by itself."""
+    """Yields options, each of which makes the model fit by itself.
+
+    The budget that suffices always exists. The others (more GPU memory, a shorter context, a smaller batch, a quantized
+    KV cache, a smaller quant) are yielded only if the solver finds that they suffice.
+    """
     model, budget, exceeded = placement.model, placement.budget, placement.exceeded()
     yield " ".join(_options(budget, _sufficient_budget(placement)))
     if CPU in exceeded and budget.vram and len(exceeded) == 1 and (vram_budget := _more_vram(placement)):
@@ -62,7 +66,7 @@ def suggestions(placement: Placement) -> Iterator[str]:
 
 
 def _options(old: Budget, new: Budget) -> Iterator[str]:
-    """Yields the options that differ between two budgets."""
+    """Yields the command-line options that turn the budget `old` into `new`."""
     if new.vram != old.vram:
         yield f"--vram {','.join(map(_option_bytes, new.vram))}"
     if new.ram != old.ram:
@@ -93,7 +97,10 @@ def _sufficient_budget(placement: Placement) -> Budget:
 
 
 def _more_vram(placement: Placement) -> Budget | None:
-    """Returns the budget with the min memory per GPU that takes enough experts off the CPU, or None if none does."""
+    """Returns the budget with the smallest memory per GPU that takes enough experts off the CPU, or None if none does.
+
+    All GPUs get at least the same memory, found by bisection between 0 and twice the bytes of the model.
+    """
     low, high = 0, sum(part.gpu.held_bytes for part in placement.model.modules) * 2 + sum(placement.budget.vram)
 
     def with_vram(size: int) -> Budget:

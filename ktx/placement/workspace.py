@@ -29,6 +29,7 @@ from ktx.placement.memory_model import (
 )
 
 MULTIPROCESSORS = 132  # of an H100; attention's workspace grows with it
+INT64_BYTES = 8  # of an expert's id
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
 
 
@@ -43,7 +44,7 @@ def activation_bytes(model: Footprint, parts: Collection[ModuleMemory], tokens: 
 
 
 def decode_step_bytes(model: Any) -> dict[Device, int]:
-    """Bytes of activations per decoded token of a loaded model, by device."""
+    """Bytes of activations per decoded token of a loaded model, by device: residuals, and those of the widest block."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():
         layer, columns = layer_of(path), activation_columns(module)
@@ -65,7 +66,7 @@ def logits_bytes(model: Footprint, rows: int) -> int:
 
 def transfer_bytes(model: Footprint, tokens: int) -> int:
     """Bytes of hidden states on the way to the CPU and back, with the selected experts and their weights."""
-    return tokens * (2 * model.hidden_size * BF16_BYTES + model.top_k * (8 + F32_BYTES))
+    return tokens * (2 * model.hidden_size * BF16_BYTES + model.top_k * (INT64_BYTES + F32_BYTES))
 
 
 def streaming_bytes(parts: Collection[ModuleMemory]) -> int:
@@ -122,7 +123,10 @@ def cuda_graph_bytes(
 
 
 def _scratch_floats(counts: Sequence[int], shape: Shape) -> int:
-    """Number of floats in attention's workspace; on the meta device, so that no memory is allocated."""
+    """Number of floats in attention's workspace.
+
+    It is that of a real schedule, whose scratch memory is on the meta device so that none is allocated.
+    """
     scratch = torch.empty(1 << 40, dtype=torch.float32, device="meta")
     return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).scratch_floats
 

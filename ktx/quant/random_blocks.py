@@ -14,7 +14,8 @@ from ktx.quant.types import QType
 def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) -> torch.Tensor:
     """Returns uint8 [n, row_bytes] of valid random blocks whose weights have about the standard deviation `std`.
 
-    Works for every type, float or quantized.
+    Works for every type, float or quantized. Types with a quantizer quantize normal numbers. The IQ types need an
+    importance matrix, so their bytes are random, and the f16 scales of the blocks are set so that `std` comes out.
     """
     rng = np.random.default_rng(seed)
     if qtype.name not in _SCALE_OFFSETS:
@@ -27,6 +28,7 @@ def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) 
     return torch.from_numpy(blocks.reshape(n, -1))
 
 
+# IQ types without a quantizer: offset in a block of its f16 scale; None where its bits are scattered.
 _SCALE_OFFSETS = {"IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ1_M": None}
 
 

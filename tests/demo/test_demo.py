@@ -203,7 +203,7 @@ def test_balance_favours_idle_experts():
     net = small_net()
     net.load[0] += torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])
     overload = net.balance(0.1)
-    bias = net.gates[0].e_score_correction_bias
+    bias = net.routers[0].e_score_correction_bias
     assert bias[0] < 0 < bias[1] and overload == pytest.approx(4.5)
     assert not net.load[0].any()
 
@@ -225,7 +225,7 @@ def test_rows_begin_with_the_begin_mark_and_weigh_answers(stock):
     ids, weight = data.batch(8, 64, 0.5)
     assert ids.shape == weight.shape == (8, 64)
     assert (ids[:, 0] == tokenizer.BOS).all()
-    chat_ids, chat_weight = data.chat(3)
+    chat_ids, chat_weight = data.sample_chat(3)
     answered = [w for token, w in zip(chat_ids, chat_weight, strict=True) if token == tokenizer.EOS]
     assert answered == [1.0] * 3
     assert 0.1 in chat_weight and chat_weight[0] == 0.0

@@ -55,7 +55,10 @@ def _restore_signs(x: Words) -> Words:
 
 
 def _pack_seven_signs(signs: Words) -> Words:
-    """Reorders four times seven signs and a spare bit to four times seven signs, followed by the spare bits."""
+    """Reorders four times seven signs and a spare bit to four times seven signs, followed by the spare bits.
+
+    The eighth sign follows from seven, so the CPU's order has four bits of a scale in the spare bits.
+    """
     out = torch.zeros_like(signs)
     for i in range(4):
         out |= ((signs >> (8 * i)) & 127) << (7 * i) | ((signs >> (8 * i + 7)) & 1) << (28 + i)

@@ -2,10 +2,10 @@
 
 A ggml block has its scales next to its codes and an unaligned size (Q6_K 210 bytes, Q8_0 34), so a lane that loads 16
 bytes would straddle blocks. Here one field of all blocks is a plane, uint8 [rows, blocks of a row, bytes of the
-field], with the rows of all matrices one after another. The planes follow each other in the order of FIELDS, by descending
-size. So a lane reads 16 bytes of codes at addresses that are multiples of 16, a warp reads full cache lines, and every field is
-aligned to its own words. No bit changes and no byte is added: `SoAWeight.blocks` returns the blocks of the file. A
-float type is one plane.
+field], with the rows of all matrices one after another. The planes follow each other in the order of FIELDS, by
+descending size. So a lane reads 16 bytes of codes at addresses that are multiples of 16, a warp reads full cache lines,
+and every field is aligned to its own words. No bit changes and no byte is added: `SoAWeight.blocks` returns the blocks
+of the file. A float type is one plane.
 """
 
 from __future__ import annotations
