@@ -1,16 +1,16 @@
 // Activations: quantization, the order that the GEMMs read, sums back to rows, and activation functions.
 static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
   for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
-    const F lo = loadf(x), hi = loadf(x + step);
+    const F first = loadf(x), second = loadf(x + step);
     // As integers, so that a NaN is the largest of all: it must reach the scale, because its code cannot show it.
-    const uint32_t bits = largest_lane(maxu(as_int(absf(lo)), as_int(absf(hi))));
-    float most;
-    __builtin_memcpy(&most, &bits, 4);
-    const F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
-    const V low = to_int(mulf(lo, inverse)), high = to_int(mulf(hi, inverse));
-    out.scale[b] = most / 127.0f;
-    store_s8(out.q + b * 32, low), store_s8(out.q + b * 32 + 16, high);
-    out.sum16[2 * b] = sum_lanes(low), out.sum16[2 * b + 1] = sum_lanes(high);
+    const uint32_t bits = largest_lane(maxu(as_int(absf(first)), as_int(absf(second))));
+    float amax;
+    __builtin_memcpy(&amax, &bits, 4);
+    const F inverse = setf(amax > 0 ? 127.0f / amax : 0.0f);
+    const V first_codes = to_int(mulf(first, inverse)), second_codes = to_int(mulf(second, inverse));
+    out.scale[b] = amax / 127.0f;
+    store_s8(out.q + b * 32, first_codes), store_s8(out.q + b * 32 + 16, second_codes);
+    out.sum16[2 * b] = sum_lanes(first_codes), out.sum16[2 * b + 1] = sum_lanes(second_codes);
   }
 }
 
@@ -48,7 +48,7 @@ static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, i
 #ifdef KTX_AMX
   if (to.bf16) {
     uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + t * 16;
-    for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
+    for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, pair_neighbors_as_bf16(loadf(x + i), loadf(x + i + 16)));
     return;
   }
 #endif
@@ -58,7 +58,7 @@ static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, i
     uint32_t words[16];
     const int64_t count = length - i < 32 ? length - i : 32;
     __builtin_memcpy(columns, x + i, size_t(count) * 4);
-    store(words, bf16_pairs(loadf(columns), loadf(columns + 16)));
+    store(words, pair_neighbors_as_bf16(loadf(columns), loadf(columns + 16)));
     for (int64_t j = 0; j < count / 2; ++j) pair[(i / 2 + j) * T] = words[j];
   }
 #endif
@@ -98,25 +98,25 @@ AI F exp_(F x) {
 }
 AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
 
-static void gated_activation(Activation act, float alpha, float limit, const float* g, const float* u, float* out, int64_t n) {
+static void gated_activation(Activation act, float alpha, float limit, const float* gate_in, const float* up_in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
-    F a = loadf(g + i), b = loadf(u + i);
-    if (act == SILU) a = mulf(a, sigmoid(a));
+    F gate = loadf(gate_in + i), up = loadf(up_in + i);
+    if (act == SILU) gate = mulf(gate, sigmoid(gate));
     else if (act == SWIGLU_OAI) {
-      a = minf(a, setf(limit)), b = addf(minf(maxf(b, setf(-limit)), setf(limit)), setf(1));
-      a = mulf(a, sigmoid(mulf(a, setf(alpha))));
+      gate = minf(gate, setf(limit)), up = addf(minf(maxf(up, setf(-limit)), setf(limit)), setf(1));
+      gate = mulf(gate, sigmoid(mulf(gate, setf(alpha))));
     } else if (act == GELU_TANH) {  // 0.5 (1 + tanh z) is sigmoid(2 z)
-      const F z = mulf(mulf(a, setf(0.79788456f)), fma(mulf(a, a), setf(0.044715f), setf(1)));
-      a = mulf(a, sigmoid(addf(z, z)));
+      const F z = mulf(mulf(gate, setf(0.79788456f)), fma(mulf(gate, gate), setf(0.044715f), setf(1)));
+      gate = mulf(gate, sigmoid(addf(z, z)));
     } else if (act == GELU) {
-      float v[16];
-      storef(v, a);
-      for (float& e : v) e *= 0.5f * (1.0f + erff(e * 0.70710678f));
-      a = loadf(v);
+      float values[16];
+      storef(values, gate);
+      for (float& value : values) value *= 0.5f * (1.0f + erff(value * 0.70710678f));
+      gate = loadf(values);
     } else {
-      a = maxf(a, zero());
-      if (act == RELU2) a = mulf(a, a);
+      gate = maxf(gate, zero());
+      if (act == RELU2) gate = mulf(gate, gate);
     }
-    storef(out + i, mulf(a, b));
+    storef(out + i, mulf(gate, up));
   }
 }

@@ -36,8 +36,8 @@ template <class D> struct Bf16FromInts {
 #pragma GCC unroll 8
           for (int g = p * D::SUB / 4; g < (p + 1) * D::SUB / 4; ++g) {
             const V c = D::SIGNED && !(D::WITH_OFFSET && SIGNED_OFFSET) ? xor_(w[g], set8(128)) : w[g];
-            store(to + 2 * g * 16, paired(to_value(shl(c, 15)), to_value(shl(c, 7))));
-            store(to + (2 * g + 1) * 16, paired(to_value(shr(c, 1)), to_value(shr(c, 9))));
+            store(to + 2 * g * 16, pair_as_bf16(to_value(shl(c, 15)), to_value(shl(c, 7))));
+            store(to + (2 * g + 1) * 16, pair_as_bf16(to_value(shr(c, 1)), to_value(shr(c, 9))));
           }
         }
       }
@@ -57,7 +57,7 @@ template <class L> struct Bf16FromFloats {
       for (int i = 0; i < columns; i += 2, to += 16, src += 32 * L::BYTES) {
         F a, b;
         L::load_columns(src, a, b);
-        store(to, paired(mulf(a, scale), mulf(b, scale)));
+        store(to, pair_as_bf16(mulf(a, scale), mulf(b, scale)));
       }
     }
   }

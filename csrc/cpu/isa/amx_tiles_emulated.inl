@@ -41,18 +41,18 @@ template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const 
 template <int C, int A, int B> AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 template <int C, int A, int B> AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 
-inline float flushed(float x) {  // flushes subnormals to zero
+inline float flush_subnormal(float x) {  // flushes subnormals to zero
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   bits = bits & 0x7f800000u ? bits : bits & 0x80000000u;
   __builtin_memcpy(&x, &bits, 4);
   return x;
 }
-inline float bf16_at(const uint8_t* p) {
+inline float load_bf16(const uint8_t* p) {
   uint32_t bits = uint32_t(p[0] | p[1] << 8) << 16;
   float x;
   __builtin_memcpy(&x, &bits, 4);
-  return flushed(x);
+  return flush_subnormal(x);
 }
 // TDPBF16PS: even and odd products are summed separately, each step rounded once, and both sums are added to the element.
 static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
@@ -60,11 +60,11 @@ static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
     for (int n = 0; n < 16; ++n) {
       float even = 0, odd = 0, sum;
       for (int k = 0; k < a.bytes / 4; ++k) {
-        even = flushed(fmaf(bf16_at(a.data[m] + 4 * k), bf16_at(b.data[k] + 4 * n), even));
-        odd = flushed(fmaf(bf16_at(a.data[m] + 4 * k + 2), bf16_at(b.data[k] + 4 * n + 2), odd));
+        even = flush_subnormal(fmaf(load_bf16(a.data[m] + 4 * k), load_bf16(b.data[k] + 4 * n), even));
+        odd = flush_subnormal(fmaf(load_bf16(a.data[m] + 4 * k + 2), load_bf16(b.data[k] + 4 * n + 2), odd));
       }
       __builtin_memcpy(&sum, c.data[m] + 4 * n, 4);
-      sum = flushed(flushed(sum) + flushed(even + odd));
+      sum = flush_subnormal(flush_subnormal(sum) + flush_subnormal(even + odd));
       __builtin_memcpy(c.data[m] + 4 * n, &sum, 4);
     }
 }

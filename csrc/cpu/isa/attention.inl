@@ -34,14 +34,14 @@ template <int R, int C> static void score_tile(const float* q, const float* k, i
   F acc[R * C];
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) acc[i] = zero();
-  int at = 0;
-  for (; at + 16 <= d; at += 16) {
+  int column = 0;
+  for (; column + 16 <= d; column += 16) {
     F a[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) a[r] = loadf(q + r * d + at);
+    for (int r = 0; r < R; ++r) a[r] = loadf(q + r * d + column);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      const F b = loadf(k + c * d + at);
+      const F b = loadf(k + c * d + column);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
     }
@@ -50,9 +50,9 @@ template <int R, int C> static void score_tile(const float* q, const float* k, i
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      float s = sum_lanes(acc[r * C + c]);
-      for (int i = at; i < d; ++i) s += q[r * d + i] * k[c * d + i];
-      scores[r * BLOCK_KEYS + c] = s;
+      float dot_product = sum_lanes(acc[r * C + c]);
+      for (int i = column; i < d; ++i) dot_product += q[r * d + i] * k[c * d + i];
+      scores[r * BLOCK_KEYS + c] = dot_product;
     }
 }
 
@@ -83,13 +83,13 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
     for (int c = 0; c < BLOCK_KEYS; c += 16) {
       const F x = loadf(row + c);
       // exp_ clamps its argument, so masked scores (-inf) are set to zero here: x > -1e30 as a 0/1 factor
-      const F seen = minf(maxf(addf(x, setf(1e30f)), setf(0)), setf(1));
-      const F prob = mulf(exp_(maxf(addf(x, setf(-row_max)), setf(-126.0f))), seen);
+      const F visible = minf(maxf(addf(x, setf(1e30f)), setf(0)), setf(1));
+      const F prob = mulf(exp_(maxf(addf(x, setf(-row_max)), setf(-126.0f))), visible);
       storef(row + c, prob);
       sum = addf(sum, prob);
     }
-    const float old = state.row_max[r];
-    const float rescale = old == -__builtin_inff() ? 0.0f : expf(old - row_max);
+    const float old_max = state.row_max[r];
+    const float rescale = old_max == -__builtin_inff() ? 0.0f : expf(old_max - row_max);
     state.sum[r] = state.sum[r] * rescale + sum_lanes(sum);
     state.row_max[r] = row_max;
     if (rescale != 1.0f) {
@@ -100,7 +100,7 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
   }
 }
 
-template <int R, int C> static void pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
+template <int R, int C> static void accumulate_pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
   F acc[R * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -123,10 +123,10 @@ template <int R, int C> static void pv_tile(const float* probs, const float* v, 
     for (int c = 0; c < C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * C + c]);
 }
 
-template <int R> static void pv_rows(const float* probs, const float* v, int keys, int dv, float* out) {
+template <int R> static void accumulate_pv_rows(const float* probs, const float* v, int keys, int dv, float* out) {
   int c = 0;
-  for (; c + 64 <= dv; c += 64) pv_tile<R, 4>(probs, v + c, keys, dv, out + c);
-  for (; c + 16 <= dv; c += 16) pv_tile<R, 1>(probs, v + c, keys, dv, out + c);
+  for (; c + 64 <= dv; c += 64) accumulate_pv_tile<R, 4>(probs, v + c, keys, dv, out + c);
+  for (; c + 16 <= dv; c += 16) accumulate_pv_tile<R, 1>(probs, v + c, keys, dv, out + c);
   for (; c < dv; ++c)
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < keys; ++t) out[int64_t(r) * dv + c] += probs[r * BLOCK_KEYS + t] * v[int64_t(t) * dv + c];
@@ -134,8 +134,8 @@ template <int R> static void pv_rows(const float* probs, const float* v, int key
 
 static void accumulate_values(const float* probs, const float* v, int queries, int keys, int dv, float* out) {
   int r = 0;
-  for (; r + 4 <= queries; r += 4) pv_rows<4>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
-  for (; r < queries; ++r) pv_rows<1>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
+  for (; r + 4 <= queries; r += 4) accumulate_pv_rows<4>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
+  for (; r < queries; ++r) accumulate_pv_rows<1>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
 }
 
 // The table of this instruction set; `bf16`: its kernels in bf16, or null.

@@ -3,7 +3,7 @@
 // keys) or a pair of keys (of values): one step of vdpbf16ps.
 
 // q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
-static void queries_as_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
+static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
   __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
   for (int r = 0; r < rows; ++r, q += d)
     for (int i = 0; i < d; i += 32) {
@@ -11,25 +11,25 @@ static void queries_as_bf16(const float* q, int rows, int d, int lanes, uint32_t
       uint32_t words[16];
       const int count = d - i < 32 ? d - i : 32;
       __builtin_memcpy(columns, q + i, size_t(count) * 4);
-      store(words, bf16_pairs(loadf(columns), loadf(columns + 16)));
+      store(words, pair_neighbors_as_bf16(loadf(columns), loadf(columns + 16)));
       for (int j = 0; j < count / 2; ++j) to[(i / 2 + j) * lanes * 16 + r] = words[j];
     }
 }
 
 template <DType TYPE> constexpr int VECTOR_BYTES = TYPE == DType::Q8_0 ? Q8_BYTES : 64;  // of 32 columns
-template <DType TYPE> AI V half_vector(const uint8_t* p) {  // 32 columns as bf16
+template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {  // 32 columns as bf16
   if constexpr (TYPE == DType::BF16) return load(p);
-  else if constexpr (TYPE == DType::F16) return bf16_pairs(load_f16(p), load_f16(p + 32));
+  else if constexpr (TYPE == DType::F16) return pair_neighbors_as_bf16(load_f16(p), load_f16(p + 32));
   else {
     uint16_t scale;
     __builtin_memcpy(&scale, p, 2);
-    const F by = _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
-    return bf16_pairs(mulf(to_float(load_s8(p + 2)), by), mulf(to_float(load_s8(p + 18)), by));
+    const F factors = _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
+    return pair_neighbors_as_bf16(mulf(to_float(load_s8(p + 2)), factors), mulf(to_float(load_s8(p + 18)), factors));
   }
 }
 
 // One row as bf16.
-static void to_bf16(const void* from, DType type, int d, uint16_t* to) {
+static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
   const uint16_t* p = static_cast<const uint16_t*>(from);
   if (type == DType::BF16) {
     __builtin_memcpy(to, p, size_t(d) * 2);
@@ -37,27 +37,27 @@ static void to_bf16(const void* from, DType type, int d, uint16_t* to) {
   }
   if (type == DType::Q8_0) {
     const uint8_t* block = static_cast<const uint8_t*>(from);
-    for (int i = 0; i < d; i += Q8_BLOCK, block += Q8_BYTES) store(to + i, half_vector<DType::Q8_0>(block));
+    for (int i = 0; i < d; i += Q8_BLOCK, block += Q8_BYTES) store(to + i, load_bf16_vector<DType::Q8_0>(block));
     return;
   }
   int i = 0;
-  for (; i + 32 <= d; i += 32) store(to + i, bf16_pairs(load_f16(p + i), load_f16(p + i + 16)));
+  for (; i + 32 <= d; i += 32) store(to + i, pair_neighbors_as_bf16(load_f16(p + i), load_f16(p + i + 16)));
   if (i == d) return;
   const __mmask32 rest = (1u << (d - i)) - 1;
   const V last = _mm512_maskz_loadu_epi16(rest, p + i);
   const F low = _mm512_cvtph_ps(_mm512_castsi512_si256(last)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(last, 1));
-  _mm512_mask_storeu_epi16(to + i, rest, bf16_pairs(low, high));
+  _mm512_mask_storeu_epi16(to + i, rest, pair_neighbors_as_bf16(low, high));
 }
 
 // L vectors of rows times C keys; keys are `stride` columns apart. Prefetches of the next block are spread evenly, because a burst would stall the loads.
 template <int L, int C>
-AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next, const uint8_t* next_too) {
+AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next0, const uint8_t* next1) {
   F acc[L * C];
 #pragma GCC unroll 16
   for (int i = 0; i < L * C; ++i) acc[i] = zero();
   for (int i = 0; i < d; i += 2, q += lanes * 16) {
-    __builtin_prefetch(next + i * 2 * C, 0, 2);
-    __builtin_prefetch(next_too + i * 2 * C, 0, 2);
+    __builtin_prefetch(next0 + i * 2 * C, 0, 2);
+    __builtin_prefetch(next1 + i * 2 * C, 0, 2);
     Pairs a[L];
 #pragma GCC unroll 4
     for (int l = 0; l < L; ++l) a[l] = load_pairs(q + l * 16);
@@ -74,23 +74,23 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
 
 // scores[key][lanes*16] for `keys` rounded up to 8: scores past `keys` are undefined
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
-  const uint8_t *n0 = static_cast<const uint8_t*>(next[0]), *n1 = static_cast<const uint8_t*>(next[1]);
+  const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
   for (; l + 4 <= lanes; l += 4)
-    for (int c = 0; c < keys; c += 4) score_tile_bf16<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16, n0 + c * d * 2, n1 + c * d * 2);
-  for (; l + 2 <= lanes; l += 2) score_tile_bf16<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
-  for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
+    for (int c = 0; c < keys; c += 4) score_tile_bf16<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16, next0 + c * d * 2, next1 + c * d * 2);
+  for (; l + 2 <= lanes; l += 2) score_tile_bf16<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
+  for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
 }
 
 // Eight MLA latent keys; the next eight are converted between the products, on other ports. Separate conversion would take a seventh of the time.
-template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& s, float* scores) {
+template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& conversion, float* scores) {
   F acc[L * 8];
 #pragma GCC unroll 16
   for (int i = 0; i < L * 8; ++i) acc[i] = zero();
-  const int d = s.dk + s.dr;
+  const int d = conversion.dk + conversion.dr;
   const uint16_t* at = k;
   for (int row = 0; row < 8; ++row) {
-    uint16_t* to = s.to + row * d;
+    uint16_t* to = conversion.to + row * d;
     for (int v = 0; v < d / 32; ++v) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half, at += 2, q += L * 16) {
@@ -102,10 +102,10 @@ template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, cons
 #pragma GCC unroll 2
           for (int l = 0; l < L; ++l) acc[l * 8 + c] = dot_pairs(acc[l * 8 + c], at + c * d, a[l]);
       }
-      const bool rope = v >= s.dk / 32;
-      const uint8_t* next = rope ? s.rope + row * s.rope_step + (v - s.dk / 32) * VECTOR_BYTES<TYPE> : s.k + row * s.k_step + v * VECTOR_BYTES<TYPE>;
-      store(to + v * 32, half_vector<TYPE>(next));
-      __builtin_prefetch(next + (rope ? s.rope_step : s.k_step) * BLOCK_KEYS, 0, 2);
+      const bool rope = v >= conversion.dk / 32;
+      const uint8_t* next = rope ? conversion.rope + row * conversion.rope_step + (v - conversion.dk / 32) * VECTOR_BYTES<TYPE> : conversion.k + row * conversion.k_step + v * VECTOR_BYTES<TYPE>;
+      store(to + v * 32, load_bf16_vector<TYPE>(next));
+      __builtin_prefetch(next + (rope ? conversion.rope_step : conversion.k_step) * BLOCK_KEYS, 0, 2);
     }
   }
 #pragma GCC unroll 2
@@ -113,44 +113,44 @@ template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, cons
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
 }
-static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& s, float* scores) {
-  static void (*const one[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
+static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& conversion, float* scores) {
+  static void (*const one_lane[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
       nullptr, score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
-  static void (*const two[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
+  static void (*const two_lanes[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
       nullptr, score_latent_as<2, DType::F16>, score_latent_as<2, DType::BF16>, score_latent_as<2, DType::Q8_0>};
-  (lanes == 1 ? one : two)[int(s.type)](q, k, s, scores);
+  (lanes == 1 ? one_lane : two_lanes)[int(conversion.type)](q, k, conversion, scores);
 }
 
 // scores [keys][lanes*16] -> probs [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
 static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs) {
-  const F least = setf(-1e30f);
+  const F min_score = setf(-1e30f);
   for (int l = 0; l < lanes; ++l) {
-    const F old = loadf(state.row_max + l * 16);
-    F row_max = old;
+    const F old_max = loadf(state.row_max + l * 16);
+    F row_max = old_max;
     for (int c = 0; c < keys; ++c) row_max = maxf(loadf(scores + (c * lanes + l) * 16), row_max);
     storef(state.row_max + l * 16, row_max);
-    const F top = mulf(maxf(row_max, least), setf(-1));
+    const F minus_max = mulf(maxf(row_max, min_score), setf(-1));
     const auto prob_of = [&](int c) {  // keeps NaN; masked (-inf) becomes zero
       const F x = loadf(scores + (c * lanes + l) * 16);
-      const __mmask16 seen = _mm512_cmp_ps_mask(x, least, _CMP_NLE_UQ);
-      return _mm512_maskz_mov_ps(seen, exp_(addf(x, top)));
+      const __mmask16 visible = _mm512_cmp_ps_mask(x, min_score, _CMP_NLE_UQ);
+      return _mm512_maskz_mov_ps(visible, exp_(addf(x, minus_max)));
     };
     F sum = zero();
     for (int c = 0; c < keys; c += 2) {
       const F even = prob_of(c), odd = c + 1 < keys ? prob_of(c + 1) : zero();
       sum = addf(sum, addf(even, odd));
-      store(probs + (c / 2 * lanes + l) * 16, paired(even, odd));
+      store(probs + (c / 2 * lanes + l) * 16, pair_as_bf16(even, odd));
     }
-    const F rescale = exp_(addf(maxf(old, least), top));
+    const F rescale = exp_(addf(maxf(old_max, min_score), minus_max));
     storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), rescale, sum));
-    uint32_t changed = bits_of(_mm512_cmp_ps_mask(row_max, old, _CMP_NEQ_UQ));
-    float by[16];
-    storef(by, rescale);
-    for (; changed; changed &= changed - 1) {
-      const int r = __builtin_ctz(changed);
+    uint32_t changed_rows = bits_of(_mm512_cmp_ps_mask(row_max, old_max, _CMP_NEQ_UQ));
+    float factors[16];
+    storef(factors, rescale);
+    for (; changed_rows; changed_rows &= changed_rows - 1) {
+      const int r = __builtin_ctz(changed_rows);
       if (l * 16 + r >= rows) break;
       float* out = state.out + int64_t(l * 16 + r) * dv;
-      for (int i = 0; i < dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(by[r])));
+      for (int i = 0; i < dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(factors[r])));
     }
   }
 }
@@ -159,7 +159,7 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
 // each chunk in COLUMN_ORDER; permutations that keep the order would compete with the products.
 const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 
-template <int R, int C> AI void pv_step_bf16(const uint32_t* probs, const uint16_t* even, const uint16_t* odd, F* acc) {
+template <int R, int C> AI void accumulate_key_pair(const uint32_t* probs, const uint16_t* even, const uint16_t* odd, F* acc) {
   Pairs b[2 * C];
 #pragma GCC unroll 2
   for (int c = 0; c < C; ++c) {
@@ -172,28 +172,28 @@ template <int R, int C> AI void pv_step_bf16(const uint32_t* probs, const uint16
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], probs + r, b[c]);
 }
 
-template <int R, int C> AI void pv_tile_bf16(const uint32_t* probs, int step, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
+template <int R, int C> AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
   F acc[R * 2 * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = loadf(out + int64_t(r) * dv + c * 16);
-  for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, probs += step) pv_step_bf16<R, C>(probs, v, v + stride, acc);
-  if (keys % 2) pv_step_bf16<R, C>(probs, v, v, acc);  // the last key is its own partner, with probability zero
+  for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, probs += pair_stride) accumulate_key_pair<R, C>(probs, v, v + stride, acc);
+  if (keys % 2) accumulate_key_pair<R, C>(probs, v, v, acc);  // the last key is its own partner, with probability zero
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * 2 * C + c]);
 }
 
-template <int C> AI void pv_chunks_bf16(const uint32_t* probs, int step, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
+template <int C> AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) pv_tile_bf16<4, C>(probs + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
-  for (; r < rows; ++r) pv_tile_bf16<1, C>(probs + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
+  for (; r + 4 <= rows; r += 4) accumulate_pv_tile_bf16<4, C>(probs + r, pair_stride, v, stride, keys, dv, out + int64_t(r) * dv);
+  for (; r < rows; ++r) accumulate_pv_tile_bf16<1, C>(probs + r, pair_stride, v, stride, keys, dv, out + int64_t(r) * dv);
 }
 
 static void accumulate_pv_bf16(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int c = 0;
-  for (; c + 64 <= dv; c += 64) pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
-  for (; c < dv; c += 32) pv_chunks_bf16<1>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c + 64 <= dv; c += 64) accumulate_pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c < dv; c += 32) accumulate_pv_chunks_bf16<1>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
 }

@@ -207,7 +207,7 @@ struct DIQ4_NL : OffsetDecoder {
   AI static BlockScales load_scales(const Block&) { return {}; }
   AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
     scale = load_f16(b.narrow0);
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, take_nibbles(b.word(i & 3), i >> 2));
+    for (int i = 0; i < 8; ++i) w[i] = look_up16(VALUES_IQ4_NL, take_nibbles(b.word(i & 3), i >> 2));
   }
 };
 
@@ -218,7 +218,7 @@ struct DIQ4_XS : OffsetDecoder {  // narrow: d, high scale bits; words: 32 of co
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F&) {
     const V bits = or_(and_(shr(h.low, 4 * s), set(15)), shl(and_(shr(h.high, 2 * s), set(3)), 4));
     scale = mulf(h.d, to_float(add(bits, set(uint32_t(-32)))));
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_IQ4_NL, take_nibbles(b.word(s * 4 + (i & 3)), i >> 2));
+    for (int i = 0; i < 8; ++i) w[i] = look_up16(VALUES_IQ4_NL, take_nibbles(b.word(s * 4 + (i & 3)), i >> 2));
   }
 };
 
@@ -231,7 +231,7 @@ struct DMXFP4 : OffsetDecoder {
     const V e = load_u8(b.narrow0), zero_e = lane_is(e, 0);
     const V bits = shl(sub(e, xor_(zero_e, set(1))), 23);
     scale = as_float(or_(bits, or_(shl(zero_e, 21), shl(lane_is(e, 1), 22))));
-    for (int i = 0; i < 8; ++i) w[i] = table16(VALUES_MXFP4, take_nibbles(b.word(i & 3), i >> 2));
+    for (int i = 0; i < 8; ++i) w[i] = look_up16(VALUES_MXFP4, take_nibbles(b.word(i & 3), i >> 2));
   }
   AI static V lane_is(V e, int value) { return and_(equal8(e, set(uint32_t(value))), set(1)); }  // for lanes below 256
 };
@@ -370,10 +370,10 @@ static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_c
 
 // Decodes four weights: half of octet `entry` of IQ2, or quad `entry` of IQ3. `minus`: mask of the negative ones.
 AI V decode_octet_half(const Entries& e, int entry, int second, uint64_t minus) {
-  return negated(repeated_table<3>(VALUES_IQ2, fields_of_octet(e, entry, second)), minus);
+  return negate_where(look_up_repeated<3>(VALUES_IQ2, fields_of_octet(e, entry, second)), minus);
 }
 AI V decode_quad(const int8_t* values, const Entries& e, int entry, uint64_t minus) {
-  return negated(repeated_table<7>(values, fields_of_quad(e, entry)), minus);
+  return negate_where(look_up_repeated<7>(values, fields_of_quad(e, entry)), minus);
 }
 
 struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale

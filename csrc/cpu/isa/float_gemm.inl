@@ -26,23 +26,23 @@ struct LoadBF16 {
   static constexpr float SCALE_FACTOR = 1;
   AI static void load_columns(const uint8_t* p, F& a, F& b) { a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16)); }
 #ifdef KTX_BF16
-  AI static Pairs load_bf16_pairs(const uint8_t* p) { return columns_paired(p); }
-  AI static void load_four_columns(const uint8_t* p, Pairs& a, Pairs& b) { a = columns_paired(p), b = columns_paired(p + 64); }
+  AI static Pairs load_bf16_pairs(const uint8_t* p) { return load_column_pairs(p); }
+  AI static void load_four_columns(const uint8_t* p, Pairs& a, Pairs& b) { a = load_column_pairs(p), b = load_column_pairs(p + 64); }
 #endif
 };
 struct LoadF8 {  // e4m3 as the f16 with the same bits in its upper byte, one exponent bit short: 2^8 corrects the bias (subnormals too)
   enum { BYTES = 1, EXACT_IN_BF16 = true };
   static constexpr float SCALE_FACTOR = 256;
-  AI static void load_columns(const uint8_t* p, F& a, F& b) { e4m3_as_f16(p, a, b); }
+  AI static void load_columns(const uint8_t* p, F& a, F& b) { load_e4m3(p, a, b); }
 #ifdef KTX_BF16
   AI static Pairs load_bf16_pairs(const uint8_t* p) {
     F a, b;
     load_columns(p, a, b);
-    return (Pairs)paired(a, b);
+    return (Pairs)pair_as_bf16(a, b);
   }
   AI static void load_four_columns(const uint8_t* p, Pairs& a, Pairs& b) {
 #ifdef KTX_VBMI
-    e4m3_pairs(p, a, b);
+    load_e4m3_pairs(p, a, b);
 #else
     a = load_bf16_pairs(p), b = load_bf16_pairs(p + 32);
 #endif

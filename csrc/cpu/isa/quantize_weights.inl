@@ -1,38 +1,38 @@
 // Quantization of weights while loading.
 
 // Codes low..high of n weights (a multiple of 16) with this scale, and their squared error, weighted by the square of the weight.
-AI F round_to(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
+AI F round_to_codes(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
 AI float weighted_error(const float* x, int n, float scale, float low, float high, float mean) {
-  const F d = setf(scale), inverse = setf(scale != 0 ? 1 / scale : 0.0f);
+  const F scales = setf(scale), inverse = setf(scale != 0 ? 1 / scale : 0.0f);
   F error = zero();
   for (int i = 0; i < n; i += 16) {
-    const F v = loadf(x + i), off = fnma(round_to(x + i, inverse, low, high), d, v);
-    error = fma(mulf(off, off), fma(v, v, setf(mean)), error);
+    const F v = loadf(x + i), difference = fnma(round_to_codes(x + i, inverse, low, high), scales, v);
+    error = fma(mulf(difference, difference), fma(v, v, setf(mean)), error);
   }
   return sum_lanes(error);
 }
 
 // One block of symmetric codes: the f16 scale with the least error near extreme / low, then int8, or nibbles plus 8.
-static void quantize_block(const float* x, int n, bool four, uint8_t* out) {
+static void quantize_block(const float* x, int n, bool four_bits, uint8_t* out) {
   float extreme = 0, mean = 0;
   for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];
   mean /= float(n);
-  const float low = four ? -8.0f : -127.0f, high = four ? 7.0f : 127.0f;
+  const float low = four_bits ? -8.0f : -127.0f, high = four_bits ? 7.0f : 127.0f;
   uint16_t best = to_f16(extreme / low);
-  if (four) {
-    float least = -1;
+  if (four_bits) {
+    float least_error = -1;
     for (int step = -4; step <= 4; ++step) {
       const uint16_t scale = to_f16(extreme / low * (1 + 0.03f * float(step)));
       const float error = weighted_error(x, n, from_f16(scale), low, high, mean);
-      if (least < 0 || error < least) least = error, best = scale;
+      if (least_error < 0 || error < least_error) least_error = error, best = scale;
     }
   }
   const float scale = from_f16(best);
   const F inverse = setf(scale != 0 ? 1 / scale : 0.0f);
   __builtin_memcpy(out, &best, 2);
   int8_t codes[128];
-  for (int i = 0; i < n; i += 16) store_s8(codes + i, to_int(round_to(x + i, inverse, low, high)));
-  if (!four) {
+  for (int i = 0; i < n; i += 16) store_s8(codes + i, to_int(round_to_codes(x + i, inverse, low, high)));
+  if (!four_bits) {
     __builtin_memcpy(out + 2, codes, size_t(n));
     return;
   }

@@ -33,7 +33,7 @@ KTX_V2(sub8, _mm256_sub_epi8)
 KTX_V2(add8, _mm256_add_epi8)
 KTX_V2(equal8, _mm256_cmpeq_epi8)
 AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }
-AI V table16(const int8_t* table, V index) {
+AI V look_up16(const int8_t* table, V index) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
@@ -56,16 +56,16 @@ AI __m256i lookup256(const uint16_t* table, __m256i index) {  // table[index] of
 }
 template <int N> AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
 AI __m256i bytes_where256(uint32_t mask) {  // bit i of the mask: byte i
-  const __m256i own = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+  const __m256i mask_bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
                                                                                        2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
-  return _mm256_cmpeq_epi8(_mm256_and_si256(own, bit), bit);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(mask_bytes, bit), bit);
 }
-AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
+AI V negate_where(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
   const V m = {bytes_where256(uint32_t(mask)), bytes_where256(uint32_t(mask >> 32))};
   return sub8(xor_(w, m), m);
 }
-template <int LOW> AI V repeated_table(const int8_t* table, V x) { return table16(table, and_(x, set8(LOW))); }
+template <int LOW> AI V look_up_repeated(const int8_t* table, V x) { return look_up16(table, and_(x, set8(LOW))); }
 AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
   const __m128i both = _mm_cvtsi64_si128(int64_t(nibbles));
   const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi64(both, 4)), _mm_set1_epi8(15));
@@ -126,32 +126,32 @@ AI F load_f16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
-AI F e4m3_half(const uint8_t* p) {
+AI F load_e4m3_column(const uint8_t* p) {
   const __m256i x = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
   const __m256i h = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16(int16_t(0xbfff)));
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
-AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) { a = e4m3_half(p), b = e4m3_half(p + 16); }  // 32 bytes; the f16 are 2^-8 of the e4m3
-AI __m128i low_halves(__m256i x) {
+AI void load_e4m3(const uint8_t* p, F& a, F& b) { a = load_e4m3_column(p), b = load_e4m3_column(p + 16); }  // 32 bytes; the f16 are 2^-8 of the e4m3
+AI __m128i pack_low_halves(__m256i x) {
   const __m256i p = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(p, 0x08));
 }
-AI F f16_lanes(V x) { return {_mm256_cvtph_ps(low_halves(x.a)), _mm256_cvtph_ps(low_halves(x.b))}; }
+AI F f16_lanes(V x) { return {_mm256_cvtph_ps(pack_low_halves(x.a)), _mm256_cvtph_ps(pack_low_halves(x.b))}; }
 AI void store_f16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
 }
 AI __m128i bf16_halves(__m256 x) {  // rounds to nearest even, keeps NaN
   const __m256i bits = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)), none = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  return low_halves(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, none, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)), quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return pack_low_halves(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
 }
 AI void store_bf16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, bf16_halves(x.a)), _mm_storeu_si128(q + 1, bf16_halves(x.b));
 }
 AI void store_s8(int8_t* p, V x) {
-  const __m128i lo = low_halves(x.a), hi = low_halves(x.b), mask = _mm_set1_epi16(0xff);
+  const __m128i lo = pack_low_halves(x.a), hi = pack_low_halves(x.b), mask = _mm_set1_epi16(0xff);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_and_si128(lo, mask), _mm_and_si128(hi, mask)));
 }
 
@@ -166,12 +166,12 @@ AI V with_offset(V weights) { return xor_(weights, set8(0x80)); }
 template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)}; }
 #else
 // maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
-template <bool SIGNED> AI V products(V w, V x) {
+template <bool SIGNED> AI V byte_products(V w, V x) {
   if (!SIGNED) return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)};
   return {_mm256_maddubs_epi16(_mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
           _mm256_maddubs_epi16(_mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
 }
-AI V widened(V pairs) {
+AI V widen(V pairs) {
   const __m256i one = _mm256_set1_epi16(1);
   return {_mm256_madd_epi16(pairs.a, one), _mm256_madd_epi16(pairs.b, one)};
 }
@@ -190,12 +190,12 @@ AI V add_lanes(V sum, V x) {
 constexpr int sums_in_16_bits(int max_code) { return max_code <= 16 ? 8 : max_code <= 32 ? 4 : max_code <= 64 ? 2 : 1; }
 // A sum that is widened once is added by an intrinsic, where the compiler removes a zero start (Q2_K, one token: 10 % slower without).
 template <bool SIGNED, int SUMS> struct DotSum {
-  V total, narrow;
-  AI explicit DotSum(V first = V()) : total(first), narrow(first) {}
+  V total, sum16;
+  AI explicit DotSum(V first = V()) : total(first), sum16(first) {}
   AI void add_product(int step, int steps, V w, V x) {
-    const V both = products<SIGNED>(w, x);
-    narrow = step % SUMS ? add_words(narrow, both) : both;
-    if (step % SUMS == SUMS - 1 || step == steps - 1) total = steps <= SUMS ? add(total, widened(narrow)) : add_lanes(total, widened(narrow));
+    const V both = byte_products<SIGNED>(w, x);
+    sum16 = step % SUMS ? add_words(sum16, both) : both;
+    if (step % SUMS == SUMS - 1 || step == steps - 1) total = steps <= SUMS ? add(total, widen(sum16)) : add_lanes(total, widen(sum16));
   }
 };
 #define KTX_SUMS_IN_16_BITS

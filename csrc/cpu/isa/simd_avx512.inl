@@ -26,7 +26,7 @@ AI V sub8(V a, V b) { return _mm512_sub_epi8(a, b); }
 AI V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 AI V equal8(V a, V b) { return _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)); }
 AI V with_bits(V a, V b, V mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }  // a | b & mask
-AI V table16(const int8_t* table, V index) {  // index: bytes 0..15
+AI V look_up16(const int8_t* table, V index) {  // index: bytes 0..15
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
 }
 AI V low_words(V a) {  // both 16-bit halves of a lane become its lower one
@@ -86,14 +86,14 @@ AI V four_bit_fields(V first, V second, int entry) {  // two fields of each
   return _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(by, first), 0xccccccccccccccccull, by, second);
 }
 #endif
-AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights with 128 added
+AI V negate_where(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights with 128 added
   return _mm512_mask_sub_epi8(w, mask, _mm512_setzero_si512(), w);
 }
-template <int LOW> AI V repeated_table(const int8_t* table, V x) {  // table[x & LOW] of each byte; the table repeats after LOW + 1
+template <int LOW> AI V look_up_repeated(const int8_t* table, V x) {  // table[x & LOW] of each byte; the table repeats after LOW + 1
 #ifdef KTX_VBMI
   return _mm512_permutexvar_epi8(x, _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
 #else
-  return table16(table, and_(x, set8(LOW)));
+  return look_up16(table, and_(x, set8(LOW)));
 #endif
 }
 AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
@@ -139,7 +139,7 @@ AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
 AI F as_float(V a) { return _mm512_castsi512_ps(a); }
 AI V as_int(F a) { return _mm512_castps_si512(a); }
 AI F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+AI void load_e4m3(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
   const __m512i x = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 8);
   const __m512i h = _mm512_and_si512(_mm512_srai_epi16(x, 1), _mm512_set1_epi16(int16_t(0xbfff)));
   a = _mm512_cvtph_ps(_mm512_castsi512_si256(h)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
@@ -148,8 +148,8 @@ AI F f16_lanes(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // lo
 AI void store_f16(void* p, F a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0)); }
 AI void store_bf16(void* p, F a) {  // rounds to nearest even, keeps NaN
   const V bits = as_int(a), rounded = add(bits, add(set(0x7fff), and_(shr(bits, 16), set(1))));
-  const V kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), or_(bits, set(0x400000)));
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(shr(kept, 16)));
+  const V with_nan = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), or_(bits, set(0x400000)));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(shr(with_nan, 16)));
 }
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
@@ -160,11 +160,11 @@ AI V dot(V acc, V weights, V x) {
 }
 constexpr int SIGNED_OFFSET = 128;
 AI V with_offset(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
-AI V twice16(V x) {  // the low halves of lanes in both halves
+AI V duplicate_low16(V x) {  // the low halves of lanes in both halves
   return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
 }
 // Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by` and `add`.
-template <int SHIFT> AI V scaled_bytes(V codes, V by, V add) {
+template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
   const V even = _mm512_slli_epi16(codes, SHIFT), odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
   const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add), high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
   return with_bits(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)));
@@ -176,15 +176,15 @@ typedef __m512bh Pairs;
 AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
 AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
 AI void store_pairs(void* p, Pairs v) { store(p, (V)v); }
-AI V bf16_pairs(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
-AI V zipped(V halves) {  // 16-bit words of the lower and the upper half in turns
+AI V pair_neighbors_as_bf16(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
+AI V zip_halves(V halves) {  // 16-bit words of the lower and the upper half in turns
   return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
                                                    0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000), halves);
 }
-AI V paired(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
-  return zipped(bf16_pairs(even, odd));
+AI V pair_as_bf16(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
+  return zip_halves(pair_neighbors_as_bf16(even, odd));
 }
-AI Pairs columns_paired(const void* p) { return (Pairs)zipped(load(p)); }  // two columns of 16 bf16, one after the other
+AI Pairs load_column_pairs(const void* p) { return (Pairs)zip_halves(load(p)); }  // two columns of 16 bf16, one after the other
 
 // The bytes of the bf16 that are 2^-8 of e4m3 codes 0 to 127.
 struct E4m3Bytes {
@@ -205,7 +205,7 @@ struct E4m3Bytes {
 };
 constexpr E4m3Bytes E4M3_BYTES;
 
-AI void e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {  // four columns of 16 codes: two look-ups a byte of bf16
+AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {  // four columns of 16 codes: two look-ups a byte of bf16
   const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57, 41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8,
                                   55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50, 34, 49, 33, 48, 32, 19, 3, 18, 2, 17, 1, 16, 0);
   const V codes = _mm512_permutexvar_epi8(order, load(p));

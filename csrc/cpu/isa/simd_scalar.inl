@@ -32,7 +32,7 @@ AI V shr(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] >> n; return r; }
 AI V shl(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] << n; return r; }
 AI V shr16(V x, int n) { V r; KTX_LANES r.v[i] = ((x.v[i] & 0xffff) >> n) | ((x.v[i] >> 16) >> n) << 16; return r; }
 AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }  // a | b & mask
-AI V table16(const int8_t* table, V x) {
+AI V look_up16(const int8_t* table, V x) {
   V r;
   KTX_LANES {
     r.v[i] = 0;
@@ -52,12 +52,12 @@ template <int N> AI V lookup(const uint16_t* table, V index) {  // table[index] 
   KTX_LANES r.v[i] = table[index.v[i] & 0xffff] | uint32_t(table[index.v[i] >> 16]) << 16;
   return r;
 }
-AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
+AI V negate_where(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
   V m;
   KTX_LANES m.v[i] = (((uint32_t(mask >> (4 * i)) & 15) * 0x00204081u) & 0x01010101u) * 255u;
   return sub8(xor_(w, m), m);
 }
-template <int LOW> AI V repeated_table(const int8_t* table, V x) { return table16(table, and_(x, set8(LOW))); }
+template <int LOW> AI V look_up_repeated(const int8_t* table, V x) { return look_up16(table, and_(x, set8(LOW))); }
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
 AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
 AI V load_s8(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(p[i]))); return r; }
@@ -106,7 +106,7 @@ AI float f16_value(uint32_t h) {
 }
 AI F f16_lanes(V x) { F r; KTX_LANES r.v[i] = f16_value(x.v[i] & 0xffff); return r; }
 AI F load_f16(const void* p) { return f16_lanes(load_u16(static_cast<const uint8_t*>(p))); }
-AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+AI void load_e4m3(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
   KTX_LANES {
     a.v[i] = f16_value((p[i] & 0x80u) << 8 | (p[i] & 0x7fu) << 7);
     b.v[i] = f16_value((p[16 + i] & 0x80u) << 8 | (p[16 + i] & 0x7fu) << 7);
@@ -165,7 +165,7 @@ AI uint32_t bf16_bits(float x) {
 typedef V Pairs;
 AI Pairs load_pairs(const void* p) { return load(p); }
 AI void store_pairs(void* p, Pairs v) { store(p, v); }
-AI float of_bf16(uint32_t bits) {
+AI float bf16_value(uint32_t bits) {
   float x;
   bits <<= 16;
   __builtin_memcpy(&x, &bits, 4);
@@ -175,18 +175,18 @@ AI F dot_pairs(F acc, const void* word, Pairs b) {
   uint32_t a;
   __builtin_memcpy(&a, word, 4);
   F r;
-  KTX_LANES r.v[i] = acc.v[i] + of_bf16(a & 0xffff) * of_bf16(b.v[i] & 0xffff) + of_bf16(a >> 16) * of_bf16(b.v[i] >> 16);
+  KTX_LANES r.v[i] = acc.v[i] + bf16_value(a & 0xffff) * bf16_value(b.v[i] & 0xffff) + bf16_value(a >> 16) * bf16_value(b.v[i] >> 16);
   return r;
 }
-AI Pairs columns_paired(const void* p) {  // two columns of 16 bf16, one after the other
+AI Pairs load_column_pairs(const void* p) {  // two columns of 16 bf16, one after the other
   uint16_t columns[32];
   __builtin_memcpy(columns, p, 64);
   V r;
   KTX_LANES r.v[i] = columns[i] | uint32_t(columns[i + 16]) << 16;
   return r;
 }
-AI V paired(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
-AI V bf16_pairs(F first, F second) {  // 32 columns, two a lane
+AI V pair_as_bf16(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
+AI V pair_neighbors_as_bf16(F first, F second) {  // 32 columns, two a lane
   V r;
   for (int i = 0; i < 8; ++i) {
     r.v[i] = bf16_bits(first.v[2 * i]) | bf16_bits(first.v[2 * i + 1]) << 16;
