@@ -99,7 +99,7 @@ def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
     mark = yield from source.peek_mark(ends)
     if not value.closable or not (mark or (yield from source.peek_char()) == ""):
         raise NotACall
-    yield value.closing()
+    yield value.missing_brackets()
 
 
 def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:

@@ -35,7 +35,7 @@ class CallParser(Protocol):
     reader: TextReader
     output: WhitespaceFilter
 
-    def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
+    def read_call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
         """Yields the events of what `reader` reads after `mark`, or their text if it raises NotACall."""
 
 
@@ -48,7 +48,7 @@ class Harmony:
         self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the output: reads headers through `Parser.call`, so that an invalid header becomes text,
+        """Yields the events of the output: reads headers through `Parser.read_call`, so that an invalid header becomes text,
         and the text between them.
         """
         source, output = self.source, self.output
@@ -56,12 +56,12 @@ class Harmony:
         in_message = not output.after_mark  # in_message a message's text: no header begins
         # the mark before the recipient is in the prompt
         if not in_message and (yield from source.peek_mark(marks_of("to=functions."))):
-            yield from self.parser.call("", self.read_message)
+            yield from self.parser.read_call("", self.read_message)
         while True:
             text, mark = source.read_until(_MARKS)
             yield from output.emit(text)
             if mark in (START, CHANNEL):
-                yield from self.parser.call(mark, self.read_message)
+                yield from self.parser.read_call(mark, self.read_message)
             elif mark and (mark != MESSAGE or output.after_mark):  # a <|message|> without a header
                 yield from output.switch_kind("answer", WHITESPACE)
             elif mark:

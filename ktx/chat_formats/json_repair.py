@@ -83,7 +83,7 @@ class JsonValue:
             self._expected in (NEXT, KEY_OR_END, ITEM_OR_END) or bool(self._pending_comma)
         )
 
-    def closing(self) -> str:
+    def missing_brackets(self) -> str:
         """Returns the missing closing brackets."""
         return "".join(reversed(self.closers))
 
@@ -292,7 +292,9 @@ def repair_json(text: str) -> str | None:
     out = "".join(piece for piece in value.pieces() if piece)
     if value.done:
         return out if source.pos == len(source.text) else None
-    return out + value.closing() if value.closable and value.closers and source.pos == len(source.text) else None
+    return (
+        out + value.missing_brackets() if value.closable and value.closers and source.pos == len(source.text) else None
+    )
 
 
 def read_value(source: TextReader) -> Step[str | None]:

@@ -96,7 +96,7 @@ class Parser:
             elif self.call_format and mark in self.call_format.sections + ("```json",):
                 self.output.hold_mark(mark)
             else:
-                yield from self.call(mark, read_bare if mark[-1] in BARE else read_marked)
+                yield from self.read_call(mark, read_bare if mark[-1] in BARE else read_marked)
         yield from self.output.flush()
 
     def _read_text(self) -> Generator[Event | None, None, str]:
@@ -160,7 +160,7 @@ class Parser:
             return
         yield from output.switch_kind("think" if opens else "answer")
 
-    def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
+    def read_call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
         """Runs `reader` on the text after `mark` and yields its events; emits the text itself when the reader raises
         NotACall.
 

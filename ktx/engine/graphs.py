@@ -36,8 +36,8 @@ from ktx.ops.rope import RotaryEmbedding
 from ktx.transformers_compat import cache_argument
 
 log = logging.getLogger("ktx.engine")
-# The values of a row (one request's token in a captured step), in the order of the rows of `Inputs.numbers`: token id,
-# position, slot in the KV cache; first query row, number of query rows and number of keys, which are next to each other
+# The values of a row (one request's token in a captured step), in the order of the rows of `Inputs.row_values`: token
+# id, position, slot in the KV cache; first query row, number of query rows and number of keys, which are next to each other
 # because they are `PageTables.sequences`; and 1 for a request, 0 for padding.
 ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")
 
@@ -110,42 +110,42 @@ class Token:
 class Inputs:
     """Input buffers of captured steps, for up to `max_requests` requests with `width` pages each.
 
-    Rows without a request use the page `spare`, which belongs to no request, so that the kernels can write and read
+    Rows without a request use the page `padding_page`, which belongs to no request, so that the kernels can write and read
     there. The buffers are filled in CPU memory and transferred to the device in two copies.
 
-    `numbers` is int64 [fields, max_requests], one row for each of ROW_FIELDS; `pages` is int32 [max_requests, width].
+    `row_values` is int64 [fields, max_requests], one row for each of ROW_FIELDS; `pages` is int32 [max_requests, width].
     """
 
-    def __init__(self, device: Device, max_requests: int, width: int, spare: int):
+    def __init__(self, device: Device, max_requests: int, width: int, padding_page: int):
         pinned = device.gpu and not device.fake
-        self.spare, self.count = spare, torch.zeros(1, dtype=torch.int64)
-        self.host_numbers = torch.zeros(len(ROW_FIELDS), max_requests, dtype=torch.int64, pin_memory=pinned)
-        self.host_pages = torch.full((max_requests, width), spare, dtype=torch.int32, pin_memory=pinned)
-        self.numbers = self.host_numbers.to(device.torch, copy=True)
+        self.padding_page, self.count = padding_page, torch.zeros(1, dtype=torch.int64)
+        self.host_row_values = torch.zeros(len(ROW_FIELDS), max_requests, dtype=torch.int64, pin_memory=pinned)
+        self.host_pages = torch.full((max_requests, width), padding_page, dtype=torch.int32, pin_memory=pinned)
+        self.row_values = self.host_row_values.to(device.torch, copy=True)
         self.pages = self.host_pages.to(device.torch, copy=True)
 
     def fill(self, tokens: Sequence[Token], size: int) -> None:
         """Fills the first `size` rows: one for each token, padding for the rest."""
         # the columns are ROW_FIELDS: ids, positions, slots, first, count, keys, real
         rows = [(token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)]
-        rows += [(0, 0, self.spare * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
-        self.host_numbers[:, :size] = torch.tensor(rows).T
+        rows += [(0, 0, self.padding_page * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
+        self.host_row_values[:, :size] = torch.tensor(rows).T
         for row, token in zip(self.host_pages, tokens, strict=False):
             row[: len(token.pages)] = torch.tensor(token.pages, dtype=torch.int32)
         # padding attends to one key, so only the first entry of its page table is read
-        self.host_pages[len(tokens) : size, :1] = self.spare
+        self.host_pages[len(tokens) : size, :1] = self.padding_page
         self.count[0] = len(tokens)
-        self.numbers.copy_(self.host_numbers, non_blocking=True)
+        self.row_values.copy_(self.host_row_values, non_blocking=True)
         self.pages[:size].copy_(self.host_pages[:size], non_blocking=True)
 
     def field(self, name: str, size: int) -> torch.Tensor:
         """Returns one field of the first `size` rows: int64 [size]."""
-        return self.numbers[ROW_FIELDS.index(name), :size]
+        return self.row_values[ROW_FIELDS.index(name), :size]
 
     def tables(self, size: int, scratch: dict[Any, torch.Tensor]) -> PageTables:
         """Returns the page tables of the first `size` rows; they view the buffers, so a replay sees new contents."""
         first = ROW_FIELDS.index("first")
-        sequences = self.numbers[first : first + 3, :size].T
+        sequences = self.row_values[first : first + 3, :size].T
         return PageTables(sequences, self.pages[:size], self.field("slots", size), scratch=scratch)
 
 
@@ -157,7 +157,7 @@ class DecodeStep:
     def __init__(self, graphs: Graphs, size: int):
         inputs, self.size, self.model, self.cache = graphs.inputs, size, graphs.model, graphs.cache
         self.tables = inputs.tables(size, graphs.scratch)
-        spans = [SequenceSpan(-1, 0, 1, [inputs.spare])] * size
+        spans = [SequenceSpan(-1, 0, 1, [inputs.padding_page])] * size
         self.batch = BatchMetadata(spans, tables={graphs.device.torch: self.tables})
         self.padding = Padding(inputs.count, inputs.field("real", size))
         self.logits = graphs.logits[:size]
@@ -190,15 +190,15 @@ class Graphs:
     """Captured decode steps of up to `max_requests` requests with up to `context` tokens each. `unsupported_reason`
     must be empty for the model.
 
-    The cache has one page behind those of requests, `spare`.
+    The cache has one page behind those of requests, `padding_page`.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, max_requests: int, context: int, spare: int):
+    def __init__(self, model: Any, cache: PagedCache, max_requests: int, context: int, padding_page: int):
         device = first_gpu(model)
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
-        self.width = min(-(-context // PAGE_TOKENS), spare)
-        self.inputs = Inputs(device, max_requests, self.width, spare)
+        self.width = min(-(-context // PAGE_TOKENS), padding_page)
+        self.inputs = Inputs(device, max_requests, self.width, padding_page)
         self.scratch: dict[Any, torch.Tensor] = {}
         lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.logits = torch.empty(max_requests, lm_head.out_features, dtype=model.dtype, device=device.torch)
@@ -254,7 +254,7 @@ class Graphs:
         """
         self.inputs.fill(tokens, size)
         if self.hidden is not None:
-            ids = self.inputs.host_numbers[ROW_FIELDS.index("ids"), :size]
+            ids = self.inputs.host_row_values[ROW_FIELDS.index("ids"), :size]
             self.hidden[:, :size].copy_(self.model.get_input_embeddings()(ids[None]))
 
 

@@ -369,8 +369,8 @@ class Scheduler:
     def _reuse_partial(self, request: Request) -> bool:
         """Continues a partial page where another sequence ended.
 
-        With `page_aligned_numerics`, a full page of the prompt must be computed in one forward. There a partial page is
-        taken only from a sequence that ended exactly there, as a conversation's last turn does.
+        Where only a page that was computed in one forward gives the same numbers, and with recurrent layers, a partial
+        page is taken only from a sequence that ended exactly there, as a conversation's last turn does.
         """
         page_index = len(request.pages)
         if not self._cacheable(request) or request.num_computed != page_index * PAGE_TOKENS:

@@ -107,7 +107,7 @@ class Affinity:
         cached: Mapping[bytes, None] = self.cached_keys.get(replica, {})
         return next((i for i, key in enumerate(keys) if key not in cached), len(keys))
 
-    def on_start(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
+    def on_routed(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
         """Records that a request was routed to a replica.
 
         The router calls it when it chooses the replica (`sent=False`), because other requests are routed before the

@@ -259,7 +259,7 @@ def deployment(config: ClusterConfig, placement: ReplicaPlacement) -> Any:
         options["runtime_env"] = {"env_vars": env_vars}
     router: Any = {
         "request_router_class": "ktx.replicas.router:PrefixRouter",
-        "request_router_kwargs": {"pages": config.prefix_cache_pages, "crowd": config.max_batch_size},
+        "request_router_kwargs": {"pages": config.prefix_cache_pages, "max_imbalance": config.max_batch_size},
     }
     return serve.deployment(
         Replica,

@@ -13,9 +13,9 @@ class PrefixRouter(RequestRouter):
     The base class checks which replicas have capacity.
     """
 
-    def initialize_state(self, pages: int, crowd: int) -> None:  # type: ignore[override]
+    def initialize_state(self, pages: int, max_imbalance: int) -> None:  # type: ignore[override]
         """Called by Ray Serve with `request_router_kwargs`; see `Affinity` for the two arguments."""
-        self.affinity = Affinity(pages, crowd)
+        self.affinity = Affinity(pages, max_imbalance)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -30,12 +30,12 @@ class PrefixRouter(RequestRouter):
         order = self.affinity.rank(keys, list(by_id))
         # Recorded now, because other requests are routed before the replica accepts this one.
         if request and order:
-            self.affinity.on_start(request, order[0], keys, sent=False)
+            self.affinity.on_routed(request, order[0], keys, sent=False)
         return [[by_id[replica]] for replica in order]  # type: ignore[index]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Called by Ray Serve when a replica accepts a request."""
-        self.affinity.on_start(pending_request.metadata.internal_request_id, replica_id, pending_request.args[0])
+        self.affinity.on_routed(pending_request.metadata.internal_request_id, replica_id, pending_request.args[0])
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Called by Ray Serve when a request ends."""

@@ -40,7 +40,7 @@ class MachineStats:
         """
         engine, _, _ = self.state.require_ready()
         if self.cached_modules is None or self.cached_modules[0] is not engine:
-            self.cached_modules = engine, modules(engine.model)
+            self.cached_modules = engine, list_modules(engine.model)
         stats = engine.stats.snapshot()
         return {
             "model": self.state.names[0],
@@ -69,7 +69,7 @@ class MachineStats:
         }
 
 
-def modules(model: Any) -> list[dict[str, Any]]:
+def list_modules(model: Any) -> list[dict[str, Any]]:
     """Lists the operators and the unreplaced modules with weights; empty for a model that is not a torch module."""
     if not isinstance(model, nn.Module):
         return []
@@ -107,13 +107,13 @@ def _memory(engine: Engine) -> dict[str, Any]:
     return {
         "weights_bytes": None if info is None else info.nbytes,
         "cache_bytes": engine.runner.nbytes(),
-        "rss_bytes": resident(),
+        "rss_bytes": resident_bytes(),
         "total_bytes": total,
         "free_bytes": free,
     }
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Returns the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -155,7 +155,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
                 fill(given, size)
                 if REAL:  # the copies read what is overwritten next
                     torch.cuda.synchronize()
-                engine.runner.graphs.inputs.host_numbers.fill_(1 << 40)
+                engine.runner.graphs.inputs.host_row_values.fill_(1 << 40)
                 engine.runner.graphs.inputs.host_pages.fill_(1 << 20)
                 for token in given:
                     object.__setattr__(token, "pages", None)

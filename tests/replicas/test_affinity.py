@@ -48,10 +48,10 @@ def test_an_adapter_has_pages_of_its_own():
     )
     assert keys("style:latest") == style
     affinity = Affinity(pages=100, max_imbalance=3)
-    affinity.on_start("1", "x", plain)
+    affinity.on_routed("1", "x", plain)
     affinity.on_finish("1")
     assert affinity.num_cached(style, "x") == 0
-    affinity.on_start("2", "y", style)
+    affinity.on_routed("2", "y", style)
     affinity.on_finish("2")
     assert affinity.rank(style, ["x", "y"])[0] == "y" and affinity.rank(plain, ["x", "y"])[0] == "x"
 
@@ -87,12 +87,12 @@ def test_a_prompt_of_megabytes_has_few_keys():
 
 def test_the_replica_that_knows_the_beginning_is_first_unless_it_is_crowded():
     affinity, keys = Affinity(pages=100, max_imbalance=3), prefix_keys(body("a" * 2000))
-    affinity.on_start("1", "y", keys[:3])
+    affinity.on_routed("1", "y", keys[:3])
     affinity.on_finish("1")
-    affinity.on_start("2", "z", keys)
+    affinity.on_routed("2", "z", keys)
     assert affinity.rank(keys, ["x", "y", "z"]) == ["z", "y", "x"]
-    affinity.on_start("3", "z", [])
-    affinity.on_start("4", "z", [])
+    affinity.on_routed("3", "z", [])
+    affinity.on_routed("4", "z", [])
     assert affinity.rank(keys, ["x", "y", "z"]) == ["y", "x", "z"]
     affinity.on_finish("4")
     assert affinity.rank(keys, ["x", "y", "z"])[0] == "z"
@@ -100,7 +100,7 @@ def test_the_replica_that_knows_the_beginning_is_first_unless_it_is_crowded():
 
 def test_what_nobody_knows_goes_where_least_is():
     affinity = Affinity(pages=100, max_imbalance=4)
-    affinity.on_start("1", "x", prefix_keys(body("a" * 2000)))
+    affinity.on_routed("1", "x", prefix_keys(body("a" * 2000)))
     assert affinity.rank(prefix_keys(body("b" * 2000)), ["x", "y"])[0] == "y"
     affinity.on_finish("1")
     assert affinity.rank(prefix_keys(body("b" * 2000)), ["x", "y"])[0] == "y"  # as idle, but with less in its cache
@@ -110,16 +110,16 @@ def test_a_crowd_that_comes_at_once_is_spread():
     affinity = Affinity(pages=100, max_imbalance=4)
     for number in range(12):
         keys = prefix_keys(body(f"{number}" * 2000))
-        affinity.on_start(str(number), affinity.rank(keys, ["x", "y"])[0], keys, sent=False)
+        affinity.on_routed(str(number), affinity.rank(keys, ["x", "y"])[0], keys, sent=False)
     assert [request.replica for request in affinity.requests.values()].count("x") == 6
-    affinity.on_start("0", "y", [])  # it went elsewhere after all
+    affinity.on_routed("0", "y", [])  # it went elsewhere after all
     assert [request.replica for request in affinity.requests.values()].count("y") == 7
 
 
 def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
     affinity = Affinity(pages=100, max_imbalance=4)
-    affinity.on_start("1", "x", [], sent=False)
-    affinity.on_start("2", "y", [])
+    affinity.on_routed("1", "x", [], sent=False)
+    affinity.on_routed("2", "y", [])
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + UNSENT_TIMEOUT_S + 1)
     assert affinity.rank([], ["x", "y"])[0] == "x" and list(affinity.requests) == ["2"]
@@ -128,11 +128,11 @@ def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
 def test_a_replica_forgets_as_its_cache_does():
     affinity = Affinity(pages=10, max_imbalance=4)
     old, new = prefix_keys(body("a" * 2000)), prefix_keys(body("b" * 2000))
-    affinity.on_start("1", "x", old)
-    affinity.on_start("2", "x", new)
+    affinity.on_routed("1", "x", old)
+    affinity.on_routed("2", "x", new)
     assert affinity.num_cached(new, "x") == len(new) == 7 and affinity.num_cached(old, "x") == 3
     affinity.rank(old, ["y"])  # x has gone
-    affinity.on_start("3", "y", old)
+    affinity.on_routed("3", "y", old)
     assert (
         affinity.rank(new, ["x", "y"])[0] == "x"
         and affinity.num_cached(new, "x") == 0

@@ -86,7 +86,7 @@ class LegacyLogprobs:
     def __init__(self, formatter: LogprobFormatter, enabled: bool):
         self.formatter, self.enabled, self.offset = formatter, enabled, 0
 
-    def of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
+    def logprobs_of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
         """Returns the lists of the next tokens and advances `offset`; None if the request has no logprobs."""
         if not self.enabled:
             return None
@@ -170,7 +170,7 @@ async def _complete(
         {
             "index": i,
             "text": texts[i],
-            "logprobs": LegacyLogprobs(formatter, wants_logprobs).of(choices[i]),
+            "logprobs": LegacyLogprobs(formatter, wants_logprobs).logprobs_of(choices[i]),
             "finish_reason": finished[i].reason,
         }
         for i in range(num_choices)
@@ -199,7 +199,7 @@ async def _stream(
         choice = {
             "index": index,
             "text": text,
-            "logprobs": logprob_formatters[index].of(choices),
+            "logprobs": logprob_formatters[index].logprobs_of(choices),
             "finish_reason": finish,
         }
         usage_dict = streaming.usage_so_far(group, index, num_tokens[index]) if continuous_usage else None
