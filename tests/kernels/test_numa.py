@@ -13,13 +13,13 @@ import torch
 PROGRAM = """
 import json, sys, time, torch
 from ktx.kernels import cpu
-from ktx.kernels.blocks import rows_of
-from ktx.kernels.check import sample
-from ktx.kernels.microbench import matrices, stacked
+from ktx.kernels.blocks import unpack_rows
+from ktx.kernels.check import random_matrix
+from ktx.kernels.microbench import as_one_matrix, matrices
 from ktx.quant.types import QTYPES
 
 def stack(name, count, n, k):
-    return [sample(name, n, k, seed) for seed in range(count)]
+    return [random_matrix(name, n, k, seed) for seed in range(count)]
 
 def held():
     return int(open("/proc/self/smaps_rollup").read().split("Rss:")[1].split()[0]) * 1024
@@ -28,13 +28,13 @@ torch.manual_seed(0)
 cpu.ops.set_threads(2)
 out, results = {"nodes": cpu.ops.nodes()}, []
 for name, n, k in [("Q4_K", 1408, 512), ("F8_E4M3", 1000, 256), ("Q6_K", 7, 256), ("BF16", 130, 96), ("IQ2_XS", 129, 256)]:
-    packed = cpu.pack(sample(name, n, k))
+    packed = cpu.pack(random_matrix(name, n, k))
     for tokens in (1, 5, 70, 600):
         results.append(cpu.linear(torch.randn(tokens, k), packed))
     results.append(packed.rows(torch.tensor([0, n - 1, n // 2])))
 batched = cpu.pack(stack("Q8_0", 5, 48, 64))
-for packed in (cpu.pack(sample("F8_E4M3", 1000, 256)), cpu.pack_experts(stack("Q4_K", 3, 200, 512))):
-    results += [torch.cat([rows.data for rows in rows_of(packed)])]  # taken back
+for packed in (cpu.pack(random_matrix("F8_E4M3", 1000, 256)), cpu.pack_experts(stack("Q4_K", 3, 200, 512))):
+    results += [torch.cat([rows.data for rows in unpack_rows(packed)])]  # taken back
 results += [cpu.linear_batched(torch.randn(5, tokens, 64), batched) for tokens in (1, 4, 530)]
 for name, experts, hidden, ff in [("Q4_K", 6, 512, 768), ("Q8_0", 3, 1000 // 32 * 32, 1408), ("F8_E4M3", 4, 384, 320)]:
     gate, up, down = (cpu.pack_experts(stack(name, experts, *shape)) for shape in ((ff, hidden), (ff, hidden), (hidden, ff)))
@@ -49,7 +49,7 @@ large = [cpu.pack_experts(weight) for _ in range(2)]
 out["memory"], out["packed"] = held() - before, sum(p.nbytes for p in large)
 out["pages"] = cpu.ops.pages_on(large[0].data)
 x = torch.randn(1, 1024)
-one = stacked(cpu.pack(matrices(QTYPES["Q4_0"], 4, 1 << 15, 1024)))
+one = as_one_matrix(cpu.pack(matrices(QTYPES["Q4_0"], 4, 1 << 15, 1024)))
 for again in range(20):  # on a busy machine one member may have to wait while the other helps it out
     time.sleep(0.1 * again)
     own, stolen = cpu.ops.steal_stats()

@@ -12,8 +12,8 @@ import os, statistics, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 from ktx.kernels import cpu
-from ktx.kernels.check import sample
-packed = cpu.pack(sample("Q8_0", 256, 256))
+from ktx.kernels.check import random_matrix
+packed = cpu.pack(random_matrix("Q8_0", 256, 256))
 x, told = torch.randn(1, 256), []
 for team in (1, 4):
     cpu.ops.set_threads(team)

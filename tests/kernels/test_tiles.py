@@ -108,17 +108,17 @@ def test_every_type_on_the_model():
 ROWS = """
 import json, torch
 from ktx.kernels import cpu
-from ktx.kernels.check import sample
+from ktx.kernels.check import random_matrix
 cpu.ops.set_threads(3)
 torch.manual_seed(0)
 found = []
 for name in ("Q4_K", "Q6_K", "Q8_0", "BF16", "IQ2_XXS", "F16"):
-    weight, x = cpu.pack(sample(name, 37, 768)), torch.randn(133, 768)
+    weight, x = cpu.pack(random_matrix(name, 37, 768)), torch.randn(133, 768)
     for wide in (False, True):
         with cpu.bf16_rows(0):
-            whole = cpu.linear(x, weight, wide=wide)
+            whole = cpu.linear(x, weight, all_bf16=wide)
             for count in (1, 8, 9, 16, 17, 31, 33, 100):
-                part = cpu.linear(x[:count], weight, wide=wide)
+                part = cpu.linear(x[:count], weight, all_bf16=wide)
                 found.append([name, count, float((part - whole[:count]).norm() / whole[:count].norm())])
 print(json.dumps(found))
 """
