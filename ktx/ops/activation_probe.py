@@ -160,7 +160,7 @@ def _match_activation(
             outputs = [output.float() for output in evaluate()]
     except Exception as error:  # code of a model family, with inputs that it may not expect
         raise probe_error(module, where, "its activation", error) from error
-    for activation in _candidates(module):
+    for activation in _list_candidates(module):
         expected = reference.activate(GATE, up, *activation)
         comparable = (output for output in outputs if output.shape == expected.shape)
         if any(torch.allclose(expected, output, rtol=1e-5, atol=1e-5) for output in comparable):
@@ -173,7 +173,7 @@ def _match_activation(
     )
 
 
-def _candidates(module: Any) -> list[Activation]:
+def _list_candidates(module: Any) -> list[Activation]:
     """Returns the activations of the kernels; swiglu_oai only if the module has the attributes for its parameters."""
     alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
     limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))

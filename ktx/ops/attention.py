@@ -323,9 +323,9 @@ class Attention(Operator):
             new.choice = AttentionChoice(old.config)
         if new.uses_ktx_kernel:
             new.config = ConfigView(old.config, cls.implementation)
-            contract.masks(NAME)
+            contract.check_masks(NAME)
         if new.fusable and new.uses_ktx_kernel:
-            contract.attention(old, ctx.path, new.half_tables, sliding_window(old))
+            contract.check_attention(old, ctx.path, new.half_tables, sliding_window(old))
         return new
 
     def ready(self) -> None:

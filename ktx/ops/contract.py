@@ -1,8 +1,8 @@
 """Checks of what operators rely on in the transformers modules that they replace, run when the plan is built.
 
-There are two kinds of checks. `parameters` compares the arguments of the replaced forward with those that the operator
-handles, because a new argument would be dropped silently. The other functions probe the module itself: they run its
-own forward on small random tensors, with stubs for its children, and compare the result with what the operator
+There are two kinds of checks. `check_arguments` compares the arguments of the replaced forward with those that the
+operator handles, because a new argument would be dropped silently. The other functions probe the module itself: they
+run its own forward on small random tensors, with stubs for its children, and compare the result with what the operator
 computes. So a renamed attribute, a changed order of results, a different formula or a renamed cache argument raises an
 error before any weight is read. A check runs once for modules of equal class, settings and children.
 """
@@ -51,11 +51,12 @@ def unsupported_module_error(old: nn.Module, path: str, what: str) -> UsageError
     """
     return UsageError(
         f"{path}: {type(old).__name__} {what}. transformers {installed_version('transformers')} is installed, ktx was"
-        f" tested with {tested_range('transformers')}: pip install '{requirement('transformers')}', or {KEEP_MODULE_HINT}"
+        f" tested with {tested_range('transformers')}: pip install '{requirement('transformers')}', or"
+        f" {KEEP_MODULE_HINT}"
     )
 
 
-def parameters(old: nn.Module, path: str, takes: Iterable[str], cache: bool = False) -> None:
+def check_arguments(old: nn.Module, path: str, takes: Iterable[str], cache: bool = False) -> None:
     """Checks the arguments of the module's forward.
 
     Args:
@@ -79,16 +80,16 @@ def parameters(old: nn.Module, path: str, takes: Iterable[str], cache: bool = Fa
         )
 
 
-def attributes(old: nn.Module, path: str, names: Iterable[str]) -> None:
+def check_attributes(old: nn.Module, path: str, names: Iterable[str]) -> None:
     """Raises UsageError if the module lacks one of the attributes or children that the operator reads."""
     for name in names:
         if not hasattr(old, name):
             raise unsupported_module_error(old, path, f"has no {name!r}, which the operator reads")
 
 
-def experts(old: nn.Module, path: str) -> None:
+def check_experts(old: nn.Module, path: str) -> None:
     """Checks the experts interface of transformers 5: forward(hidden states, expert ids, weights), in this order."""
-    attributes(old, path, ("down_proj",))
+    check_attributes(old, path, ("down_proj",))
     names = ForwardSignature.of(old).names
     if len(names) != len(EXPERTS_ARGS) or any(
         name not in accepted for name, accepted in zip(names, EXPERTS_ARGS, strict=True)
@@ -191,14 +192,14 @@ def check_equal(old: nn.Module, path: str, what: str, found: Any, expected: torc
 
 
 @cached_check
-def layer(old: Any, path: str) -> None:
+def check_layer(old: Any, path: str) -> None:
     """Checks a decoder layer: x = x + attention(norm(x)), x = x + mlp(norm(x)).
 
     Each child is a stub with another function, so a child that is left out, or called in another order, changes the
     result. The attention must receive the mask, the rotary tables and the cache.
     """
-    parameters(old, path, LAYER_ARGS, cache=True)
-    attributes(old, path, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
+    check_arguments(old, path, LAYER_ARGS, cache=True)
+    check_attributes(old, path, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
     received: dict[str, Any] = {}
 
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -293,7 +294,7 @@ def _random_rotary_tables(width: int, seed: int) -> tuple[torch.Tensor, torch.Te
 
 
 @cached_check
-def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
+def check_attention(old: Any, path: str, half_tables: bool, window: int) -> None:
     """Checks attention: project, normalize q and k if there are norms, apply RoPE to halves, cache, attend, project.
 
     Args:
@@ -302,8 +303,8 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
         half_tables: Whether rotary tables lack their second half, which equals the first.
         window: The sliding window in tokens that the operator reads from the configuration; 0: none.
     """
-    parameters(old, path, ATTENTION_ARGS, cache=True)
-    attributes(old, path, ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx", "config"))
+    check_arguments(old, path, ATTENTION_ARGS, cache=True)
+    check_attributes(old, path, ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx", "config"))
     width = old.head_dim
     projected = {
         name: random_tensor(1, NUM_TOKENS, getattr(old, f"{name}_proj").out_features, seed=ord(name)) for name in "qkv"
@@ -340,7 +341,7 @@ def attention(old: Any, path: str, half_tables: bool, window: int) -> None:
 
 
 @cached_check
-def latent_attention(old: Any, path: str, interleaved: bool) -> None:
+def check_latent_attention(old: Any, path: str, interleaved: bool) -> None:
     """Checks MLA: the scores of queries and expanded keys, the expanded values and the output, as in DeepSeek-V2.
 
     Scores are compared, not queries and keys, because the order of a head's columns has no effect on the operator.
@@ -350,9 +351,9 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
         path: Its module path.
         interleaved: Whether RoPE rotates neighboring columns as pairs; else column i and i + width / 2.
     """
-    parameters(old, path, ATTENTION_ARGS, cache=True)
+    check_arguments(old, path, ATTENTION_ARGS, cache=True)
     dims = ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank")
-    attributes(old, path, (*dims, "scaling", "layer_idx", "config", "kv_a_layernorm", "kv_b_proj", "o_proj"))
+    check_attributes(old, path, (*dims, "scaling", "layer_idx", "config", "kv_a_layernorm", "kv_b_proj", "o_proj"))
     heads, nope_dim, rope_dim, v_dim, rank, q_rank = (getattr(old, name) for name in dims)
     q, kv = (
         random_tensor(1, NUM_TOKENS, heads * (nope_dim + rope_dim)),
@@ -374,7 +375,7 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
     if q_rank is None:
         children["q_proj"] = Stub(lambda x: q.clone())
     else:
-        attributes(old, path, ("q_a_proj", "q_a_layernorm", "q_b_proj"))
+        check_attributes(old, path, ("q_a_proj", "q_a_layernorm", "q_b_proj"))
         # q_b_proj returns q only if it gets the output of projection (times 3) and norm (plus 1).
         normed = (HIDDEN * 3 + 1).mean(-1, keepdim=True)
         children["q_a_proj"] = Stub(lambda x: x * 3)
@@ -400,13 +401,13 @@ def latent_attention(old: Any, path: str, interleaved: bool) -> None:
 
 
 @cached_check
-def router(old: Any, path: str, operator: Any) -> None:
+def check_router(old: Any, path: str, operator: Any) -> None:
     """Checks that a router returns (logits, weights, ids) as `operator` does with the same parameters and inputs.
 
     So a family that scores, groups, corrects or normalizes in a new way is rejected.
     """
-    parameters(old, path, ROUTER_ARGS)
-    attributes(old, path, ("weight",))
+    check_arguments(old, path, ROUTER_ARGS)
+    check_attributes(old, path, ("weight",))
     children = {
         name: randomized_copy(child, {})
         for name, child in old._modules.items()
@@ -445,13 +446,13 @@ def router(old: Any, path: str, operator: Any) -> None:
 
 
 @cached_check
-def moe(old: Any, path: str, operator: Any) -> None:
+def check_moe(old: Any, path: str, operator: Any) -> None:
     """Checks that an MoE block, with stubs for its router and experts, returns what `operator` returns.
 
     So it must call them with the same arguments, add the shared experts with the same gate, and have no other children.
     """
-    parameters(old, path, MOE_ARGS)
-    attributes(old.experts, f"{path}.experts", ("down_proj",))
+    check_arguments(old, path, MOE_ARGS)
+    check_attributes(old.experts, f"{path}.experts", ("down_proj",))
     count, width, top_k = 4, old.experts.down_proj.shape[-2], 2
     if getattr(old.experts, "is_transposed", False):
         width = old.experts.down_proj.shape[-1]
@@ -511,7 +512,7 @@ VISIBLE_KEYS = {  # first visible key, and the one after the last, of NUM_TOKENS
 
 
 @functools.cache
-def masks(name: str) -> None:
+def check_masks(name: str) -> None:
     """Checks that transformers calls the mask function `name` with the past length, padding and window that it expects.
 
     Also checks that the length of a KVCache reaches it. The check runs once per name.

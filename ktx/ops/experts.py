@@ -124,7 +124,7 @@ class Experts(Parametrizable):
                 f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5;"
                 f" {KEEP_MODULE_HINT}"
             )
-        contract.experts(old, ctx.path)
+        contract.check_experts(old, ctx.path)
         activation = probe_experts(old, ctx.path)
         has_bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
         new = cls(ctx.path, count, activation, has_bias)
@@ -182,7 +182,7 @@ class Experts(Parametrizable):
             (self.weights[name],) = cached_pack(lambda path=path: [self._pack(source, path)])  # type: ignore[misc]
             source.release([path])
             if self.has_bias:
-                self.biases[name] = self._bias(source, path)
+                self.biases[name] = self._read_bias(source, path)
         self._share_up_as_gate()
 
     def _share_up_as_gate(self) -> None:
@@ -207,7 +207,7 @@ class Experts(Parametrizable):
             selected = [stacked if self.num_experts == self.total_experts else stacked.matrices(self.first_expert, end)]
         return [QuantizedTensor.from_float(part.dequantize()) for part in selected] if types_differ else selected
 
-    def _bias(self, source: WeightSource, path: str) -> torch.Tensor:
+    def _read_bias(self, source: WeightSource, path: str) -> torch.Tensor:
         """Reads the biases [num_experts, n] of a projection, in f32."""
         return (
             source.get(f"{path}_bias")
@@ -524,7 +524,7 @@ class Experts(Parametrizable):
         return list(stacked.chunk(2, dim))
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Packs other values of stacked parameters, in the replaced module's layout. UsageError for experts on a GPU."""
+        """Packs other values of stacked parameters, in the replaced module's layout; UsageError on a GPU."""
         if self.placement.gpu or self.on_gpu is not None:
             raise UsageError(
                 f"{self.path}: the weights of experts on a GPU cannot be replaced; load the model on the CPU"

@@ -35,7 +35,7 @@ class Floats:
     memory_id: int
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns all values, dequantized in spans."""
+        """Returns all values, dequantized range by range to bound temporary memory."""
         if not self.shape:
             return self.read(0, 1).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device="cpu")
@@ -65,7 +65,7 @@ def unreadable(shape: tuple[int, ...], message: str, memory_id: int) -> Floats:
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
-    """Returns f32 rows of a matrix that is stored in row-wise parts."""
+    """Dequantizes the rows `first` to `last` of a matrix that is stored in row-wise parts; f32 [last - first, k]."""
     rows, offset = [], 0
     for part in parts:
         begin, end = max(first - offset, 0), min(last - offset, part.n)

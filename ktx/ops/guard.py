@@ -166,8 +166,8 @@ class Guard:
     def holds(self) -> bool:
         """Whether the fast path is valid for this call.
 
-        The cheap checks (children, copied tensors, gradients) run at each call. Snapshots are compared only if a counter
-        of changes or hooks differs from the last inspection that passed, or an uncounted module has changed.
+        Children, copied tensors and gradients are compared at each call. Snapshots are compared only if a counter of
+        changes or hooks differs from the last inspection that passed, or an uncounted module has changed.
         """
         for modules, children in self.children:
             if tuple(modules.values()) != children:

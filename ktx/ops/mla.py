@@ -127,7 +127,7 @@ class MLA(Operator):
         new.choice, new.expansion = AttentionChoice(old.config), None
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         new.check_options(ctx)
-        contract.latent_attention(old, ctx.path, new.interleaved)
+        contract.check_latent_attention(old, ctx.path, new.interleaved)
         return new
 
     def check_options(self, ctx: Context) -> None:

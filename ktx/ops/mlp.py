@@ -144,7 +144,7 @@ class MLP(Operator):
                 f"{ctx.path} is a {type(old).__name__}: MLP needs gate_proj and up_proj (or gate_up_proj), and"
                 " down_proj"
             )
-        contract.parameters(old, ctx.path, contract.FEED_FORWARD_ARGS)
+        contract.check_arguments(old, ctx.path, contract.FEED_FORWARD_ARGS)
         new: MLP = adopt(cls, old, ctx)
         new.act, new.inside, new.fused, new.block = probe_mlp(old, ctx.path).act, None, None, None
         if new.act not in ACTIVATIONS:

@@ -47,7 +47,7 @@ class MoE(Operator):
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
         new.inside = new.block = None
         if cls is MoE:
-            contract.moe(old, ctx.path, new)
+            contract.check_moe(old, ctx.path, new)
         return new
 
     def ready(self) -> None:

@@ -32,7 +32,7 @@ class RMSNorm(Operator):
         eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}: RMSNorm needs a weight and an epsilon")
-        contract.parameters(old, ctx.path, contract.FEED_FORWARD_ARGS)
+        contract.check_arguments(old, ctx.path, contract.FEED_FORWARD_ARGS)
         new: RMSNorm = adopt(cls, old, ctx)
         new.epsilon_name = name
         new.plus_one = _adds_one_to_weight(old, float(eps), ctx.path)

@@ -40,7 +40,7 @@ class Router(Operator):
             new.style = RoutingSpec("softmax", scaled=True)
         new.packed, new.version, new.inside = None, (), None
         if cls is Router:
-            contract.router(old, ctx.path, new)
+            contract.check_router(old, ctx.path, new)
         return new
 
     remade = ("packed", "version", "inside")

@@ -174,4 +174,4 @@ def test_a_mask_function_that_is_asked_by_other_names_is_refused(name, monkeypat
 
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "renamed", renamed)
     with pytest.raises(UsageError, match="masks in another way"):
-        contract.masks.__wrapped__("renamed")
+        contract.check_masks.__wrapped__("renamed")

@@ -58,7 +58,7 @@ class Layer(Operator):
             UsageError: The class is unknown, or combines attention and feed-forward in another way.
         """
         known_class(old, PRE_NORM_LAYERS, ctx, "ktx does not know how {} combines attention and feed-forward")
-        contract.layer(old, ctx.path)
+        contract.check_layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
         new.block, new.fused_group = None, None
         return new

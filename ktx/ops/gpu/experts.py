@@ -30,7 +30,7 @@ class Experts(experts.Experts):
             self.weights[name] = self._pack(source, path)
             source.release([path])
             if self.has_bias:
-                self.biases[name] = self._bias(source, path).to(self.placement.torch)
+                self.biases[name] = self._read_bias(source, path).to(self.placement.torch)
         self._share_up_as_gate()
 
     def _pack(self, source: WeightSource, path: str) -> Any:

@@ -238,7 +238,7 @@ def _view_of_buffers(
     if mask is not None:
         cached = mask.__dict__.setdefault("ktx_tables", cached)
     if key not in cached:
-        cached[key] = _tables(spec.keys, num_new, key[1]).to(keys.device)
+        cached[key] = _build_tables(spec.keys, num_new, key[1]).to(keys.device)
     full_pages = tuple(_split_full_pages(count - num_new, num_new) for count in spec.keys)
     return PagedView((_as_pages(keys), _as_pages(values)), rows, cached[key], spec.window, full_pages)
 
@@ -261,7 +261,7 @@ def _as_pages(buffer: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _tables(num_keys: Sequence[int], num_new: int, stride_pages: int) -> PageTables:
+def _build_tables(num_keys: Sequence[int], num_new: int, stride_pages: int) -> PageTables:
     """Builds the page tables of a growing cache on the CPU: a sequence's pages are consecutive.
 
     Args:

@@ -28,6 +28,7 @@ class Linear(linear.Linear):
         self.load_bias(source)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x W^T + b on the device. With several parts the bias is added to the rounded product, in f32."""
         refuse_gpu_gradient("Linear", self.bias)
         bias = self.bias_in_f32
         if len(self.parts) == 1:

@@ -16,6 +16,7 @@ class MLP(mlp.MLP):
         self.inside = ChildrenGuard.of(self)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes the layer by calling the projections; the activation runs in torch."""
         if hasattr(self, "gate_up_proj"):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:
