@@ -28,6 +28,7 @@ using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best_isa_() { return ISA_NAMES[best_isa()]; }
+// A trailing underscore: the torch operator of the C++ function of that name; it checks arguments, because errors below are crashes.
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
@@ -53,7 +54,8 @@ int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   return int64_t(packed_bytes(layout_of(code, k), n, k));
 }
 
-// `ends`: ends of the NUMA nodes' shares; their pages are placed on those nodes.
+// Returns a uint8 tensor for packed weights, in huge pages if the system allows it. `ends`: ends of the NUMA nodes' shares, whose
+// pages are placed on those nodes; torch's allocator can do neither.
 Tensor empty_packed(int64_t nbytes, Ints ends) {
   STD_TORCH_CHECK(nbytes > 0, "nbytes must be positive, got ", nbytes);
   const size_t size = size_t(nbytes);
@@ -70,7 +72,7 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
 }
 
-// The bytes of a file, see cpu/runtime/mapped.h.
+// Returns the bytes of a file as a uint8 tensor, mapped; see cpu/runtime/mapped.h.
 Tensor map_file_(StringHandle handle) {
   const std::string path = take_string(handle);
   const Mapped file = map_file(path.c_str());
@@ -88,6 +90,8 @@ bool remap_huge_pages_(Tensor& mapped, int64_t begin, int64_t length) {
 
 void populate_(const Tensor& memory) { populate(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
 
+// Packs rows of blocks (uint8, as checkpoints have them) to rows row0 and on of `dst`. Whole groups of 16, because a group is
+// interleaved in memory.
 void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
@@ -136,7 +140,7 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   return y;
 }
 
-// See cpu/driver/bf16_rows.h; `tokens` -1: not set.
+// Sets which rows of the thread's next calls are multiplied in bf16; see cpu/driver/bf16_rows.h. `tokens` -1: not set.
 void bf16_rows_(int64_t tokens, Ints ranges) {
   STD_TORCH_CHECK(ranges.size() % 2 == 0, "ranges are pairs of a first row and a count");
   int64_t end = 0;
@@ -177,7 +181,8 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   return out;
 }
 
-// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h.
+// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h. Tests compare
+// the two.
 Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
   const std::string kind = take_string(kind_word);
   for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");

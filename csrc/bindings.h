@@ -32,6 +32,7 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
+// Returns the layout of a type code, after a check that it packs rows of k columns.
 inline const Layout& layout_of(int64_t code, int64_t k) {
   const Layout* layout = find_layout(int(code));
   STD_TORCH_CHECK(layout, "no weight type has the code ", code);
@@ -39,6 +40,8 @@ inline const Layout& layout_of(int64_t code, int64_t k) {
   return *layout;
 }
 
+// Returns the data of `matrices` packed [n, k] matrices, after a check of their size. `what` names the argument in errors, here
+// and below.
 inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
   const int64_t expected_bytes = matrices * int64_t(packed_bytes(layout, n, k));
@@ -46,6 +49,7 @@ inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, in
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
+// Returns the data of a contiguous f32 tensor of `count` elements, after a check; null for a missing optional one.
 inline const float* float_data(const Tensor& t, int64_t count, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
   return static_cast<const float*>(t.const_data_ptr());
@@ -61,14 +65,15 @@ inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   return {first, first + experts, first + experts + 1, first + experts + 2};
 }
 
-// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks (uint8 in torch).
+// Describes a [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. `is_cache`: a uint8
+// tensor is taken as Q8_0 blocks, as keys and values are cached.
 inline Strided strided(const Tensor& t, const char* what, bool is_cache = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
   const bool heads = t.dim() == 4, blocks = is_cache && t.scalar_type() == ScalarType::Byte;
   return {t.const_data_ptr(), blocks ? DType::Q8_0 : dtype_of(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
 }
 
-// Number of columns in the last dimension of keys or values.
+// Returns the number of columns of keys or values: the size of the last dimension, or what its Q8_0 blocks hold.
 inline int64_t num_columns(const Tensor& t, const char* what) {
   const int64_t row_size = t.size(t.dim() - 1);
   if (t.scalar_type() != ScalarType::Byte) return row_size;
@@ -76,6 +81,8 @@ inline int64_t num_columns(const Tensor& t, const char* what) {
   return row_size / Q8_BYTES * Q8_BLOCK;
 }
 
+// Sets which keys the queries of a call attend to: `ranges` [batch, query, (first, end)], or a bool or additive mask with
+// broadcast dimensions, or neither: causal. Sizes and sequences of the call must be set.
 inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
   STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
   STD_TORCH_CHECK(!(mask && c.sequences), "sequences on pages take ranges, no mask");
@@ -100,7 +107,8 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
   }
 }
 
-// Keys on pages: sequences int64 [count, 3] are first query, queries and keys; pages int32 [count, max_pages] in order. `pool` has the keys.
+// The sequences of a ragged call, whose keys are on pages of `pool`, after a check of every index: sequences int64 [count, 3]
+// (first query, number of queries, number of keys), pages int32 [count, max_pages] in order. The call points into this object.
 struct Ragged {
   std::vector<Sequence> sequences;
   int64_t page = 0;
@@ -123,6 +131,8 @@ struct Ragged {
   void apply_to(AttentionCall& c) const { c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page; }
 };
 
+// Returns the slots [tokens] of a ragged call, each page index * positions per page + position, after a check that all are in the
+// pool: the kernels write there unchecked.
 inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const Tensor& pool) {
   STD_TORCH_CHECK(slots && slots->scalar_type() == ScalarType::Long && slots->is_contiguous() && slots->numel() == tokens, "slots must be ", tokens, " contiguous int64");
   const int64_t* slot_ids = static_cast<const int64_t*>(slots->const_data_ptr());
@@ -131,7 +141,8 @@ inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const
   return slot_ids;
 }
 
-// A str argument, which the callee must delete. torch's own conversion to std::string leaks a copy per call (2.13).
+// Copies a str argument and deletes it, which is the callee's duty. torch's own conversion to std::string leaks a copy per call
+// (2.13).
 inline std::string take_string(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;
@@ -141,6 +152,7 @@ inline std::string take_string(StringHandle handle) {
   return text;
 }
 
+// Returns the value of an option's name; an error if it has none.
 template <class T>
 T parse_enum(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
   for (const auto& [key, value] : known)
@@ -148,6 +160,7 @@ T parse_enum(const std::string& name, std::initializer_list<std::pair<const char
   STD_TORCH_CHECK(false, what, " '", name, "' is not known");
 }
 
+// Checks the options of a router and returns them as a call without tokens.
 inline RouteCall make_route_call(const std::string& scoring, const std::string& group_mode, const float* bias, int64_t experts, int64_t top_k,
                              int64_t n_group, int64_t topk_group, bool renorm, double scale) {
   const Groups groups = parse_enum<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");

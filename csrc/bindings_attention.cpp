@@ -18,6 +18,8 @@
 namespace {
 using namespace ktx;
 
+// Completes a call (sequences, masks, output) and runs it; returns [batch, queries, heads, dv] of the dtype of `like`. `pool`: the
+// tensor with the pages, or the keys.
 Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages, const Tensor& pool) {
   std::optional<Ragged> ragged;
   if (sequences) {
@@ -54,6 +56,7 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   return run_attention(c, q, ranges, mask, sequences, pages, k);
 }
 
+// Absorbed MLA: keys are [ckv, kpe], values are ckv, and all heads share them, so it is attention with one KV head.
 Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& ckv, const Tensor& kpe, const Optional& ranges,
                       const Optional& mask, double scale, const Optional& sequences, const Optional& pages) {
   STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3, "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
@@ -101,7 +104,7 @@ std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHan
   return {ids, weights};
 }
 
-// x [batch][head][position][column] into the Q8_0 blocks of `to`, which may be a part of a longer buffer.
+// Quantizes x [batch][head][position][column] to the Q8_0 blocks of `to`, which may be a slice of a longer cache.
 void store_q8_0_(const Tensor& x, Tensor& to) {
   STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
@@ -109,7 +112,7 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
   convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
 }
 
-// x [1][head][token][column] into the slots of a pool [page][head][position][column].
+// Stores x [1][head][token][column] in the slots of a pool [page][head][position][column].
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) && num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
   const int64_t tokens = x.size(2), page = pool.size(2);
@@ -123,7 +126,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   }
 }
 
-// The f16 values of Q8_0 blocks, dense.
+// Returns the values of Q8_0 blocks, dequantized to dense f16.
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")}, std::make_optional(ScalarType::Half));

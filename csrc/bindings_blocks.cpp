@@ -103,8 +103,8 @@ struct Call {
   int64_t past, batches, length;
 };
 
-// A step: everything that does not depend on tokens. It owns the tensors that it reads, and remembers their addresses, because torch moves the memory of a
-// tensor in place when it shares the tensor with another process.
+// A module as run_steps runs it: everything that does not depend on tokens. A step owns the tensors that it reads, and stores
+// their addresses, because torch moves the memory of a tensor in place when it shares the tensor with another process.
 class Step {
  public:
   Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden), pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} { retain({&pre_norm}); }
@@ -267,7 +267,8 @@ class MoeStep : public Step {
   MoeBlock block_{};
 };
 
-// The registry of steps by id. A step is rebuilt if memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
+// The registry of steps by id: ids, because the stable ABI has no classes of its own as arguments. `find` rebuilds a step if
+// memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
 class StepRegistry {
  public:
   using Factory = std::function<std::shared_ptr<const Step>()>;
@@ -343,7 +344,8 @@ int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& r
 
 void erase_step(int64_t id) { registry().erase(id); }
 
-// Runs steps in order on x. Each of `outs` receives the result of one or two consecutive steps. `caches`: two cache tensors per step that attends.
+// Runs steps in order on x, each on the result of the step before. Each of `outs` receives the result of one or two consecutive
+// steps (attention and MLP of a layer). `caches`: two tensors per attention step, in order.
 void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
                const Optional& sequences, const Optional& pages, const Optional& slots) {
   const auto is_activation = [](const Tensor& t) { return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };

@@ -17,19 +17,20 @@ struct Bf16Rows {
 };
 Bf16Rows& bf16_rows();
 
-// Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call.
+// Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call, so that a driver runs each range in its own
+// arithmetic. Without AMX tiles, one int8 range; with `all_bf16`, one bf16 range.
 template <class F> void for_bf16_ranges(int64_t tokens, bool all_bf16, F&& f) {
-  const Bf16Rows& known = bf16_rows();
+  const Bf16Rows& config = bf16_rows();
   if (!kernels().bf16_tiles) return f(int64_t(0), tokens, false);
   if (all_bf16) return f(int64_t(0), tokens, true);
-  int64_t at = 0;
-  const auto stretch = [&](int64_t end, bool bf16) {
-    if (at < end) f(at, end - at, bf16);
-    at = end;
+  int64_t next_row = 0;
+  const auto emit_until = [&](int64_t end, bool bf16) {
+    if (next_row < end) f(next_row, end - next_row, bf16);
+    next_row = end;
   };
-  if (known.tokens < 0) stretch(tokens / BF16_PAGE_TOKENS * BF16_PAGE_TOKENS, true);
-  else if (known.tokens == tokens)
-    for (size_t i = 0; i + 1 < known.ranges.size(); i += 2) stretch(known.ranges[i], false), stretch(known.ranges[i] + known.ranges[i + 1], true);
-  stretch(tokens, false);
+  if (config.tokens < 0) emit_until(tokens / BF16_PAGE_TOKENS * BF16_PAGE_TOKENS, true);
+  else if (config.tokens == tokens)
+    for (size_t i = 0; i + 1 < config.ranges.size(); i += 2) emit_until(config.ranges[i], false), emit_until(config.ranges[i] + config.ranges[i + 1], true);
+  emit_until(tokens, false);
 }
 }  // namespace ktx

@@ -15,24 +15,26 @@
 
 namespace ktx {
 namespace {
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Runs body(thread) on fresh threads and returns the seconds from first start to last end.
+// Runs body(thread) on threads of its own, because the pool may be smaller, and returns the seconds from first start to last end.
 template <class F>
-double timed(int threads, F&& body) {
-  const double start = now();
-  std::vector<std::thread> team;
-  for (int t = 1; t < threads; ++t) team.emplace_back([&, t] { body(t); });
+double time_threads(int threads, F&& body) {
+  const double start = now_s();
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { body(t); });
   body(0);
-  for (auto& thread : team) thread.join();
-  return now() - start;
+  for (auto& thread : others) thread.join();
+  return now_s() - start;
 }
 
-uint64_t read_words(const uint64_t* p, size_t n) {
+// Reads `count` words and returns a value that depends on all of them, so that the compiler cannot drop the reads. Four
+// independent sums and a prefetch 4 KiB ahead, because the probe must wait for memory only.
+uint64_t xor_words(const uint64_t* words, size_t count) {
   uint64_t a = 0, b = 0, c = 0, d = 0;
-  for (size_t i = 0; i + 8 <= n; i += 8) {
-    __builtin_prefetch(p + i + 512);
-    a += p[i] ^ p[i + 4], b += p[i + 1] ^ p[i + 5], c += p[i + 2] ^ p[i + 6], d += p[i + 3] ^ p[i + 7];
+  for (size_t i = 0; i + 8 <= count; i += 8) {
+    __builtin_prefetch(words + i + 512);
+    a += words[i] ^ words[i + 4], b += words[i + 1] ^ words[i + 5], c += words[i + 2] ^ words[i + 6], d += words[i + 3] ^ words[i + 7];
   }
   return a + b + c + d;
 }
@@ -103,81 +105,87 @@ void scalar_float_rounds() {
   for (int c = 0; c < CHAINS; ++c) float_sink = sum[c];
 }
 
-struct Loop { void (*rounds)(); double operations; };  // operations of one instruction of one chain
+struct Loop {
+  void (*run_rounds)();  // ROUNDS instructions of each of CHAINS chains
+  double operations;     // of one instruction; a multiply-add is two
+};
 
-double rate(int threads, double seconds, Loop loop) {
+// Returns the Gops/s of a loop on `threads` threads, which run for `seconds` each.
+double measure_rate(int threads, double seconds, Loop loop) {
   if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
   std::vector<int64_t> calls(threads);
-  const double elapsed_s = timed(threads, [&](int t) {
-    const double end = now() + seconds;
-    int64_t n = 0;
+  const double elapsed_s = time_threads(threads, [&](int t) {
+    const double end = now_s() + seconds;
+    int64_t count = 0;
     do {
-      for (int i = 0; i < 16; ++i) loop.rounds();
-      n += 16;
-    } while (now() < end);
-    calls[t] = n;
+      for (int i = 0; i < 16; ++i) loop.run_rounds();
+      count += 16;
+    } while (now_s() < end);
+    calls[t] = count;
   });
   double total = 0;
-  for (int64_t n : calls) total += double(n);
+  for (int64_t count : calls) total += double(count);
   return total * ROUNDS * CHAINS * loop.operations / elapsed_s / 1e9;
 }
 }  // namespace
 
 namespace {
-struct Fresh {  // memory that was never written
-  size_t bytes, part;  // bytes per thread
+// Memory that was never written, so that the system has no pages for it yet.
+struct FreshMemory {
+  size_t bytes, bytes_per_thread;  // the latter a multiple of a cache line
   uint8_t* data;
-  Fresh(int threads, int mebibytes) {
+  FreshMemory(int threads, int mebibytes) {
     if (threads < 1 || threads > 1024 || mebibytes < 1) throw std::runtime_error("threads and mebibytes must be positive");
-    bytes = size_t(mebibytes) << 20, part = bytes / threads / 64 * 64;
+    bytes = size_t(mebibytes) << 20, bytes_per_thread = bytes / threads / 64 * 64;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the bandwidth probe");
     madvise(memory, bytes, MADV_HUGEPAGE);
     data = static_cast<uint8_t*>(memory);
   }
-  ~Fresh() { munmap(data, bytes); }
+  ~FreshMemory() { munmap(data, bytes); }
 };
 }  // namespace
 
 double probe_fresh(int threads, int mebibytes) {
-  Fresh memory(threads, mebibytes);
-  const double elapsed_s = timed(threads, [&](int t) { std::memset(memory.data + t * memory.part, 1, memory.part); });
-  return double(memory.part) * threads / elapsed_s / 1e9;
+  FreshMemory memory(threads, mebibytes);
+  const double elapsed_s = time_threads(threads, [&](int t) { std::memset(memory.data + t * memory.bytes_per_thread, 1, memory.bytes_per_thread); });
+  return double(memory.bytes_per_thread) * threads / elapsed_s / 1e9;
 }
 
+// The best of three: other work on the machine only makes a repeat slower.
 double probe_read(int threads, int mebibytes) {
-  Fresh memory(threads, mebibytes);
-  const size_t part = memory.part;
-  timed(threads, [&](int t) { std::memset(memory.data + t * part, 1, part); });
+  FreshMemory memory(threads, mebibytes);
+  const size_t bytes_per_thread = memory.bytes_per_thread;
+  time_threads(threads, [&](int t) { std::memset(memory.data + t * bytes_per_thread, 1, bytes_per_thread); });
   std::vector<uint64_t> sums(threads);
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {
-    const double elapsed_s = timed(threads, [&](int t) {
-      sums[t] += read_words(reinterpret_cast<const uint64_t*>(memory.data + t * part), part / 8);
+    const double elapsed_s = time_threads(threads, [&](int t) {
+      sums[t] += xor_words(reinterpret_cast<const uint64_t*>(memory.data + t * bytes_per_thread), bytes_per_thread / 8);
     });
-    best = std::max(best, double(part) * threads / elapsed_s / 1e9);
+    best = std::max(best, double(bytes_per_thread) * threads / elapsed_s / 1e9);
   }
   sink = int32_t(sums[0]);
   return best;
 }
 
 double probe_int8(int threads, double seconds) {
-  static const Loop loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128},
+  static const Loop int_loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128},
                                {vnni_rounds, 128}, {vnni_rounds, 128}, {tile_rounds, 2 * 16 * 16 * 64}};
-  static_assert(std::size(loops) == ISA_COUNT);
-  return rate(threads, seconds, loops[picked_isa()]);
+  static_assert(std::size(int_loops) == ISA_COUNT);
+  return measure_rate(threads, seconds, int_loops[picked_isa()]);
 }
 
 namespace {
-constexpr Loop FLOATS[] = {{scalar_float_rounds, 2}, {scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32},
+constexpr Loop FLOAT_LOOPS[] = {{scalar_float_rounds, 2}, {scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32},
                            {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
-static_assert(std::size(FLOATS) == ISA_COUNT);
+static_assert(std::size(FLOAT_LOOPS) == ISA_COUNT);
 }  // namespace
 
-double probe_fma(int threads, double seconds) { return rate(threads, seconds, FLOATS[picked_isa()]); }
+double probe_fma(int threads, double seconds) { return measure_rate(threads, seconds, FLOAT_LOOPS[picked_isa()]); }
 
 double probe_bf16(int threads, double seconds) {
   const Isa isa = picked_isa();
-  return rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32} : isa == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOATS[isa]);
+  return measure_rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32} : isa == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOAT_LOOPS[isa]);
 }
 }  // namespace ktx
