@@ -28,7 +28,7 @@ using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best_isa_() { return ISA_NAMES[best_isa()]; }
-// A trailing underscore: the torch operator of the C++ function of that name; it checks arguments, because errors below are crashes.
+// A function with a trailing underscore is the torch operator of the C++ function of that name: it converts and checks arguments.
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
