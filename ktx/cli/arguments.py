@@ -171,14 +171,17 @@ def boolean(text: str) -> bool:
 
 
 def positive(text: str) -> int:
+    """Parses a whole number of at least 1."""
     return _at_least(1, text)
 
 
 def non_negative(text: str) -> int:
+    """Parses a whole number of at least 0."""
     return _at_least(0, text)
 
 
 def _at_least(minimum: int, text: str) -> int:
+    """Parses a whole number of at least `minimum`; argparse prints the error."""
     try:
         value = int(text)
     except ValueError:
@@ -243,6 +246,7 @@ def flag(
 
 
 def debug_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --debug, which every command has."""
     flag(parser, "--debug", help="show the traceback when the command fails")
 
 

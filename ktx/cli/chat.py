@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         if args.prompt is not None:
             chat.send(args.prompt)
         elif has_terminal():
-            chat.bandwidth = _bandwidth()
+            chat.bandwidth = _measure_bandwidth()
             print_note("/help lists the commands, Ctrl-C stops an answer, /exit ends the chat")
             chat.interactive()
         elif args.prompt_file and sys.stdin.isatty():
@@ -148,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _use_demo_model(args: argparse.Namespace, note: Any) -> None:
+    """Sets the bundled demo model in the arguments, and prints a note, because its answers are of little use."""
     import ktx.demo
 
     args.model = str(ktx.demo.path())
@@ -166,7 +167,8 @@ def loaded_line(model: Any, name: str) -> str:
     )
 
 
-def _bandwidth() -> float:
+def _measure_bandwidth() -> float:
+    """Returns the read bandwidth in GB/s, the limit of decoding, with which the chat compares its speed."""
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import read_bandwidth
 

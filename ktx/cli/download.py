@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if tag and args.include:
         raise UsageError(f"{repo}:{tag} and --include both select files; give one of them")
-    hub = _hub(args.hub)
+    hub = _create_hub(args.hub)
     target = Path(args.to).expanduser().resolve() if args.to else None
     listing = hub.list_repo(repo, args.revision)
     try:
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _hub(name: str) -> Hub:
+def _create_hub(name: str) -> Hub:
+    """Returns the client of a hub; imported late, because only one of the two need be installed."""
     if name == "modelscope":
         from ktx.hub.modelscope import ModelScope
 
@@ -128,24 +129,24 @@ def next_command(folder: Path, selection: FileSelection) -> list[str]:
 
 def print_quantizations(quantizations: Sequence[Quantization]) -> None:
     """Prints a table of a repository's quantizations to standard error."""
-    table = _table("quantization", "size", "files")
+    table = _create_table("quantization", "size", "files")
     for quantization in quantizations:
         table.add_row(quantization.name, format_bytes(quantization.size), str(len(quantization.files)))
-    _console(sys.stderr).print(table)
+    _create_console(sys.stderr).print(table)
 
 
 def print_files(selection: FileSelection, plan: DownloadPlan) -> None:
     """Prints the files and their sizes, the parts of a split file in one row, then the totals."""
     missing = set(plan.files)
-    table = _table("file", "size", "")
-    for group in _folded(selection.files):
+    table = _create_table("file", "size", "")
+    for group in _group_parts(selection.files):
         num_present = sum(file not in missing for file in group)
         status = (
             "present" if num_present == len(group) else f"{num_present} of {len(group)} present" if num_present else ""
         )
         name = group[0].path if len(group) == 1 else f"{group[0].path} ... ({len(group)} files)"
         table.add_row(name, format_bytes(sum(file.size for file in group)), status)
-    console = _console(sys.stdout)
+    console = _create_console(sys.stdout)
     console.print(table)
     resumed = (
         f", of which {format_bytes(plan.downloaded_bytes)} are already downloaded" if plan.downloaded_bytes else ""
@@ -162,7 +163,8 @@ def print_files(selection: FileSelection, plan: DownloadPlan) -> None:
         )
 
 
-def _folded(files: Sequence[File]) -> list[list[File]]:
+def _group_parts(files: Sequence[File]) -> list[list[File]]:
+    """Groups the parts of split files; any other file is a group of its own."""
     groups: dict[str, list[File]] = {}
     for file in files:
         split = SPLIT.match(file.path.removesuffix(file.kind))
@@ -170,7 +172,7 @@ def _folded(files: Sequence[File]) -> list[list[File]]:
     return list(groups.values())
 
 
-def _table(*columns: str) -> Any:
+def _create_table(*columns: str) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -179,7 +181,7 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _console(stream: Any) -> Any:
+def _create_console(stream: Any) -> Any:
     from rich.console import Console
 
     return Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
@@ -201,6 +203,7 @@ def progress(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _show_bar(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar, which starts at the bytes that an earlier download left."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -161,13 +161,13 @@ def _measure_speeds(args: argparse.Namespace) -> Any:
     gpu_source = "given" if args.gpu_bandwidth else "assumed" if gpu_gb_s is None else "measured"
     link = link_bandwidth()
     return Speeds(
-        cpu_read.gb_s if cpu_read else args.cpu_bandwidth,
-        args.gpu_bandwidth or gpu_gb_s or DEFAULT_GPU_GB_S,
-        f"measured: {cpu_read.size}" if cpu_read else "given",
-        gpu_source,
-        link or DEFAULT_PCIE_GB_S,
-        "measured" if link else "assumed",
-        prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
+        cpu_gb_s=cpu_read.gb_s if cpu_read else args.cpu_bandwidth,
+        gpu_gb_s=args.gpu_bandwidth or gpu_gb_s or DEFAULT_GPU_GB_S,
+        cpu_from=f"measured: {cpu_read.size}" if cpu_read else "given",
+        gpu_from=gpu_source,
+        link_gb_s=link or DEFAULT_PCIE_GB_S,
+        link_from="measured" if link else "assumed",
+        cpu_gops=prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
     )
 
 

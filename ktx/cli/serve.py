@@ -315,7 +315,13 @@ def _server_settings(args: argparse.Namespace) -> Any:
     )
     folder = Path(args.lora_dir).expanduser().resolve() if args.lora_dir else None
     return ServerSettings(
-        args.max_new_tokens, args.force_think, template, args.hide_input, sampling, max_stored, lora_dir=folder
+        max_new_tokens=args.max_new_tokens,
+        force_think=args.force_think,
+        chat_template=template,
+        hide_input=args.hide_input,
+        sampling=sampling,
+        max_stored_responses=max_stored,
+        lora_dir=folder,
     )
 
 

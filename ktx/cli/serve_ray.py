@@ -98,19 +98,25 @@ def serve_replicas(
     listener = listen(args.host, args.port)
     options = {name: value for name, value in vars(args).items() if not name.startswith("api_key")}
     replica_config = ReplicaConfig(
-        EngineFactory(make, options), names, adapters, settings, (args.log_level, args.log_format), 1, 1
+        make=EngineFactory(make, options),
+        names=names,
+        adapters=adapters,
+        settings=settings,
+        log=(args.log_level, args.log_format),
+        threads=1,
+        per_node=1,
     )
     cluster = Cluster(
         ClusterConfig(
-            f"ktx-{names[0].replace('/', '-')}",
-            args.ray_address,
-            args.replicas,
-            args.threads,
-            memory_bytes(args),
-            replica_config,
-            args.max_batch_size,
-            args.max_queue,
-            0 if args.no_prefix_cache else args.cache_lens // PAGE_TOKENS,
+            app=f"ktx-{names[0].replace('/', '-')}",
+            address=args.ray_address,
+            replicas=args.replicas,
+            threads=args.threads,
+            replica_bytes=memory_bytes(args),
+            replica=replica_config,
+            max_batch_size=args.max_batch_size,
+            max_queue=args.max_queue,
+            prefix_cache_pages=0 if args.no_prefix_cache else args.cache_lens // PAGE_TOKENS,
         )
     )
     load_errors: list[BaseException] = []

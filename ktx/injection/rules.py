@@ -243,13 +243,13 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
     if cls and not CLASS_PATH.fullmatch(cls):
         compile_pattern(cls, f"{reader.at(match['class'])}: match.class")
     return Rule(
-        compile_pattern(name, f"{reader.at(match['name'])}: match.name") if name else None,
-        cls,
-        None if new_class in ("default", None) else new_class,
-        kwargs or {},
-        device,
-        reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
-        reader.at(node),
+        name=compile_pattern(name, f"{reader.at(match['name'])}: match.name") if name else None,
+        cls=cls,
+        replace=None if new_class in ("default", None) else new_class,
+        kwargs=kwargs or {},
+        device=device,
+        recursive=reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
+        where=reader.at(node),
     )
 
 

@@ -67,7 +67,16 @@ def plan(
     placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
     cache_dtype = kv_type(kv_dtype)
     meta_model, result, *_ = prepare_model(
-        model, weights, rules, torch.float32, cache_dtype, moe_experts, trust_remote_code, targets, False, placement
+        model,
+        weights,
+        rules,
+        dtype=torch.float32,
+        kv_dtype=cache_dtype,
+        moe_experts=moe_experts,
+        trust_remote_code=trust_remote_code,
+        targets=targets,
+        mtp=False,
+        placement=placement,
     )
     result.adapters = {file.adapter.name: adapter_bytes(match_modules(meta_model, file)) for file in adapter_files}
     if defer_experts:
@@ -107,7 +116,15 @@ def measure_footprint(
     unplaced = Rules(base_rules, base=base_rules.base, explicit=base_rules.explicit)
     targets = quant_targets(weight_dtype, moe_dtype)
     meta_model, plan, source, _ = prepare_model(
-        model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
+        model,
+        weights,
+        unplaced,
+        dtype=torch.float32,
+        kv_dtype=None,
+        moe_experts=moe_experts,
+        trust_remote_code=trust_remote_code,
+        targets=targets,
+        mtp=False,
     )
     plan.check(source)
     plan.warn_unread()

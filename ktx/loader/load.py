@@ -232,16 +232,16 @@ def load(
     loaded_tokenizer = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
     files = WeightFiles(
         BuildArguments(
-            str(Path(source.path).absolute()),
-            copy.deepcopy(hf_model.config),
-            plan.rules,
-            dtype,
-            kv_dtype,
-            trust_remote_code,
-            targets,
-            mtp,
-            (device, moe_device, shared_device, devices, gpu_experts),
-            None if cache_dir is None else str(Path(cache_dir).expanduser().absolute()),
+            weights=str(Path(source.path).absolute()),
+            config=copy.deepcopy(hf_model.config),
+            rules=plan.rules,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            trust_remote_code=trust_remote_code,
+            targets=targets,
+            mtp=mtp,
+            placement_args=(device, moe_device, shared_device, devices, gpu_experts),
+            cache_dir=None if cache_dir is None else str(Path(cache_dir).expanduser().absolute()),
         ),
         {spec.file for step in plan for spec in step.specs},
     )
@@ -268,24 +268,24 @@ def load(
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
     device_hooks.install(hf_model, devices_of, dtype)
     layer.group_layers(hf_model)
-    _stream_experts(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
+    _install_expert_offload(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
     tune_malloc()  # only now: loading has returned its temporary memory
     set_loaded_class(hf_model)
     weight_sizes = own_sizes(hf_model)
     hf_config: Any = hf_model.config
     info = hf_model.ktx = LoadInfo(
-        plan,
-        source.path,
-        time.perf_counter() - start_s,
-        sum(size.held_bytes for size in weight_sizes),
-        sum(size.bytes_per_token for size in weight_sizes),
-        cpu.ops.isa(),
-        num_threads,
-        _resolve_kv_dtype(hf_model, kv_dtype),
-        weakref.ref(hf_model),
-        loaded_tokenizer,
-        [plan_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
-        self_test,
+        plan=plan,
+        weights=source.path,
+        seconds=time.perf_counter() - start_s,
+        nbytes=sum(size.held_bytes for size in weight_sizes),
+        bytes_per_token=sum(size.bytes_per_token for size in weight_sizes),
+        isa=cpu.ops.isa(),
+        threads=num_threads,
+        kv_dtype=_resolve_kv_dtype(hf_model, kv_dtype),
+        model=weakref.ref(hf_model),
+        tokenizer=loaded_tokenizer,
+        identity=[plan_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        self_test=self_test,
         files=files,
     )  # type: ignore[assignment]
     for adapter, modules in adapters:
@@ -307,7 +307,8 @@ def _set_attention(model: Any, attn_implementation: str | None) -> None:
             raise UsageError(f"attn_implementation {attn_implementation!r}: {str(error).splitlines()[0]}") from error
 
 
-def _stream_experts(model: nn.Module, plan: Plan, requested: int | str | None) -> None:
+def _install_expert_offload(model: nn.Module, plan: Plan, requested: int | str | None) -> None:
+    """Installs offloading and streaming of the CPU's experts for blocks on GPUs; without a GPU does nothing."""
     if any(device.gpu for device in plan.devices.values()):  # without a GPU Triton may not be installed
         importlib.import_module("ktx.ops.gpu.moe").install_offload(model)
         importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
@@ -338,7 +339,7 @@ def _check_fake_gpus(plan: Plan) -> None:
 
 
 def _check_fp8(plan: Plan) -> None:
-    """Raises UsageError if a GPU does not support e4m3."""
+    """Raises UsageError if a GPU does not support e4m3, the element type of an fp8 KV cache."""
     for device in {device for device in plan.devices.values() if device.gpu and not device.fake}:
         if (capability := torch.cuda.get_device_capability(device.torch)) < (8, 9):
             raise UsageError(

@@ -50,10 +50,8 @@ def load_weights(
         Pages are released after use, because otherwise the file's pages and the packed weights would both count as this
         process's memory.
         """
-        for next_step in (
-            ordered[index + threads : index + threads + 1] if store is None or not store.is_complete else ()
-        ):
-            source.prefetch(next_step.tensors)
+        if (store is None or not store.is_complete) and index + threads < len(ordered):
+            source.prefetch(ordered[index + threads].tensors)
         step = ordered[index]
         module = model.get_submodule(step.path) if step.path else model
         if isinstance(module, Operator) and not _shares_embedding(module):

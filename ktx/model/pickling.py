@@ -88,17 +88,17 @@ class BuildArguments:
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
             model, plan, source, _ = prepare_model(
-                self.weights,
-                self.weights,
-                self.rules,
-                self.dtype,
-                self.kv_dtype,
-                None,
-                self.trust_remote_code,
-                self.targets,
-                self.mtp,
-                placement_options(*self.placement_args),
-                self.config,
+                model=self.weights,
+                weights=self.weights,
+                rules=self.rules,
+                dtype=self.dtype,
+                kv_dtype=self.kv_dtype,
+                moe_experts=None,  # the configuration has it
+                trust_remote_code=self.trust_remote_code,
+                targets=self.targets,
+                mtp=self.mtp,
+                placement=placement_options(*self.placement_args),
+                config_override=self.config,
             )
             plan.check(source)
         return model, plan, source
