@@ -1,5 +1,14 @@
-// Attention on f32 blocks, over the primitives of one instruction set. Rows of keys and values are contiguous.
+// Attention in f32 on one block of rows and keys, over the primitives of one instruction set. A row is one query of one
+// head; rows that share keys (heads of a KV head, queries of a sequence) are processed together. The driver calls for
+// each block of keys
+//   score            scores = q . k
+//   online_softmax   scores -> probabilities, rescales what earlier blocks added
+//   accumulate_pv    out += probabilities . v
+// All arrays are contiguous: q [rows][d], k [keys][d], scores [rows][BLOCK_KEYS], v [keys][dv], out [rows][dv].
+// Letters: R = rows and C = columns (keys of scores, vectors of 16 columns of values) of a register tile, r and c their
+// indices, d = columns of q and k, dv = columns of v.
 
+// Converts n values of the KV cache (Q8_0: full blocks) to f32.
 static void convert(const void* from, DType type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
   int64_t i = 0;
@@ -29,7 +38,7 @@ static void convert(const void* from, DType type, int64_t n, float* to) {
   }
 }
 
-// An R x C tile of dot products; the tails of rows that are no multiple of 16 are added one by one.
+// Computes the scores of R rows and C keys. If d is no multiple of 16, the last columns are added one by one.
 template <int R, int C> static void score_tile(const float* q, const float* k, int d, float* scores) {
   F acc[R * C];
 #pragma GCC unroll 16
@@ -56,6 +65,7 @@ template <int R, int C> static void score_tile(const float* q, const float* k, i
     }
 }
 
+// Computes scores in tiles of 4 x 4, so that a load of q or k serves four products.
 static void score(const float* q, const float* k, int queries, int keys, int d, float* scores) {
   int r = 0;
   for (; r + 4 <= queries; r += 4) {
@@ -70,6 +80,9 @@ static void score(const float* q, const float* k, int queries, int keys, int d, 
   }
 }
 
+// Replaces scores by exp(score - row_max), where row_max is the maximum of all keys so far; columns from `keys` to
+// BLOCK_KEYS become zero. If a row's maximum grows, its `sum` and `out` of earlier blocks are multiplied by exp(old -
+// new), so that all blocks are relative to the same maximum. A row without a visible key so far stays zero.
 static void online_softmax(float* scores, int queries, int keys, int dv, SoftmaxState state) {
   for (int r = 0; r < queries; ++r) {
     float *row = scores + r * BLOCK_KEYS, *out = state.out + int64_t(r) * dv, row_max = state.row_max[r];
@@ -100,6 +113,7 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
   }
 }
 
+// out [R rows][16 * C columns] += probabilities . v over `keys` keys; sums are in registers.
 template <int R, int C> static void accumulate_pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
   F acc[R * C];
 #pragma GCC unroll 4
@@ -123,6 +137,7 @@ template <int R, int C> static void accumulate_pv_tile(const float* probs, const
     for (int c = 0; c < C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * C + c]);
 }
 
+// The same for R rows and all dv columns; columns past a multiple of 16 are added one by one.
 template <int R> static void accumulate_pv_rows(const float* probs, const float* v, int keys, int dv, float* out) {
   int c = 0;
   for (; c + 64 <= dv; c += 64) accumulate_pv_tile<R, 4>(probs, v + c, keys, dv, out + c);
@@ -132,13 +147,14 @@ template <int R> static void accumulate_pv_rows(const float* probs, const float*
       for (int t = 0; t < keys; ++t) out[int64_t(r) * dv + c] += probs[r * BLOCK_KEYS + t] * v[int64_t(t) * dv + c];
 }
 
+// out += probabilities . v for all rows, four at a time, so that a load of v serves four.
 static void accumulate_values(const float* probs, const float* v, int queries, int keys, int dv, float* out) {
   int r = 0;
   for (; r + 4 <= queries; r += 4) accumulate_pv_rows<4>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
   for (; r < queries; ++r) accumulate_pv_rows<1>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
 }
 
-// The table of this instruction set; `bf16`: its kernels in bf16, or null.
+// Returns the table of this instruction set; `bf16`: its kernels in bf16, or null.
 constexpr AttentionKernels attention_table(const Bf16Kernels* bf16) {
   return {.convert = convert, .score = score, .online_softmax = online_softmax, .accumulate_pv = accumulate_values, .bf16 = bf16};
 }

@@ -1,8 +1,11 @@
-// Attention in bf16 with f32 sums, for keys and values that are stored in half precision.
-// A lane is a row (a query of a head): scores are [key][row], so that neither products nor softmax sum over lanes. A 32-bit word is a pair of columns (of
-// keys) or a pair of keys (of values): one step of vdpbf16ps.
+// Attention in bf16 with f32 sums, for keys and values that are stored in half precision or Q8_0.
+// A lane is a row (one query of one head): scores are [key][row], so that neither products nor softmax sum over lanes.
+// A 32-bit word is a pair of columns (q . k) or a pair of keys (probabilities . v), which one vdpbf16ps multiplies and
+// adds. Letters: `lanes` and L = vectors of 16 rows (l its index), R = rows, C = keys or chunks of 32 columns, d =
+// columns of q and k, dv = columns of v.
 
-// q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
+// Transposes q f32 [rows][d] to pairs of columns [d/2][lanes*16 rows], once for all blocks of keys. Lanes past `rows`
+// are zero.
 static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
   __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
   for (int r = 0; r < rows; ++r, q += d)
@@ -16,8 +19,10 @@ static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32
     }
 }
 
-template <DType TYPE> constexpr int VECTOR_BYTES = TYPE == DType::Q8_0 ? Q8_BYTES : 64;  // of 32 columns
-template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {  // 32 columns as bf16
+// Bytes of 32 columns.
+template <DType TYPE> constexpr int VECTOR_BYTES = TYPE == DType::Q8_0 ? Q8_BYTES : 64;
+// Loads 32 columns as bf16.
+template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {
   if constexpr (TYPE == DType::BF16) return load(p);
   else if constexpr (TYPE == DType::F16) return pair_neighbors_as_bf16(load_f16(p), load_f16(p + 32));
   else {
@@ -28,7 +33,7 @@ template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {  // 32 columns a
   }
 }
 
-// One row as bf16.
+// Converts one row of d columns of the KV cache to bf16 (Q8_0: d is a multiple of 32).
 static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
   const uint16_t* p = static_cast<const uint16_t*>(from);
   if (type == DType::BF16) {
@@ -49,7 +54,8 @@ static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
   _mm512_mask_storeu_epi16(to + i, rest, pair_neighbors_as_bf16(low, high));
 }
 
-// L vectors of rows times C keys; keys are `stride` columns apart. Prefetches of the next block are spread evenly, because a burst would stall the loads.
+// Computes the scores of 16*L rows and C keys, which are `stride` columns apart. Prefetches the next block at next0 and
+// next1 (keys and values) evenly between the products, because a burst would stall the loads.
 template <int L, int C>
 AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next0, const uint8_t* next1) {
   F acc[L * C];
@@ -72,7 +78,7 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
     for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
 }
 
-// scores[key][lanes*16] for `keys` rounded up to 8: scores past `keys` are undefined
+// Computes scores [key][lanes*16 rows] for up to 8 keys. All 8 are computed; scores past `keys` are undefined.
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
   const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
@@ -82,7 +88,9 @@ static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t 
   for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
 }
 
-// Eight MLA latent keys; the next eight are converted between the products, on other ports. Separate conversion would take a seventh of the time.
+// Computes the scores of eight MLA latent keys (absorbed MLA: dk latent columns, then dr rope columns) and, between the
+// products, converts eight other keys to bf16. Conversion uses other execution ports than products; done separately it
+// would take a seventh of the time.
 template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& conversion, float* scores) {
   F acc[L * 8];
 #pragma GCC unroll 16
@@ -113,6 +121,7 @@ template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, cons
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
 }
+// score_latent_as for 1 or 2 lanes and the type of the cache, F16, BF16 or Q8_0 (the tables are indexed by DType).
 static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& conversion, float* scores) {
   static void (*const one_lane[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
       nullptr, score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
@@ -121,9 +130,11 @@ static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const 
   (lanes == 1 ? one_lane : two_lanes)[int(conversion.type)](q, k, conversion, scores);
 }
 
-// scores [keys][lanes*16] -> probs [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
+// The online softmax of attention.inl with a row in each lane: scores [keys][lanes*16] -> probabilities
+// [keys/2][lanes*16] as pairs of keys, the operand of accumulate_pv. Rescales `sum` and, of rows whose maximum has
+// changed, `out`.
 static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs) {
-  const F min_score = setf(-1e30f);
+  const F min_score = setf(-1e30f);  // scores below are masked
   for (int l = 0; l < lanes; ++l) {
     const F old_max = loadf(state.row_max + l * 16);
     F row_max = old_max;
@@ -155,10 +166,13 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
   }
 }
 
-// R rows times C chunks of 32 columns. Columns of two keys are paired by unpacking, which runs on another port than the products and leaves
-// each chunk in COLUMN_ORDER; permutations that keep the order would compete with the products.
+// Probabilities . v pairs the columns of two keys by unpacking, which runs on another port than the products but leaves
+// each chunk of 32 columns of `out` in this order (the driver undoes it once at the end); permutations that preserve
+// the order would compete with the products.
 const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 
+// Adds two keys to R rows and C chunks of 32 columns: acc[r][c] += probability pair of row r . values of keys `even`
+// and `odd`.
 template <int R, int C> AI void accumulate_key_pair(const uint32_t* probs, const uint16_t* even, const uint16_t* odd, F* acc) {
   Pairs b[2 * C];
 #pragma GCC unroll 2
@@ -172,6 +186,8 @@ template <int R, int C> AI void accumulate_key_pair(const uint32_t* probs, const
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], probs + r, b[c]);
 }
 
+// The same for all `keys` keys, `stride` columns apart; probabilities of the next pair of keys are pair_stride words
+// further.
 template <int R, int C> AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
   F acc[R * 2 * C];
 #pragma GCC unroll 4
@@ -186,12 +202,14 @@ template <int R, int C> AI void accumulate_pv_tile_bf16(const uint32_t* probs, i
     for (int c = 0; c < 2 * C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * 2 * C + c]);
 }
 
+// The same for all rows, four at a time.
 template <int C> AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) accumulate_pv_tile_bf16<4, C>(probs + r, pair_stride, v, stride, keys, dv, out + int64_t(r) * dv);
   for (; r < rows; ++r) accumulate_pv_tile_bf16<1, C>(probs + r, pair_stride, v, stride, keys, dv, out + int64_t(r) * dv);
 }
 
+// out [rows][dv] += probabilities . v, with the columns of each 32 in COLUMN_ORDER; dv is a multiple of 32.
 static void accumulate_pv_bf16(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int c = 0;
   for (; c + 64 <= dv; c += 64) accumulate_pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);

@@ -1,43 +1,54 @@
-// The functions that an instruction set offers to attention.cpp: a block of rows (queries times the heads that share keys) against a block of keys.
+// The attention kernels that each instruction set provides to driver/attention.cpp. Each call processes a block of rows
+// and a block of keys; a row is one query of one of the heads that share keys. d: columns of queries and keys, dv:
+// columns of values.
 #pragma once
 #include <cstdint>
 
 #include "cpu/quant/dtype.h"
 
 namespace ktx {
-constexpr int BLOCK_KEYS = 64;    // keys in a block
-constexpr int BLOCK_ROWS = 64;    // max rows of a block, full vectors
+constexpr int BLOCK_KEYS = 64;      // max keys of a block
+constexpr int BLOCK_ROWS = 64;      // max rows of a block in bf16: four vectors
 constexpr int F32_BLOCK_ROWS = 32;  // max rows in f32, where a row takes twice as long
 
-// The online softmax of a block of rows: the result so far is `out / sum`, with scores relative to `row_max`.
+// The state of the online softmax for a block of rows, updated block of keys by block of keys. The result so far is
+// `out / sum`; both are sums of exp(score - row_max).
 struct SoftmaxState {
   float* row_max;  // [BLOCK_ROWS]
-  float* sum;   // [BLOCK_ROWS]
-  float* out;   // [BLOCK_ROWS][dv]
+  float* sum;      // [BLOCK_ROWS]
+  float* out;      // [BLOCK_ROWS][dv]
 };
 
-// The conversion that runs interleaved with the scores of eight MLA latent keys: eight other keys become bf16 rows.
+// What Bf16Kernels::latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k` and
+// a rope row, become bf16 rows.
 struct LatentConversion {
-  const uint8_t *k, *rope;  // of the first of the other keys
-  int64_t k_step, rope_step;  // bytes
+  const uint8_t *k, *rope;    // of the first key to convert
+  int64_t k_step, rope_step;  // bytes from one key to the next
   DType type;
-  int dk, dr;    // multiples of 32
+  int dk, dr;    // columns of `k` and of `rope`, multiples of 32
   uint16_t* to;  // [8][dk + dr]
 };
 
-// In bf16, see attention_bf16.inl. `lanes`: vectors of 16 rows.
+// Kernels in bf16 (attention_bf16.inl). `lanes`: number of vectors of 16 rows.
 struct Bf16Kernels {
+  // packs q [rows][d] as pairs of columns [d/2][lanes*16]
   void (*queries)(const float* q, int rows, int d, int lanes, uint32_t* to);
+  // converts a row of the KV cache
   void (*row)(const void* from, DType type, int d, uint16_t* to);
-  // up to 8 keys; prefetches as many bytes of the two ranges `next` as it reads of `k`
+  // scores [key][lanes*16] = q . k for up to 8 keys; prefetches as many bytes of the two ranges `next` as it reads of
+  // `k`
   void (*score)(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next);
-  void (*latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);  // up to 2 lanes, 8 keys
+  // scores of 8 MLA latent keys for up to 2 lanes, while 8 other keys are converted
+  void (*latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);
+  // scores -> pairs of probabilities [keys/2][lanes*16]; out and sum are rescaled to the new maximum
   void (*online_softmax)(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs);
+  // out [rows][dv] += probs . v, columns in column_order
   void (*accumulate_pv)(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out);
   const uint8_t* column_order;  // the column of each of 32 positions of `out`
 };
 
 struct AttentionKernels {
+  // converts n values of the KV cache to f32
   void (*convert)(const void* from, DType type, int64_t n, float* to);
   // scores[i][BLOCK_KEYS] = q[i] . k[j], rows d apart; `keys` of BLOCK_KEYS are valid
   void (*score)(const float* q, const float* k, int queries, int keys, int d, float* scores);
