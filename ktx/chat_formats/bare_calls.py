@@ -22,13 +22,13 @@ def read_bare(source: TextReader, calls: CallEvents, call_format: CallFormat, ma
     ends = marks_of(*call_format.ends, *call_format.sections, "```")
     if mark[-1] == "{":
         source.pos -= 1
-        yield from ObjectCall(source, calls, ends, False).read()
+        yield from ObjectCall(source, calls, ends, marked=False).read()
         yield from _read_separator(source)
         return
     yield from source.read_whitespace()
     if (yield from source.peek_char()) == "{":
         source.pos -= 1
-        yield from read_list(source, calls, ends, False)
+        yield from read_list(source, calls, ends, marked=False)
     else:
         yield from _read_python_calls(source, calls)
 

@@ -54,7 +54,7 @@ def _read_calls(source: TextReader, calls: CallEvents, call_format: CallFormat) 
 def _read_objects(source: TextReader, calls: CallEvents, ends: Marks) -> Iterator[Event | None]:
     """Reads {...} and further objects before the end mark, each a call. Other text after them is left as text."""
     while True:
-        yield from ObjectCall(source, calls, ends, True).read()
+        yield from ObjectCall(source, calls, ends, marked=True).read()
         yield from _skip_spare_brackets(source)
         source.start_call()  # the calls so far are complete
         space = yield from source.read_whitespace()

@@ -101,7 +101,7 @@ class StepBudget:
         fitting_tokens = tokens * self.target_s / seconds
         # A quick step with less than half of the allowed tokens, such as the end of a prompt, is no evidence that more
         # tokens fit. The past that is passed is one for which only the latency target limits the step.
-        if seconds > self.target_s or 2 * tokens >= self.tokens(self.max_tokens * PAST_DIVISOR, True):
+        if seconds > self.target_s or 2 * tokens >= self.tokens(past=self.max_tokens * PAST_DIVISOR, decoding=True):
             self.fitting_tokens = max(
                 float(self.min_tokens),
                 min(fitting_tokens, MAX_GROWTH * max(self.fitting_tokens, tokens), float(self.max_tokens)),

@@ -145,14 +145,14 @@ class Engine:
             PagePool(pages),
             self.options.max_batch_size,
             self.budget,
-            self.options.prefix_cache and self.runner.supports_prefix_cache,
-            self.runner.recurrent,
-            self.runner.free,
-            self.runner.restore,
-            self.runner.snapshot,
-            self.runner.page_aligned_numerics,
-            self.store,
-            self.runner.granularity,
+            prefix_caching=self.options.prefix_cache and self.runner.supports_prefix_cache,
+            recurrent=self.runner.recurrent,
+            on_free=self.runner.free,
+            on_restore=self.runner.restore,
+            on_snapshot=self.runner.snapshot,
+            page_aligned_numerics=self.runner.page_aligned_numerics,
+            store=self.store,
+            granularity=self.runner.granularity,
         )
 
     def _build_budget(self) -> StepBudget:
@@ -172,10 +172,10 @@ class Engine:
                     f"{max_tokens} tokens would fit; lower --max-num-batched-tokens"
                 )
             step = max(requested, granularity) if requested >= PAGE_TOKENS else requested
-            return StepBudget(step, step, seconds, granularity)
+            return StepBudget(step, max_tokens=step, target_s=seconds, min_tokens=granularity)
         if max_tokens < MAX_STEP_TOKENS:
             log.info("a step computes at most %d prompt tokens: more need more memory than is free", max_tokens)
-        return StepBudget(min(STEP_TOKENS, max_tokens), max_tokens, seconds, granularity)
+        return StepBudget(min(STEP_TOKENS, max_tokens), max_tokens=max_tokens, target_s=seconds, min_tokens=granularity)
 
     def _build_speculation(self) -> SpeculativeDecoder | None:
         """Returns the speculative decoder that the options select, None for none. UsageError when the model does not

@@ -37,8 +37,8 @@ from ktx.transformers_compat import cache_argument
 
 log = logging.getLogger("ktx.engine")
 # The values of a row (one request's token in a captured step), in the order of the rows of `Inputs.row_values`: token
-# id, position, slot in the KV cache; first query row, number of query rows and number of keys, which are next to each other
-# because they are `PageTables.sequences`; and 1 for a request, 0 for padding.
+# id, position, slot in the KV cache; first query row, number of query rows and number of keys, which are next to each
+# other because they are `PageTables.sequences`; and 1 for a request, 0 for padding.
 ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")
 
 

@@ -123,7 +123,15 @@ class OutputState:
         if self.stop_checker.found is not None and reason == "length":
             reason, self.stopped_by = "stop", self.stop_checker.found
         request = self.request
-        ids, usage = request.ids[len(request.prompt) :], request.usage()
-        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.end_token, client_error)
+        finished = Finished(
+            reason=reason,
+            text=text,
+            ids=request.ids[len(request.prompt) :],
+            usage=request.usage(),
+            stop=self.stopped_by,
+            error=error,
+            end_token=self.end_token,
+            client_error=client_error,
+        )
         request.on_event(finished)
         return finished

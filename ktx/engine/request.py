@@ -137,15 +137,15 @@ class Request:
         now = time.perf_counter()
         started, first = self.started or now, self.first_token or now
         return Usage(
-            len(self.prompt),
-            self.num_output,
-            self.cached or 0,
-            started - self.arrived,
-            first - self.arrived,
-            now - self.arrived,
-            self.preempted,
-            self.drafted,
-            self.accepted,
+            prompt=len(self.prompt),
+            answer=self.num_output,
+            cached=self.cached or 0,
+            queued_seconds=started - self.arrived,
+            first_token_seconds=first - self.arrived,
+            seconds=now - self.arrived,
+            preempted=self.preempted,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
 
 

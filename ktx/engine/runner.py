@@ -139,13 +139,13 @@ class ModelRunner:
         """
         spans = [
             SequenceSpan(
-                chunk.request.id,
-                chunk.start,
-                chunk.count,
-                chunk.request.pages,
-                chunk.num_prompt_tokens,
-                # marks: save recurrent states for the prefix cache, which does not apply to requests with echo
-                self.shares_recurrent_states and not chunk.request.sampling.echo,
+                owner=chunk.request.id,
+                past=chunk.start,
+                count=chunk.count,
+                pages=chunk.request.pages,
+                prompt=chunk.num_prompt_tokens,
+                # the prefix cache does not apply to requests with echo
+                shared=self.shares_recurrent_states and not chunk.request.sampling.echo,
             )
             for chunk in chunks
         ]

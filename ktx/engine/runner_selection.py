@@ -106,7 +106,7 @@ def _trial(runner: ModelRunner, number: int) -> Fault | None:
     try:
         return _compare(runner, requests)
     except Exception as error:  # code of an unknown family may fail in any way
-        return Fault(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", True)
+        return Fault(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", certain=True)
     finally:
         for request in requests:
             runner.free(request)

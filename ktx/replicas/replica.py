@@ -73,13 +73,13 @@ class Replica:
         """Returns the status to report; metrics only when the engine is ready."""
         state, ready = self.state, self.state.engine is not None and not self.state.is_shutting_down
         return ReplicaStatus(
-            self.name,
-            ray.util.get_node_ip_address(),
-            ready,
-            state.load_error,
-            state.progress.total,
-            state.progress.done,
-            self.metrics.text() if ready else b"",
+            name=self.name,
+            node=ray.util.get_node_ip_address(),
+            ready=ready,
+            error=state.load_error,
+            total_bytes=state.progress.total,
+            loaded_bytes=state.progress.done,
+            metrics=self.metrics.text() if ready else b"",
         )
 
     def _report_loop(self) -> None:

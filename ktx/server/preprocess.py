@@ -67,8 +67,8 @@ class EngineInput:
         return Parser(
             state.prompts.chat_format,
             self.tools,
-            rendered.thinking,
-            self.parse_calls,
+            thinking=rendered.thinking,
+            parse_calls=self.parse_calls,
             prefill_text=rendered.prefill_text,
         )
 
@@ -222,7 +222,7 @@ async def build_engine_input(
         _check_tools(state, rendered.tools_not_rendered)
     if chat_input.truncate is not None:
         rendered = replace(rendered, ids=last_tokens(state, rendered.ids, chat_input.truncate, sampling))
-    engine_input = EngineInput(rendered, sampling, None, tools, bool(tools), salt, count)
+    engine_input = EngineInput(rendered, sampling, tools=tools, parse_calls=bool(tools), salt=salt, count=count)
     if tools and chat_input.tool_choice != "auto":
         names = (
             None

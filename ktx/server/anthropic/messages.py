@@ -103,10 +103,10 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
         messages,
         tools,
         tool_choice,
-        parallel,
-        template_kwargs,
-        _response_format(fields),
-        thinking,
+        parallel_tool_calls=parallel,
+        template_kwargs=template_kwargs,
+        response_format=_response_format(fields),
+        thinking=thinking,
         continue_final_message=_continues(fields.messages[-1]),
     )
 

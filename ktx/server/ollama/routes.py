@@ -143,7 +143,7 @@ async def generate(state: ServerState, fields: OllamaGenerate, request: Request)
             RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
         )
         engine_input = EngineInput(
-            RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_response_format(fields))
+            RenderedPrompt(fields.prompt, ids, thinking=False), sampling, await build_grammar(_response_format(fields))
         )
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []

@@ -40,9 +40,9 @@ async def answer(state: ServerState, fields: ChatCompletionRequest, request: Req
     chat_input = ChatInput(
         [to_template_message(message) for message in fields.messages],
         *_select_tools(fields),
-        fields.parallel_tool_calls is not False,
-        _template_kwargs(fields),
-        structured_output(fields),
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
+        template_kwargs=_template_kwargs(fields),
+        response_format=structured_output(fields),
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=fields.continues,
         template=fields.chat_template,

@@ -50,7 +50,9 @@ async def answer(state: ServerState, fields: CompletionRequest, request: Request
     for ids in prompts:
         check_context_length(state, ids, limit)
     engine_inputs = [
-        EngineInput(RenderedPrompt("", ids, False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1)
+        EngineInput(
+            RenderedPrompt("", ids, thinking=False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1
+        )
         for ids in prompts
     ]
     group = await submit(state, engine_inputs, model, fields.lora)

@@ -111,7 +111,12 @@ def _to_chat_input(
     template_kwargs = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
     messages = to_messages(fields.instructions, previous_items, new_items)
     return ChatInput(
-        messages, tools, choice, fields.parallel_tool_calls is not False, template_kwargs, _response_format(fields)
+        messages,
+        tools,
+        choice,
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
+        template_kwargs=template_kwargs,
+        response_format=_response_format(fields),
     ), namespaces
 
 
