@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     ktx_engine = BenchProcess("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
     peer_tests, best_alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
     rounds: Rounds = {}
-    facts = ktx_engine.start()
+    startup_report = ktx_engine.start()
     both_fit, memory_note = _both_fit(args) if args.peer else (True, "")
     try:
         for peer, tests_of_peer in peer_tests.items():
@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> int:
                 peer.stop()
     finally:
         ktx_engine.stop()
-    lines = [line for test in tests for line in _records(test, rounds[test], best_alone, args, facts)]
+    lines = [line for test in tests for line in _records(test, rounds[test], best_alone, args, startup_report)]
     if not args.json:
-        _print_table(lines, facts, memory_note)
+        _print_table(lines, startup_report, memory_note)
     for line in lines if args.json else ():
         print(json.dumps(line))
     if args.record:
@@ -285,7 +285,7 @@ def _records(
     measurements: dict[str, list[dict[str, Any]]],
     best_alone: dict[str, float],
     args: argparse.Namespace,
-    facts: dict[str, Any],
+    startup_report: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Returns the records of one test: ktx's, with its limits and errors, then the peer's, with `ratio` in ktx's."""
     common = (
@@ -302,8 +302,8 @@ def _records(
             | {"engine": engine, "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
             | medians
         )
-    lines[0] |= {key: facts[key] for key in (*LOAD_FIELDS, *PROBE_FIELDS)}
-    errors = facts["errors"][test[:2]]
+    lines[0] |= {key: startup_report[key] for key in (*LOAD_FIELDS, *PROBE_FIELDS)}
+    errors = startup_report["errors"][test[:2]]
     lines[0] |= {"errors": errors, "relative_error": max(errors.values(), default=0.0)}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
     for peer in lines[1:]:
@@ -312,22 +312,31 @@ def _records(
     return lines
 
 
-def _print_table(lines: list[dict[str, Any]], facts: dict[str, Any], memory_note: str) -> None:
+def _print_table(lines: list[dict[str, Any]], startup_report: dict[str, Any], memory_note: str) -> None:
     """Prints the machine, the loading speed, the errors and a row per record.
 
-    `facts` are the figures of loading that the ktx process reported; `memory_note` states whether both engines fit.
+    `startup_report` has the figures of loading that the ktx process reported; `memory_note` states whether both engines fit.
     """
-    threads, gb = f"{facts['threads']} threads", {key: facts[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")}
-    print(f"{lines[0]['machine']}: {facts['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
-    limits = f"cat {facts['cat_gb_s']:.2f}, packing {facts['pack_gb_s']:.2f}, new memory {facts['fresh_gb_s']:.2f} GB/s"
-    print(f"loaded in {facts['load_seconds']:.1f} s, {facts['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}")
+    threads, gb = (
+        f"{startup_report['threads']} threads",
+        {key: startup_report[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")},
+    )
+    print(f"{lines[0]['machine']}: {startup_report['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
+    limits = f"cat {startup_report['cat_gb_s']:.2f}, packing {startup_report['pack_gb_s']:.2f}, new memory {startup_report['fresh_gb_s']:.2f} GB/s"
+    print(
+        f"loaded in {startup_report['load_seconds']:.1f} s, {startup_report['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}"
+    )
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
-    sizes = ", ".join(f"{what} {facts[key] >> 20} MiB" for key, what in PROBE_FIELDS.items())
+    sizes = ", ".join(f"{what} {startup_report[key] >> 20} MiB" for key, what in PROBE_FIELDS.items())
     print(f"read bandwidth, the limit of decode (tg), is measured before each round: {sizes}")
     print(*filter(None, [memory_note]), sep="\n", end="\n" if memory_note else "")
     engine_width = max(len(line["engine"]) for line in lines) + 2
     test_width = max(8, *(len(line["test"]) + 2 for line in lines))
-    worst = {kind: max(errors.items(), key=lambda item: item[1]) for kind, errors in facts["errors"].items() if errors}
+    worst = {
+        kind: max(errors.items(), key=lambda item: item[1])
+        for kind, errors in startup_report["errors"].items()
+        if errors
+    }
     worst_errors = ", ".join(f"{kind} {value:.2%} ({name})" for kind, (name, value) in worst.items())
     print(f"error of a matrix product against float64 on the same weights, worst type: {worst_errors}")
     print(f"{'test':{test_width}}{'engine':{engine_width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}{'error':>8}  limit")

@@ -24,7 +24,7 @@ CAT_CHUNK_BYTES, MAX_CAT_CHUNKS = 1 << 26, 64  # at most 4 GiB of the files are 
 
 
 def main() -> int:
-    """Loads the model, prints its facts as a JSON line, then measures until standard input ends."""
+    """Loads the model, prints its startup report as a JSON line, then measures until standard input ends."""
     parser = argparse.ArgumentParser()
     for name in ("--model", "--weights", "--rules"):
         parser.add_argument(name)
@@ -45,7 +45,7 @@ def main() -> int:
         return error.exit_code
     info = model.ktx
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    facts = {
+    startup_report = {
         "ready": True,
         "isa": info.isa,
         "threads": info.threads,
@@ -63,7 +63,7 @@ def main() -> int:
         "params": active_params(model),
         "errors": {kind: matrix_errors(model, together) for kind, together in (("pp", 64), ("tg", 1))},
     }
-    print(json.dumps(facts), flush=True)
+    print(json.dumps(startup_report), flush=True)
     forward(model, token_ids(16, model.config.vocab_size), 16)
     for line in sys.stdin:
         print(json.dumps(measure(model, json.loads(line)["test"])), flush=True)

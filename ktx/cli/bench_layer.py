@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     peer = BenchProcess(args.peer, MODULES[args.peer], arguments) if args.peer else None
     lines = []
     try:
-        facts = ktx_engine.start()
-        peer_facts = peer.start() if peer else {}
+        ktx_report = ktx_engine.start()
+        peer_report = peer.start() if peer else {}
         print(
             f"{layer.experts} experts, {layer.top} per token, {layer.hidden} x {layer.width};"
-            f" {run_metadata()['machine']}, {args.threads} threads; ktx {facts['isa']}"
-            + (f"; {args.peer} {peer_facts['version']}" if peer else "")
+            f" {run_metadata()['machine']}, {args.threads} threads; ktx {ktx_report['isa']}"
+            + (f"; {args.peer} {peer_report['version']}" if peer else "")
         )
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
         for peer_format, name in rows:

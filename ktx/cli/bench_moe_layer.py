@@ -97,17 +97,17 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def serve_tests(
-    facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None
+    startup_report: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None
 ) -> None:
     """Runs the engine's side of the protocol until standard input ends, then exits.
 
     Args:
-        facts: what the engine reports first.
+        startup_report: the first line of output, for the benchmark that started the engine.
         build: builds the layer in a format and returns a function that measures it with a number of tokens.
         out: stream for the results (default: standard output).
     """
     out = out or sys.stdout
-    print(json.dumps(facts), file=out, flush=True)
+    print(json.dumps(startup_report), file=out, flush=True)
     measures: dict[str, Callable[[int], dict[str, float]]] = {}
     for line in sys.stdin:
         request = json.loads(line)["test"]

@@ -31,18 +31,18 @@ class BenchProcess:
     def __init__(self, name: str, module: str, arguments: list[str], more_than: int = 0):
         self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *arguments], more_than
         self.process: subprocess.Popen[str] | None = None
-        self.facts: dict[str, Any] = {}
+        self.startup_report: dict[str, Any] = {}
 
     def start(self) -> dict[str, Any]:
-        """Starts the process, which loads the model, and returns the facts that it reports."""
+        """Starts the process, which loads the model, and returns what it reports: versions, sizes, loading speed."""
         if self.process is None:
             root = str(Path(__file__).resolve().parents[2])
             path = [root, os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, env=environment)
-            self.facts = self._read_result()
-        return self.facts
+            self.startup_report = self._read_result()
+        return self.startup_report
 
     def measure(self, test: str | dict[str, Any]) -> dict[str, Any]:
         """Runs one test and returns its measurement."""

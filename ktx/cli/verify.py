@@ -233,11 +233,11 @@ def _record(model: Any, ids: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def recorded_routing(model: Any, given: Mapping[str, Routing] | None = None) -> Iterator[dict[str, Routing]]:
+def recorded_routing(model: Any, replacement: Mapping[str, Routing] | None = None) -> Iterator[dict[str, Routing]]:
     """Records the routing that the experts of each block receive while the context is entered.
 
     Args:
-        given: routing by the path of the experts, to pass to them instead of the router's.
+        replacement: routing by the path of the experts, to pass to them instead of the router's.
 
     Yields:
         The recorded routing by path: ids and weights [tokens, top-k].
@@ -255,7 +255,7 @@ def recorded_routing(model: Any, given: Mapping[str, Routing] | None = None) -> 
                 return None  # not called with (hidden states, ids, weights) as in transformers 5
             if store:
                 recorded[path] = args[1], args[2]
-            ids, weights = (given or {}).get(path, (None, None))
+            ids, weights = (replacement or {}).get(path, (None, None))
             if ids is None or ids.shape != args[1].shape:
                 return None
             return args[0], ids.to(args[1]), weights.to(args[2]), *args[3:]

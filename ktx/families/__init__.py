@@ -1,7 +1,7 @@
-"""One declaration per model family. Each module of this package has `FAMILIES`, a tuple of `Family`; the tables below are read from them.
+"""One declaration per model family, and tables of all families by model type or class name.
 
-A new family needs a module here (about twenty lines), a rule file only if no shipped one fits, and a row in the tests' table
-of tiny models. Names of GGUF tensors come from gguf-py and `ktx/weights/gguf_names.py`.
+Each module of this package defines `FAMILIES`, a tuple of `Family`, from which the tables are built. A new family needs a
+module here (about twenty lines), a rule file only if no shipped one fits, and a row in the tests' table of tiny models. Names of GGUF tensors come from gguf-py and `ktx/weights/gguf_names.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ktx.families.family import GGUF, Family, Pairing, RoutingSpec
 T = TypeVar("T")
 
 
-def _declared() -> tuple[Family, ...]:
+def _load_families() -> tuple[Family, ...]:
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "family")
     return tuple(family for name in modules for family in importlib.import_module(f"{__name__}.{name}").FAMILIES)
 
@@ -32,7 +32,7 @@ def _merged(*tables: Mapping[str, T]) -> dict[str, T]:
     return merged
 
 
-FAMILIES = _declared()
+FAMILIES = _load_families()
 BY_MODEL_TYPE: dict[str, Family] = _merged(*(dict.fromkeys(family.model_types, family) for family in FAMILIES))
 RULE_FILES = {name: family.rules for name, family in BY_MODEL_TYPE.items() if family.rules != "generic"}
 RULE_ALIASES = {family.rules_alias: family.rules for family in FAMILIES if family.rules_alias}

@@ -1,4 +1,4 @@
-"""What a declaration of a model family says."""
+"""The declaration of a model family: its rule file, fusable classes, routing, GGUF names and chat format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class RoutingSpec:
     Attributes:
         scoring: softmax over all experts, sigmoid, or softmax_topk (softmax over the chosen ones).
         groups: how groups of experts are ranked: none, by their max, or by the sum of their top2 scores.
-        renorm: whether the weights of a token are normalized to sum 1, or the name of the module's attribute that says so.
+        renorm: whether the weights of a token are normalized to sum 1, or the name of the module's attribute with this
+            boolean.
         scaled: whether weights are multiplied by the module's routed_scaling_factor.
         own_dtype: whether weights are returned in the dtype of the hidden states, not in f32.
     """
@@ -34,8 +35,9 @@ class GGUF:
 
     Attributes:
         arch: `general.architecture`.
-        config_keys: configuration attribute -> metadata key without the architecture prefix ("?": optional), besides those
-            that every family has. None: the metadata lacks part of the configuration, so the folder is needed.
+        config_keys: configuration attribute -> metadata key without the architecture prefix ("?": optional), in
+            addition to those that every family has. None: the metadata lacks part of the configuration, so the folder
+            is needed.
         fixed: configuration attributes without a key, because llama.cpp's graph fixes them.
         gating: accepted values of expert_gating_func (1 softmax, 2 sigmoid, 3 softmax of the chosen experts).
         norm_topk_prob: whether routing weights are normalized, where the configuration has no norm_topk_prob.
@@ -61,8 +63,8 @@ class Family:
         rules: the shipped rule file (`optimize_rules/`).
         rules_alias: an earlier name of that file, which still finds it.
         layers: decoder layer classes that compute x + attention(norm(x)), then x + mlp(norm(x)): they may be fused.
-        attention: attention classes that project, normalize q and k if they have norms, rotate halves, cache, attend and
-            project: they may be fused.
+        attention: attention classes that project, normalize q and k if they have norms, rotate halves, cache, attend
+            and project: they may be fused.
         half_tables: their rotary tables cover half a head (gpt-oss).
         mla: MLA attention classes -> how they pair rotated columns ("config": as `rope_interleave` says).
         routers: router classes -> how they route.

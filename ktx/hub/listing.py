@@ -1,4 +1,4 @@
-"""The interface of hub clients: `Listing`, `Plan` and the protocol `Hub`. No network access."""
+"""The interface of hub clients: `Listing`, `DownloadPlan` and the protocol `Hub`. No network access."""
 
 from __future__ import annotations
 

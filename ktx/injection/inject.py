@@ -447,9 +447,11 @@ class _Injector:
         if tensors or isinstance(module, Operator):
             operator = type(module).__name__ if rule is not None and rule.replace else ""
             target = module.quant_target if isinstance(module, Operator) else None
-            share = Fraction(module.num_experts, module.total_experts) if isinstance(module, Experts) else Fraction(1)
+            fraction = (
+                Fraction(module.num_experts, module.total_experts) if isinstance(module, Experts) else Fraction(1)
+            )
             self.plan.append(
-                Step(path, old, operator, rule, str(device), tensors, shapes, quant_target=target, fraction=share)
+                Step(path, old, operator, rule, str(device), tensors, shapes, quant_target=target, fraction=fraction)
             )
 
     def record_below(self, path: str, module: nn.Module, device: Device) -> None:

@@ -105,10 +105,10 @@ class LoadedModel(PreTrainedModel):
                 "save_pretrained: packed=True writes each weight in its own type; leave out dtype or packed"
             )
         if state_dict is not None or getattr(self, "_hf_peft_config_loaded", False):
-            given = "dtype" if dtype is not None else "packed" if packed else ""
-            if given:
+            option = "dtype" if dtype is not None else "packed" if packed else ""
+            if option:
                 raise UsageError(
-                    f"save_pretrained: {given} applies to the model's own weights, not to a state_dict or an adapter"
+                    f"save_pretrained: {option} applies to the model's own weights, not to a state_dict or an adapter"
                 )
             options: dict[str, Any] = {
                 "variant": variant,

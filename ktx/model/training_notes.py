@@ -38,16 +38,16 @@ def note_uncounted_weights(model: Any) -> None:
     add_notes(model.ktx.notes, [Note(TRAINING, text)], (TRAINING,))
 
 
-def note_frozen_weights(model: Any, given: Mapping[Any, Any]) -> None:
+def note_frozen_weights(model: Any, call_args: Mapping[Any, Any]) -> None:
     """Adds a note before a forward in training if weights that look trained are frozen.
 
-    `given` are the forward's arguments. Weights that adapters freeze on purpose, and trained prompts, cause no note.
+    `call_args` are the forward's arguments. Weights that adapters freeze on purpose, and trained prompts, cause no note.
     """
     if model.__dict__.get("ktx") is None or getattr(model, "peft_config", None):
         return
     text = ""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        if not any(_is_trained(value) for value in given.values()):
+        if not any(_is_trained(value) for value in call_args.values()):
             text = f"no weights of this model are trained: they are packed and frozen; {REMEDY}"
     elif paths := partly_trained_modules(model):
         names = ", ".join(paths[:3]) + " ..." * (len(paths) > 3)

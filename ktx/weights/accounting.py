@@ -1,7 +1,7 @@
 """Accounts for every tensor of a checkpoint: a tensor that no module reads is listed by pattern, or rejected.
 
 A tensor is rejected when it changes the meaning of tensors that are read. Each source classifies its own names
-(`WeightSource.judge`); the patterns common to all formats are here: parameters of other tensors (scales, zero points,
+(`WeightSource.classify_unread`); the patterns common to all formats are here: parameters of other tensors (scales, zero points,
 biases).
 """
 
@@ -56,9 +56,9 @@ def unread_tensors(source: WeightSource, reads: Reads, ignored: Iterable[str] = 
     ]
 
 
-def summary_line(left: Iterable[UnreadTensors]) -> str:
+def summary_line(unread: Iterable[UnreadTensors]) -> str:
     """A one-line summary of the accepted groups; empty when there are none."""
-    accepted = [group for group in left if not group.rejected]
+    accepted = [group for group in unread if not group.rejected]
     count = sum(group.count for group in accepted)
     omitted = (
         f"; and {len(accepted) - MAX_LISTED_PATTERNS} other patterns" if len(accepted) > MAX_LISTED_PATTERNS else ""

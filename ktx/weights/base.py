@@ -94,7 +94,7 @@ class QuantizedTensor:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """A checkpoint (file or folder), accessed by parameter path. `get` and `parts` are thread-safe."""
+    """A checkpoint (file or folder), accessed by parameter path. `get` and `get_parts` are thread-safe."""
 
     path: str
     metadata: dict[str, Any]
