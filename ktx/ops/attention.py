@@ -3,6 +3,8 @@
 The kernel is registered with transformers as the attention implementation "ktx". Its mask is not a dense matrix but an
 interval of visible keys for each query (ktx.ops.masks), and the kernel skips the keys outside. A mask that cannot be
 written as intervals (holes, custom mask functions) stays the dense bool mask of transformers.
+
+Shapes: B sequences, H query heads, Hkv key-value heads, S new tokens, T keys, D columns of a head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Computes all experts of a layer in one kernel call, on packed weights in CPU memory."""
+"""Computes all experts of a layer in one kernel call, on packed weights in CPU memory.
+
+Shapes: T tokens, D columns of hidden states, K selected experts per token; a packed matrix has n rows and k columns. A
+*stacked parameter* of transformers holds a projection of all experts, or two *halves*: gate_up_proj holds gate and up.
+"""
 
 from __future__ import annotations
 

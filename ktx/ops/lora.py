@@ -34,7 +34,7 @@ class AdapterUse(NamedTuple):
 
 
 AdapterUses = tuple[AdapterUse, ...]  # adapters whose outputs are all added
-Spans = list[tuple[int, AdapterUses]]  # numbers of consecutive rows, and their adapters
+Spans = list[tuple[int, AdapterUses]]  # for runs of consecutive rows: the number of rows, and their adapters
 
 
 @dataclass
@@ -49,12 +49,12 @@ class AdapterMapping:
 
     @property
     def spans(self) -> Spans | None:
-        """The tokens of this thread's step, in order; None outside of a step."""
+        """The adapters of the tokens of this thread's step, in order; None outside of a step."""
         return self._step()[0]
 
     @property
     def logits_spans(self) -> Spans | None:
-        """The rows of this thread's step whose logits are computed, in order; None outside of a step."""
+        """The adapters of the rows whose logits this thread's step computes, in order; None outside of a step."""
         return self._step()[1]
 
     def _step(self) -> tuple[Spans | None, Spans | None]:

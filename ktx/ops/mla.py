@@ -314,24 +314,27 @@ class MLA(Operator):
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.attend_pages(q_nope, q_rope, *pools, pages.owner.batch)), None
-        num_expanded = self._num_expanded_rows(kv_cache, batch, length)
+        num_expanded = self._num_expanded_rows(kv_cache, batch, length)  # before the cache grows
         if kv_cache is not None:
-            stored = kv_float_dtype(self.kv_dtype, latent.dtype)
-            latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
-        keys, parts = latent.shape[2], []
+            cache_dtype = kv_float_dtype(self.kv_dtype, latent.dtype)
+            latent, k_rope = kv_cache.update(latent.to(cache_dtype), k_rope.to(cache_dtype), self.layer_idx)
+        keys, outputs = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, batch, length, keys)
         if not masks_future(self, self.choice, attention_mask, kwargs):
             ranges = non_causal_ranges(ranges, mask, (batch, length, keys))
         adapters = None if (lora := self.lora) is None else lora.of_sequence(0)
+        # Without ranges or a mask attention is causal, so no row sees the keys after that of the last row.
         for attend, first, last in ((self.expanded, 0, num_expanded), (self.absorbed, num_expanded, length)):
             if first < last:
                 end_key = keys - length + last if ranges is None and mask is None else keys
                 rows = slice(first, last)
                 row_ranges = None if ranges is None else ranges[:, rows].contiguous()
                 row_mask = None if mask is None else mask[:, :, rows]
-                q = q_nope[:, :, rows], q_rope[:, :, rows]
-                parts.append(attend(*q, latent[:, 0, :end_key], k_rope[:, 0, :end_key], row_ranges, row_mask, adapters))
-        out = self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+                row_queries = q_nope[:, :, rows], q_rope[:, :, rows]
+                outputs.append(
+                    attend(*row_queries, latent[:, 0, :end_key], k_rope[:, 0, :end_key], row_ranges, row_mask, adapters)
+                )
+        out = self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
         if not self.choice.returns_weights(kwargs):
             return out, None
         states = torch.cat([to_floats(latent).float(), to_floats(k_rope).float()], -1)
@@ -556,8 +559,9 @@ class MLA(Operator):
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def weight_bytes(self) -> tuple[int, int]:
-        read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
-        return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
+        absorbed_bytes = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
+        expanded_bytes = 0 if self.w_uk is None else self.w_uk.nbytes
+        return absorbed_bytes + expanded_bytes, absorbed_bytes  # a single token uses the absorbed form
 
 
 class KVExpansion(nn.Module):

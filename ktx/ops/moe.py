@@ -1,4 +1,7 @@
-"""The complete MoE block: router, routed experts, shared experts."""
+"""The complete MoE block: router, routed experts, shared experts.
+
+Shapes: D columns of hidden states, K selected experts per token.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A growing cache has a buffer [batch, heads, capacity, columns] per layer. The positions of a head are contiguous, so the
 buffer is viewed as a pool of pages without a copy: a sequence's pages are consecutive, and the heads of a page are
 `capacity` positions apart.
+
+Shapes: B sequences, S new tokens, T keys, D columns of hidden states; columns: of a key or a value of one head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Multi-head latent attention on a GPU, see ktx.ops.mla: full pages of a prompt expanded, all other tokens absorbed."""
+"""Multi-head latent attention on a GPU: full pages of a prompt are expanded, all other tokens use the absorbed form.
+
+The forms and the names of columns and shapes are those of ktx.ops.mla; `ckv` and `kpe` are the page pools of latents
+and of rotated key columns.
+"""
 
 from __future__ import annotations
 
