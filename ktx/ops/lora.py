@@ -123,7 +123,7 @@ _state = threading.local()
 def step_part(first: int, count: int) -> Iterator[None]:
     """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence.
 
-    Recurrent layers and MLA compute sequence by sequence; without it, `slices` could not assign such rows to a request.
+    Recurrent layers compute sequence by sequence; without it, `slices` could not assign such rows to a request.
     """
     _state.part = first, count
     try:
