@@ -60,7 +60,13 @@ def entries(text: str) -> list[str]:
 
 
 def split(entries: list[str]) -> tuple[list[str], list[str]]:
-    """Splits entries into training and held-out ones, by the hash of their text, so that the split is stable."""
+    """Splits entries into training and held-out ones, by the hash of their text, so that the split is stable.
+
+    Held-out entries beyond HELDOUT_BYTES are dropped; training never uses them either.
+
+    Returns:
+        The training entries and the held-out entries.
+    """
     heldout, train, num_bytes = [], [], 0
     for entry in entries:
         is_heldout = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
@@ -81,7 +87,10 @@ def rewrite(question: str, rng: random.Random) -> str:
 
 
 def augment(question: str, rng: random.Random) -> str:
-    """Augments a question with a user's sloppiness: other wording, opener, no capital, no mark, a missing letter."""
+    """Augments a question with a user's sloppiness: other wording, opener, no capital, no mark, a missing letter.
+
+    So the model learns to answer questions that are not worded exactly as listed.
+    """
     text = rewrite(question, rng) if rng.random() < 0.4 else question
     if rng.random() < 0.15:
         text = rng.choice(OPENERS) + text[0].lower() + text[1:]

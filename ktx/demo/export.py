@@ -123,7 +123,10 @@ def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
 
 
 def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:
-    """Writes the deepseek2 metadata; MLA is described in absorbed form, with one key-value head over the latent."""
+    """Writes the deepseek2 metadata; MLA is described in absorbed form, with one key-value head over the latent.
+
+    llama.cpp computes MLA in this form, and takes the head sizes of the expanded form from the keys with `_mla`.
+    """
     import gguf
 
     rope, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]

@@ -85,7 +85,15 @@ class Data:
 
 
 def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
-    """Prepares text, held-out file and tokenizer; a resumed run uses the tokenizer that it started with."""
+    """Prepares text, held-out file and tokenizer; a resumed run uses the tokenizer that it started with.
+
+    The tokenizer sees questions and answers five times, so that their words weigh more in its merges.
+
+    Args:
+        work: the folder of text, tokenizer and checkpoint.
+        seed: seed of the sampling of rows.
+        thinking: fraction of conversations with reasoning.
+    """
     train, heldout = corpus.split(corpus.entries(corpus.fetch(work)))
     demo.heldout().write_text("\n\n".join(heldout) + "\n", encoding="utf-8")
     items = demo.questions()
@@ -158,7 +166,7 @@ def train_steps(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Runs the training; yields each step and its measurements.
 
-    The MTP layer is trained in every third step only, with 0.3 of the weight, because the main model matters most.
+    The loss of the MTP layer is added in every MTP_INTERVAL-th step, with MTP_WEIGHT.
 
     Args:
         args: the command line.
@@ -192,7 +200,11 @@ def save(file: Path, step: int, net: Trainee, adam: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> Trainee:
-    """Trains from the last checkpoint, or from random weights, and returns the network."""
+    """Trains from the last checkpoint, or from random weights, and returns the network.
+
+    It prints measurements every `--report` steps and writes a checkpoint every `--every` steps. A resumed run samples
+    other rows, because its seed includes the step.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

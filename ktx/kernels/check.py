@@ -34,7 +34,11 @@ KNOWN_LIMITS = dict.fromkeys(
 
 
 def main() -> int:
-    """Prints the tables; returns exit status 1 if an error exceeds its bound."""
+    """Prints the tables; returns exit status 1 if an error exceeds its bound.
+
+    With the hidden option `--worker` the process measures on the one instruction set that KTX_ISA selects, for a parent
+    process that prints.
+    """
     parser = argparse.ArgumentParser(prog="python -m ktx.kernels.check", description=__doc__)
     parser.add_argument(
         "--errors", action="store_true", help="check errors only, not speeds: a few seconds instead of minutes"

@@ -432,7 +432,11 @@ def attention_backward(
     q_rope: Tensor | None,
     k_rope: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, sinks (zeros if there are none), and of q_rope and k_rope if they are given."""
+    """Gradients of q, k, v, sinks (zeros if there are none), and of q_rope and k_rope if they are given.
+
+    Rotated columns are more columns of q and k, so they are concatenated for the computation. A k_rope that all heads
+    share gets the sum of their gradients.
+    """
     full_q, full_k = q, k
     if q_rope is not None and k_rope is not None:
         full_q = torch.cat([q, q_rope], -1)

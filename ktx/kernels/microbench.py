@@ -103,7 +103,10 @@ def gpu_read_bandwidth() -> float | None:
 
 
 def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
-    """Returns the GB/s from pinned memory to a GPU; None if torch can use no GPU."""
+    """Returns the GB/s from pinned memory to a GPU; None if torch can use no GPU.
+
+    It decides from which batch size on experts are streamed, see `min_tokens_to_stream`.
+    """
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return None

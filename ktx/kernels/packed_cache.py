@@ -143,7 +143,7 @@ class PackedCache:
         return packed
 
     def _map(self, entry: dict[str, Any]) -> cpu.Packed:
-        """Maps one matrix. Where its rows are shared by several NUMA nodes it is copied to their memory."""
+        """Maps one matrix. Where its rows are divided among several NUMA nodes it is copied to their memory."""
         assert self.data is not None
         data = self.data[entry["at"] : entry["at"] + entry["nbytes"]]
         if entry["ends"] and cpu.ops.nodes() > 1:  # pages of a file may be on any node
@@ -155,7 +155,11 @@ class PackedCache:
         return cpu.Packed(data, QTYPES[entry["type"]], entry["n"], entry["k"], entry["matrices"], tuple(entry["ends"]))
 
     def _write(self, packed: cpu.Packed) -> dict[str, Any]:
-        """Writes one matrix to `packed.bin` and returns its index entry. An error is stored for `commit`."""
+        """Writes one matrix to `packed.bin` and returns its index entry.
+
+        Several loading threads call it at once; the lock only assigns their offsets. An error is stored for `commit`,
+        because loading succeeds without the cache.
+        """
         with self.lock:
             offset, self.size = self.size, -(-(self.size + packed.nbytes) // PAGE_BYTES) * PAGE_BYTES
         if not self.error:

@@ -76,7 +76,10 @@ class ModuleMemory:
         return self.gpu if gpu else self.cpu
 
     def subset(self, count: int) -> ModuleMemory:
-        """Returns the memory of `count` of the experts; reads per token are scaled to their share."""
+        """Returns the memory of `count` of the experts, for experts that are split between two devices.
+
+        Reads per token are scaled too, as if tokens select all experts equally often.
+        """
         cpu_bytes, gpu_bytes = (
             (size.held_bytes * count // self.num_experts, size.read * count // self.num_experts)
             for size in (self.cpu, self.gpu)
@@ -261,9 +264,9 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         num_floats + sum(prod(shape) for _, shape in matrices),
         0 if experts else max((prod(shape) for _, shape in matrices), default=0),
         activation_columns(module),
-        experts,
-        top,
-        is_embedding,
+        num_experts=experts,
+        top_k=top,
+        is_row_lookup=is_embedding,
         needs_repacking=any(qtype.name in RESTORE for qtype, _ in packed),
     )
 
@@ -338,16 +341,25 @@ def activation_columns(module: nn.Module) -> int:
 
 
 def _kv_pools(path: str, module: Any, config: Any) -> KVMemory:
-    """Returns the KV cache of an attention module."""
+    """Returns the KV cache of an attention module: MLA's latent, or keys and values of each key/value head."""
     if isinstance(module, MLA):
         columns, expanded = (module.kv_lora_rank, module.qk_rope_head_dim), module.qk_nope_head_dim + module.v_head_dim
-        return KVMemory(path, module.layer_idx, 1, columns, 0, module.num_heads, True, module.num_heads * expanded)
+        return KVMemory(
+            path,
+            module.layer_idx,
+            num_kv_heads=1,
+            columns=columns,
+            num_heads=module.num_heads,
+            is_mla=True,
+            expanded=module.num_heads * expanded,
+        )
     num_heads = int(config.num_attention_heads)
     if hasattr(module, "kv_lora_rank"):  # transformers' own MLA, which caches every head
-        return KVMemory(path, module.layer_idx, num_heads, (module.qk_head_dim, module.v_head_dim), 0, num_heads)
+        columns = module.qk_head_dim, module.v_head_dim
+        return KVMemory(path, module.layer_idx, num_heads, columns, num_heads=num_heads)
     head_dim = int(getattr(module, "head_dim", None) or config.hidden_size // num_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    return KVMemory(path, module.layer_idx, num_kv_heads, (head_dim, head_dim), 0, num_heads)
+    return KVMemory(path, module.layer_idx, num_kv_heads, (head_dim, head_dim), num_heads=num_heads)
 
 
 def _recurrent_state(path: str, module: Any) -> KVMemory:

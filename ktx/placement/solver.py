@@ -151,7 +151,7 @@ class Placement:
 
     @cached_property
     def bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by group, then by device."""
+        """Bytes by group (modules, KV cache, workspace, reserve), then by device: the table that `ktx plan` prints."""
         totals: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }

@@ -126,7 +126,10 @@ def _max_context(placement: Placement) -> int:
 
 
 def _smaller_quant(placement: Placement, device: str) -> str:
-    """Describes the bits per weight that would fit on a device; empty if no quant is that small."""
+    """Describes the bits per weight that would fit on a device; empty if no quant is that small.
+
+    It is an estimate: all weights of the device shrink by the same ratio, and the reserve on the CPU shrinks with them.
+    """
     parts = [part for part in placement.model.modules if placement.device(part) == device]
     weight_bytes, num_weights = (
         sum(part.weight_bytes(device != CPU).held_bytes for part in parts),

@@ -97,7 +97,10 @@ def mla_expansion_bytes(kv_layers: Collection[KVMemory], context: int) -> int:
 
 
 def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) -> int:
-    """Bytes of split-KV partial results of a GPU's attention, for a prefill chunk or for `batch` single tokens."""
+    """Bytes of split-KV partial results of a GPU's attention, for a prefill chunk or for `batch` single tokens.
+
+    Layers run one after another and share the memory, so the largest shape counts.
+    """
     shapes = {
         Shape(
             layer.num_heads, layer.num_kv_heads, layer.columns[0], layer.columns[0 if layer.is_mla else 1], layer.is_mla

@@ -103,7 +103,8 @@ class QType:
                 rows_data = quantize(rows.reshape(-1, k), GGMLQuantizationType(self.code))
             except NotImplementedError as error:
                 raise UsageError(
-                    f"{self.name} cannot be quantized without an importance matrix: use a file that llama-quantize wrote"
+                    f"{self.name} cannot be quantized without an importance matrix: use a file that llama-quantize"
+                    " wrote"
                 ) from error
         return torch.from_numpy(np.ascontiguousarray(rows_data)).reshape(*values.shape[:-1], self.row_bytes(k))
 

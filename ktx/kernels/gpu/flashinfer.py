@@ -23,7 +23,14 @@ WORKSPACE_BYTES = 128 << 20
 def unsupported_reason(
     shape: Shape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16
 ) -> str:
-    """Returns why FlashInfer cannot compute this; "" if it can."""
+    """Returns why FlashInfer cannot compute this; "" if it can.
+
+    Args:
+        shape: heads and columns.
+        rope_columns: columns of q_rope and k_rope; 0 for none.
+        sinks: whether attention has sinks.
+        stored: dtype of the KV cache.
+    """
     if sinks:
         return "attention sinks are not supported by this wrapper"
     if shape.latent:
@@ -173,7 +180,11 @@ def _page_lists(plan: Plan, page_size: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _plan_attention(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> Any:
-    """Plans attention for separate keys and values."""
+    """Plans attention for separate keys and values, and returns the wrapper that runs it.
+
+    FlashInfer's plan depends on scale, softcap and dtypes, which only `attention` knows, so it is made in its first
+    call and stored in `Plan.ready` for the other layers.
+    """
     shape, page_size = plan.schedule.shape, k.shape[2]
     page_starts, pages, lengths = _page_lists(plan, page_size)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.schedule.scratch, "HND")
@@ -198,7 +209,7 @@ def _plan_attention(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, 
 
 
 def _plan_mla(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, scale: float) -> Any:
-    """Plans attention on latents."""
+    """Plans attention on latents, and returns the wrapper that runs it; see `_plan_attention`."""
     page_starts, pages, lengths = _page_lists(plan, ckv.shape[1])
     wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.schedule.scratch)
     on_device = (x.to(plan.schedule.device) for x in (plan.queries, page_starts, pages, lengths))

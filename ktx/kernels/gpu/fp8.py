@@ -34,7 +34,10 @@ def _has_block_scaled_mm(device: torch.device) -> bool:
 
 
 def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiplies x bf16 [tokens, k] by w [n, k] transposed, plus bias -> bf16 [tokens, n]."""
+    """Multiplies x bf16 [tokens, k] by w [n, k] transposed, plus bias -> bf16 [tokens, n].
+
+    The activations are quantized to e4m3 first, because cuBLAS multiplies two matrices of FP8.
+    """
     from torch.nn.functional import ScalingType
 
     assert w.scale is not None
@@ -54,7 +57,7 @@ def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> t
 
 @triton.jit
 def _quantize_tile(x, codes, scale, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.constexpr, MAX_E4M3: tl.constexpr):
-    """Quantizes a tile of tokens and one block of columns."""
+    """Quantizes TOKENS tokens of one block of columns, with the scale of a token that maps its largest value to 448."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (token < tokens)[:, None] & (column < k)[None, :]

@@ -19,7 +19,10 @@ VALUES = {  # codebooks that are plain lists of 16 values, f32
 
 @lru_cache(maxsize=64)
 def book(name: str, device: torch.device) -> torch.Tensor:
-    """Returns a codebook on a device."""
+    """Returns a codebook on a device: one of VALUES, f32 [16], or of an IQ type by its name, int32 [entries].
+
+    IQ1_S and IQ1_M share a grid and so the codebook "IQ1".
+    """
     if name in VALUES:
         return torch.tensor(VALUES[name], dtype=torch.float32, device=device)
     from gguf import quants

@@ -28,7 +28,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 
 @triton.jit
 def activate(gate, up, ACT: tl.constexpr, alpha, limit):
-    """Computes reference.activate in f32."""
+    """Computes reference.activate, act(gate) * up, in f32; ACT is one of ACTIVATIONS."""
     if ACT == "swiglu_oai":
         gate = tl.minimum(gate, limit)
         y = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1)

@@ -178,7 +178,7 @@ def _attend(
             row_max = new_max
 
         if (first_unit == 0) & (end_unit == tile_end - tile_begin):
-            if SINKS:
+            if SINKS:  # a logit to base e, times log2 e because scores are to base 2
                 sink = tl.load(sinks + head, mask=row_mask, other=0.0) * 1.4426950408889634
                 safe_max = tl.maximum(row_max, sink)
                 total = total * tl.exp2(row_max - safe_max) + tl.exp2(sink - safe_max)
@@ -352,7 +352,7 @@ def _check(
     out: torch.Tensor,
     plan: Plan,
 ) -> None:
-    """Raises ValueError unless all tensors fit the plan."""
+    """Raises ValueError unless all tensors fit the plan; a kernel would read out of bounds otherwise."""
     shape, tokens = plan.schedule.shape, plan.schedule.num_tokens
     if (q_rope is None) != (k_rope is None):
         raise ValueError("q_rope and k_rope must come together")

@@ -13,6 +13,8 @@ import triton.language as tl
 from ktx.kernels.gpu.split_kv import Plan, WorkRange
 
 SMALL_TILE, LARGE_TILE = (64, 32), (512, 8)  # columns and splits that a program loads at once: 8 and 16 KB
+# The large tile is used where it still leaves more programs per multiprocessor than this, before dividing the columns.
+LARGE_TILE_PROGRAMS_PER_SM = 8
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def _merge(
         if (token < tl.load(sequences + 3 * sequence + 1)) & (in_group < GROUP):
             column = remainder % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
             row_max, total = float("-inf"), 0.0
-            if SINKS:
+            if SINKS:  # a logit to base e, times log2 e because partial results are to base 2
                 row_max, total = tl.load(sinks + kv_head * GROUP + in_group) * 1.4426950408889634, 1.0
             sums = tl.full([COLUMNS], 0.0, tl.float32)
             for split in range(first_program, last_program + 1, SPLITS):
@@ -106,7 +108,9 @@ def merge(
         return
     num_head_blocks = shape.kv_heads * group.head_blocks
     columns, splits = (
-        LARGE_TILE if group.max_merges * group.tile.rows * num_head_blocks > 8 * plan.schedule.num_sms else SMALL_TILE
+        LARGE_TILE
+        if group.max_merges * group.tile.rows * num_head_blocks > LARGE_TILE_PROGRAMS_PER_SM * plan.schedule.num_sms
+        else SMALL_TILE
     )
     columns = min(columns, triton.next_power_of_2(shape.value_columns))
     _merge[group.max_merges, group.tile.rows, num_head_blocks * triton.cdiv(shape.value_columns, columns)](

@@ -381,7 +381,7 @@ def rope_and_cache_mla(
 
 
 def _check(tensors: dict[str, torch.Tensor], tokens: int, rope_dim: int, columns: int) -> None:
-    """Raises ValueError unless columns are dense and cos and sin have a row for each token."""
+    """Raises ValueError unless columns are dense and cos and sin have a row for each token, as the kernels assume."""
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: its columns must be dense")

@@ -23,7 +23,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """The tile of a program and its resources.
+    """A kind of tile, and the resources of a program that computes it; values were chosen for an H100.
 
     Attributes:
         rows: number of rows.
@@ -192,6 +192,9 @@ class Plan:
 class AttentionSchedule:
     """Tiles, grids and scratch memory for sequences with given numbers of new tokens.
 
+    It holds all that does not depend on the lengths of sequences, so that one schedule serves every step with the same
+    numbers of new tokens, and a CUDA graph can capture it.
+
     Args:
         counts: number of new tokens of each sequence.
         shape: heads and columns.
@@ -213,6 +216,7 @@ class AttentionSchedule:
         tiles: Sequence[Tile] = (),
         scratch: torch.Tensor | None = None,
     ):
+        """Divides the sequences into tiles and allocates the scratch memory; see the class for the arguments."""
         if not counts or min(counts) < 0:
             raise ValueError(f"counts of new tokens are {list(counts)}: there must be at least one, and none negative")
         self.shape, self.device, self.num_tokens, self.num_sequences = (
@@ -264,7 +268,8 @@ class AttentionSchedule:
     def scratch_floats(self) -> int:
         """Number of f32 elements of scratch memory.
 
-        A program leaves at most the end of one tile and the beginning of another to be merged.
+        A program leaves at most the end of one tile and the beginning of another to be merged. For each row of these
+        two it stores the values and one logarithm.
         """
         rows_per_group = [group.tile.rows * group.programs * group.head_blocks for group in self.groups]
         return 2 * max(rows_per_group, default=0) * self.shape.kv_heads * (self.shape.value_columns + 1)
