@@ -1,5 +1,5 @@
-// The weight kernels as torch operators. Only bindings*.cpp include torch, and only its stable ABI: one binary works with every torch from 2.11 and every
-// Python from 3.11.
+// The weight kernels as torch operators. Only bindings*.cpp include torch, and only its stable ABI: one binary works
+// with every torch from 2.11 and every Python from 3.11.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +28,8 @@ using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best_isa_() { return ISA_NAMES[best_isa()]; }
-// A function with a trailing underscore is the torch operator of the C++ function of that name: it converts and checks arguments.
+// A function with a trailing underscore is the torch operator of the C++ function of that name: it converts and checks
+// arguments.
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
@@ -54,8 +55,8 @@ int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   return int64_t(packed_bytes(layout_of(code, k), n, k));
 }
 
-// Returns a uint8 tensor for packed weights, in huge pages if the system allows it. `ends`: ends of the NUMA nodes' shares, whose
-// pages are placed on those nodes; torch's allocator can do neither.
+// Returns a uint8 tensor for packed weights, in huge pages if the system allows it. `ends`: ends of the NUMA nodes'
+// shares, whose pages are placed on those nodes; torch's allocator can do neither.
 Tensor empty_packed(int64_t nbytes, Ints ends) {
   STD_TORCH_CHECK(nbytes > 0, "nbytes must be positive, got ", nbytes);
   const size_t size = size_t(nbytes);
@@ -90,8 +91,8 @@ bool remap_huge_pages_(Tensor& mapped, int64_t begin, int64_t length) {
 
 void populate_(const Tensor& memory) { populate(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
 
-// Packs rows of blocks (uint8, as checkpoints have them) to rows row0 and on of `dst`. Whole groups of 16, because a group is
-// interleaved in memory.
+// Packs rows of blocks (uint8, as checkpoints have them) to rows row0 and on of `dst`. Whole groups of 16, because a
+// group is interleaved in memory.
 void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
@@ -181,8 +182,8 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   return out;
 }
 
-// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h. Tests compare
-// the two.
+// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h.
+// Tests compare the two.
 Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
   const std::string kind = take_string(kind_word);
   for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");

@@ -40,8 +40,8 @@ inline const Layout& layout_of(int64_t code, int64_t k) {
   return *layout;
 }
 
-// Returns the data of `matrices` packed [n, k] matrices, after a check of their size. `what` names the argument in errors, here
-// and below.
+// Returns the data of `matrices` packed [n, k] matrices, after a check of their size. `what` names the argument in
+// errors, here and below.
 inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
   const int64_t expected_bytes = matrices * int64_t(packed_bytes(layout, n, k));
@@ -65,8 +65,8 @@ inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   return {first, first + experts, first + experts + 1, first + experts + 2};
 }
 
-// Describes a [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. `is_cache`: a uint8
-// tensor is taken as Q8_0 blocks, as keys and values are cached.
+// Describes a [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. `is_cache`:
+// a uint8 tensor is taken as Q8_0 blocks, as keys and values are cached.
 inline Strided strided(const Tensor& t, const char* what, bool is_cache = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
   const bool heads = t.dim() == 4, blocks = is_cache && t.scalar_type() == ScalarType::Byte;
@@ -81,8 +81,8 @@ inline int64_t num_columns(const Tensor& t, const char* what) {
   return row_size / Q8_BYTES * Q8_BLOCK;
 }
 
-// Sets which keys the queries of a call attend to: `ranges` [batch, query, (first, end)], or a bool or additive mask with
-// broadcast dimensions, or neither: causal. Sizes and sequences of the call must be set.
+// Sets which keys the queries of a call attend to: `ranges` [batch, query, (first, end)], or a bool or additive mask
+// with broadcast dimensions, or neither: causal. Sizes and sequences of the call must be set.
 inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
   STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
   STD_TORCH_CHECK(!(mask && c.sequences), "sequences on pages take ranges, no mask");
@@ -107,8 +107,9 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
   }
 }
 
-// The sequences of a ragged call, whose keys are on pages of `pool`, after a check of every index: sequences int64 [count, 3]
-// (first query, number of queries, number of keys), pages int32 [count, max_pages] in order. The call points into this object.
+// The sequences of a ragged call, whose keys are on pages of `pool`, after a check of every index: sequences int64
+// [count, 3] (first query, number of queries, number of keys), pages int32 [count, max_pages] in order. The call points
+// into this object.
 struct Ragged {
   std::vector<Sequence> sequences;
   int64_t page = 0;
@@ -131,8 +132,8 @@ struct Ragged {
   void apply_to(AttentionCall& c) const { c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page; }
 };
 
-// Returns the slots [tokens] of a ragged call, each page index * positions per page + position, after a check that all are in the
-// pool: the kernels write there unchecked.
+// Returns the slots [tokens] of a ragged call, each page index * positions per page + position, after a check that all
+// are in the pool: the kernels write there unchecked.
 inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const Tensor& pool) {
   STD_TORCH_CHECK(slots && slots->scalar_type() == ScalarType::Long && slots->is_contiguous() && slots->numel() == tokens, "slots must be ", tokens, " contiguous int64");
   const int64_t* slot_ids = static_cast<const int64_t*>(slots->const_data_ptr());
@@ -141,8 +142,8 @@ inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const
   return slot_ids;
 }
 
-// Copies a str argument and deletes it, which is the callee's duty. torch's own conversion to std::string leaks a copy per call
-// (2.13).
+// Copies a str argument and deletes it, which is the callee's duty. torch's own conversion to std::string leaks a copy
+// per call (2.13).
 inline std::string take_string(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;

@@ -18,8 +18,8 @@
 namespace {
 using namespace ktx;
 
-// Completes a call (sequences, masks, output) and runs it; returns [batch, queries, heads, dv] of the dtype of `like`. `pool`: the
-// tensor with the pages, or the keys.
+// Completes a call (sequences, masks, output) and runs it; returns [batch, queries, heads, dv] of the dtype of `like`.
+// `pool`: the tensor with the pages, or the keys.
 Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages, const Tensor& pool) {
   std::optional<Ragged> ragged;
   if (sequences) {

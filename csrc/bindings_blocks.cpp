@@ -1,6 +1,7 @@
-// Fused modules, and sequences of them, as torch operators; see bindings.cpp. A module is registered as a step once: a list of its packed matrices and
-// a flat list of their descriptors (number of parts; type code and rows of each; see WeightDescriptor in ktx/ops/fusion/fused.py). A call then passes
-// step ids and tokens only, so that it has few arguments to convert.
+// Fused modules, and sequences of them, as torch operators; see bindings.cpp. A module is registered as a step once: a
+// list of its packed matrices and a flat list of their descriptors (number of parts; type code and rows of each; see
+// WeightDescriptor in ktx/ops/fusion/fused.py). A call then passes step ids and tokens only, so that it has few
+// arguments to convert.
 #include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,8 +20,8 @@ using namespace ktx;
 using Tensors = std::vector<Tensor>;
 using Doubles = std::vector<double>;
 
-// Reads matrices in order from the two lists that a module is registered with: descriptors and packed tensors. The order is
-// that of the calls in the constructors of the steps below. `what` names the matrix in errors.
+// Reads matrices in order from the two lists that a module is registered with: descriptors and packed tensors. The
+// order is that of the calls in the constructors of the steps below. `what` names the matrix in errors.
 class MatrixReader {
  public:
   MatrixReader(const Tensors& packed, const Ints& descriptors) : packed_(packed), descriptors_(descriptors) {}
@@ -75,8 +76,8 @@ KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positi
   return {strided(t, what, true)};
 }
 
-// Where a block's tokens are stored and what they attend to: `past` positions of each batch and the new tokens, or, for a ragged
-// call, slots and sequences on pages.
+// Where a block's tokens are stored and what they attend to: `past` positions of each batch and the new tokens, or, for
+// a ragged call, slots and sequences on pages.
 struct CachePlan {
   KVSlots slots;
   int64_t batches, positions;  // minimum sizes of the cache tensors
@@ -103,8 +104,9 @@ struct Call {
   int64_t past, batches, length;
 };
 
-// A module as run_steps runs it: everything that does not depend on tokens. A step owns the tensors that it reads, and stores
-// their addresses, because torch moves the memory of a tensor in place when it shares the tensor with another process.
+// A module as run_steps runs it: everything that does not depend on tokens. A step owns the tensors that it reads, and
+// stores their addresses, because torch moves the memory of a tensor in place when it shares the tensor with another
+// process.
 class Step {
  public:
   Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden), pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} { retain({&pre_norm}); }
@@ -135,8 +137,9 @@ class Step {
   std::vector<std::pair<Tensor, const void*>> retained_;
 };
 
-// Sets the fields of a block with attention that depend on the call: sizes, slots, RoPE tables, masks, sequences. `cache`: one of
-// the block's cache tensors, for their sizes. The result must live until the block has run, because the block points into it.
+// Sets the fields of a block with attention that depend on the call: sizes, slots, RoPE tables, masks, sequences.
+// `cache`: one of the block's cache tensors, for their sizes. The result must live until the block has run, because the
+// block points into it.
 template <class B>
 CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleaved) {
   STD_TORCH_CHECK(cache.dim() == 4 && call.cos && call.sin, "a cache [batch, heads, positions, columns], cos and sin are needed");
@@ -149,7 +152,8 @@ CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleave
   return plan;
 }
 
-// sizes: hidden, heads, nope, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of q_norm, eps of kv_norm, softmax scale.
+// sizes: hidden, heads, nope, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of q_norm, eps of kv_norm, softmax
+// scale.
 class MlaStep : public Step {
  public:
   MlaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, const Doubles& scalars,
@@ -187,8 +191,8 @@ class MlaStep : public Step {
   bool interleaved_;
 };
 
-// sizes: hidden, kv_heads, head_dim. scalars: eps of q_norm, eps of k_norm, softmax scale, softcap (0: none). norm_all: the norms
-// are over all heads' columns at once.
+// sizes: hidden, kv_heads, head_dim. scalars: eps of q_norm, eps of k_norm, softmax scale, softcap (0: none). norm_all:
+// the norms are over all heads' columns at once.
 class GqaStep : public Step {
  public:
   GqaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias,
@@ -226,8 +230,8 @@ class GqaStep : public Step {
   GqaBlock block_{};
 };
 
-// sizes: hidden, routed experts, their inner width, inner width of the shared expert; 0 experts or width 0: there are none. counts:
-// see optional_stats.
+// sizes: hidden, routed experts, their inner width, inner width of the shared expert; 0 experts or width 0: there are
+// none. counts: see optional_stats.
 class MoeStep : public Step {
  public:
   MoeStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& router_bias, const Optional& correction, const RouteCall& route, Activation act, double alpha,
@@ -267,8 +271,8 @@ class MoeStep : public Step {
   MoeBlock block_{};
 };
 
-// The registry of steps by id: ids, because the stable ABI has no classes of its own as arguments. `find` rebuilds a step if
-// memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
+// The registry of steps by id: ids, because the stable ABI has no classes of its own as arguments. `find` rebuilds a
+// step if memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
 class StepRegistry {
  public:
   using Factory = std::function<std::shared_ptr<const Step>()>;
@@ -344,8 +348,8 @@ int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& r
 
 void erase_step(int64_t id) { registry().erase(id); }
 
-// Runs steps in order on x, each on the result of the step before. Each of `outs` receives the result of one or two consecutive
-// steps (attention and MLP of a layer). `caches`: two tensors per attention step, in order.
+// Runs steps in order on x, each on the result of the step before. Each of `outs` receives the result of one or two
+// consecutive steps (attention and MLP of a layer). `caches`: two tensors per attention step, in order.
 void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
                const Optional& sequences, const Optional& pages, const Optional& slots) {
   const auto is_activation = [](const Tensor& t) { return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };

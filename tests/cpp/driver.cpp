@@ -1,6 +1,6 @@
 // Runs every kernel driver on unusual shapes, from several threads at once. `make sanitize` runs this program under
-// AddressSanitizer and ThreadSanitizer. It looks for invalid reads and writes and for data races, not for wrong results: weights
-// are random bytes of valid sizes.
+// AddressSanitizer and ThreadSanitizer. It looks for invalid reads and writes and for data races, not for wrong
+// results: weights are random bytes of valid sizes.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -34,7 +34,8 @@ struct Random {
     for (float& v : values) v = normal(source);
     return values;
   }
-  // Returns random packed matrices in exactly as many heap bytes as they take, so that the sanitizer sees a read past them.
+  // Returns random packed matrices in exactly as many heap bytes as they take, so that the sanitizer sees a read past
+  // them.
   std::vector<uint8_t> packed(const Layout& layout, int64_t matrices, int64_t n, int64_t k) {
     const size_t size = packed_bytes(layout, n, k), row = size_t(k / layout.block) * size_t(layout.bytes);
     std::vector<uint8_t> rows(size_t(n) * row), data(size * size_t(matrices));
@@ -149,8 +150,8 @@ void run_ragged_attention(Random& random) {
   }
 }
 
-// Three phases of shared items: checks that each item is done once, and that no worker enters a phase before the previous one is
-// complete. Workers join when the system wakes them; in every seventh round one of them is late.
+// Three phases of shared items: checks that each item is done once, and that no worker enters a phase before the
+// previous one is complete. Workers join when the system wakes them; in every seventh round one of them is late.
 void check_barriers(int num_threads) {
   constexpr int64_t ITEMS = 40;
   for (int round = 0; round < 2000; ++round) {
@@ -175,7 +176,8 @@ void check_barriers(int num_threads) {
   }
 }
 
-// Checks that an exception of any worker, before or after a barrier, reaches the caller, and that no other worker waits forever.
+// Checks that an exception of any worker, before or after a barrier, reaches the caller, and that no other worker waits
+// forever.
 void check_exceptions(int num_threads) {
   for (int round = 0; round < 200; ++round) {
     bool caught = false;

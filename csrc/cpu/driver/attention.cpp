@@ -1,9 +1,11 @@
-// A work item is (sequence, KV head, block of queries, part of the keys). The queries of all heads that share a KV head form one block, so a key is
-// converted to f32 once for all of them. With too few items for the pool (one token on a long context) the keys are split into parts whose partial
-// softmaxes are merged at the end (split-KV). Half-precision keys and values are multiplied in bf16 if the instruction set has it.
+// A work item is (sequence, KV head, block of queries, part of the keys). The queries of all heads that share a KV head
+// form one block, so a key is converted to f32 once for all of them. With too few items for the pool (one token on a
+// long context) the keys are split into parts whose partial softmaxes are merged at the end (split-KV). Half-precision
+// keys and values are multiplied in bf16 if the instruction set has it.
 //
-// Letters: c = the call, k = f32 kernels, bf16 = bf16 kernels (or a type), d = columns of a key (dk + dr), t = query token,
-// g = query head of a group, p = part of the keys. A row is one query of one head; rows of a block are [token][head of the group].
+// Letters: c = the call, k = f32 kernels, bf16 = bf16 kernels (or a type), d = columns of a key (dk + dr), t = query
+// token, g = query head of a group, p = part of the keys. A row is one query of one head; rows of a block are
+// [token][head of the group].
 #include "cpu/driver/attention.h"
 
 #include <math.h>
@@ -29,12 +31,12 @@ const AttentionKernels& attention_kernels() {
   return *table[picked_isa()];
 }
 
-// The softmax of a row is merged from softmaxes over PART_KEYS keys each, in order, whichever worker computes them. So the result has the same bits
-// alone or in a batch, in a long chunk of a prompt or as the last token.
+// The softmax of a row is merged from softmaxes over PART_KEYS keys each, in order, whichever worker computes them. So
+// the result has the same bits alone or in a batch, in a long chunk of a prompt or as the last token.
 constexpr int PART_KEYS = 8 * BLOCK_KEYS;
 
-// A sequence of the call and its partition: for each KV head (times split), blocks of queries; for each block all parts of the keys in one item, or one
-// item per part if there are too few items.
+// A sequence of the call and its partition: for each KV head (times split), blocks of queries; for each block all parts
+// of the keys in one item, or one item per part if there are too few items.
 struct SequenceRun {
   Sequence sequence;
   int64_t batch, blocks, parts;                    // blocks of queries per head block; parts of the keys: 1 if one item takes them all
@@ -53,7 +55,8 @@ struct AttentionJob {
   Queue queue{}, merge{};
 
   // What a work item computes: query tokens [token, token + tokens) of a sequence, for the query heads of `head_block`
-  // (KV head * split + block of its query heads), over the keys of `part`, or over all keys if the sequence has one part.
+  // (KV head * split + block of its query heads), over the keys of `part`, or over all keys if the sequence has one
+  // part.
   struct ItemLocation { const SequenceRun* run; int64_t head_block, token, tokens, part; };
   ItemLocation locate(int64_t item) const {
     const SequenceRun& run = *(std::upper_bound(first_run, last_run, item, [](int64_t i, const SequenceRun& r) { return i < r.first_item; }) - 1);
@@ -64,15 +67,15 @@ struct AttentionJob {
   static const uint8_t* at(const Strided& t, int64_t batch, int64_t head, int64_t position) {
     return static_cast<const uint8_t*>(t.data) + (batch * t.batch + head * t.head + position * t.position) * int64_t(size_of(t.type));
   }
-  // Returns the keys or values from a position on. They are contiguous up to the end of the position's block of BLOCK_KEYS,
-  // because a page holds whole blocks.
+  // Returns the keys or values from a position on. They are contiguous up to the end of the position's block of
+  // BLOCK_KEYS, because a page holds whole blocks.
   const uint8_t* kv_row(const Strided& t, const SequenceRun& run, int64_t head, int64_t position) const {
     if (!c.page) return at(t, run.batch, head, position);
     return at(t, run.sequence.pages[position / c.page], head, position % c.page);
   }
 
-  // Sets [first, last) to the keys that at least one query of the tokens attends to, so that other keys are not read. `first`
-  // is rounded down to a multiple of BLOCK_KEYS. A mask tensor is not searched: all keys are read.
+  // Sets [first, last) to the keys that at least one query of the tokens attends to, so that other keys are not read.
+  // `first` is rounded down to a multiple of BLOCK_KEYS. A mask tensor is not searched: all keys are read.
   void visible_keys(const SequenceRun& run, int64_t token, int64_t tokens, int64_t& first, int64_t& last) const {
     first = 0, last = run.sequence.keys;
     if (c.bool_mask || c.additive_mask) return;
@@ -90,9 +93,9 @@ struct AttentionJob {
 
   const int32_t* key_range(const SequenceRun& run, int64_t token) const { return c.key_ranges + (run.batch * c.queries + run.sequence.first + token) * 2; }
 
-  // Applies softcap, then the bool, additive, key-range or causal mask, to one row of scores: scores of the keys [key, key +
-  // keys), `step` floats apart. A hidden key gets -inf. An additive mask hides a key with the lowest float, which is mapped to
-  // -inf too, because a row without a visible key must be recognized.
+  // Applies softcap, then the bool, additive, key-range or causal mask, to one row of scores: scores of the keys [key,
+  // key + keys), `step` floats apart. A hidden key gets -inf. An additive mask hides a key with the lowest float, which
+  // is mapped to -inf too, because a row without a visible key must be recognized.
   void mask_row(const SequenceRun& run, int64_t head, int64_t token, int64_t key, int keys, float* row, int64_t step) const {
     if (c.softcap > 0)
       for (int j = 0; j < keys; ++j) row[j * step] = c.softcap * tanhf(row[j * step] / c.softcap);
@@ -112,8 +115,8 @@ struct AttentionJob {
     for (int64_t j = std::max<int64_t>(0, to - key); j < keys; ++j) row[j * step] = NEG_INF;
   }
 
-  // Returns positions [first, first+count) of `a` as dense f32 rows of da columns, in place if they are such rows already.
-  // `b` with data: appends its db columns to each row (the RoPE part of MLA keys).
+  // Returns positions [first, first+count) of `a` as dense f32 rows of da columns, in place if they are such rows
+  // already. `b` with data: appends its db columns to each row (the RoPE part of MLA keys).
   const float* load_f32_rows(const Strided& a, int64_t da, const Strided& b, int64_t db, const SequenceRun& run, int64_t head, int64_t first, int count, float* buffers) const {
     if (!b.data && a.type == DType::F32 && a.position == da) return reinterpret_cast<const float*>(kv_row(a, run, head, first));
     for (int i = 0; i < count; ++i) {
@@ -123,8 +126,8 @@ struct AttentionJob {
     return buffers;
   }
 
-  // load_f32_rows in bf16, with rows `stride` apart. In place only in full tiles of eight rows, because the kernels read
-  // whole tiles, and memory after the last position may not be readable.
+  // load_f32_rows in bf16, with rows `stride` apart. In place only in full tiles of eight rows, because the kernels
+  // read whole tiles, and memory after the last position may not be readable.
   const uint16_t* load_bf16_rows(const Strided& a, int64_t da, const Strided& b, int64_t db, const SequenceRun& run, int64_t head, int64_t first, int count,
                             uint16_t* buffers, int64_t& stride) const {
     if (!b.data && a.type == DType::BF16 && count % 8 == 0) {
@@ -139,14 +142,14 @@ struct AttentionJob {
     return buffers;
   }
 
-  // Returns the address of a later position, to prefetch; `fallback`, which is cached already, past the end or if rows are not
-  // contiguous half precision.
+  // Returns the address of a later position, to prefetch; `fallback`, which is cached already, past the end or if rows
+  // are not contiguous half precision.
   const void* prefetch_address(const Strided& t, int64_t columns, const SequenceRun& run, int64_t head, int64_t position, int64_t last, const void* fallback) const {
     return position < last && t.position == columns ? kv_row(t, run, head, position) : fallback;
   }
 
-  // Returns whether the values are the first columns of the keys' rows (MLA: both are the latent), so that one conversion
-  // serves both.
+  // Returns whether the values are the first columns of the keys' rows (MLA: both are the latent), so that one
+  // conversion serves both.
   bool values_in_keys() const {
     return c.v.data == c.k.data && c.v.type == c.k.type && c.v.batch == c.k.batch && c.v.head == c.k.head && c.v.position == c.k.position && c.dv <= c.dk;
   }
@@ -156,8 +159,8 @@ struct AttentionJob {
     uint32_t *pair_q, *probs;
   };
 
-  // Converts the latent and RoPE columns of up to eight keys to bf16 rows at `to`. Rows past `last` stay uninitialized: their
-  // scores are not used.
+  // Converts the latent and RoPE columns of up to eight keys to bf16 rows at `to`. Rows past `last` stay uninitialized:
+  // their scores are not used.
   void convert_latent_rows(const SequenceRun& run, int64_t head, int64_t first, int64_t last, uint16_t* to) const {
     for (int64_t i = first; i < std::min(first + 8, last); ++i, to += c.dk + c.dr) {
       bf16->row(kv_row(c.k, run, head, i), c.k.type, int(c.dk), to);
@@ -165,9 +168,9 @@ struct AttentionJob {
     }
   }
 
-  // Computes the scores of eight keys, the block's keys from `j` on, and converts the next eight rows to bf16 in the same
-  // kernel call, which interleaves the two. The first eight rows of the next block are converted
-  // before the values of this block are used, so they are stored after its end.
+  // Computes the scores of eight keys, the block's keys from `j` on, and converts the next eight rows to bf16 in the
+  // same kernel call, which interleaves the two. The first eight rows of the next block are converted before the values
+  // of this block are used, so they are stored after its end.
   void score_and_convert_latent(const Buffers& buffers, const SequenceRun& run, int64_t head, int lanes, int64_t key, int j, int64_t last, float* scores) const {
     const int64_t d = c.dk + c.dr, next = key + 8;
     const bool has_next = next + 8 <= last;
@@ -180,9 +183,9 @@ struct AttentionJob {
     if (!has_next) convert_latent_rows(run, head, next, last, current_rows + 8 * d);
   }
 
-  // Computes the unnormalized softmax of a block of queries over the keys [first, last) of one part: per block of keys scores,
-  // mask, online softmax, and accumulation of probabilities times values into `state`. Keys up to `end` follow in later parts;
-  // they are only prefetched.
+  // Computes the unnormalized softmax of a block of queries over the keys [first, last) of one part: per block of keys
+  // scores, mask, online softmax, and accumulation of probabilities times values into `state`. Keys up to `end` follow
+  // in later parts; they are only prefetched.
   void attend_part(const ItemLocation& at, const Buffers& buffers, int64_t first, int64_t last, int64_t end, SoftmaxState state) const {
     const auto [run_of_item, head_block, token, tokens, part] = at;
     const SequenceRun& run = *run_of_item;
@@ -234,8 +237,8 @@ struct AttentionJob {
     }
   }
 
-  // Computes one item: the partial softmax of a single part, or all parts of the keys and the output. `all`, `part_state` and
-  // `reordered` are buffers of the worker.
+  // Computes one item: the partial softmax of a single part, or all parts of the keys and the output. `all`,
+  // `part_state` and `reordered` are buffers of the worker.
   void attend(int64_t item, const Buffers& buffers, SoftmaxState all, SoftmaxState part_state, float* reordered) const {
     const ItemLocation at_item = locate(item);
     const SequenceRun& run = *at_item.run;
@@ -258,8 +261,8 @@ struct AttentionJob {
     write_output(item, all, reordered);
   }
 
-  // Merges the softmax `more` into `all`: both are rescaled to the larger of the two row maxima. Called in the order of the
-  // parts, so that the result does not depend on which worker computed them.
+  // Merges the softmax `more` into `all`: both are rescaled to the larger of the two row maxima. Called in the order of
+  // the parts, so that the result does not depend on which worker computed them.
   void merge_partials(SoftmaxState all, SoftmaxState more, int num_rows) const {
     for (int r = 0; r < num_rows; ++r) {
       if (more.row_max[r] == NEG_INF) continue;
@@ -271,8 +274,9 @@ struct AttentionJob {
     }
   }
 
-  // Divides the accumulated rows of an item by their softmax sums (plus the sink of the head) and stores them in c.out. The
-  // bf16 kernels accumulate columns in another order, which `reordered` undoes. A row without a visible key is zero.
+  // Divides the accumulated rows of an item by their softmax sums (plus the sink of the head) and stores them in c.out.
+  // The bf16 kernels accumulate columns in another order, which `reordered` undoes. A row without a visible key is
+  // zero.
   void write_output(int64_t item, SoftmaxState state, float* reordered) const {
     const auto [run, head_block, token, tokens, part] = locate(item);
     for (int64_t t = 0; t < tokens; ++t)

@@ -1,4 +1,5 @@
-// Softmax attention on the CPU with an online softmax: no matrix of all scores, keys and values read once for all heads they serve.
+// Softmax attention on the CPU with an online softmax: no matrix of all scores, keys and values read once for all heads
+// they serve.
 #pragma once
 #include <cstdint>
 

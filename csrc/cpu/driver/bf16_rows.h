@@ -1,7 +1,8 @@
 // Which rows of a call are multiplied in bf16 over AMX tile registers.
 //
-// That is several times faster than int8 products with a scale per sub-block, and rounds differently. A token's path must not depend on the other tokens
-// of the batch: full pages of a prompt take bf16, however the prompt is cut into chunks, and all other rows take int8.
+// That is several times faster than int8 products with a scale per sub-block, and rounds differently. A token's path
+// must not depend on the other tokens of the batch: full pages of a prompt take bf16, however the prompt is cut into
+// chunks, and all other rows take int8.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -17,8 +18,8 @@ struct Bf16Rows {
 };
 Bf16Rows& bf16_rows();
 
-// Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call, so that a driver runs each range in its own
-// arithmetic. Without AMX tiles, one int8 range; with `all_bf16`, one bf16 range.
+// Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call, so that a driver runs each range in
+// its own arithmetic. Without AMX tiles, one int8 range; with `all_bf16`, one bf16 range.
 template <class F> void for_bf16_ranges(int64_t tokens, bool all_bf16, F&& f) {
   const Bf16Rows& config = bf16_rows();
   if (!kernels().bf16_tiles) return f(int64_t(0), tokens, false);

@@ -32,8 +32,8 @@ void normalize(const Norm& norm, float* x, int64_t rows, int64_t width) {
   if (norm.weight) rms_norm(x, DType::F32, rows, width, width, norm.weight, norm.eps, norm.plus_one, x);
 }
 
-// x [batch][length][head][stride] from column `first_column` on -> y [batch][head][length][width], the first rope_dim columns
-// rotated. Changes the order to [head][length] in the same pass, as attention() takes it.
+// x [batch][length][head][stride] from column `first_column` on -> y [batch][head][length][width], the first rope_dim
+// columns rotated. Changes the order to [head][length] in the same pass, as attention() takes it.
 void apply_rope(const RopeTables& r, const float* x, int64_t first_column, int64_t batches, int64_t length, int64_t heads, int64_t stride, int64_t width, float* y) {
   rope({x + first_column, y, DType::F32, batches, heads, length, width, r.rope_dim, length * heads * stride, stride, heads * stride, r.cos, r.sin, r.batch, r.interleaved});
 }
@@ -55,8 +55,8 @@ void KVStore::write(int64_t batch, int64_t head, int64_t position, const float* 
   from_floats(row, at.type, columns, const_cast<uint8_t*>(static_cast<const uint8_t*>(at.data)) + to * int64_t(size_of(at.type)));
 }
 
-// Absorbed MLA: W_UK is multiplied into the queries and W_UV into the result, so attention runs on the latent itself, as one KV
-// head that all heads share, and the cache holds rank + rope_dim columns per token.
+// Absorbed MLA: W_UK is multiplied into the queries and W_UV into the result, so attention runs on the latent itself,
+// as one KV head that all heads share, and the cache holds rank + rope_dim columns per token.
 void mla_block(const MlaBlock& b) {
   const int64_t num_tokens = b.batches * b.length, num_heads = b.heads, rope_dim = b.rotation.rope_dim, q_head_dim = b.nope + rope_dim, kv_columns = b.rank + rope_dim;
   const int64_t q_lora_rank = b.q_a.rows();

@@ -1,5 +1,5 @@
-// Complete transformer modules in one call, for decode steps with few tokens, where returning to Python between kernels costs more than the
-// arithmetic. Activations are f32; each part is the kernel that the module-by-module path calls.
+// Complete transformer modules in one call, for decode steps with few tokens, where returning to Python between kernels
+// costs more than the arithmetic. Activations are f32; each part is the kernel that the module-by-module path calls.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -19,8 +19,8 @@ struct Norm {  // RMSNorm; weight null: none
   float eps;
   bool plus_one;
 };
-// Runs a block: b.out = run(b.x), or with a norm of weights the pre-norm residual layer b.out = run(norm(b.x)) + b.x. b.x is
-// f32 [rows][width].
+// Runs a block: b.out = run(b.x), or with a norm of weights the pre-norm residual layer b.out = run(norm(b.x)) + b.x.
+// b.x is f32 [rows][width].
 template <class B>
 void with_norm_and_residual(B& b, const Norm& pre_norm, int64_t rows, int64_t width, void (*run)(const B&)) {
   if (!pre_norm.weight) return run(b);

@@ -14,8 +14,8 @@ namespace ktx {
 namespace {
 constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;  // waking the pool costs more than it saves below this
 
-// Calls body(row) for all rows: in the thread pool, or in the calling thread if the work is small. `cost_per_row`: the cost
-// of a row in elements read once. Eight items per thread even out workers of unequal speed.
+// Calls body(row) for all rows: in the thread pool, or in the calling thread if the work is small. `cost_per_row`: the
+// cost of a row in elements read once. Eight items per thread even out workers of unequal speed.
 template <class F>
 void for_each_row(int64_t rows, int64_t cost_per_row, F&& body) {
   if (rows * cost_per_row < MIN_PARALLEL_ELEMENTS || rows < 2) {
@@ -61,8 +61,8 @@ void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t st
   });
 }
 
-// Pair i of a row is rotated by the angle i of its position: (low, high) -> (low cos - high sin, high cos + low sin). The
-// pair is columns (i, half + i), or (2i, 2i+1) if interleaved; the result always has the first order.
+// Pair i of a row is rotated by the angle i of its position: (low, high) -> (low cos - high sin, high cos + low sin).
+// The pair is columns (i, half + i), or (2i, 2i+1) if interleaved; the result always has the first order.
 void rope(const RopeCall& c) {
   const int64_t size = int64_t(size_of(c.type)), half = c.rope_dim / 2;
   for_each_row(c.batches * c.heads * c.positions, c.width, [&](int64_t r) {
@@ -101,8 +101,8 @@ void softmax(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] /= sum;
 }
 
-// Sets the first `count` of `order` to the indices of the `count` largest of n values, by descending value; ties: lower index
-// first. The others follow in no order.
+// Sets the first `count` of `order` to the indices of the `count` largest of n values, by descending value; ties: lower
+// index first. The others follow in no order.
 void select_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& order) {
   order.resize(n);
   std::iota(order.begin(), order.end(), 0);
@@ -110,8 +110,8 @@ void select_largest(const float* values, int64_t n, int64_t count, std::vector<i
                     [&](int64_t a, int64_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
 }
 
-// Group-limited routing of DeepSeek: experts outside the topk_group best groups get a choice score of -inf. The score of a
-// group is its best expert (MAX) or the sum of its two best (TOP2).
+// Group-limited routing of DeepSeek: experts outside the topk_group best groups get a choice score of -inf. The score
+// of a group is its best expert (MAX) or the sum of its two best (TOP2).
 void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_score, std::vector<int64_t>& order) {
   const int64_t size = c.experts / c.n_group;
   group_score.resize(c.n_group);
@@ -129,8 +129,8 @@ void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_sc
 }
 }  // namespace
 
-// Per token: scores of all experts; choice scores (with bias, groups masked), which decide the top experts; weights from the
-// plain scores of the chosen experts, renormalized and scaled.
+// Per token: scores of all experts; choice scores (with bias, groups masked), which decide the top experts; weights
+// from the plain scores of the chosen experts, renormalized and scaled.
 void route(const RouteCall& c) {
   constexpr int64_t COST_PER_EXPERT = 8;  // exp, and the partial sort
   constexpr float EPSILON = 1e-20f;       // against a division by a zero sum
@@ -154,7 +154,8 @@ void route(const RouteCall& c) {
   });
 }
 
-// The kernel takes f32 rows of a multiple of 16 columns and works in place, so both inputs are copied to padded buffers.
+// The kernel takes f32 rows of a multiple of 16 columns and works in place, so both inputs are copied to padded
+// buffers.
 void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out) {
   constexpr float NO_ALPHA = 0, NO_LIMIT = 0;  // parameters of SWIGLU_OAI, which callers do not pass here
   const int64_t size = int64_t(size_of(type)), padded = (width + 15) / 16 * 16;

@@ -1,8 +1,9 @@
-// Activations are quantized once; then two phases with a barrier between: (gate, up, activation, quantize) and (down, weighted sum). Each phase is one
-// queue of (expert, block of rows). Experts with few tokens take the GEMV kernels, others the GEMM. A NUMA node has a share of the rows of every matrix
-// and the part of the queue that reads them.
+// Activations are quantized once; then two phases with a barrier between: (gate, up, activation, quantize) and (down,
+// weighted sum). Each phase is one queue of (expert, block of rows). Experts with few tokens take the GEMV kernels,
+// others the GEMM. A NUMA node has a share of the rows of every matrix and the part of the queue that reads them.
 //
-// Letters: c = the call, k = kernels, e = expert id, t = token, g = group of 16 rows. A slot is one (token, expert) pair.
+// Letters: c = the call, k = kernels, e = expert id, t = token, g = group of 16 rows. A slot is one (token, expert)
+// pair.
 #include "cpu/driver/experts.h"
 
 #include <algorithm>
@@ -20,7 +21,8 @@ constexpr int64_t MAX_JOB_TOKENS = 2048, MAX_EXPERT_TOKENS = 512;  // per job, a
 constexpr int GATE_UP_GROUPS = 4;  // row groups of gate and up per item: 64 rows are two blocks of 32 columns for down
 constexpr int64_t MAX_GEMV_TOKENS = 16;  // more tokens are a large batch: short ranges
 constexpr int64_t MAX_GEMV_RANGE = 64;  // items per pop with few tokens
-// Items per pop with many tokens: adjacent items write the same cache lines of a tile, so four, as long as the sums of a projection fit 256 KiB.
+// Items per pop with many tokens: adjacent items write the same cache lines of a tile, so four, as long as the sums of
+// a projection fit 256 KiB.
 constexpr int64_t MAX_GEMM_RANGE = 4, MAX_SUMS = 4096;
 thread_local Scratch shared_scratch, worker_scratch;
 thread_local std::vector<int64_t> load_order, id_order;
@@ -30,8 +32,8 @@ int64_t now_ns() { return std::chrono::duration_cast<std::chrono::nanoseconds>(s
 // Atomic, because several threads may add, and readers take no lock.
 void add_relaxed(int64_t& to, int64_t more) { std::atomic_ref<int64_t>(to).fetch_add(more, std::memory_order_relaxed); }
 
-// The items of a phase: blocks of `groups` row groups of matrices with equal numbers of rows, ordered by NUMA node, then by
-// matrix. A node's items are contiguous, so that its workers read its own memory.
+// The items of a phase: blocks of `groups` row groups of matrices with equal numbers of rows, ordered by NUMA node,
+// then by matrix. A node's items are contiguous, so that its workers read its own memory.
 struct RowBlocks {
   int64_t groups = 1, matrices = 0;
   int64_t first[MAX_NODES + 1];  // first group of a node's share
@@ -88,8 +90,8 @@ struct MoEJob {
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
   bool quantizes_input() const { return gate_up_input.q; }
 
-  // Sorts the (token, choice) pairs by expert with a counting sort, so that each expert's tokens are consecutive slots and its
-  // weights are read once. Pairs with an id out of range get no slot.
+  // Sorts the (token, choice) pairs by expert with a counting sort, so that each expert's tokens are consecutive slots
+  // and its weights are read once. Pairs with an id out of range get no slot.
   void group_by_expert() {
     std::fill(offset, offset + c.experts + 1, 0);
     const int64_t pairs = tokens * c.top;
@@ -110,7 +112,8 @@ struct MoEJob {
     std::sort(experts_by_load.begin(), experts_by_load.end(), [&](int64_t a, int64_t b) { return count(a) != count(b) ? count(a) > count(b) : a < b; });
   }
 
-  // Quantizes each token once, then fills tiles. A worker fills complete tiles, because two workers that write one cache line would contend for it.
+  // Quantizes each token once, then fills tiles. A worker fills complete tiles, because two workers that write one
+  // cache line would contend for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(c.hidden);
     if (quantizes_input()) {
@@ -137,7 +140,8 @@ struct MoEJob {
   // The input of gate and up of the i-th expert by load.
   ActTiles gate_up_tiles(size_t i) const { return slice(gate_up_input, offset[experts_by_load[i]], count(experts_by_load[i]), k); }
 
-  // A single token is the same input for all of its experts. Each worker quantizes it, which is faster than waiting for another worker.
+  // A single token is the same input for all of its experts. Each worker quantizes it, which is faster than waiting for
+  // another worker.
   ActTiles single_token_input(Scratch& own) const {
     ActTiles one = slice(take_activations(own, 1, c.hidden, gate_up_input.q, gate_up_input.f, /*bf16=*/false), 0, 1, k);
     const float* values = values_of(0, own.take<float>(c.hidden));
@@ -149,7 +153,8 @@ struct MoEJob {
     return one;
   }
 
-  // Returns the packed rows of expert e at `location`. Packed order: the rows of all experts on the first node, then on the next.
+  // Returns the packed rows of expert e at `location`. Packed order: the rows of all experts on the first node, then on
+  // the next.
   const uint8_t* packed_rows(const ExpertMatrix& matrix, int64_t e, const RowBlocks& blocks, const RowBlocks::Location& location, int64_t columns) const {
     const int64_t first = blocks.first[location.node], node_groups = blocks.first[location.node + 1] - first;
     return matrix.packed + (c.experts * first + e * node_groups + location.group - first) * int64_t(group_bytes(*matrix.layout, columns));
@@ -159,8 +164,8 @@ struct MoEJob {
     return packed_rows(matrix, experts_by_load[location.matrix], gate_up_blocks, location, c.hidden);
   }
   const uint8_t* down_weights(int64_t item, int64_t e) const { return packed_rows(c.down, e, down_blocks, down_blocks.locate(item), c.inner); }
-  // sums[group][token][16] = rows [group*16, (group+groups)*16) of expert e's matrix times every token of `in`, plus the bias.
-  // `next`: the weights to prefetch, or null.
+  // sums[group][token][16] = rows [group*16, (group+groups)*16) of expert e's matrix times every token of `in`, plus
+  // the bias. `next`: the weights to prefetch, or null.
   void multiply_and_bias(const ExpertMatrix& matrix, int64_t e, const uint8_t* packed, int64_t group, int groups, int64_t rows_per_expert, const ActTiles& in, float* sums,
                uint8_t* work, const uint8_t* next) {
     k.multiply(*matrix.layout, packed, groups, in, sums, work, next);
@@ -171,9 +176,9 @@ struct MoEJob {
         for (int i = 0; i < 16 && (group + g) * 16 + i < rows_per_expert; ++i) sums[(g * in.n + t) * 16 + i] += bias[g * 16 + i];
   }
 
-  // Quantizes the activations of one item, rows group*16 and on of expert e, into the input tiles of down. The rows of gate and
-  // up are the columns of down, and the products are [group][token][16]: so each token's columns are collected with a stride of
-  // the number of tokens. Done here, while the values are cached; down starts with its input complete.
+  // Quantizes the activations of one item, rows group*16 and on of expert e, into the input tiles of down. The rows of
+  // gate and up are the columns of down, and the products are [group][token][16]: so each token's columns are collected
+  // with a stride of the number of tokens. Done here, while the values are cached; down starts with its input complete.
   void quantize_down_input(int64_t e, int64_t group, int groups, const float* activations, const RowView& row, float* columns_buffer) {
     const int n = count(e);
     const ActTiles to = slice(down_input, offset[e], n, k);
@@ -189,8 +194,8 @@ struct MoEJob {
       });
   }
 
-  // First phase, per item: gate and up products of some rows of one expert, activation, quantization. Each product prefetches
-  // the weights of the next one; the last item prefetches the first weights of the down phase.
+  // First phase, per item: gate and up products of some rows of one expert, activation, quantization. Each product
+  // prefetches the weights of the next one; the last item prefetches the first weights of the down phase.
   void gate_up_phase(Scratch& own, int worker) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]);
     const int64_t max_rows = gate_up_queue.max_length * GATE_UP_GROUPS * 16;
@@ -213,8 +218,8 @@ struct MoEJob {
     });
   }
 
-  // Second phase, per item: some rows of down of every expert with tokens, summed per token by router weight, and written to
-  // the output. An item covers all experts, so no two workers add to one output row.
+  // Second phase, per item: some rows of down of every expert with tokens, summed per token by router weight, and
+  // written to the output. An item covers all experts, so no two workers add to one output row.
   void down_phase(Scratch& own) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]), columns = down_queue.max_length * down_blocks.groups * 16;
     float* sums = own.take<float>(columns * std::max<int64_t>(max_tokens, 1));
@@ -261,8 +266,8 @@ struct MoEJob {
   }
 };
 
-// Runs `tokens` tokens of the call from `first` on, all in bf16 or none: reserves memory, sorts tokens by expert, cuts both
-// phases into items, and runs quantization, gate/up and down in the pool with a barrier between them.
+// Runs `tokens` tokens of the call from `first` on, all in bf16 or none: reserves memory, sorts tokens by expert, cuts
+// both phases into items, and runs quantization, gate/up and down in the pool with a barrier between them.
 void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   const Kernels& k = kernels();
   const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float, in_floats = c.gate.layout->is_float || c.up.layout->is_float;

@@ -1,4 +1,5 @@
-// The routed experts of a mixture-of-experts layer in one call: out = sum over a token's experts of weight * down(act(gate(x)) * up(x)).
+// The routed experts of a mixture-of-experts layer in one call: out = sum over a token's experts of weight *
+// down(act(gate(x)) * up(x)).
 #pragma once
 #include <cstdint>
 

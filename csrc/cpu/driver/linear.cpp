@@ -47,7 +47,8 @@ thread_local std::vector<MatrixShare> shares;
 thread_local std::vector<int64_t> first_item;  // of each share, and the end
 thread_local size_t first_share[MAX_NODES + 1];  // first share of each node, and the end
 
-// Appends the rows of `matrix` that `node` holds to `shares`; nothing if the node holds none of them (matrices with few rows).
+// Appends the rows of `matrix` that `node` holds to `shares`; nothing if the node holds none of them (matrices with few
+// rows).
 void add_share(const MatrixShare& matrix, int64_t k, int node) {
   const int64_t first = node_begin(matrix.groups(), node), last = node_begin(matrix.groups(), node + 1);
   if (first == last) return;
@@ -72,7 +73,8 @@ struct LinearJob {
   Queue rows{};
   StealingRange items{};
 
-  // Quantizes x into tiles. A worker fills complete tiles, because two workers that write one cache line would contend for it.
+  // Quantizes x into tiles. A worker fills complete tiles, because two workers that write one cache line would contend
+  // for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(k);
     const RowView row = all.q ? take_row(own, k) : RowView{};
@@ -95,8 +97,8 @@ struct LinearJob {
     scatter_row(one, {0, 1, 0}, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
     return one;
   }
-  // Writes sums [group][token][16] of an item to y, with bias. Row by row, because each row of y is on another page. Full
-  // groups without bias take the vector kernel, others go value by value.
+  // Writes sums [group][token][16] of an item to y, with bias. Row by row, because each row of y is on another page.
+  // Full groups without bias take the vector kernel, others go value by value.
   void write_output(const MatrixShare& p, int64_t group, int64_t count, const float* sums) const {
     const int64_t row = group * 16, full_groups = std::min(count, (p.n - row) / 16);
     for (int t = 0; t < tokens; ++t, sums += 16) {
@@ -121,7 +123,8 @@ struct LinearJob {
     const MatrixShare& p = share_of_item(item, group);
     return p.packed + group * group_bytes(*p.layout, k);
   }
-  // Takes items until none are left, and writes their part of y. `single_token`: the worker's own input, or null: `all`.
+  // Takes items until none are left, and writes their part of y. `single_token`: the worker's own input, or null:
+  // `all`.
   void multiply(Scratch& own, const ActTiles* single_token) {
     float* sums = own.take<float>(items.max_length * groups_per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
@@ -137,15 +140,16 @@ struct LinearJob {
   }
 };
 
-// Multiplies x [sets][tokens][k] by all matrices in `shares`: cuts their rows into items, and runs quantization and products
-// in the pool. `bf16`: as AMX bf16 tiles.
+// Multiplies x [sets][tokens][k] by all matrices in `shares`: cuts their rows into items, and runs quantization and
+// products in the pool. `bf16`: as AMX bf16 tiles.
 void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_t k, bool bf16) {
   bool ints = false, floats = false;
   int64_t groups = 0;
   for (const MatrixShare& p : shares) (p.layout->is_float ? floats : ints) = true, groups += p.groups();
   const int pool_size = threads();
   const int64_t rows = sets * tokens;
-  // A GEMM tile has two groups, and eight are written to y at once; small matrices take fewer, so that every worker has items.
+  // A GEMM tile has two groups, and eight are written to y at once; small matrices take fewer, so that every worker has
+  // items.
   const bool is_gemm = tokens > MAX_GEMV_TOKENS;
   const int64_t groups_per_item = is_gemm && groups >= 64 * pool_size ? 8 : groups >= 8 * pool_size ? 2 : 1;
   const int64_t max_length = is_gemm ? 1 : MAX_GEMV_SUMS / (tokens * groups_per_item);
@@ -193,8 +197,8 @@ void linear(const void* x, DType type, int64_t tokens, const Layout& layout, con
   linear_parts(x, type, tokens, k, &part, 1, all_bf16);
 }
 
-// Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_CALL_TOKENS rows of x;
-// with more than MAX_CALL_TOKENS tokens one matrix follows another.
+// Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_CALL_TOKENS
+// rows of x; with more than MAX_CALL_TOKENS tokens one matrix follows another.
 void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
                     int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);
@@ -221,8 +225,8 @@ void quantize_rows(const Layout& layout, const float* x, int64_t count, int64_t 
     kernels().quantize_block(x + block * layout.block, layout.block, four_bits, out + block * layout.bytes);
 }
 
-// The kernel dequantizes a group of 16 rows at once, transposed ([column][16]), so rows of one group that follow each other
-// share that work.
+// The kernel dequantizes a group of 16 rows at once, transposed ([column][16]), so rows of one group that follow each
+// other share that work.
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {
   const size_t bytes_per_group = group_bytes(layout, k);
   std::vector<int64_t> runs;  // starts of runs of rows in one group: a group is unpacked once per run

@@ -14,8 +14,8 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(base_); }
 
-  // Frees everything that was taken and reserves `bytes`: an upper bound of all pieces, plus 64 for the alignment of each. Grows
-  // by a quarter more than requested, so that slowly growing calls do not allocate each time.
+  // Frees everything that was taken and reserves `bytes`: an upper bound of all pieces, plus 64 for the alignment of
+  // each. Grows by a quarter more than requested, so that slowly growing calls do not allocate each time.
   void reset(size_t bytes) {
     used_ = 0;
     if (bytes <= size_) return;
@@ -39,13 +39,13 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-// Bytes that take_activations takes for `rows` rows of k activations. Per value 2 bytes quantized (int8 plus the scales and
-// sums of its sub-blocks) and 6 as floats (f32 plus bf16); the rest aligns the arrays.
+// Bytes that take_activations takes for `rows` rows of k activations. Per value 2 bytes quantized (int8 plus the scales
+// and sums of its sub-blocks) and 6 as floats (f32 plus bf16); the rest aligns the arrays.
 inline size_t activation_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
   return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
-// Takes the arrays that the weights of a call need: `ints` for quantized weights, `floats` for float weights, and with `bf16`
-// pairs of bf16 in place of the quantized values.
+// Takes the arrays that the weights of a call need: `ints` for quantized weights, `floats` for float weights, and with
+// `bf16` pairs of bf16 in place of the quantized values.
 inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool bf16) {
   ActTiles t;
   t.k = k, t.bf16 = bf16;
@@ -58,8 +58,8 @@ inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints,
   if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16)) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
-// Returns a view of the n tokens from row `first` on, cut into tiles for these kernels. Up to gemv_tokens quantized tokens are
-// one tile, which takes the GEMV path.
+// Returns a view of the n tokens from row `first` on, cut into tiles for these kernels. Up to gemv_tokens quantized
+// tokens are one tile, which takes the GEMV path.
 inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& kernels) {
   ActTiles t = all;
   const int64_t k = all.k;

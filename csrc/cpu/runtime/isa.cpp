@@ -24,11 +24,12 @@ uint64_t read_xcr0() {
   return (uint64_t(high) << 32) | low;
 }
 
-// Tile registers are large, so Linux enables them per process on request (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+// Tile registers are large, so Linux enables them per process on request (arch_prctl ARCH_REQ_XCOMP_PERM,
+// XFEATURE_XTILEDATA).
 bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// Returns the highest set whose instructions this CPU has (CPUID) and whose registers the system saves (XCR0), checked from the
-// lowest up.
+// Returns the highest set whose instructions this CPU has (CPUID) and whose registers the system saves (XCR0), checked
+// from the lowest up.
 Isa detect_isa() {
   // CPUID bits, by leaf and register.
   constexpr int OSXSAVE = 27, FMA = 12, F16C = 29;                                      // leaf 1, ecx

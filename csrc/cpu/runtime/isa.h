@@ -1,4 +1,5 @@
-// The instruction set of the kernels: chosen once, from CPUID and from the register state that the operating system saves.
+// The instruction set of the kernels: chosen once, from CPUID and from the register state that the operating system
+// saves.
 #pragma once
 namespace ktx {
 // In ascending order: a CPU with one set has all sets before it. AMXMODEL: the AMX kernels on emulated tile registers.

@@ -14,9 +14,10 @@ constexpr int POPULATE_READ = 22;  // MADV_POPULATE_READ, Linux 5.14; older head
 uint8_t* align_to_huge_page(void* base) { return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base) + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1)); }
 }  // namespace
 
-// mmap aligns to small pages only, and remap_huge_pages needs addresses aligned to huge pages. So map_file reserves one huge
-// page more than the file takes, and maps the file at the first aligned address of the reservation. PROT_WRITE is needed
-// because the tensor of a file is writable: a MAP_PRIVATE write gets its own copy of the page and never reaches the file.
+// mmap aligns to small pages only, and remap_huge_pages needs addresses aligned to huge pages. So map_file reserves one
+// huge page more than the file takes, and maps the file at the first aligned address of the reservation. PROT_WRITE is
+// needed because the tensor of a file is writable: a MAP_PRIVATE write gets its own copy of the page and never reaches
+// the file.
 Mapped map_file(const char* path) {
   const Mapped failed{nullptr, 0, nullptr};
   const int file = open(path, O_RDONLY | O_CLOEXEC);
@@ -33,9 +34,9 @@ Mapped map_file(const char* path) {
 
 void unmap(const Mapped& file) { munmap(file.base, file.size + HUGE_PAGE); }
 
-// The page cache of a file has small pages, so only anonymous memory can have huge ones. The copy is made elsewhere, in an
-// area with one huge page more for the alignment, and mremap puts it at `address` in one atomic step: a reader sees the old
-// page or the equal new one. Then the unused ends of the area are unmapped.
+// The page cache of a file has small pages, so only anonymous memory can have huge ones. The copy is made elsewhere, in
+// an area with one huge page more for the alignment, and mremap puts it at `address` in one atomic step: a reader sees
+// the old page or the equal new one. Then the unused ends of the area are unmapped.
 bool remap_huge_pages(uint8_t* address, size_t length) {
   const size_t huge_bytes = length / HUGE_PAGE * HUGE_PAGE;
   if (!huge_bytes || address != align_to_huge_page(address)) return false;

@@ -1,4 +1,5 @@
-// NUMA nodes. Weights exist once: each node holds a share of the rows of every matrix, and the workers of a node read its share first.
+// NUMA nodes. Weights exist once: each node holds a share of the rows of every matrix, and the workers of a node read
+// its share first.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +8,8 @@
 namespace ktx {
 constexpr int MAX_NODES = 8;
 
-// Number of nodes with CPUs that this process may use. KTX_NUMA=off: one. KTX_NUMA=fake:N: N fake nodes, to test the code for several nodes on a
-// machine with one. Throws std::runtime_error for another value.
+// Number of nodes with CPUs that this process may use. KTX_NUMA=off: one. KTX_NUMA=fake:N: N fake nodes, to test the
+// code for several nodes on a machine with one. Throws std::runtime_error for another value.
 int nodes();
 bool fake_nodes();
 const std::vector<int>& node_cpus(int node);  // usable CPUs of a real node
@@ -20,7 +21,8 @@ inline int64_t node_begin(int64_t groups, int node) {
   return node >= num_nodes ? groups : groups * node / num_nodes & ~int64_t(7);
 }
 
-// Places memory that is not written yet on `node`, if it has space; pages that straddle the border may go to either node.
+// Places memory that is not written yet on `node`, if it has space; pages that straddle the border may go to either
+// node.
 void bind_to_node(void* memory, size_t bytes, int node);
 // Number of pages of `memory` on each node. Pages that were never written are on none.
 std::vector<int64_t> pages_on(const void* memory, size_t bytes);

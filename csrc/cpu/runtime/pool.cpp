@@ -21,8 +21,9 @@
 
 namespace ktx {
 namespace {
-// Spinning is bounded, because on a busy machine an endless spin costs up to forty times the work itself. Python runs between two kernels of a
-// token, which takes longer than a wait inside a kernel, and waking a sleeping thread costs 50 us.
+// Spinning is bounded, because on a busy machine an endless spin costs up to forty times the work itself. Python runs
+// between two kernels of a token, which takes longer than a wait inside a kernel, and waking a sleeping thread costs 50
+// us.
 constexpr int SPINS_IN_RUN = 4000, SPINS_BETWEEN_RUNS = 20000;  // pause instructions: about 50 and 250 us
 
 void relax() { __builtin_ia32_pause(); }
@@ -34,7 +35,8 @@ void futex_wake(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// A counter to wait on: waiters spin for a while, then sleep in the kernel. `notify` makes a system call only if a waiter sleeps.
+// A counter to wait on: waiters spin for a while, then sleep in the kernel. `notify` makes a system call only if a
+// waiter sleeps.
 struct Signal {
   std::atomic<uint32_t> value{0};
   std::atomic<int> sleepers{0};
@@ -51,8 +53,8 @@ struct Signal {
   }
 };
 
-// The state of a run in one word, so that each transition is one compare-exchange. A run waits only for workers that have joined: waking a worker takes
-// milliseconds on a busy machine, and a late worker finds the queues empty.
+// The state of a run in one word, so that each transition is one compare-exchange. A run waits only for workers that
+// have joined: waking a worker takes milliseconds on a busy machine, and a late worker finds the queues empty.
 struct State {  // of the current run
   uint32_t run = 0;                           // run id
   uint32_t joined : 11 = 0, arrived : 11 = 0;   // workers inside, and those at the barrier
@@ -60,7 +62,8 @@ struct State {  // of the current run
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
-// Returns the lowest logical CPU of the core of `cpu`, which identifies the core; `cpu` itself if sysfs does not have it.
+// Returns the lowest logical CPU of the core of `cpu`, which identifies the core; `cpu` itself if sysfs does not have
+// it.
 int first_sibling(int cpu) {
   char path[96];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
@@ -82,8 +85,8 @@ int node_of_cpu(int cpu) {
   return 0;
 }
 
-// Orders CPUs: the first of each node, then the second of each, and so on. The pool takes a prefix of this order, so that
-// a small pool uses the memory bandwidth of all nodes.
+// Orders CPUs: the first of each node, then the second of each, and so on. The pool takes a prefix of this order, so
+// that a small pool uses the memory bandwidth of all nodes.
 std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
   std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
   for (int cpu : cpus) of[size_t(node_of_cpu(cpu))].push_back(cpu);
@@ -98,8 +101,8 @@ struct Cores {
   std::vector<int> cpus;  // usable CPUs: one of each core before the siblings, nodes interleaved
   int num_cores = 0;          // physical cores
 };
-// Lists the CPUs that the process may use (taskset, cgroups), one of each physical core first: hyper-thread siblings share
-// vector units and caches, so a pool no larger than `num_cores` never pins two workers to one core.
+// Lists the CPUs that the process may use (taskset, cgroups), one of each physical core first: hyper-thread siblings
+// share vector units and caches, so a pool no larger than `num_cores` never pins two workers to one core.
 Cores allowed_cores() {
   Cores found;
   cpu_set_t set;
@@ -140,7 +143,8 @@ class ThreadPool {
     start_signal.notify();
     for (auto& worker : workers) worker.join();
   }
-  // Opens a run, takes part as worker 0, closes the run, and waits for the workers that joined. Rethrows their first exception.
+  // Opens a run, takes part as worker 0, closes the run, and waits for the workers that joined. Rethrows their first
+  // exception.
   void run(void (*f)(void*, int), void* c) {
     fn = f, context = c, error = nullptr;
     state.store({.run = state.load().run + 1, .joined = 1, .closed = 0});
@@ -150,8 +154,9 @@ class ThreadPool {
     for (uint32_t seen; seen = done_signal.value.load(), state.load().joined;) done_signal.wait_while(seen);
     if (error) std::rethrow_exception(error);
   }
-  // Waits until all workers that have joined the run have finished this phase; the last one to arrive opens the next phase.
-  // A worker that joins late passes the barriers that opened before, because the queues of those phases are empty.
+  // Waits until all workers that have joined the run have finished this phase; the last one to arrive opens the next
+  // phase. A worker that joins late passes the barriers that opened before, because the queues of those phases are
+  // empty.
   void barrier() {
     bool completes_phase = false;
     const State updated = update_state([&](State& s) {
@@ -173,7 +178,8 @@ class ThreadPool {
     CPU_SET(core, &set);
     pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // some containers refuse it: unpinned then
   }
-  // Applies f to the state in one atomic step and returns the new state. f may run several times: it must set its outputs anew.
+  // Applies f to the state in one atomic step and returns the new state. f may run several times: it must set its
+  // outputs anew.
   template <class F>
   State update_state(F&& f) {
     for (State seen = state.load();;) {
@@ -194,9 +200,9 @@ class ThreadPool {
     in_run = false;
     leave(worker == 0);
   }
-  // Leaves the run. The caller closes it, because the queues are empty when the caller is through, so a worker that joined
-  // now would find no work. If all others wait at a barrier, the leaving worker opens it: it may leave early because it
-  // failed. The last worker to leave wakes the caller.
+  // Leaves the run. The caller closes it, because the queues are empty when the caller is through, so a worker that
+  // joined now would find no work. If all others wait at a barrier, the leaving worker opens it: it may leave early
+  // because it failed. The last worker to leave wakes the caller.
   void leave(bool is_caller) {
     bool completes_phase = false;
     const State updated = update_state([&](State& s) {
@@ -249,8 +255,9 @@ std::mutex pool_mutex;
 int pool_size = 0;
 ThreadPool* pool = nullptr;  // never destroyed at exit: workers may still sleep in it
 
-// A forked child has the forking thread only: no workers, and not the thread that may have held the mutex. A run in progress is the parent's. The old
-// pool cannot be joined, so the child leaks it (it is small) and its next run creates a new one.
+// A forked child has the forking thread only: no workers, and not the thread that may have held the mutex. A run in
+// progress is the parent's. The old pool cannot be joined, so the child leaks it (it is small) and its next run creates
+// a new one.
 void reset_after_fork() {
   new (&pool_mutex) std::mutex;
   pool = nullptr;

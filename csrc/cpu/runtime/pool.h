@@ -11,9 +11,9 @@ int threads();            // pool size, caller included
 double idle_seconds();    // since the last run; 0 during a run
 void set_threads(int n);  // 1..1024; applies to the next run
 
-// Calls fn(context, worker) on the caller and on every worker that joins while the caller works, and returns when all of them are done. A worker may
-// not join at all, so work is shared by queues and never by worker index. Rethrows the first exception. Calls of several threads run one after
-// another; a call from inside a run is an error.
+// Calls fn(context, worker) on the caller and on every worker that joins while the caller works, and returns when all
+// of them are done. A worker may not join at all, so work is shared by queues and never by worker index. Rethrows the
+// first exception. Calls of several threads run one after another; a call from inside a run is an error.
 void run(void (*fn)(void* context, int worker), void* context);
 // Ends a phase: returns when every worker that joined the run has arrived, passed, or failed. At most 500 calls a run,
 // because the pool counts phases in nine bits.
@@ -32,9 +32,10 @@ struct Queue {
 
 int current_node();  // NUMA node of the calling worker
 
-// A work-stealing range of items. A pop returns consecutive items, long runs first and shorter ones towards the end, so that reads are long and all
-// workers end together. Each NUMA node has a share; its workers take from it, and steal from other shares when it is empty. for_each pops one range
-// ahead, so that a worker can prefetch the weights of its next range.
+// A work-stealing range of items. A pop returns consecutive items, long runs first and shorter ones towards the end, so
+// that reads are long and all workers end together. Each NUMA node has a share; its workers take from it, and steal
+// from other shares when it is empty. for_each pops one range ahead, so that a worker can prefetch the weights of its
+// next range.
 struct Range { int64_t first, count; };  // count 0: the queue is empty
 
 struct StealingRange {
@@ -51,14 +52,14 @@ struct StealingRange {
     shares[node].begin = begin, shares[node].end = end;
     shares[node].next.store(begin, std::memory_order_relaxed);
   }
-  // Returns the number of items to pop at `at`: a quarter of an equal split of the items that remain, at most max_length,
-  // and never past `segment_end`, the end of the contiguous memory of item `at`.
+  // Returns the number of items to pop at `at`: a quarter of an equal split of the items that remain, at most
+  // max_length, and never past `segment_end`, the end of the contiguous memory of item `at`.
   int64_t range_length(const Share& s, int64_t at, int64_t segment_end) const {
     const int64_t part = (s.end - at) * nodes() / (4 * num_workers), max_part = part < max_length ? part : max_length;
     return max_part < 1 ? 1 : max_part < segment_end - at ? max_part : segment_end - at;
   }
-  // Pops a range from the share of `node`, or from another node's share if that is empty. segment_end(item) returns the end
-  // of the contiguous memory of the item.
+  // Pops a range from the share of `node`, or from another node's share if that is empty. segment_end(item) returns the
+  // end of the contiguous memory of the item.
   template <class B>
   Range take(int node, B&& segment_end) {
     for (int distance = 0; distance < nodes(); ++distance) {
@@ -73,8 +74,8 @@ struct StealingRange {
     }
     return {0, 0};
   }
-  // Returns the range that `worker` probably pops first, so that it can prefetch this range before the phase begins. Assumes
-  // that the workers of a node pop once each, in the order of their indices.
+  // Returns the range that `worker` probably pops first, so that it can prefetch this range before the phase begins.
+  // Assumes that the workers of a node pop once each, in the order of their indices.
   template <class B>
   Range peek(int worker, B&& segment_end) const {
     const Share& s = shares[current_node()];

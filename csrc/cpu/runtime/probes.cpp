@@ -17,7 +17,8 @@ namespace ktx {
 namespace {
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Runs body(thread) on threads of its own, because the pool may be smaller, and returns the seconds from first start to last end.
+// Runs body(thread) on threads of its own, because the pool may be smaller, and returns the seconds from first start to
+// last end.
 template <class F>
 double time_threads(int threads, F&& body) {
   const double start = now_s();
@@ -42,7 +43,8 @@ uint64_t xor_words(const uint64_t* words, size_t count) {
 constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the latency of the dot product
 }  // namespace
 
-// The loops are inline assembly because GCC copies every accumulator of intrinsics in and out, which makes them 2.6 times slower.
+// The loops are inline assembly because GCC copies every accumulator of intrinsics in and out, which makes them 2.6
+// times slower.
 #define KTX_CHAIN12(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 #define KTX_VNNI(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_VEX_VNNI(i) "%{vex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
