@@ -47,7 +47,8 @@ class DiskPageStore:
 
     def __init__(self, folder: str | Path, name: str, identity: Any, cache: PagedCache, limit: int):
         self.cache, self.max_bytes = cache, limit
-        shapes = [[list(buffer.shape[1:]), str(buffer.dtype)] for buffer in self._buffers().values()]
+        # The folder's name covers what a page's content depends on and the pools' format, so a file in it fits.
+        shapes = [[list(buffer.shape[1:]), str(buffer.dtype)] for buffer in self._named_buffers().values()]
         digest = hashlib.sha256(json.dumps([identity, shapes], sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = Path(folder).expanduser() / f"{name}-{digest}"
         self.sizes = self._scan()  # page hash -> bytes of its file, least recently used first
@@ -76,12 +77,12 @@ class DiskPageStore:
                 (self.folder / name).unlink(missing_ok=True)
         return sizes
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """Returns name -> pool for all attention layers."""
+    def _named_buffers(self) -> dict[str, torch.Tensor]:
+        """Returns name -> pool for all attention layers; the names are the keys of a page's file."""
         layers = [layer for layer in self.cache.layers if isinstance(layer, PagedLayer)]
         return {f"{i}.{j}": buffer for i, layer in enumerate(layers) for j, buffer in enumerate(layer.buffers)}
 
-    def _file(self, key: bytes) -> Path:
+    def _page_path(self, key: bytes) -> Path:
         """Returns the path of a page's file."""
         return self.folder / (key.hex() + FILE_SUFFIX)
 
@@ -102,7 +103,7 @@ class DiskPageStore:
         """Passes copies of the marked pages to the thread that writes them."""
         for key, page in self._marked:
             if self._pending_bytes < MAX_PENDING_BYTES:
-                tensors = {name: buffer[page].to("cpu", copy=True) for name, buffer in self._buffers().items()}
+                tensors = {name: buffer[page].to("cpu", copy=True) for name, buffer in self._named_buffers().items()}
                 with self.lock:
                     self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
                 self.jobs.put((key, tensors))
@@ -110,8 +111,10 @@ class DiskPageStore:
 
     @torch.inference_mode()
     def fetch(self, key: bytes, page: int) -> bool:
-        """Reads a page's content into the pool; False, and the file is removed, when there is no usable one."""
-        file, buffers = self._file(key), self._buffers()
+        """Reads a page's content into the pool; False, and the file is removed, when there is no usable one. The caller
+        then computes the page.
+        """
+        file, buffers = self._page_path(key), self._named_buffers()
         try:
             loaded = load_file(file)
             fits = loaded.keys() == buffers.keys() and all(
@@ -137,7 +140,7 @@ class DiskPageStore:
         """Removes a page's file."""
         with self.lock:
             self.total_bytes -= self.sizes.pop(key, 0)
-        self._file(key).unlink(missing_ok=True)
+        self._page_path(key).unlink(missing_ok=True)
 
     def _write_all(self) -> None:
         """Runs on the writing thread until `close`. A page that cannot be written is logged and skipped."""
@@ -156,7 +159,7 @@ class DiskPageStore:
         data, part_file = save(tensors), self.folder / f"{key.hex()}.{os.getpid()}{PART_SUFFIX}"
         try:
             part_file.write_bytes(data)
-            part_file.rename(self._file(key))
+            part_file.rename(self._page_path(key))
         except OSError:
             part_file.unlink(missing_ok=True)
             raise

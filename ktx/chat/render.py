@@ -23,7 +23,10 @@ class Printer:
         self.color = out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def show(self, events: Iterable[Text | Finished]) -> Finished | None:
-        """Prints an output as it arrives and returns its Finished event."""
+        """Prints an output as it arrives and returns its Finished event; None if the output has none.
+
+        Reasoning is dimmed and marked, or counted instead of printed with `fold`.
+        """
         kind, num_reasoning_chars, finished = "answer", 0, None
         for event in events:
             if isinstance(event, Finished):

@@ -48,7 +48,7 @@ class ChatFormat:
 
     @property
     def all_marks(self) -> tuple[str, ...]:
-        """All marks around reasoning and calls."""
+        """All marks around reasoning and calls, which the detokenizer must emit, because the parser reads them."""
         call_format = self.call_format
         if call_format is None:
             return tuple(mark for mark in self.reasoning_marks if mark)

@@ -49,7 +49,7 @@ class StopChecker:
     """
 
     def __init__(self, stop: Iterable[str] = (), include: bool = False):
-        self.stop, self.include, self.pending = [s for s in stop if s], include, ""
+        self.stop, self.include, self.pending = [text for text in stop if text], include, ""
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
@@ -64,7 +64,7 @@ class StopChecker:
             end, self.found = min(hits)
             end += len(self.found) if self.include else 0
         else:
-            end = len(self.pending) - max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+            end = len(self.pending) - max((_overlap_len(self.pending, stop) for stop in self.stop), default=0)
         emitted, self.pending = self.pending[:end], self.pending[end:]
         return emitted
 
@@ -74,6 +74,6 @@ class StopChecker:
         return "" if self.found is not None else rest
 
 
-def _overlap(text: str, mark: str) -> int:
+def _overlap_len(text: str, mark: str) -> int:
     """Returns the length of the longest proper prefix of `mark` that `text` ends with."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -105,8 +105,8 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
         pages = runner.pages if runner else num_pages(self.options.cache_lens)
-        limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
-        self.context = min(self.options.max_context or limit, limit, pages * PAGE_TOKENS)
+        model_context = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
+        self.context = min(self.options.max_context or model_context, model_context, pages * PAGE_TOKENS)
         self.stop_ids = end_token_ids(model, tokenizer)
         self.runner = runner or select_runner(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
         self.runner.shares_recurrent_states = self.options.prefix_cache
@@ -135,7 +135,7 @@ class Engine:
         self.process = os.getpid()
         add_notes(
             getattr(getattr(model, "ktx", None), "notes", []),
-            engine_notes(self.runner, self.options.prefix_cache, self.context, limit),
+            engine_notes(self.runner, self.options.prefix_cache, self.context, model_context),
             ENGINES,
         )
 
@@ -271,7 +271,7 @@ class Engine:
             if len(self.outputs) >= self.options.max_queue + self.options.max_batch_size:
                 raise QueueFull(f"{len(self.outputs)} requests are waiting or running; try again later")
             # under the lock, so that no adapter is unloaded before the request is registered
-            adapters = self._adapters(lora)
+            adapters = self._resolve_adapters(lora)
             digest = self.runner.adapters.digest(adapters)
             request = Request(list(prompt), sampling, on_event, digest + salt, constraint, adapters)
             self.num_submitted += 1
@@ -280,7 +280,7 @@ class Engine:
         self.inbox.put(lambda: self.scheduler.add(request))
         return request
 
-    def _adapters(self, lora: Lora) -> AdapterUses:
+    def _resolve_adapters(self, lora: Lora) -> AdapterUses:
         """Resolves the `lora` argument of a request to loaded adapters; None: those in use."""
         adapters = self.runner.adapters
         return (

@@ -39,7 +39,7 @@ def schema_grammar(schema: Any) -> str:
 def check_schema(schema: Any) -> None:
     """Raises UsageError for a schema that is too large, too deep, or has external references."""
     members = 0
-    for depth, key, value in _walk(schema):
+    for depth, key, value in _walk_members(schema):
         members += 1
         if depth > SCHEMA_LIMITS["depth"]:
             raise UsageError(f"the JSON schema is nested deeper than {SCHEMA_LIMITS['depth']} levels")
@@ -68,13 +68,13 @@ def _check_size(text: str, what: str) -> None:
         raise UsageError(f"{what} has {len(text)} characters, the limit is {SCHEMA_LIMITS['bytes']} bytes")
 
 
-def _walk(value: Any, depth: int = 1) -> Iterator[tuple[int, Any, Any]]:
+def _walk_members(value: Any, depth: int = 1) -> Iterator[tuple[int, Any, Any]]:
     """Yields depth, key and value of all members; it descends at most one level below the depth limit."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, member in items:
         yield depth, key, member
         if depth <= SCHEMA_LIMITS["depth"]:
-            yield from _walk(member, depth + 1)
+            yield from _walk_members(member, depth + 1)
 
 
 class GrammarCompiler:
@@ -125,7 +125,7 @@ class GrammarCompiler:
         if not matcher.is_error():
             matcher.compute_bitmask()  # some errors occur only with the first token
         if matcher.is_error():
-            raise _grammar_error(matcher, "")
+            raise _make_grammar_error(matcher, "")
         return GrammarMatcher(matcher, tokens, self.vocabulary, after)
 
 
@@ -147,7 +147,7 @@ class GrammarMatcher:
         # one bit per token, the lowest bit of a byte first
         packed_bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         if self.matcher.is_error():
-            raise _grammar_error(self.matcher, " any further")
+            raise _make_grammar_error(self.matcher, " any further")
         bits = (
             packed_bits[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).view(-1).bool()
         )
@@ -171,10 +171,10 @@ class GrammarMatcher:
         if not self.matcher.consume_token(token):
             if "doesn't satisfy the grammar" in self.matcher.get_error():
                 raise ValueError(f"the grammar does not allow the token {token}")
-            raise _grammar_error(self.matcher, " any further")
+            raise _make_grammar_error(self.matcher, " any further")
         self.ended = self.matcher.is_stopped()
 
 
-def _grammar_error(matcher: Any, suffix: str) -> UsageError:
+def _make_grammar_error(matcher: Any, suffix: str) -> UsageError:
     """Returns the error for a grammar that the parser rejects: it is invalid, or exceeds the parser's limits."""
     return UsageError(f"the grammar cannot be followed{suffix}: {matcher.get_error().strip().splitlines()[0][:500]}")

@@ -56,15 +56,15 @@ class MTPDrafter:
             row += chunk.count
         if not spans:
             return {}
-        states = self._step(torch.cat(rows), ids, [span for _, span in spans])
+        states = self._run_layer(torch.cat(rows), ids, [span for _, span in spans])
         last, end_row = {}, 0  # last: request -> the state of its last computed token
         for request, span in spans:
             end_row += span.count
             if max_drafts.get(request):
                 last[request] = states[end_row - 1]
-        return self._drafts(last, max_drafts)
+        return self._draft_tokens(last, max_drafts)
 
-    def _drafts(
+    def _draft_tokens(
         self, last_states: dict[Request, torch.Tensor], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
         """Drafts autoregressively, one token per round for all requests; a request leaves when its draft has its
@@ -90,11 +90,11 @@ class MTPDrafter:
             if not spans:
                 break
             ids = [drafts[request][-1] for request, _ in spans]
-            states = self._step(torch.stack(rows), ids, [span for _, span in spans])
+            states = self._run_layer(torch.stack(rows), ids, [span for _, span in spans])
             last_states = {request: state for (request, _), state in zip(spans, states, strict=True)}
         return drafts
 
-    def _step(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
+    def _run_layer(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
         """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and the ids of the
         following tokens.
         """

@@ -157,10 +157,13 @@ class ModelRunner:
             for chunk, (first, count, _) in zip(chunks, batch.rows, strict=True)
         ]
         # Chunks that need the logits of all their rows; their full pages are excluded from multiplication in bf16.
-        echoes = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
+        echo_indices = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
         try:
             self.cache.begin(batch)
-            with cpu.bf16_rows(batch.tokens, batch.full_page_rows(echoes)), self.adapters.step(*chunk_adapters(chunks)):
+            with (
+                cpu.bf16_rows(batch.tokens, batch.full_page_rows(echo_indices)),
+                self.adapters.step(*chunk_adapters(chunks)),
+            ):
                 out = self.model(
                     input_ids=ids,
                     position_ids=batch.position_ids,
@@ -250,13 +253,13 @@ class SequentialRunner(ModelRunner):
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
-        """Computes the chunks one after another, each in the forwards that `_split` returns; ForwardCancelled as in
-        the base class.
+        """Computes the chunks one after another, each in the forwards that `_split_chunk` returns. Raises
+        ForwardCancelled between two forwards, as the base class between two layers.
         """
         logits = {}
         for chunk in chunks:
             rows = []
-            for start, count in self._split(chunk):
+            for start, count in self._split_chunk(chunk):
                 self._on_layer(chunks)
                 rows.append(self._forward_chunk(chunk, start, count))
             logits[chunk.request] = (
@@ -264,7 +267,7 @@ class SequentialRunner(ModelRunner):
             )
         return logits
 
-    def _split(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
+    def _split_chunk(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
         """Returns the first token and the number of tokens of the forwards that a chunk takes.
 
         A prompt is computed `granularity` tokens at once, because a family's own code may sum in another order for
@@ -307,7 +310,7 @@ class SequentialRunner(ModelRunner):
         return logits[len(logits) - rows :]
 
     def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
-        forwards = sum(len(self._split(chunk)) for chunk in chunks)
+        forwards = sum(len(self._split_chunk(chunk)) for chunk in chunks)
         return forwards, sum(chunk.count for chunk in chunks), forwards
 
     def free(self, request: Request) -> None:

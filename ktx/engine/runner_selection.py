@@ -42,24 +42,24 @@ def select_runner(model: Any, pages: int, captured: int = 0) -> ModelRunner:
         SelfTestFailed: the model computes wrong logits on pages.
     """
     known_family = model.config.model_type in RULE_FILES
-    reason = _unsupported_layer(model) or ("" if known_family else _mismatch(ModelRunner(model, 2)))
+    reason = _find_unsupported_layer(model) or ("" if known_family else _find_mismatch(ModelRunner(model, 2)))
     if known_family and not reason and model.ktx.self_test:
         check(model, PagedForward(ModelRunner(model, 1)))
     elif model.ktx.self_test == "engine":
         check(model)
     if not reason:
         return ModelRunner(model, pages, captured)
-    runner = SequentialRunner(model, pages) if known_family else _sequential_runner(model, pages)
+    runner = SequentialRunner(model, pages) if known_family else _make_sequential_runner(model, pages)
     runner.sequential_reason = reason
     return runner
 
 
-def _sequential_runner(model: Any, pages: int) -> SequentialRunner:
+def _make_sequential_runner(model: Any, pages: int) -> SequentialRunner:
     """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it."""
     runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):
         runner.in_chunks = in_chunks
-        reason = _mismatch(runner)
+        reason = _find_mismatch(runner)
         if not reason:
             return runner
         log.info("chunked prompts: %s" if in_chunks else "decoding: %s", reason)
@@ -69,7 +69,7 @@ def _sequential_runner(model: Any, pages: int) -> SequentialRunner:
     )
 
 
-def _unsupported_layer(model: Any) -> str:
+def _find_unsupported_layer(model: Any) -> str:
     """Returns a description of a module or layer that does not use the paged cache; empty if all do."""
     for path, module in model.named_modules():
         is_attention = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
@@ -82,15 +82,15 @@ def _unsupported_layer(model: Any) -> str:
 
 
 @torch.inference_mode()
-def _mismatch(runner: ModelRunner) -> str:
+def _find_mismatch(runner: ModelRunner) -> str:
     """Returns what is wrong with the logits of two sequences whose tokens are computed in CHUNKS; empty if they equal
     those of whole sequences.
     """
     with restore_state(runner.model):
-        return judge(lambda number: _trial(runner, number))
+        return judge(lambda number: _run_trial(runner, number))
 
 
-def _trial(runner: ModelRunner, number: int) -> Fault | None:
+def _run_trial(runner: ModelRunner, number: int) -> Fault | None:
     """Computes two sequences in CHUNKS and compares their logits; returns the fault, None if there is none.
 
     `number` is the number of the trial; each trial has other token ids.
@@ -125,13 +125,13 @@ def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
             ScheduledChunk(request, request.num_computed, count)
             for request, count in zip(requests, counts, strict=True)
         ]
-        found = runner.run(chunks)
+        logits = runner.run(chunks)
         for chunk in chunks:
             chunk.request.num_computed += chunk.count
     for request in requests:
         # with a cache of the same type, whose rounding is no fault
         expected = CachedForward(runner.model)(request.ids, 0)[-1]
-        rel_error = relative_distance(found[request][-1], expected)
+        rel_error = relative_distance(logits[request][-1], expected)
         # The past of another sequence changes all of the logits; small errors were checked when the model was loaded.
         if not rel_error <= MAX_DISTANCE_HALF:
             return Fault(f"logits are {rel_error:.1%} away from those of the whole sequence")

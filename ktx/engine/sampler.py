@@ -134,7 +134,7 @@ class Sampler:
         allows.
         """
         logits = logits.float()
-        token = self._sample_id(self._adjusted(logits, mask))
+        token = self._sample_id(self._adjust_logits(logits, mask))
         if self.output_counts is not None and self.seen is not None:
             self.output_counts[token] += 1
             self.seen[token] = True
@@ -149,7 +149,7 @@ class Sampler:
         values, ids = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
         return SampledToken(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    def _adjusted(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _adjust_logits(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Returns logits with penalties, biases and a grammar's mask applied."""
         params = self.sampling
         if params.penalizes or params.logit_bias or mask is not None:
@@ -167,7 +167,7 @@ class Sampler:
         """
         params = self.sampling
         if self.seen is None or self.output_counts is None or params.repeat_last_n >= 0:
-            self.seen, self.output_counts = self._window(len(logits))
+            self.seen, self.output_counts = self._count_recent(len(logits))
         if params.repetition_penalty != 1:
             values = logits[self.seen]
             logits[self.seen] = torch.where(
@@ -175,7 +175,7 @@ class Sampler:
             )
         logits -= params.frequency_penalty * self.output_counts + params.presence_penalty * (self.output_counts > 0)
 
-    def _window(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _count_recent(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns which tokens occur among the latest `repeat_last_n`, bool [vocabulary], and the output's occurrences
         in them, f32 [vocabulary].
         """
@@ -193,7 +193,7 @@ class Sampler:
         params = self.sampling
         if params.temperature == 0:
             return int(logits.argmax())
-        values, ids = self._candidates(logits / params.temperature)
+        values, ids = self._filter_candidates(logits / params.temperature)
         weights = (values - values.max()).double().exp()
         index = torch.searchsorted(
             weights.cumsum(0), torch.rand((), generator=self.generator, dtype=torch.float64) * weights.sum()
@@ -201,14 +201,14 @@ class Sampler:
         position = int(index.clamp(max=len(weights) - 1))
         return position if ids is None else int(ids[position])
 
-    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _filter_candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns logits and ids of the tokens that the filters leave, most probable first; without filters all logits
         in vocabulary order, and None.
         """
         params = self.sampling
         if not (params.top_k or params.top_p < 1 or params.min_p or params.typical_p < 1):
             return logits, None
-        values, ids = self._most_probable(logits)
+        values, ids = self._take_most_probable(logits)
         probabilities = values.softmax(-1)
         if params.top_p < 1:
             model_probabilities = probabilities if params.top_k else (values - logits.logsumexp(-1)).exp()
@@ -216,10 +216,10 @@ class Sampler:
         if params.min_p:
             values = values[: _num_kept((values - values[0]).exp() >= params.min_p)]
         if params.typical_p < 1:
-            values, ids = _typical(values, ids[: len(values)], params.typical_p)
+            values, ids = _filter_typical(values, ids[: len(values)], params.typical_p)
         return values, ids[: len(values)]
 
-    def _most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take_most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits and ids of at least as many of the most probable tokens, in order, as the filters can
         leave.
         """
@@ -242,7 +242,7 @@ def _num_kept(keep: torch.Tensor) -> int:
     return max(1, int(keep.sum()))
 
 
-def _typical(values: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _filter_typical(values: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the tokens whose surprisal is nearest to the entropy, up to a probability mass of `mass` (Meister et al.
     2022, arXiv 2202.00666).
 

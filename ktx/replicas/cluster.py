@@ -182,7 +182,7 @@ class Cluster:
         return self.handle is not None and not self.stopping and any(status.ready for status in await self.statuses())
 
     def unavailable_reason(self) -> str:
-        """Returns why no replica can answer requests."""
+        """Returns why no replica can answer requests, for the user: shutdown, a load error, or the loading progress."""
         if self.stopping:
             return "the server is shutting down"
         if self.load_error:

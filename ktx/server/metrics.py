@@ -107,50 +107,50 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """Yields the metrics that are read from the engine at collection time; the registry calls it for /metrics."""
         progress, engine = self.state.progress, self.state.engine
-        yield self._gauge("model_load_bytes", "Bytes of weights read so far.", progress.done)
-        yield self._gauge("model_load_total_bytes", "Bytes of weights to read.", progress.total)
+        yield self._make_gauge("model_load_bytes", "Bytes of weights read so far.", progress.done)
+        yield self._make_gauge("model_load_total_bytes", "Bytes of weights to read.", progress.total)
         if engine is None:
             return
         scheduler, pages = engine.scheduler, engine.scheduler.pages
-        yield self._gauge("num_requests_running", "Requests in the batch.", len(scheduler.running))
-        yield self._gauge("num_requests_waiting", "Requests in the queue.", len(scheduler.waiting))
-        yield self._gauge(
+        yield self._make_gauge("num_requests_running", "Requests in the batch.", len(scheduler.running))
+        yield self._make_gauge("num_requests_waiting", "Requests in the queue.", len(scheduler.waiting))
+        yield self._make_gauge(
             "kv_cache_usage_perc",
             "Fraction of the KV cache that running requests use, 0 to 1.",
             pages.used / pages.count,
         )
-        yield self._counter(
+        yield self._make_counter(
             "num_preemptions", "Preempted requests: their KV cache was freed for older ones.", scheduler.preemptions
         )
-        yield self._counter(
+        yield self._make_counter(
             "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", scheduler.prefix_queries
         )
-        yield self._counter(
+        yield self._make_counter(
             "prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", scheduler.prefix_hits
         )
         yield from self._collect_budget(engine)
-        yield self._counter("engine_steps", "Forward passes of the model.", engine.steps)
-        yield self._counter("engine_restarts", "Restarts of the engine's thread.", engine.num_restarts)
+        yield self._make_counter("engine_steps", "Forward passes of the model.", engine.steps)
+        yield self._make_counter("engine_restarts", "Restarts of the engine's thread.", engine.num_restarts)
         yield from self._collect_stats(engine)
 
     def _collect_budget(self, engine: Engine) -> Iterator[Any]:
         """Yields the prefill budget and the speed of the latest prefill step, without and with decoding requests."""
         budget, labels = engine.budget, {"none": False, "some": True}
         latest = {label: budget.latest[decoding] for label, decoding in labels.items() if decoding in budget.latest}
-        yield self._gauge(
+        yield self._make_gauge(
             "max_num_batched_tokens",
             "Max prompt tokens per step, by whether requests decode in the same step.",
             {label: budget.tokens(decoding=decoding) for label, decoding in labels.items()},
             "answers",
         )
-        yield self._gauge("max_itl_seconds", "Max seconds of a step in which requests decode.", budget.target_s)
-        yield self._gauge(
+        yield self._make_gauge("max_itl_seconds", "Max seconds of a step in which requests decode.", budget.target_s)
+        yield self._make_gauge(
             "prefill_tokens_per_second",
             "Prompt tokens per second in the latest prefill step.",
             {label: prefill.rate for label, prefill in latest.items()},
             "answers",
         )
-        yield self._gauge(
+        yield self._make_gauge(
             "prefill_step_seconds",
             "Seconds of the forward pass of the latest prefill step.",
             {label: prefill.seconds for label, prefill in latest.items()},
@@ -161,35 +161,35 @@ class Metrics:
         """Yields memory, bandwidth and expert statistics of the engine."""
         stats, bandwidth = engine.stats.snapshot(), self.state.bandwidth
         node_seconds = {str(node): seconds for node, seconds in enumerate(stats.node_seconds)}
-        yield self._gauge("kv_cache_bytes", "Memory of the KV cache.", engine.runner.nbytes())
-        yield self._counter("forward_seconds", "Seconds of forward passes.", stats.seconds)
-        yield self._counter("weight_bytes_read", "Bytes of packed weights read by forward passes.", stats.nbytes)
-        yield self._counter(
+        yield self._make_gauge("kv_cache_bytes", "Memory of the KV cache.", engine.runner.nbytes())
+        yield self._make_counter("forward_seconds", "Seconds of forward passes.", stats.seconds)
+        yield self._make_counter("weight_bytes_read", "Bytes of packed weights read by forward passes.", stats.nbytes)
+        yield self._make_counter(
             "expert_bytes_read", "Bytes of packed expert weights read by forward passes.", stats.expert_bytes
         )
-        yield self._counter(
+        yield self._make_counter(
             "expert_seconds", "Mean seconds that the threads of a NUMA node computed experts.", node_seconds, "node"
         )
-        yield self._counter("gpu_wait_seconds", "Seconds that the CPU waited for a GPU.", stats.gpu_wait_s)
+        yield self._make_counter("gpu_wait_seconds", "Seconds that the CPU waited for a GPU.", stats.gpu_wait_s)
         activations = {str(layer): sum(counts) for layer, counts in stats.layers.items()}
         imbalances = {str(layer): imbalance(counts) for layer, counts in stats.layers.items()}
-        yield self._counter(
+        yield self._make_counter(
             "expert_activations",
             "Number of expert activations (one per token and routed expert).",
             activations,
             "layer",
         )
-        yield self._gauge(
+        yield self._make_gauge(
             "expert_imbalance",
             "Activations of the most used expert divided by the mean of its layer.",
             imbalances,
             "layer",
         )
         if bandwidth is not None:
-            yield self._gauge(
+            yield self._make_gauge(
                 "bandwidth_measured_bytes_per_second", "Memory read bandwidth measured at the start.", bandwidth * 1e9
             )
-            yield self._gauge(
+            yield self._make_gauge(
                 "bandwidth_used_ratio",
                 "Weight bytes read per second of forward pass over the measured bandwidth, since the last collection.",
                 self._bytes_per_second(stats) / bandwidth / 1e9,
@@ -201,13 +201,15 @@ class Metrics:
         last_bytes, last_seconds = (self.last_stats.nbytes, self.last_stats.seconds) if self.last_stats else (0, 0.0)
         return (stats.nbytes - last_bytes) / (stats.seconds - last_seconds) if stats.seconds > last_seconds else 0.0
 
-    def _gauge(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
-        return self._family(GaugeMetricFamily, name, text, value, label)
+    def _make_gauge(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+        return self._make_family(GaugeMetricFamily, name, text, value, label)
 
-    def _counter(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
-        return self._family(CounterMetricFamily, name, text, value, label)
+    def _make_counter(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+        return self._make_family(CounterMetricFamily, name, text, value, label)
 
-    def _family(self, family_class: Any, name: str, text: str, value: float | Mapping[str, float], label: str) -> Any:
+    def _make_family(
+        self, family_class: Any, name: str, text: str, value: float | Mapping[str, float], label: str
+    ) -> Any:
         """Returns a metric with one value, or with one value per label value if `value` is a mapping."""
         family = family_class(f"ktx:{name}", text, labels=["model_name", label] if label else ["model_name"])
         for label_value, number in value.items() if isinstance(value, Mapping) else [("", value)]:

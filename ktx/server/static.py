@@ -67,10 +67,10 @@ HEADERS = {
 
 def routes() -> list[Route]:
     """Returns one route per file, for GET and HEAD."""
-    return [Route(path, _handler(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
+    return [Route(path, _make_handler(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
 
 
-def _handler(path: Path) -> Callable[[Request], Awaitable[Response]]:
+def _make_handler(path: Path) -> Callable[[Request], Awaitable[Response]]:
     """Reads a file and returns the handler that sends it, or a 304 if its ETag matches."""
     data = path.read_bytes()
     etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'

@@ -50,9 +50,9 @@ class MachineStats:
             "nodes": cpu.ops.nodes(),
             "uptime_seconds": round(time.monotonic() - self.state.progress.started, 3),
             "modules": self.cached_modules[1],
-            "memory": _memory(engine),
-            "cache": _cache(engine),
-            "experts": _experts(engine, stats) if stats.layers else None,
+            "memory": _memory_stats(engine),
+            "cache": _cache_stats(engine),
+            "experts": _expert_stats(engine, stats) if stats.layers else None,
             "bandwidth": {
                 "measured_gbps": self.state.bandwidth,
                 "bytes": stats.nbytes,
@@ -78,20 +78,20 @@ def list_modules(model: Any) -> list[dict[str, Any]]:
             "name": entry.path,
             "layer": layer_of(entry.path),
             "operator": type(entry.module).__name__,
-            "device": _device(entry.module),
-            "types": _types(entry.module),
+            "device": _device_name(entry.module),
+            "types": _dtype_names(entry.module),
             "bytes": entry.held_bytes,
         }
         for entry in module_bytes(model)
     ]
 
 
-def _device(module: nn.Module) -> str:
+def _device_name(module: nn.Module) -> str:
     """Returns the device of a module's own parameters. Packed weights are on the CPU."""
     return next((str(parameter.device) for parameter in plain_parameters(module)), "cpu")
 
 
-def _types(module: nn.Module) -> str:
+def _dtype_names(module: nn.Module) -> str:
     """Returns the names of the data types of a module's own weights, packed or not, joined with "/"."""
     groups = [value.values() if isinstance(value, dict) else value for value in vars(module).values()]
     tensors = [tensor for group in groups for tensor in (group if isinstance(group, Iterable) else [group])]
@@ -100,7 +100,7 @@ def _types(module: nn.Module) -> str:
     return "/".join(dict.fromkeys([*packed, *(DTYPE_NAMES.get(name, name) for name in unpacked)]))
 
 
-def _memory(engine: Engine) -> dict[str, Any]:
+def _memory_stats(engine: Engine) -> dict[str, Any]:
     """Returns the bytes of the weights, the KV cache, this process and the machine."""
     info = getattr(engine.model, "ktx", None)
     total, free = memory()
@@ -118,7 +118,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cache(engine: Engine) -> dict[str, Any]:
+def _cache_stats(engine: Engine) -> dict[str, Any]:
     """Returns the pages of the KV cache by state, and the prefix cache's counters in tokens."""
     scheduler, pages = engine.scheduler, engine.scheduler.pages
     return {
@@ -131,7 +131,7 @@ def _cache(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _experts(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
+def _expert_stats(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
     """Returns the activations of the experts per layer and the time that each NUMA node spent in them."""
     return {
         "layers": list(stats.layers),

@@ -92,7 +92,7 @@ def test_shares_are_those_of_transformers_own_warpers(cut):
     for name, value in cut.items():
         scores = warpers[name](value)(None, scores)
     share = scores.softmax(-1)[0]
-    values, ids = Sampler(SamplingParams(temperature=0.7, **cut))._candidates(logits / 0.7)
+    values, ids = Sampler(SamplingParams(temperature=0.7, **cut))._filter_candidates(logits / 0.7)
     found = torch.zeros_like(share).index_add_(0, torch.arange(20000) if ids is None else ids, values.softmax(-1))
     assert (found - share).abs().max() < 1e-6
 

@@ -177,8 +177,8 @@ def test_the_layer_on_pages_says_what_it_says_of_the_whole_text(demo):
         rope = body.rotary_emb(embeds, torch.arange(len(ids) - 1)[None])
         whole = model.mtp(embeds, states, position_embeddings=rope, attention_mask=None)[0]
     with model.ktx.engine(speculative="mtp", prefix_cache=False) as engine:
-        step = engine.speculation.drafter._step
-        engine.speculation.drafter._step = lambda *given: guessed.append(step(*given)) or guessed[-1]
+        step = engine.speculation.drafter._run_layer
+        engine.speculation.drafter._run_layer = lambda *given: guessed.append(step(*given)) or guessed[-1]
         answers(engine, [ids], SamplingParams(max_new_tokens=2, ignore_eos=True))
     assert torch.nn.functional.cosine_similarity(guessed[0][:-1], whole, dim=-1).min() > 0.999
 

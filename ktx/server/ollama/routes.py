@@ -239,7 +239,7 @@ async def _stream(
     include_thinking: bool,
     formatter: LogprobFormatter | None,
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yields the objects of a streamed response."""
+    """Yields the objects of a streamed response, one per delta; the last one has the statistics."""
     async for _, event in group:
         for delta in parser.feed(event):
             base, logprobs = {"model": name, "created_at": _now()}, _logprob_fields(formatter, delta.choices)

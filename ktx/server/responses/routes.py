@@ -12,11 +12,12 @@ def _find(store: ResponseStore, owner: bytes, response_id: str) -> StoredRespons
     """Returns a stored response. Raises APIError (404) if it is not stored."""
     response = store.find(owner, response_id)
     if response is None:
-        raise _not_found(response_id)
+        raise _not_found_error(response_id)
     return response
 
 
-def _not_found(response_id: str) -> APIError:
+def _not_found_error(response_id: str) -> APIError:
+    """Returns the error for a response that is not stored."""
     return APIError(404, f"Response with id {response_id[:256]!r} not found.", "response_id")
 
 
@@ -34,7 +35,7 @@ def retrieve(store: ResponseStore, owner: bytes, response_id: str, stream: bool)
 def delete(store: ResponseStore, owner: bytes, response_id: str) -> dict[str, Any]:
     """Deletes a stored response. Raises APIError (404) if it is not stored."""
     if not store.delete(owner, response_id):
-        raise _not_found(response_id)
+        raise _not_found_error(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
