@@ -1,4 +1,9 @@
-// Activations: quantization, the order that the GEMMs read, sums back to rows, and activation functions.
+// Activations: quantization to int8, the order in which the GEMMs read them (ActTiles), conversion of results, and
+// activation functions. Letters: T = tokens of the tile, t = index of the token in it; the arrays of a tile start at
+// `first` * (elements of a row).
+
+// Quantizes a row of k columns to int8, symmetrically, with a scale for each 32 columns. x holds sixteen columns every
+// `step` floats. The sums of 16 columns are what offsets and minimums of weight types need.
 static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
   for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
     const F first = loadf(x), second = loadf(x + step);
@@ -14,6 +19,9 @@ static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
   }
 }
 
+// Copies `length` columns of a quantized token to its place in a tile: codes, scales, and the sums as the products use
+// them (negated, and times the scale). With tile registers (AMX) codes are [k/32][T][32], else [k/4][T][4], so that one
+// broadcast loads four columns of a token.
 static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
@@ -21,8 +29,8 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
   float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
 #ifdef KTX_AMX
   if (to.n > KTX_GEMV_TOKENS) {
-    int8_t* rows = to.q + first * to.k + from * T + t * 32;
-    for (int64_t i = 0; i < length; i += 32) __builtin_memcpy(rows + i * T, row.q + i, 32);
+    int8_t* amx_q = to.q + first * to.k + from * T + t * 32;
+    for (int64_t i = 0; i < length; i += 32) __builtin_memcpy(amx_q + i * T, row.q + i, 32);
   } else
 #endif
   {
@@ -37,6 +45,8 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
   }
 }
 
+// The same for activations that are not quantized: f32 for products in f32, pairs of bf16 for products in bf16,
+// whichever `to` has.
 static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   if (to.f) {
@@ -64,6 +74,7 @@ static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, i
 #endif
 }
 
+// Stores `groups` times sixteen sums, which are `step` floats apart, as a dense row of `type`.
 static void write(const float* x, int64_t step, int64_t groups, DType type, void* out) {
   uint8_t* to = static_cast<uint8_t*>(out);
   if (type == DType::F32)
@@ -74,6 +85,8 @@ static void write(const float* x, int64_t step, int64_t groups, DType type, void
     for (; groups; --groups, x += step, to += 32) store_f16(to, loadf(x));
 }
 
+// Adds the results of an expert to its tokens: total [token[t]][columns] += weight[t] * sums [group][t][16 rows] for n
+// tokens. `weight`: the router's.
 static void add_weighted(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns) {
   for (int g = 0; g < groups; ++g, total += 16)
     for (int t = 0; t < n; ++t, sums += 16) {
@@ -82,7 +95,8 @@ static void add_weighted(const float* sums, int n, int groups, const int64_t* to
     }
 }
 
-// exp(x) by 2^n * p(f): relative error below 2e-7 for |x| <= 87
+// exp(x) as 2^n * p(f), where x / ln 2 = n + f and p is a polynomial for 2^f. Relative error below 2e-7 for |x| <= 87;
+// x is clamped.
 AI F exp_(F x) {
   const F y = minf(maxf(mulf(x, setf(1.44269504f)), setf(-126.0f)), setf(126.0f));
   const V n = to_int(y);
@@ -98,6 +112,8 @@ AI F exp_(F x) {
 }
 AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
 
+// out = activation(gate) * up for n values, a multiple of 16. alpha and limit belong to SWIGLU_OAI:
+//   gate * sigmoid(alpha * gate) * (up + 1), with gate clamped from above and up from both sides by limit.
 static void gated_activation(Activation act, float alpha, float limit, const float* gate_in, const float* up_in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     F gate = loadf(gate_in + i), up = loadf(up_in + i);

@@ -37,4 +37,3 @@ struct Prefetcher {
   AI PrefetchRange range_of_span(const uint8_t* p, int64_t bytes, int steps) const { return PrefetchRange(redirect(p + SPAN_DISTANCE_BYTES), bytes, steps); }
   AI void prefetch_page(const uint8_t* p) const { __builtin_prefetch(redirect(p + PAGE_DISTANCE_BYTES), 0, 2); }
 };
-

@@ -1,7 +1,9 @@
-// Quantization of weights while loading.
+// Quantization of weights to the types that ktx makes itself while it loads (INT8_128, INT4_*, Q8_0, Q4_0).
 
-// Codes low..high of n weights (a multiple of 16) with this scale, and their squared error, weighted by the square of the weight.
+// Returns 16 weights as codes: x / scale, rounded and clamped to low..high.
 AI F round_to_codes(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
+// Returns the squared error of n weights (a multiple of 16) quantized with this scale. Each is weighted by the square
+// of the weight plus their mean, because errors of large weights matter more for the product.
 AI float weighted_error(const float* x, int n, float scale, float low, float high, float mean) {
   const F scales = setf(scale), inverse = setf(scale != 0 ? 1 / scale : 0.0f);
   F error = zero();
@@ -12,7 +14,9 @@ AI float weighted_error(const float* x, int n, float scale, float low, float hig
   return sum_lanes(error);
 }
 
-// One block of symmetric codes: the f16 scale with the least error near extreme / low, then int8, or nibbles plus 8.
+// Quantizes a block of n weights: an f16 scale, then int8 codes, or (four_bits) nibbles plus 8, byte i of 16 holding
+// weights i and i + 16. For four bits nine scales within 12 % of extreme / low are tried, where `extreme` is the weight
+// of the largest magnitude: with its sign, so that it gets the code -8, which has no positive counterpart.
 static void quantize_block(const float* x, int n, bool four_bits, uint8_t* out) {
   float extreme = 0, mean = 0;
   for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];
@@ -39,4 +43,3 @@ static void quantize_block(const float* x, int n, bool four_bits, uint8_t* out) 
   for (int i = 0; i < n; i += 32)
     for (int j = 0; j < 16; ++j) out[2 + i / 2 + j] = uint8_t((codes[i + j] + 8) | (codes[i + 16 + j] + 8) << 4);
 }
-
