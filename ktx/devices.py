@@ -54,8 +54,8 @@ def gpus() -> list[Device]:
         match = re.fullmatch(r"(fake|split):([1-9]\d?)", requested)
         if match is None or (match[1] == "split" and not num_gpus):
             raise UsageError(
-                f"{GPU_VARIABLE}={requested}: set fake:N for N fake GPUs, split:N to present an existing GPU as N, or unset"
-                " it"
+                f"{GPU_VARIABLE}={requested}: set fake:N for N fake GPUs, split:N to present an existing GPU as N, or"
+                " unset it"
             )
         fake = match[1] == "fake"
         device = torch.device("cpu") if fake else torch.device("cuda", 0)

@@ -73,7 +73,7 @@ def machine() -> Machine:
         memory=total,
         available=available,
         nodes=tuple(_nodes(set(cpus))),
-        huge_pages=_first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "?"),
+        huge_pages=_read_stripped(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "?"),
     )
 
 
@@ -113,23 +113,25 @@ def last_level_cache() -> int:
     found: dict[tuple[int, str], int] = {}
     for cpu in os.sched_getaffinity(0):
         caches = [
-            (int(_first_line(folder / "level", "0")), folder)
+            (int(_read_stripped(folder / "level", "0")), folder)
             for folder in (CPUS / f"cpu{cpu}" / "cache").glob("index[0-9]*")
-            if _first_line(folder / "type", "") in ("Unified", "Data")
+            if _read_stripped(folder / "type", "") in ("Unified", "Data")
         ]
         for level, folder in sorted(caches)[-1:]:
-            found[level, _first_line(folder / "shared_cpu_list", str(cpu))] = _size(_first_line(folder / "size", "0"))
+            found[level, _read_stripped(folder / "shared_cpu_list", str(cpu))] = _size(
+                _read_stripped(folder / "size", "0")
+            )
     return sum(found.values())
 
 
 def cpu_quota() -> float | None:
     """The number of CPUs that the cgroup (v2 or v1) allows this process; None when it sets no limit."""
     for folder in _own_cgroups(""):
-        text = _first_line(folder / "cpu.max", "")
+        text = _read_stripped(folder / "cpu.max", "")
         if text and not text.startswith("max"):
             limit, period = text.split()
             return int(limit) / int(period)
-    limit, period = (_first_line(CGROUP / "cpu" / name, "-1") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    limit, period = (_read_stripped(CGROUP / "cpu" / name, "-1") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
     return int(limit) / int(period) if int(limit) > 0 and int(period) > 0 else None
 
 
@@ -157,18 +159,21 @@ def cpufeature_flags() -> str:
 def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
     """(limit, used, reclaimable page cache) in bytes for each limited cgroup of this process."""
     for folder in _own_cgroups(""):
-        limit = _first_line(folder / "memory.max", "max")
+        limit = _read_stripped(folder / "memory.max", "max")
         if limit != "max":
-            yield int(limit), int(_first_line(folder / "memory.current", "0")), _stat(folder / "memory.stat", "file")
-    limit = _first_line(CGROUP / "memory" / "memory.limit_in_bytes", "")
+            yield int(limit), int(_read_stripped(folder / "memory.current", "0")), _stat(folder / "memory.stat", "file")
+    limit = _read_stripped(CGROUP / "memory" / "memory.limit_in_bytes", "")
     if limit and int(limit) < 1 << 60:
         folder = CGROUP / "memory"
-        used = int(_first_line(folder / "memory.usage_in_bytes", "0"))
+        used = int(_read_stripped(folder / "memory.usage_in_bytes", "0"))
         yield int(limit), used, _stat(folder / "memory.stat", "cache")
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and its parents, for a controller ("" means cgroup v2): each may limit it."""
+    """The folders of this process's cgroup and its parents, each of which may limit it.
+
+    `controller` is the name in /proc/self/cgroup: "" for cgroup v2.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
         if names == controller:
@@ -194,12 +199,12 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _core_of(cpu: int) -> str:
-    return _first_line(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list", str(cpu))
+    return _read_stripped(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list", str(cpu))
 
 
 def _nodes(usable: set[int]) -> Iterator[Node]:
     for folder in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
-        cpus = tuple(cpu for cpu in _list(_first_line(folder / "cpulist", "")) if cpu in usable)
+        cpus = tuple(cpu for cpu in _list(_read_stripped(folder / "cpulist", "")) if cpu in usable)
         lines = (folder / "meminfo").read_text().splitlines()
         total = next((int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line), 0)
         yield Node(int(folder.name.removeprefix("node")), cpus, total)
@@ -219,7 +224,8 @@ def _size(text: str) -> int:
     return int(number) * unit if number.isdecimal() else 0
 
 
-def _first_line(path: Path, default: str) -> str:
+def _read_stripped(path: Path, default: str) -> str:
+    """The content of a file of /proc or /sys without surrounding space; `default` if empty or unreadable."""
     try:
         return path.read_text().strip() or default
     except OSError:

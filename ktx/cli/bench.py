@@ -151,7 +151,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def alternate(engines: list[BenchProcess], tests: list[str], repeat: int, all_fit: bool) -> Rounds:
-    """Measures every test on every engine, `repeat` times.
+    """Measures every test on every engine, `repeat` times, the engines in turn.
+
+    In turn, because clock rate and memory bandwidth of a shared machine drift during minutes, which would favor an
+    engine.
 
     Args:
         all_fit: all engines fit in memory, so they alternate test by test; else one engine at a time is loaded.
@@ -315,16 +318,21 @@ def _records(
 def _print_table(lines: list[dict[str, Any]], startup_report: dict[str, Any], memory_note: str) -> None:
     """Prints the machine, the loading speed, the errors and a row per record.
 
-    `startup_report` has the figures of loading that the ktx process reported; `memory_note` states whether both engines fit.
+    `startup_report` has the figures of loading that the ktx process measured; `memory_note` states whether both engines
+    fit in memory.
     """
     threads, gb = (
         f"{startup_report['threads']} threads",
         {key: startup_report[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")},
     )
     print(f"{lines[0]['machine']}: {startup_report['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
-    limits = f"cat {startup_report['cat_gb_s']:.2f}, packing {startup_report['pack_gb_s']:.2f}, new memory {startup_report['fresh_gb_s']:.2f} GB/s"
+    limits = (
+        f"cat {startup_report['cat_gb_s']:.2f}, packing {startup_report['pack_gb_s']:.2f},"
+        f" new memory {startup_report['fresh_gb_s']:.2f} GB/s"
+    )
     print(
-        f"loaded in {startup_report['load_seconds']:.1f} s, {startup_report['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}"
+        f"loaded in {startup_report['load_seconds']:.1f} s, {startup_report['load_gb_s']:.2f} GB/s;"
+        f" alone on {threads}: {limits}"
     )
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
     sizes = ", ".join(f"{what} {startup_report[key] >> 20} MiB" for key, what in PROBE_FIELDS.items())

@@ -85,7 +85,10 @@ class Load:
     temperature: float = 0.0
 
     def body(self, prompt: Any, seed: int) -> dict[str, Any]:
-        """Returns the JSON body of a streaming request that generates exactly `answer_tokens`."""
+        """Returns the JSON body of a streaming request that generates exactly `answer_tokens`.
+
+        `ignore_eos` fixes the length; usage in every event shows how many tokens an event has.
+        """
         return {
             "model": self.model,
             "prompt": prompt,

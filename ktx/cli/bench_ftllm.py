@@ -269,13 +269,16 @@ def load_layer(
         ids = torch.randint(5, VOCABULARY - 5, (CHECKED_TOKENS // 8,), generator=rng).tolist()
         logits = torch.tensor([model.logits([i], VOCABULARY)[:DIRECTIONS] for i in ids])
         time.sleep(SETTLE_S)
-        return {"ms": min(times[1:]) * 1e3, "relative_error": relative_error(logits, exact(layer, tensors, ids))}
+        return {
+            "ms": min(times[1:]) * 1e3,
+            "relative_error": relative_error(logits, reference_logits(layer, tensors, ids)),
+        }
 
     return measure
 
 
-def exact(layer: MoELayer, tensors: dict[str, Any], ids: list[int]) -> Any:
-    """Computes the one-layer model's logits of single tokens in float32."""
+def reference_logits(layer: MoELayer, tensors: dict[str, Any], ids: list[int]) -> Any:
+    """Computes the one-layer model's logits of single tokens in float32, the reference for its relative error."""
     import torch
 
     def norm(x: Any) -> Any:

@@ -125,7 +125,7 @@ def _measure_row(
 
 
 def main() -> int:
-    """The process that runs ktx's kernels."""
+    """Runs ktx's kernels as the engine's process: builds a layer per format and measures it on request."""
     args = parse_engine_args()
     layer: MoELayer = args.layer
     import torch

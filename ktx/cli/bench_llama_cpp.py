@@ -113,7 +113,10 @@ ENGINES = {"llama.cpp": LlamaCpp, "ik_llama.cpp": IkLlamaCpp}
 
 
 def main() -> int:
-    """Loads the GGUF with or without repacking, reports it, then measures until standard input ends."""
+    """Loads the GGUF with or without repacking, reports it, then measures until standard input ends.
+
+    Standard output is moved to another descriptor first, because the library logs to it and the results are JSON lines.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--weights")

@@ -302,7 +302,10 @@ def _model_name(path: str) -> str:
 
 
 def _server_settings(args: argparse.Namespace) -> Any:
-    """Returns the server's settings. Raises UsageError for sampling defaults out of range, BadFile for a bad template."""
+    """Returns the server's settings.
+
+    Raises UsageError for sampling defaults out of range, BadFile for a chat template that cannot be used.
+    """
     from ktx.server.state import ServerSettings
 
     template = read_template(args.chat_template) if args.chat_template else None

@@ -202,6 +202,7 @@ def _median_error(a: Any, b: Any) -> float:
 
 
 def _states(output: Any) -> Any:
+    """The hidden states in a layer's output, which some versions of transformers return in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -312,7 +313,7 @@ class _Reference:
                 self.model._init_weights(module)
 
     def load(self, path: str) -> Any:
-        """Loads the dequantized weights of the module at `path` and returns it."""
+        """Loads the dequantized weights of the module at `path` from ktx's own source, and returns the module."""
         import torch
 
         module = self.model.get_submodule(path)
@@ -327,7 +328,7 @@ class _Reference:
         return module
 
     def values(self, name: str) -> Any:
-        """Returns a parameter's values in float32, dequantized.
+        """Returns a parameter's values in float32, dequantized, in transformers' layout.
 
         Raises:
             BadFile: the checkpoint has no tensor for it.
@@ -347,6 +348,7 @@ class _Reference:
         return values.to(torch.float32)
 
     def _has_separate_gate(self, name: str) -> bool:
+        """Whether the source has gate and up of these experts separately, as ktx requests them."""
         return self.source.spec(name.replace("gate_up_proj", "gate_proj")) is not None
 
     def _experts(self, name: str) -> Any:

@@ -1,7 +1,8 @@
 """One declaration per model family, and tables of all families by model type or class name.
 
-Each module of this package defines `FAMILIES`, a tuple of `Family`, from which the tables are built. A new family needs a
-module here (about twenty lines), a rule file only if no shipped one fits, and a row in the tests' table of tiny models. Names of GGUF tensors come from gguf-py and `ktx/weights/gguf_names.py`.
+Each module of this package defines `FAMILIES`, a tuple of `Family`, from which the tables are built. A new family needs
+a module here (about twenty lines), a rule file only if no shipped one fits, and a row in the tests' table of tiny
+models. Names of GGUF tensors come from gguf-py and `ktx/weights/gguf_names.py`.
 """
 
 from __future__ import annotations

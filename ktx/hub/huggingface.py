@@ -120,7 +120,7 @@ class HuggingFace:
     def _snapshot(
         self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, dry_run: bool = False
     ) -> Any:
-        """Calls the library's snapshot_download for exactly these files; with `dry_run` it only lists what is missing."""
+        """Calls the library's snapshot_download for exactly these files; `dry_run` only lists what is missing."""
         from huggingface_hub import snapshot_download
 
         names = [glob.escape(file.path) for file in wanted]

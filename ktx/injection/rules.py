@@ -2,11 +2,13 @@
 
 A rule file is a list. Each item has `match` (`name`, a regular expression searched in the module path, and/or `class`,
 a dotted or short name, or a regular expression for one, compared with the module's class and its bases) and `replace`
-(`class`, an operator's short name or dotted path, or `default` to keep the module; `kwargs`), and optionally `recursive`
-and `device`. The first rule that matches applies. A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the
-number of experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are
-streamed to it, and `rules` a list of rules or the name of another rule file; default: the rules of the model's
-architecture. Parsing does not import torch; every error names file and line.
+(`class`, an operator's short name or dotted path, or `default` to keep the module; `kwargs`), and optionally
+`recursive` and `device`. The first rule that matches applies.
+
+A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the number of
+experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are streamed to it,
+and `rules` a list of rules or the name of another rule file; default: the rules of the model's architecture. Parsing
+does not import torch; every error names file and line.
 """
 
 from __future__ import annotations

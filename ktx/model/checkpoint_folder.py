@@ -125,7 +125,7 @@ class CheckpointFolder:
         )
 
     def _finish(self, files: list[str], stem: str, places: dict[str, TensorSlot], model: Any) -> None:
-        """Writes the index of several files, and removes the files of an earlier save, which a loader would find too."""
+        """Writes the index of several files, and removes files of an earlier save, which a loader would find too."""
         for earlier in self.path.glob(f"{stem}*.safetensors"):
             if earlier.name not in files and re.fullmatch(
                 rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors", earlier.name

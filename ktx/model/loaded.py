@@ -44,6 +44,7 @@ class LoadedModel(PreTrainedModel):
     ktx: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the combined class by its transformers class, because it is created at run time."""
         hf_class = type(self).__dict__.get("made_of")
         if hf_class is None:  # a user's subclass
             return super().__reduce_ex__(protocol)

@@ -120,6 +120,7 @@ class WeightFiles:
         self._reset()
 
     def _reset(self) -> None:
+        """Clears the state that belongs to reading a pickle."""
         self.unpickled = False
         self.found: dict[tuple[str, int], cpu.Packed] = {}
         self.prepared: tuple[nn.Module, Plan, WeightSource] | None = None
@@ -154,7 +155,10 @@ class WeightFiles:
         return {"recipe": self.recipe, "files": files, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Checks that the files are those that were pickled; their weights are loaded later. Raises BadFile otherwise."""
+        """Checks that the files are those that were pickled; their weights are loaded later.
+
+        Raises BadFile if a file is missing or has changed.
+        """
         self.__dict__.update(state)
         self._reset()
         self.unpickled = True

@@ -146,6 +146,7 @@ class CachedForward:
         self.has_cache = True
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
+        """Returns the logits of `ids` after the first `past`, which are in the cache (see `Forward`)."""
         if not self.has_cache:
             return self._forward(ids, 0)[past:]
         if past < self.length:

@@ -41,7 +41,8 @@ def note_uncounted_weights(model: Any) -> None:
 def note_frozen_weights(model: Any, call_args: Mapping[Any, Any]) -> None:
     """Adds a note before a forward in training if weights that look trained are frozen.
 
-    `call_args` are the forward's arguments. Weights that adapters freeze on purpose, and trained prompts, cause no note.
+    `call_args` are the forward's arguments. Weights that adapters freeze on purpose, and trained prompts, cause no
+    note.
     """
     if model.__dict__.get("ktx") is None or getattr(model, "peft_config", None):
         return

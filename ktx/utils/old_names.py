@@ -81,6 +81,7 @@ class _Finder(MetaPathFinder):
 
 
 def _new_name(name: str) -> str | None:
+    """The current name of a module that was renamed or moved; None for any other."""
     if name in MODULES:
         return MODULES[name]
     package = name.rpartition(".")[0]

@@ -42,6 +42,7 @@ class torch_defaults(ContextDecorator):  # noqa: N801 - used as a function
 
 
 def _restore_dtype() -> None:
+    """Removes one saved entry; the last one restores the process's default dtype."""
     with _lock:
         original = _saved_dtypes.pop()
         if not _saved_dtypes:

@@ -1,8 +1,8 @@
 """Accounts for every tensor of a checkpoint: a tensor that no module reads is listed by pattern, or rejected.
 
 A tensor is rejected when it changes the meaning of tensors that are read. Each source classifies its own names
-(`WeightSource.classify_unread`); the patterns common to all formats are here: parameters of other tensors (scales, zero points,
-biases).
+(`WeightSource.classify_unread`), with the patterns common to all formats from ktx.weights.verdict: parameters of other
+tensors (scales, zero points, biases).
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class GGUFSource:
             return self._maps[file]
 
     def _advise(self, names: Iterable[str], advice: int) -> None:
-        """Passes `advice` (MADV_WILLNEED or MADV_DONTNEED) to the kernel for the parameters' pages in the mapped files."""
+        """Passes `advice` (MADV_WILLNEED or MADV_DONTNEED) to the kernel for the parameters' pages in the files."""
         for name in names:
             for spec in self.specs(name):
                 start = spec.offset // PAGE * PAGE

@@ -111,7 +111,7 @@ class _Reader:
         raise self.fail(f"metadata {key} has unknown type {kind}")
 
     def array(self, key: str) -> LazyArray:
-        """Skips over an array and returns it as a LazyArray, because most of a tokenizer's long arrays are never read."""
+        """Skips over an array and returns it as a LazyArray, because most of a tokenizer's arrays are never read."""
         kind, count = self.scalar("I", f"array {key}"), self.scalar("Q", f"array {key}")
         if count > MAX_ITEMS:
             raise self.fail(f"array {key} claims {count} items")

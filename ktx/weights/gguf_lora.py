@@ -103,7 +103,8 @@ class GGUFAdapter:
             )
         more = f" (and {len(unread) - 1} others)" if len(unread) > 1 else ""
         raise UsageError(
-            f"adapter {path}: {first}{more} does not match a matrix of this model that supports an adapter; {MERGE_REMEDY}"
+            f"adapter {path}: {first}{more} does not match a matrix of this model that supports an adapter;"
+            f" {MERGE_REMEDY}"
         )
 
     def _build(self, recipe: Recipe) -> LowRank:

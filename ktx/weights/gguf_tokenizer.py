@@ -150,8 +150,8 @@ class Vocabulary:
             )
         if name not in PRE_TOKENIZERS:
             raise BadFile(
-                f"{self.file}: tokenizer.ggml.pre is {name!r}, an unknown pre-tokenizer{did_you_mean(str(name), PRE_TOKENIZERS)}; "
-                f"{REMEDY}"
+                f"{self.file}: tokenizer.ggml.pre is {name!r}, an unknown pre-tokenizer"
+                f"{did_you_mean(str(name), PRE_TOKENIZERS)}; {REMEDY}"
             )
         return PRE_TOKENIZERS[name]
 

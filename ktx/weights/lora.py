@@ -131,7 +131,8 @@ class AdapterSpec:
             name = re.sub(r"\.(safetensors|gguf)$", "", folder.resolve().name, flags=re.IGNORECASE)
         if not name or not (parts[-1] if len(parts) > 1 else str(text)):
             raise UsageError(
-                f"adapter {text}: expected [NAME=]PATH[=SCALE], where PATH is a folder with {CONFIG_FILE} or a GGUF file"
+                f"adapter {text}: expected [NAME=]PATH[=SCALE], where PATH is a folder with {CONFIG_FILE} or a"
+                " GGUF file"
             )
         return cls(path, name, scale)
 

@@ -138,7 +138,7 @@ class PackedSource(SafetensorsSource):
         return TensorSpec(name, shape, largest.qtype, nbytes, largest.file, largest.offset)
 
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
-        """The logical shape of a parameter: stored so, summed over its parts, or kv_b_proj's from those of k_b and v_b."""
+        """The logical shape of a parameter: stored so, summed over its parts, or for kv_b_proj from k_b and v_b."""
         first = self.tensors[sources[0]].shape
         if sources == [name]:
             return first

@@ -248,7 +248,7 @@ class SafetensorsSource:
         return QuantizedTensor(data, spec.qtype, spec.shape, self._scale(name, spec))
 
     def _scale(self, name: str, spec: TensorSpec) -> torch.Tensor | None:
-        """The scales of an FP8 tensor, one per 128 x 128 weights; None for other types. Raises BadFile for wrong ones."""
+        """The scales of an FP8 tensor, one per 128 x 128 weights; None for other types. Raises BadFile if wrong."""
         if spec.qtype.name != "F8_E4M3":
             return None
         if problem := self._scale_flaw(name, spec):
@@ -273,7 +273,7 @@ class SafetensorsSource:
                 self._map(spec.file).madvise(mmap.MADV_WILLNEED, start, spec.offset + spec.nbytes - start)
 
     def release(self, names: Iterable[str]) -> None:
-        """Unmaps the parameters' pages from this process, only complete ones: a tensor's neighbors may still be read."""
+        """Unmaps the parameters' complete pages from this process; a tensor's neighbors may still be read."""
         for name in names:
             for spec in self.specs(name):
                 start = (spec.offset + PAGE - 1) // PAGE * PAGE
