@@ -110,14 +110,17 @@ class TagCall:
         return key.strip(), text
 
     def _read_value(self) -> Iterator[str | None]:
-        """Yields the value's text up to the closing tag, without the line breaks that are layout; None to wait."""
-        source, own_lines, first = self.source, self.format.values_on_lines, self.format.values_on_lines
-        closing = self._follow
+        """Yields the value's text up to the closing tag, without the line breaks that are layout; None to wait.
+
+        With `values_on_lines`, one line break after the opening tag and one before the closing tag are layout.
+        """
+        source, own_lines, at_start = self.source, self.format.values_on_lines, self.format.values_on_lines
+        marks = self._follow
         line_break = ""  # a line break, which is layout if the value ends after it
         while True:
-            text, mark = source.read_until(closing)
-            if first and text:
-                text, first = text.removeprefix("\n"), False
+            text, mark = source.read_until(marks)
+            if at_start and text:
+                text, at_start = text.removeprefix("\n"), False
             text = line_break + text
             line_break = "\n" if own_lines and text.endswith("\n") else ""
             if text[: len(text) - len(line_break)]:
@@ -127,7 +130,7 @@ class TagCall:
                 if more is None:
                     return
                 yield line_break + mark + more
-                first, line_break = False, ""
+                at_start, line_break = False, ""
             elif source.finished:
                 raise NotACall
             else:

@@ -48,8 +48,8 @@ class Options:
         max_batch_size: requests that one step computes.
         chunk_size: prompt tokens in a step without decode tokens; None: 2048, after a long past up to 8192, or fewer
             where memory is short.
-        max_itl_ms: while requests decode, a step takes as many prompt tokens as fit into so many milliseconds, a page
-            at least.
+        max_itl_ms: target of the inter-token latency: while requests decode, a step takes as many prompt tokens as fit
+            into this number of milliseconds, a page at least.
         cache_lens: tokens of the KV cache, shared by running requests and the prefix cache.
         max_context: tokens of one request; None: what the model and the KV cache allow.
         max_queue: requests that may wait.

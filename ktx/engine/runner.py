@@ -33,8 +33,8 @@ Logits = dict[Request, torch.Tensor]
 
 
 class ForwardCancelled(Exception):
-    """A forward was cancelled, because it computes more tokens for cancelled requests than the others lose by its
-    end.
+    """A forward was cancelled between two layers, because it computes more tokens for cancelled requests than tokens
+    of the other requests have to be recomputed.
     """
 
 
@@ -46,13 +46,14 @@ class ModelRunner:
     Args:
         model: a model loaded by ktx.
         pages: pages of the KV cache.
-        max_captured_requests: decode steps of up to so many requests may become CUDA graphs, which `capture` records;
-            0: none.
+        max_captured_requests: maximum number of requests of decode steps that `capture` records as CUDA graphs; 0: no
+            graphs.
     """
 
     supports_prefix_cache = True  # whether a sequence can reuse pages of another one
     page_aligned_numerics = False  # whether full pages of a prompt are computed with other kernels than single tokens
-    # Chunks of a prompt end at multiples of so many tokens, so that results do not depend on how the prompt is split.
+    # Chunks of a prompt end at multiples of this number of tokens, so that results do not depend on how the prompt is
+    # split.
     granularity = PAGE_TOKENS
     recurrent = False
     shares_recurrent_states = False  # whether sequences reuse recurrent states of other ones; the engine sets it
@@ -330,7 +331,9 @@ def lora_adapters(model: Any) -> Adapters:
 
 
 def chunk_adapters(chunks: Sequence[ScheduledChunk]) -> tuple[StepAdapters, StepAdapters]:
-    """Returns the adapters of a step's tokens, and those of the tokens whose logits are needed."""
+    """Returns the adapters of a step's tokens, and the adapters of the tokens whose logits are needed: the output layer
+    computes fewer rows than the other layers.
+    """
     tokens = [(chunk.count, chunk.request.lora) for chunk in chunks]
     return tokens, [(num_logits(chunk), chunk.request.lora) for chunk in chunks]
 

@@ -220,8 +220,10 @@ class Sampler:
         return values, ids[: len(values)]
 
     def _take_most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns logits and ids of at least as many of the most probable tokens, in order, as the filters can
-        leave.
+        """Returns logits and ids of the most probable tokens, in order: at least all that the filters can leave.
+
+        Sorting the whole vocabulary is slow, so a few are taken first; they suffice when the filters would cut even
+        the last of them.
         """
         params, log_total = self.sampling, logits.logsumexp(-1)
         if params.top_k:

@@ -24,7 +24,7 @@ MAX_ECHO_TOKENS = 256
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Tokens of a request in a forward: `count` tokens from `start` on; those past the end of its ids are draft
+    """Tokens of a request in a forward: `count` tokens from `start` on; tokens past the end of its ids are draft
     tokens.
     """
 
@@ -90,7 +90,8 @@ class Scheduler:
         page_aligned_numerics: the model computes full pages of a prompt with other kernels than single tokens, with
             other rounding errors; then a partial page inside a prompt is reused only in full.
         store: a second level of the prefix cache.
-        granularity: chunks of a prompt end at multiples of so many tokens, which are whole pages, and at its end.
+        granularity: chunks of a prompt end at multiples of this number of tokens, a number of full pages, and at the
+            prompt's end.
     """
 
     def __init__(

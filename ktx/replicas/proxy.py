@@ -57,7 +57,7 @@ class ReplicaProxy:
         await response(scope, receive, send)
 
     async def health(self) -> Response:
-        """Returns 200 as soon as one replica is ready, else 503 with the reason; the body has the progress by replica."""
+        """Returns 200 as soon as one replica is ready, else 503 with the reason; the body has the loading progress."""
         statuses = await self.cluster.statuses()
         ready = sum(status.ready for status in statuses)
         body: dict[str, Any] = {
