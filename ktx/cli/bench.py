@@ -151,10 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def alternate(engines: list[BenchProcess], tests: list[str], repeat: int, all_fit: bool) -> Rounds:
-    """Measures every test on every engine, `repeat` times, the engines in turn.
-
-    In turn, because clock rate and memory bandwidth of a shared machine drift during minutes, which would favor an
-    engine.
+    """Measures every test on every engine, `repeat` times; the engines take turns, to run under the same conditions.
 
     Args:
         all_fit: all engines fit in memory, so they alternate test by test; else one engine at a time is loaded.
@@ -223,7 +220,7 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
 
 
 def _peer_configurations(args: argparse.Namespace, tests: list[str]) -> list[BenchProcess]:
-    """Returns the peer in each configuration to try."""
+    """Returns the peer's process in each configuration to try; the best one counts for each test."""
     if args.peer in REPACKERS:
         return [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
     path = _gguf(args)

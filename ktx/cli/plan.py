@@ -111,7 +111,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def by_budget(args: argparse.Namespace) -> int:
-    """Chooses a placement, prints its memory and estimated speed, and writes it to --write if given."""
+    """Chooses a placement for the memory of --vram and --ram, prints its memory and estimated speed.
+
+    Writes it as a rule file to --write if given. Raises UsageError if options place modules too.
+    """
     if given := [f"--{name.replace('_', '-')}" for name, value in placement_kwargs(args).items() if value]:
         raise UsageError(f"{given[0]} places modules, but --vram and --ram choose the placement: give one or the other")
     from ktx.cache.kv import kv_type

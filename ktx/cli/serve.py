@@ -440,7 +440,10 @@ def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def check_exposure(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """Raises UsageError for a server without a key on an address that is not loopback, unless the user allows it."""
+    """Raises UsageError for a server without a key on an address that is not loopback, unless the user allows it.
+
+    Anyone who reaches such an address could use the model.
+    """
     try:
         is_loopback = ipaddress.ip_address(args.host).is_loopback
     except ValueError:

@@ -199,7 +199,9 @@ def merge_options(
 
 
 def split_layers(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
-    """Returns the map with a single device per entry.
+    """Returns the map with a single device per entry: one that splits layers becomes an entry per GPU.
+
+    The modules after the last layer go to the last GPU.
 
     Args:
         places: the entries, of which one may name several GPUs.

@@ -90,7 +90,10 @@ def foreign_attention(model: nn.Module) -> list[str]:
 
 
 def openmp_notes() -> list[Note]:
-    """A note if torch was imported before ktx, so that its OpenMP threads spin while they wait."""
+    """A note if torch was imported before ktx, so that its OpenMP threads spin while they wait.
+
+    ktx sets the waiting policy on import, which OpenMP reads when torch loads it.
+    """
     if not openmp.TORCH_CAME_FIRST or torch.get_num_threads() < 2:
         return []
     return [
@@ -156,7 +159,7 @@ def _plain_modules(plan: Plan) -> Iterator[Note]:
 
 
 def _ignored_options(plan: Plan, targets: Mapping[str, str | None], kv_dtype: object) -> Iterator[Note]:
-    """Yields a note per option or variable that has no effect, or another one."""
+    """Yields a note per option or variable that has no effect on this model or CPU, or another one than requested."""
     for operator, target in targets.items():
         specs = [spec for step in plan if step.quant_target == target for spec in step.specs if len(spec.shape) > 1]
         if target and not any(target_qtype(spec, target) for spec in specs):

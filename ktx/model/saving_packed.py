@@ -106,7 +106,11 @@ def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tens
 
 
 def _state(model: Any) -> State:
-    """Returns packed weights and all other tensors by the names that a loaded model reads."""
+    """Returns packed weights and all other tensors by the names that a loaded model reads.
+
+    A tied output layer is left out, unless it is quantized and the embedding is not. Raises UsageError for a
+    parametrized module.
+    """
     floats = checkpoint_state(model)
     state: State = {name: value for name, value in floats.items() if not isinstance(value, Dequantized)}
     for path, module in model.named_modules():

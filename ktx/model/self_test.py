@@ -345,7 +345,10 @@ def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, 
 
 
 def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose outputs differ between tokens unless weights are zero: with matrices, or parts of layers."""
+    """Modules whose outputs differ between tokens unless weights are zero: with matrices, or parts of layers.
+
+    Rotary embeddings depend on positions only, and of split experts none may have been selected; both are left out.
+    """
     parts: set[nn.Module] = set()
     candidates: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
