@@ -167,7 +167,10 @@ def _from_bytes(
 
 
 def packing() -> tuple[Any, ...]:
-    """Returns what determines the order of packed bytes: instruction set, number of NUMA nodes, digest."""
+    """Returns what determines the order of packed bytes: instruction set, number of NUMA nodes, digest.
+
+    Packed bytes from a pickle or a cache folder are valid only in a process where this is equal.
+    """
     return ops.isa(), ops.nodes(), fingerprint()
 
 

@@ -2,6 +2,10 @@
 
 Tests compare the kernels with it, and it defines for readers what they compute. The kernels of ktx/kernels/cpu.py take
 packed weights; the reference takes a QuantizedTensor, so that packing is tested as well.
+
+Letters in shapes: B sequences of a batch, S or T tokens of a sequence, H query heads, Hkv key/value heads, D (Dk, Dv)
+columns of a head. In MLA R is the rank of the latent and P the number of rotated columns; in `rope` R is the number of
+rotated columns. E is the number of experts, K of selected ones. PAGE is the number of positions of a page.
 """
 
 from __future__ import annotations

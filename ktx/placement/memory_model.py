@@ -234,7 +234,7 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
     )
     cpu_size, gpu_size = WeightBytes(cpu_bytes, cpu_bytes + cpu_packed_bytes(tied)), WeightBytes(gpu_bytes, gpu_bytes)
     if isinstance(module, MLA):
-        decode_matrices = packed[:2]
+        decode_matrices = packed[:2]  # W_UK transposed and W_UV, without W_UK for prefill
         # A GPU expands latents with W_UK transposed (the absorbing matrix) in prefill, so it holds no third matrix.
         mla_gpu_bytes = num_floats * F32_BYTES + gpu_packed_bytes(decode_matrices)
         cpu_size, gpu_size = (
@@ -248,7 +248,7 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         cpu_size = WeightBytes(cpu_bytes + router_copy, router_copy or cpu_bytes)
         gpu_size = WeightBytes(num_floats * (BF16_BYTES + F32_BYTES), num_floats * F32_BYTES)
     is_embedding = group_of(step.path) == EMBEDDING
-    if is_embedding and step.specs:
+    if is_embedding and step.specs:  # a token reads one row
         num_rows = step.specs[0].shape[0]
         cpu_size, gpu_size = (
             WeightBytes(cpu_bytes, cpu_bytes // num_rows),

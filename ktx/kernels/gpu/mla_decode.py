@@ -4,6 +4,8 @@ It computes `reference.mla_attention`. A block of the latent is loaded once and 
 fit in a program. 128 heads are two programs next to each other, of which the second finds the block in the L2 cache.
 Prompts can be computed in expanded form instead: ktx.kernels.gpu.paged_attention.attention with `q_rope` and `k_rope`,
 on keys and values that are expanded from the latent, see `as_pages`.
+
+Letters in shapes: H heads, T tokens, R columns of the latent, P rotated columns.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def mla_attention(
 def as_pages(rows: torch.Tensor, heads: int, page: int = 64) -> torch.Tensor:
     """Views a dense matrix [positions, heads * columns] as a pool [pages, heads, page, columns].
 
-    The pages are in order.
+    Prompts in expanded form have their keys and values in such a matrix, and the paged kernel computes them without a
+    copy. The pages are in order.
 
     Raises:
         ValueError: if the positions are not a multiple of `page`, or the columns not of `heads`.

@@ -4,6 +4,9 @@ One kernel computes separate keys and values (GQA, and MLA's expanded form with 
 latent that is both (MLA's absorbed form, see ktx.kernels.gpu.mla_decode). A program computes its range of the work
 units that ktx.kernels.gpu.split_kv divides. A tile that several programs share is stored in scratch memory as partial
 results, each with its own maximum, which ktx.kernels.gpu.reduce_splits merges.
+
+Letters in shapes: H query heads, Hkv key/value heads, T new tokens of all sequences, Dk and Dv columns of a key and of
+a value, P separately stored rotated columns (`q_rope`, `k_rope`). A row is one query head of one token.
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ def _attend(
     k_rope += kv_head * kr_strides[1]
     v += kv_head * v_strides[1]
     for item in range(first_item, last_item + 1):
+        # The rows of the tile: which token and head each is, and its query.
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
         tile_begin, tile_end = tl.load(starts + item), tl.load(starts + item + 1)
         first_query = tl.load(sequences + 3 * sequence)
@@ -124,6 +128,7 @@ def _attend(
             first_block_key + first_unit * KEYS,
             tl.minimum(first_block_key + end_unit * KEYS, end_key),
         )
+        # If a block of keys never crosses a page (ONE_PAGE), one page index is loaded per block, else one per key.
         page_table = pages + sequence * max_pages
         if ONE_PAGE:
             next_page = tl.load(
@@ -164,6 +169,7 @@ def _attend(
                 if WINDOW:
                     visible &= keys[None, :] >= (causal_end - window)[:, None]
                 scores = tl.where(visible, scores, float("-inf"))
+            # Online softmax: earlier sums are rescaled to the new maximum. It is -inf where a row sees no keys yet.
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             probs = tl.exp2(scores - safe_max[:, None])
@@ -177,7 +183,7 @@ def _attend(
                 sums = tl.dot(probs.to(COMPUTE_DTYPE), values, sums * rescale[:, None], input_precision="ieee")
             row_max = new_max
 
-        if (first_unit == 0) & (end_unit == tile_end - tile_begin):
+        if (first_unit == 0) & (end_unit == tile_end - tile_begin):  # the complete tile
             if SINKS:  # a logit to base e, times log2 e because scores are to base 2
                 sink = tl.load(sinks + head, mask=row_mask, other=0.0) * 1.4426950408889634
                 safe_max = tl.maximum(row_max, sink)
@@ -188,6 +194,7 @@ def _attend(
             out_mask = row_mask[:, None] & (value_column < V_COLUMNS)[None, :]
             tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=out_mask)
         else:
+            # The even slot is for the end of a tile, the odd one for the beginning of a tile, as in reduce_splits.
             slot = 2 * program + tl.where(first_unit == 0, 1, 0)
             partial_offset = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + block) * ROWS + row
             divisor = tl.where(total == 0, 1.0, total)

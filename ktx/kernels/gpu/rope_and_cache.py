@@ -3,6 +3,9 @@
 It computes `reference.store_heads` and `reference.store_latent`. A program handles one token and some heads. Slots are
 positions in a pool: page * PAGE + position in the page. A token with a negative slot is not stored, so that a CUDA
 graph can be replayed with fewer tokens than it was captured for.
+
+Letters in shapes: H query heads, Hkv key/value heads, T tokens, Dk and Dv columns of a head, R rotated columns in
+`rope_and_cache_kv` and the rank of the latent in `rope_and_cache_mla`, P rotated columns there.
 """
 
 from __future__ import annotations

@@ -305,11 +305,13 @@ class AttentionSchedule:
         starts = torch.cat([num_key_blocks.new_zeros(1), num_key_blocks.cumsum(0)])
         total = starts[-1]
         units_per_program = torch.clamp((total + group.programs - 1) // group.programs, min=group.tile.min_blocks)
+        # Of each program: first work unit, end, and first and last tile. Programs without work have last < first.
         start = torch.minimum(torch.arange(group.programs, device=self.device) * units_per_program, total)
         end = torch.minimum(start + units_per_program, total)
         first = torch.searchsorted(starts, start, right=True) - 1
         last = torch.where(start < end, torch.searchsorted(starts, end - 1, right=True) - 1, first - 1)
         programs = torch.stack([start, end, first, last], 1)
+        # A tile has to be merged if its first and its last work unit belong to different programs.
         if group.max_merges == len(num_key_blocks):
             tiles = torch.arange(len(num_key_blocks), device=self.device)
             is_shared = (starts[1:] - 1) // units_per_program > starts[:-1] // units_per_program
