@@ -1,6 +1,6 @@
 // Kernels for AMX: products over tile registers in int8 and bf16.
-// All headers come before the target region: the linker could pick code of a standard header that was compiled inside it for
-// every caller, and that code would fault on older machines.
+// All headers come before the target region: the linker could pick code of a standard header that was compiled inside
+// it for every caller, and that code would fault on older machines.
 #include <immintrin.h>
 #include <math.h>
 

@@ -1,4 +1,4 @@
-// The kernels of AMX over tile registers in software: tests of AMX on any machine. The results have the same bits.
+// The AMX kernels on emulated tile registers, to test them on any machine. Results equal those of amx.cpp bit for bit.
 #include <immintrin.h>
 #include <math.h>
 
@@ -9,7 +9,7 @@
 #include "cpu/quant/dtype.h"
 
 #define KTX_AMX
-#define KTX_UNROLL  // a lane of the model is a loop: sixteen vectors of them side by side take the compiler minutes
+#define KTX_UNROLL  // empty: an emulated lane is a loop, and unrolling sixteen vectors of them takes the compiler minutes
 #define KTX_BF16
 #define KTX_TILE_TOKENS 16
 #define KTX_GEMV_TOKENS 2

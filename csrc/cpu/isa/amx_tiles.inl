@@ -1,11 +1,14 @@
-// Tile registers of AMX: 0 to 3 hold sums, 4 and 5 activations (rows of tokens), 6 and 7 weights. Inline assembly, because
-// the intrinsics take literals only, which template arguments are not.
+// The eight tile registers of AMX (16 rows of 64 bytes each): 0 to 3 hold sums [token][16 rows], 4 and 5 activations
+// [token][columns], 6 and 7 weights [column/4][16 rows][4]. Inline assembly, because the intrinsics take literals only,
+// which template arguments are not. T: the number of a register; C += A * B in the products.
 struct TileConfig {  // the operand of ldtilecfg
   uint8_t palette = 1, start = 0, zeros[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 };
-// Tiles of activations have rows of `bytes` bytes; those with even numbers, and their sums, `even` rows, the others `odd`.
+// Configures the tiles for products of activations of `bytes` bytes per token: registers with even numbers (4, and its
+// sums 0 and 2) for tiles of `even` tokens, those with odd numbers for `odd` tokens. Costs as much as many products, so
+// callers repeat it only when these change.
 AI void tiles_begin(int even, int odd, int bytes) {
   TileConfig c;
   for (int i = 0; i < 4; ++i) c.rows[i] = uint8_t(i % 2 ? odd : even), c.bytes[i] = 64;

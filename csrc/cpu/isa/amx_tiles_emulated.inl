@@ -1,5 +1,6 @@
-// The tile registers of amx_tiles.inl in software, with the same results bit for bit. Source: Intel's description of TDPBSSD, TDPBUSD and TDPBF16PS
-// in the Software Developer's Manual, volume 2.
+// The tile registers of amx_tiles.inl emulated in software, with the same results bit for bit, so that AMX kernels can
+// be tested on any machine. Source: Intel's description of TDPBSSD, TDPBUSD and TDPBF16PS in the Software Developer's
+// Manual, volume 2.
 struct Tile {
   int rows = 0, bytes = 0;
   uint8_t data[16][64];
@@ -28,7 +29,7 @@ template <int T> AI void tile_store(void* p, int64_t stride) {
   for (int r = 0; r < t.rows; ++r) __builtin_memcpy(static_cast<uint8_t*>(p) + r * stride, t.data[r], size_t(t.bytes));
 }
 
-// TDPBSSD, TDPBUSD and their two sisters: A and B are the types of the bytes of the second and third operand.
+// TDPBSSD, TDPBUSD and their two variants: A and B are the types of the bytes of the second and third operand.
 template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m)
     for (int n = 0; n < 16; ++n) {
@@ -41,7 +42,8 @@ template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const 
 template <int C, int A, int B> AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 template <int C, int A, int B> AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 
-inline float flush_subnormal(float x) {  // flushes subnormals to zero
+// Returns zero for subnormals, as the instruction treats them.
+inline float flush_subnormal(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   bits = bits & 0x7f800000u ? bits : bits & 0x80000000u;
@@ -54,7 +56,8 @@ inline float load_bf16(const uint8_t* p) {
   __builtin_memcpy(&x, &bits, 4);
   return flush_subnormal(x);
 }
-// TDPBF16PS: even and odd products are summed separately, each step rounded once, and both sums are added to the element.
+// TDPBF16PS: even and odd products are summed separately, each step rounded once, and both sums are added to the
+// element.
 static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m)
     for (int n = 0; n < 16; ++n) {

@@ -1,6 +1,6 @@
-// Kernels for AVX-512 with BF16: products of bf16 serve half-precision weights and attention. Everything else is AVX512VBMI_KERNELS'.
-// All headers come before the target region: the linker could pick code of a standard header that was compiled inside it for
-// every caller, and that code would fault on older machines.
+// Kernels for AVX-512 with BF16: products of bf16 serve half-precision weights and attention. Everything else is
+// AVX512VBMI_KERNELS'. All headers come before the target region: the linker could pick code of a standard header that
+// was compiled inside it for every caller, and that code would fault on older machines.
 #include <immintrin.h>
 #include <math.h>
 

@@ -1,6 +1,6 @@
-// Kernels for AVX-512 with VBMI: byte permutations serve the code books of the IQ types. Everything else is AVX512VNNI_KERNELS'.
-// All headers come before the target region: the linker could pick code of a standard header that was compiled inside it for
-// every caller, and that code would fault on older machines.
+// Kernels for AVX-512 with VBMI: byte permutations serve the code books of the IQ types. Everything else is
+// AVX512VNNI_KERNELS'. All headers come before the target region: the linker could pick code of a standard header that
+// was compiled inside it for every caller, and that code would fault on older machines.
 #include <immintrin.h>
 #include <math.h>
 

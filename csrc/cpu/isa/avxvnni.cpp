@@ -1,6 +1,6 @@
 // Kernels for 256-bit VNNI, in the VEX encoding (AVX-VNNI) and in the EVEX encoding (AVX512-VNNI with short vectors).
-// All headers come before the target region: the linker could pick code of a standard header that was compiled inside it for
-// every caller, and that code would fault on older machines.
+// All headers come before the target region: the linker could pick code of a standard header that was compiled inside
+// it for every caller, and that code would fault on older machines.
 #include <immintrin.h>
 #include <math.h>
 
@@ -25,7 +25,8 @@ namespace {
 }  // namespace avxvnni
 #undef KTX_VNNI
 
-// The same instruction as AVX512-VNNI with short vectors encodes it: what these kernels are tested with on machines that have no other.
+// The same instruction as AVX512-VNNI with short vectors encodes it, to test these kernels on machines without
+// AVX-VNNI.
 #define KTX_VNNI "%{evex%}"
 namespace avx512vl {
 namespace {

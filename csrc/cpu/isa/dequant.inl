@@ -1,7 +1,7 @@
 // One decoder per weight type, over the SIMD primitives of the instruction set that includes this file.
 //
-// A block is BLOCK consecutive columns of 16 rows. A decoder turns it into sub-blocks of SUB columns that share a scale.
-// The decoder of type X, struct DX, has these functions:
+// A block is BLOCK consecutive columns of 16 rows. A decoder turns it into sub-blocks of SUB columns that share a
+// scale. The decoder of type X, struct DX, has these functions:
 //
 //   load_scales(b)    loads, once for a block, what all its sub-blocks need (BlockScales; often the f16 scale d)
 //   decode_sub_block(scales, b, s, w, scale, minimum)

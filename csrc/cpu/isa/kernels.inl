@@ -1,6 +1,9 @@
-// All kernels of one instruction set. Each .cpp of this folder includes its SIMD primitives (simd_*.inl) and this file inside a
-// namespace and a target region of its own; README.md in csrc/cpu describes the macros that it defines before.
-constexpr int SPAN = 256;  // columns of a group of 16 rows that are dequantized at once: 4 KB of codes, which stay in the first-level cache
+// All kernels of one instruction set. Each .cpp of this folder includes its SIMD primitives (simd_*.inl) and this file
+// inside a namespace and a target region of its own; README.md in csrc/cpu describes the macros that it defines before.
+
+// Columns of a span: the part of a group of 16 rows that a GEMM dequantizes at once, 4 KB of codes, which stay in the
+// first-level cache.
+constexpr int SPAN = 256;
 
 #include "cpu/isa/dequant.inl"
 #include "cpu/isa/prefetch.inl"
@@ -17,7 +20,7 @@ constexpr int SPAN = 256;  // columns of a group of 16 rows that are dequantized
 #include "cpu/isa/activations.inl"
 #include "cpu/isa/quantize_weights.inl"
 
-// The table of this instruction set. bf16_columns and bf16_tiles: see Kernels.
+// Returns the table of this instruction set; the arguments are fields of Kernels (kernels.h).
 constexpr Kernels kernel_table(int bf16_columns, bool bf16_tiles) {
   return {
       .bf16_columns = bf16_columns,

@@ -1,4 +1,5 @@
-// Sixteen 32-bit lanes in two ymm. Included inside a region whose target has AVX2, FMA and F16C.
+// The SIMD primitives (see simd_scalar.inl, their specification) on sixteen 32-bit lanes in two ymm registers. Included
+// inside a region whose target has AVX2, FMA and F16C; with KTX_VNNI also AVX-VNNI or AVX512-VNNI.
 struct V { __m256i a, b; };
 struct F { __m256 a, b; };
 #define KTX_V1(name, op) AI V name(V x) { return {op(x.a), op(x.b)}; }
@@ -55,7 +56,7 @@ AI __m256i lookup256(const uint16_t* table, __m256i index) {  // table[index] of
   return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16), 0xaa);
 }
 template <int N> AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
-AI __m256i bytes_where256(uint32_t mask) {  // bit i of the mask: byte i
+AI __m256i bytes_where256(uint32_t mask) {  // byte i is 0xff if bit i of the mask is set
   const __m256i mask_bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
                                                                                        2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
@@ -126,12 +127,14 @@ AI F load_f16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
+// 16 codes as floats, see simd_scalar.inl.
 AI F load_e4m3_column(const uint8_t* p) {
   const __m256i x = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
   const __m256i h = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16(int16_t(0xbfff)));
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
-AI void load_e4m3(const uint8_t* p, F& a, F& b) { a = load_e4m3_column(p), b = load_e4m3_column(p + 16); }  // 32 bytes; the f16 are 2^-8 of the e4m3
+AI void load_e4m3(const uint8_t* p, F& a, F& b) { a = load_e4m3_column(p), b = load_e4m3_column(p + 16); }
+// The low 16 bits of eight lanes.
 AI __m128i pack_low_halves(__m256i x) {
   const __m256i p = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(p, 0x08));
@@ -165,17 +168,20 @@ constexpr int SIGNED_OFFSET = 128;
 AI V with_offset(V weights) { return xor_(weights, set8(0x80)); }
 template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)}; }
 #else
-// maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
+// The products of bytes, two of them added in 16 bits by maddubs. It takes unsigned times signed bytes: unsigned codes
+// up to 127 fit, signed codes are passed as |w| times x with the sign of w.
 template <bool SIGNED> AI V byte_products(V w, V x) {
   if (!SIGNED) return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)};
   return {_mm256_maddubs_epi16(_mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
           _mm256_maddubs_epi16(_mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
 }
+// Adds the two 16-bit sums of each lane in 32 bits.
 AI V widen(V pairs) {
   const __m256i one = _mm256_set1_epi16(1);
   return {_mm256_madd_epi16(pairs.a, one), _mm256_madd_epi16(pairs.b, one)};
 }
-// asm: GCC would compute all products before it adds the first, and has no registers for them.
+// Adds 16-bit words, add_lanes 32-bit lanes. In assembly, because GCC would compute all products before it adds the
+// first, and has no registers for them.
 AI V add_words(V sum, V x) {
   __asm__("vpaddw %1, %0, %0" : "+x"(sum.a) : "x"(x.a));
   __asm__("vpaddw %1, %0, %0" : "+x"(sum.b) : "x"(x.b));
@@ -186,9 +192,12 @@ AI V add_lanes(V sum, V x) {
   __asm__("vpaddd %1, %0, %0" : "+x"(sum.b) : "x"(x.b));
   return sum;
 }
-// The number of products of codes up to `max_code` that fit 16 bits, as a power of two: they are widened together.
+// Returns how many products of codes up to `max_code` fit 16 bits, as a power of two: they are added in 16 bits and
+// widened together.
 constexpr int sums_in_16_bits(int max_code) { return max_code <= 16 ? 8 : max_code <= 32 ? 4 : max_code <= 64 ? 2 : 1; }
-// A sum that is widened once is added by an intrinsic, where the compiler removes a zero start (Q2_K, one token: 10 % slower without).
+// The DotSum of int_gemm.inl without VNNI: SUMS products are added in 16 bits (sum16), then widened and added to the
+// total. A sum that is widened once is added by an intrinsic, where the compiler removes a zero start (Q2_K, one token:
+// 10 % slower without).
 template <bool SIGNED, int SUMS> struct DotSum {
   V total, sum16;
   AI explicit DotSum(V first = V()) : total(first), sum16(first) {}

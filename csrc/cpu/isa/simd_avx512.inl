@@ -1,4 +1,5 @@
-// Sixteen 32-bit lanes in one zmm. Included inside a region whose target has AVX512 F, BW, DQ, VL and VNNI.
+// The SIMD primitives (see simd_scalar.inl, their specification) on sixteen 32-bit lanes in one zmm register. Included
+// inside a region whose target has AVX512 F, BW, DQ, VL and VNNI; with KTX_VBMI also VBMI, with KTX_BF16 also BF16.
 typedef __m512i V;  // 16 lanes of 32 bits, or 64 bytes
 typedef __m512 F;   // 16 floats
 
@@ -42,16 +43,21 @@ template <int N> AI V lookup(const uint16_t* table, V index) {
   else return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)), lookup<N / 2>(table + N / 2, index));
 }
 #ifdef KTX_VBMI
-// Byte tables: one permutation looks 64 indices up in 128 entries. The indices of a lane's entries are in the order 0 2 1 3.
-template <int STRIDE> AI V spread_bits(V more) {  // the bits of entry i, from STRIDE*i on in each lane, to the bottom of its byte
+// Look-ups in byte tables (code books of dequant.inl): one permutation looks 64 indices up in 128 entries. Packing puts
+// the four indices of a lane in the order 0 2 1 3.
+
+// Moves the high bits of index i, which are from bit STRIDE*i on in each lane, to the bottom of the byte of that index.
+template <int STRIDE> AI V spread_bits(V more) {
   constexpr long long LANE = 0 | 2 * STRIDE << 8 | 1 * STRIDE << 16 | 3 * STRIDE << 24, NEXT = LANE | 0x20202020;
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(LANE | NEXT << 32), more);
 }
+// Looks 64 indices up in N entries: in both halves of the table, of which the next higher index bit selects one.
 template <int N> AI V permute(const uint8_t* table, V index, const __mmask64* bits) {
   if constexpr (N == 128) return _mm512_permutex2var_epi8(load(table), index, load(table + 64));
   else return _mm512_mask_mov_epi8(permute<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permute<N / 2>(table + N / 2, index, bits));
 }
-template <int N> struct TableIndices {  // 64 indices into N entries: low bytes, and the missing high bits
+// 64 indices into tables of N entries: their low bytes, and bits 7 and up as masks, computed once for several tables.
+template <int N> struct TableIndices {
   V low;
   __mmask64 bits[4];
   AI TableIndices(V low, V more) : low(low), bits{_mm512_movepi8_mask(low)} {
@@ -61,7 +67,9 @@ template <int N> struct TableIndices {  // 64 indices into N entries: low bytes,
   }
   AI V select_from(const uint8_t* table) const { return permute<N>(table, low, bits); }
 };
-struct Trits {  // the first four digits of a byte (see `trit` in dequant.inl) in two bits each, and eight times the fifth
+// Tables of the ternary digits of a byte (see take_trit in dequant.inl): the first four in two bits each, and eight
+// times the fifth.
+struct Trits {
   alignas(64) uint8_t first_four[256], fifth[256];
   constexpr Trits() : first_four{}, fifth{} {
     for (int byte = 0; byte < 256; ++byte) {
@@ -75,12 +83,15 @@ struct Trits {  // the first four digits of a byte (see `trit` in dequant.inl) i
   }
 };
 constexpr Trits TRITS;
-constexpr int ENTRY_BIT_OFFSETS[4] = {0, 16, 8, 24};  // where the byte of an entry begins
-AI V two_bit_fields(V bytes, int entry) {  // four fields of an entry's byte, each at the bottom of a byte
+constexpr int ENTRY_BIT_OFFSETS[4] = {0, 16, 8, 24};  // where the byte of an entry begins in a lane: order 0 2 1 3
+// Spreads the four two-bit fields of the byte of an entry, each to the bottom of a byte. Bits above a field are left
+// in.
+AI V two_bit_fields(V bytes, int entry) {
   const long long lane = ENTRY_BIT_OFFSETS[entry] * 0x01010101ll + 0x06040200ll;
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32), bytes);
 }
-AI V four_bit_fields(V first, V second, int entry) {  // two fields of each
+// Spreads four four-bit fields of an entry: two from its byte in `first`, two from that in `second`.
+AI V four_bit_fields(V first, V second, int entry) {
   const long long lane = ENTRY_BIT_OFFSETS[entry] * 0x01010101ll + 0x04000400ll;
   const V by = _mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32);
   return _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(by, first), 0xccccccccccccccccull, by, second);
@@ -139,7 +150,7 @@ AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
 AI F as_float(V a) { return _mm512_castsi512_ps(a); }
 AI V as_int(F a) { return _mm512_castps_si512(a); }
 AI F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-AI void load_e4m3(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+AI void load_e4m3(const uint8_t* p, F& a, F& b) {  // 2^-8 of the values, see simd_scalar.inl
   const __m512i x = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 8);
   const __m512i h = _mm512_and_si512(_mm512_srai_epi16(x, 1), _mm512_set1_epi16(int16_t(0xbfff)));
   a = _mm512_cvtph_ps(_mm512_castsi512_si256(h)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
@@ -153,7 +164,8 @@ AI void store_bf16(void* p, F a) {  // rounds to nearest even, keeps NaN
 }
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
-// Dot product of four bytes per lane. Signed weights have 128 added (see `with_offset`), so one instruction serves both.
+// Dot product of four bytes per lane. Signed weights have 128 added (see `with_offset`), so one instruction serves
+// both.
 AI V dot(V acc, V weights, V x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
   return acc;
@@ -163,7 +175,8 @@ AI V with_offset(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(
 AI V duplicate_low16(V x) {  // the low halves of lanes in both halves
   return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
 }
-// Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by` and `add`.
+// Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by`
+// and `add`.
 template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
   const V even = _mm512_slli_epi16(codes, SHIFT), odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
   const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add), high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
@@ -171,13 +184,14 @@ template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
 }
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
 #ifdef KTX_BF16
-// Pairs of bf16: a step multiplies both and adds them to an f32 lane.
+// Pairs of bf16: one instruction multiplies both and adds them to an f32 lane.
 typedef __m512bh Pairs;
 AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
 AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
 AI void store_pairs(void* p, Pairs v) { store(p, (V)v); }
 AI V pair_neighbors_as_bf16(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
-AI V zip_halves(V halves) {  // 16-bit words of the lower and the upper half in turns
+// Interleaves the 16-bit words of the lower and the upper 256 bits: columns one after the other become pairs.
+AI V zip_halves(V halves) {
   return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
                                                    0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000), halves);
 }

@@ -1,4 +1,7 @@
-// Sixteen 32-bit lanes in plain arrays: the specification of the primitives, and the code for any x86-64.
+// The SIMD primitives on sixteen 32-bit lanes in plain arrays: the specification of what simd_avx2.inl and
+// simd_avx512.inl do with registers, and code for any x86-64 CPU. V: sixteen 32-bit lanes (or 32 words, 64 bytes); F:
+// sixteen floats. A lane is a row of a group, its bytes are four columns. Names: a suffix gives the width of the
+// operation, for example shr (32 bits), shr16, add8; f is for floats (addf, loadf).
 struct V { uint32_t v[16]; };
 struct F { float v[16]; };
 #define KTX_LANES for (int i = 0; i < 16; ++i)
@@ -17,6 +20,7 @@ KTX_V2(add, a + b)
 KTX_V2(sub, a - b)
 KTX_V2(mul, a * b)
 KTX_V2(mul16, ((a & 0xffff) * (b & 0xffff) & 0xffff) | ((a >> 16) * (b >> 16)) << 16)
+// Applies an operation to each byte: 0 subtracts, 1 adds, 2 compares.
 AI uint32_t bytewise(uint32_t a, uint32_t b, int op) {
   uint32_t r = 0;
   for (int s = 0; s < 32; s += 8) {
@@ -32,6 +36,7 @@ AI V shr(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] >> n; return r; }
 AI V shl(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] << n; return r; }
 AI V shr16(V x, int n) { V r; KTX_LANES r.v[i] = ((x.v[i] & 0xffff) >> n) | ((x.v[i] >> 16) >> n) << 16; return r; }
 AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }  // a | b & mask
+// table[x] of each byte; indices are 0 to 15.
 AI V look_up16(const int8_t* table, V x) {
   V r;
   KTX_LANES {
@@ -42,6 +47,7 @@ AI V look_up16(const int8_t* table, V x) {
 }
 AI V low_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] & 0xffff) * 0x10001u; return r; }  // both 16-bit halves of a lane become its lower one
 AI V high_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] >> 16) * 0x10001u; return r; }
+// Shifts the lower and the upper half of each lane by different counts.
 template <int LOW, int HIGH> AI V shr16_each(V x) {
   V r;
   KTX_LANES r.v[i] = (x.v[i] & 0xffff) >> LOW | (x.v[i] >> 16 >> HIGH) << 16;
@@ -52,12 +58,16 @@ template <int N> AI V lookup(const uint16_t* table, V index) {  // table[index] 
   KTX_LANES r.v[i] = table[index.v[i] & 0xffff] | uint32_t(table[index.v[i] >> 16]) << 16;
   return r;
 }
-AI V negate_where(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
+// Negates the bytes of w for which bit 4*lane + byte of the mask is set.
+AI V negate_where(V w, uint64_t mask) {
   V m;
   KTX_LANES m.v[i] = (((uint32_t(mask >> (4 * i)) & 15) * 0x00204081u) & 0x01010101u) * 255u;
   return sub8(xor_(w, m), m);
 }
+// table[x & LOW] of each byte; the table repeats after LOW + 1 entries, because some instruction sets ignore no bits
+// above.
 template <int LOW> AI V look_up_repeated(const int8_t* table, V x) { return look_up16(table, and_(x, set8(LOW))); }
+// Nibble i in lane i.
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
 AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
 AI V load_s8(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(p[i]))); return r; }
@@ -89,6 +99,7 @@ AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   KTX_LANES { const float y = x.v[i] + 12582912.0f; uint32_t bits; __builtin_memcpy(&bits, &y, 4); r.v[i] = bits - 0x4b400000u; }
   return r;
 }
+// Converts the bits of an f16.
 AI float f16_value(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
   uint32_t bits = rest + ((127 - 15) << 23);
@@ -106,12 +117,15 @@ AI float f16_value(uint32_t h) {
 }
 AI F f16_lanes(V x) { F r; KTX_LANES r.v[i] = f16_value(x.v[i] & 0xffff); return r; }
 AI F load_f16(const void* p) { return f16_lanes(load_u16(static_cast<const uint8_t*>(p))); }
-AI void load_e4m3(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+// Loads two columns of 16 e4m3 codes as floats that are 2^-8 of their value: an e4m3 is the upper byte of an f16 with
+// one exponent bit less, so a shift makes it an f16 whose exponent is too small by 8.
+AI void load_e4m3(const uint8_t* p, F& a, F& b) {
   KTX_LANES {
     a.v[i] = f16_value((p[i] & 0x80u) << 8 | (p[i] & 0x7fu) << 7);
     b.v[i] = f16_value((p[16 + i] & 0x80u) << 8 | (p[16 + i] & 0x7fu) << 7);
   }
 }
+// Rounds to the nearest f16, ties to even.
 AI uint32_t f16_bits(float f) {
   uint32_t x;
   __builtin_memcpy(&x, &f, 4);
@@ -139,6 +153,8 @@ AI void store_bf16(void* p, F x) {
 }
 AI void store_s8(int8_t* p, V x) { KTX_LANES p[i] = int8_t(x.v[i]); }
 
+// The dot product of four bytes per lane, added to acc. Bytes of x are signed; those of w are signed if SIGNED, after
+// with_offset where an instruction set takes unsigned bytes only (SIGNED_OFFSET = 128), else they are 0 to 127.
 template <bool SIGNED> AI V dot(V acc, V w, V x) {
   V r;
   KTX_LANES {
@@ -154,7 +170,8 @@ template <bool SIGNED> AI V dot(V acc, V w, V x) {
 constexpr int SIGNED_OFFSET = 0;
 AI V with_offset(V weights) { return weights; }
 #ifdef KTX_BF16
-// Pairs of bf16, as vcvtne2ps2bf16 makes them: rounded to nearest even, subnormal numbers become zero.
+// A pair is two bf16 in a lane: two columns of a row. Rounded as vcvtne2ps2bf16 does: to nearest even, subnormal
+// numbers become zero.
 AI uint32_t bf16_bits(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -171,6 +188,7 @@ AI float bf16_value(uint32_t bits) {
   __builtin_memcpy(&x, &bits, 4);
   return x;
 }
+// acc + the products of both halves of the pair at `word` (the same for all lanes) and of b.
 AI F dot_pairs(F acc, const void* word, Pairs b) {
   uint32_t a;
   __builtin_memcpy(&a, word, 4);
@@ -178,15 +196,18 @@ AI F dot_pairs(F acc, const void* word, Pairs b) {
   KTX_LANES r.v[i] = acc.v[i] + bf16_value(a & 0xffff) * bf16_value(b.v[i] & 0xffff) + bf16_value(a >> 16) * bf16_value(b.v[i] >> 16);
   return r;
 }
-AI Pairs load_column_pairs(const void* p) {  // two columns of 16 bf16, one after the other
+// Loads two columns of 16 bf16, one after the other, as pairs.
+AI Pairs load_column_pairs(const void* p) {
   uint16_t columns[32];
   __builtin_memcpy(columns, p, 64);
   V r;
   KTX_LANES r.v[i] = columns[i] | uint32_t(columns[i + 16]) << 16;
   return r;
 }
+// Pairs with `even` in the lower and `odd` in the upper halves.
 AI V pair_as_bf16(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
-AI V pair_neighbors_as_bf16(F first, F second) {  // 32 columns, two a lane
+// Pairs neighbors: lane i holds columns 2*i and 2*i + 1 of the 32 in first and second.
+AI V pair_neighbors_as_bf16(F first, F second) {
   V r;
   for (int i = 0; i < 8; ++i) {
     r.v[i] = bf16_bits(first.v[2 * i]) | bf16_bits(first.v[2 * i + 1]) << 16;
