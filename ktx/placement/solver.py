@@ -102,25 +102,25 @@ class Placement:
         """Names of the devices, the CPU first."""
         return [CPU, *self.budget.gpus]
 
-    def device(self, part: ModuleMemory | KVMemory) -> str:
+    def device(self, module: ModuleMemory | KVMemory) -> str:
         """Device of a module or of a layer's KV cache.
 
-        Pinned modules (those that a rule places on the CPU) and the experts of layers outside `experts` are on the
-        CPU. So are experts that are split between two devices; `placed_modules` lists both parts.
+        Modules that a rule places on the CPU (`cpu_only`) and the experts of layers outside `experts` are on the
+        CPU. So are experts that are split between two devices; `placed_modules` lists both.
         """
-        group = getattr(part, "group", "")
-        if part.cpu_only:
+        group = getattr(module, "group", "")
+        if module.cpu_only:
             return CPU
         if group == EMBEDDING:
             return self.embedding
-        if group == EXPERTS and part.layer not in self.experts:
+        if group == EXPERTS and module.layer not in self.experts:
             return CPU
-        return self.layer_device(part)
+        return self.layer_device(module)
 
-    def layer_device(self, part: ModuleMemory | KVMemory) -> str:
-        """Device of the layer that contains `part`."""
-        if part.layer is not None:
-            return self.layers[part.layer] if part.layer < len(self.layers) else self.output_device
+    def layer_device(self, module: ModuleMemory | KVMemory) -> str:
+        """Device of the layer that contains `module`."""
+        if module.layer is not None:
+            return self.layers[module.layer] if module.layer < len(self.layers) else self.output_device
         return self.output_device
 
     @property
@@ -131,7 +131,7 @@ class Placement:
     @cached_property
     def devices(self) -> dict[str, str]:
         """Devices by module path."""
-        return {part.path: device for part, device in self.placed_modules}
+        return {module.path: device for module, device in self.placed_modules}
 
     @cached_property
     def placed_modules(self) -> list[tuple[ModuleMemory, str]]:
@@ -140,13 +140,14 @@ class Placement:
         All sums of bytes and reads go over this list, so that each device counts only the experts that it holds.
         """
         placed = []
-        for part in self.model.modules:
-            device, count = self.device(part), self.num_gpu_experts.get(part.layer or 0, 0) if part.num_experts else 0
-            if count and device == CPU and not part.cpu_only:
-                gpu_part = replace(part.subset(count), path=f"{part.path}.on_gpu")
-                placed += [(part.subset(part.num_experts - count), CPU), (gpu_part, self.layer_device(part))]
+        for module in self.model.modules:
+            device = self.device(module)
+            count = self.num_gpu_experts.get(module.layer or 0, 0) if module.num_experts else 0
+            if count and device == CPU and not module.cpu_only:
+                on_gpu = replace(module.subset(count), path=f"{module.path}.on_gpu")
+                placed += [(module.subset(module.num_experts - count), CPU), (on_gpu, self.layer_device(module))]
             else:
-                placed.append((part, device))
+                placed.append((module, device))
         return placed
 
     @cached_property
@@ -155,8 +156,8 @@ class Placement:
         totals: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
-        for part, device in self.placed_modules:
-            totals[part.group][device] += part.weight_bytes(device != CPU).held_bytes
+        for module, device in self.placed_modules:
+            totals[module.group][device] += module.weight_bytes(device != CPU).held_bytes
         for layer in self.model.kv_layers:
             totals[KV][self.device(layer)] += self.kv_bytes(layer)
         for device in self.device_names:
@@ -180,32 +181,31 @@ class Placement:
         of attention, dequantized chunks and streamed experts on GPUs, and CUDA graphs on a single GPU, because graphs
         are captured only then.
         """
-        parts = [part for part, placed_on in self.placed_modules if placed_on == device]
+        modules = [module for module, placed_on in self.placed_modules if placed_on == device]
         kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
         budget, tokens, gpu = self.budget, max(self.budget.chunk_size, self.budget.batch), device != CPU
-        num_bytes = workspace.activation_bytes(self.model, parts, tokens, gpu) if parts else 0
+        num_bytes = workspace.activation_bytes(self.model, modules, tokens, gpu) if modules else 0
         num_bytes += workspace.mla_expansion_bytes(kv_layers, budget.context)
-        num_bytes += (
-            workspace.logits_bytes(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
-        )
-        if budget.vram:
-            num_bytes += workspace.transfer_bytes(self.model, tokens) * (
-                1 if gpu else NUM_BUFFER_SETS * len(budget.vram)
-            )
+        if any(module.group == OUTPUT for module in modules):
+            num_bytes += workspace.logits_bytes(self.model, budget.batch)
+        if budget.vram:  # the CPU has its buffers once for each GPU
+            num_buffers = 1 if gpu else NUM_BUFFER_SETS * len(budget.vram)
+            num_bytes += num_buffers * workspace.transfer_bytes(self.model, tokens)
         if gpu:
-            num_bytes += workspace.attention_bytes(kv_layers, tokens, budget.batch) + workspace.dequantized_bytes(parts)
-            num_bytes += (
-                workspace.cuda_graph_bytes(self.model, parts, kv_layers, budget.batch) if len(budget.vram) == 1 else 0
-            )
-            num_bytes += workspace.streaming_bytes(self.streamed_experts(device)) if self.streams_experts else 0
+            num_bytes += workspace.attention_bytes(kv_layers, tokens, budget.batch)
+            num_bytes += workspace.dequantized_bytes(modules)
+            if len(budget.vram) == 1:
+                num_bytes += workspace.cuda_graph_bytes(self.model, modules, kv_layers, budget.batch)
+            if self.streams_experts:
+                num_bytes += workspace.streaming_bytes(self.streamed_experts(device))
         return num_bytes
 
     def streamed_experts(self, device: str) -> list[ModuleMemory]:
         """Experts on the CPU whose layers are on the given GPU."""
         return [
-            part
-            for part, placed_on in self.placed_modules
-            if part.num_experts and placed_on == CPU and self.layer_device(part) == device
+            module
+            for module, placed_on in self.placed_modules
+            if module.num_experts and placed_on == CPU and self.layer_device(module) == device
         ]
 
     def total_bytes(self, device: str) -> int:
@@ -220,8 +220,8 @@ class Placement:
     @property
     def cpu_groups(self) -> set[tuple[int, str]]:
         """Pairs of layer and group that are on the CPU."""
-        parts = [(part.layer, part.group) for part in self.model.modules if self.device(part) == CPU]
-        return {(layer, group) for layer, group in parts if layer is not None}
+        groups = [(module.layer, module.group) for module in self.model.modules if self.device(module) == CPU]
+        return {(layer, group) for layer, group in groups if layer is not None}
 
     # ---- cost of a decoded token
 
@@ -233,7 +233,7 @@ class Placement:
         """
         budget, gpu = self.budget, device != CPU
         weights = sum(
-            part.read_bytes(budget.batch, gpu) for part, placed_on in self.placed_modules if placed_on == device
+            module.read_bytes(budget.batch, gpu) for module, placed_on in self.placed_modules if placed_on == device
         )
         kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
         cache_bytes = sum(
@@ -254,7 +254,7 @@ class Placement:
     def seconds_per_token(self, speeds: Speeds) -> dict[str, float]:
         """Seconds for one token of each sequence: reads by device, and transfers between devices.
 
-        The parts are added up as if nothing overlapped, so their sum is an upper bound of the time.
+        The times are added up as if nothing overlapped, so their sum is an upper bound of the time.
         """
         read_s = {
             name: self.read_bytes_per_token(name) / 1e9 / (speeds.cpu_gb_s if name == CPU else speeds.gpu_gb_s)
@@ -270,13 +270,13 @@ class Placement:
 
         It is the largest of the layers' break-even points, so that from there on streaming pays in every layer.
         """
-        parts = [part for gpu in self.budget.gpus for part in self.streamed_experts(gpu) if part.num_weights]
-        if not self.streams_experts or not speeds.cpu_gops or not parts:
+        modules = [module for gpu in self.budget.gpus for module in self.streamed_experts(gpu) if module.num_weights]
+        if not self.streams_experts or not speeds.cpu_gops or not modules:
             return 0
-        weights_per_token = [part.num_weights * part.top_k // part.num_experts for part in parts]
+        weights_per_token = [module.num_weights * module.top_k // module.num_experts for module in modules]
         min_tokens = [
-            min_tokens_to_stream(part.cpu.held_bytes, num_weights, speeds.link_gb_s, speeds.cpu_gops)
-            for part, num_weights in zip(parts, weights_per_token, strict=True)
+            min_tokens_to_stream(module.cpu.held_bytes, num_weights, speeds.link_gb_s, speeds.cpu_gops)
+            for module, num_weights in zip(modules, weights_per_token, strict=True)
         ]
         return max(min_tokens)
 
@@ -302,7 +302,9 @@ class Placement:
             devices["embedding"] = CPU
         elif self.embedding != gpus[0]:
             devices["embedding"] = self.embedding
-        expert_layers = {part.layer for part in self.model.modules if part.group == EXPERTS and part.layer is not None}
+        expert_layers = {
+            module.layer for module in self.model.modules if module.group == EXPERTS and module.layer is not None
+        }
         if expert_layers and not expert_layers & self.experts:
             devices["experts"] = CPU
         elif expert_layers - self.experts:
@@ -329,15 +331,19 @@ def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
     """
     if not budget.vram:
         return Placement(model, budget, [CPU] * model.num_layers)
-    expert_layers = frozenset(part.layer for part in model.modules if part.group == EXPERTS and part.layer is not None)
+    expert_layers = frozenset(
+        module.layer for module in model.modules if module.group == EXPERTS and module.layer is not None
+    )
     for embedding in (budget.gpus[0], CPU):
         placement = replace(
-            _distribute_layers(model, budget, lambda part: True), experts=expert_layers, embedding=embedding
+            _distribute_layers(model, budget, lambda module: True), experts=expert_layers, embedding=embedding
         )
         if not placement.exceeded():
             return placement
-    placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), streams_experts=stream)
-    layer_bytes = {part.layer: part.gpu.held_bytes for part in model.modules if part.group == EXPERTS}
+    placement = replace(
+        _distribute_layers(model, budget, lambda module: module.group != EXPERTS), streams_experts=stream
+    )
+    layer_bytes = {module.layer: module.gpu.held_bytes for module in model.modules if module.group == EXPERTS}
     # Free bytes by GPU. The workspace for experts does not grow with the number of layers, so it is subtracted once,
     # with the first layer.
     free_bytes: dict[str, int] = {}
@@ -360,13 +366,17 @@ def _with_partial_layer(placement: Placement, device: str) -> Placement:
     The free bytes bound the number from above; it is decreased until the placement fits, because splitting a layer
     changes the workspace too.
     """
-    parts = [part for part in placement.streamed_experts(device) if not part.cpu_only and part.layer is not None]
+    modules = [
+        module for module in placement.streamed_experts(device) if not module.cpu_only and module.layer is not None
+    ]
     free_bytes = placement.budget.bytes_of(device) - placement.total_bytes(device)
-    if not parts or free_bytes <= 0:
+    if not modules or free_bytes <= 0:
         return placement
-    part = min(parts, key=lambda part: (part.gpu.held_bytes, part.layer))
-    for count in range(min(part.num_experts - 1, part.num_experts * free_bytes // max(1, part.gpu.held_bytes)), 0, -1):
-        candidate = replace(placement, num_gpu_experts={**placement.num_gpu_experts, part.layer or 0: count})
+    module = min(modules, key=lambda module: (module.gpu.held_bytes, module.layer))
+    for count in range(
+        min(module.num_experts - 1, module.num_experts * free_bytes // max(1, module.gpu.held_bytes)), 0, -1
+    ):
+        candidate = replace(placement, num_gpu_experts={**placement.num_gpu_experts, module.layer or 0: count})
         if device not in candidate.exceeded():
             return candidate
     return placement
@@ -386,9 +396,9 @@ def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[Modul
         counts: whether the bytes of a module count, which is false for modules that will be on the CPU.
     """
     weights = [0] * model.num_layers
-    for part in model.modules:
-        if counts(part) and part.group != EMBEDDING and not part.cpu_only:
-            weights[-1 if part.layer is None else part.layer] += part.gpu.held_bytes
+    for module in model.modules:
+        if counts(module) and module.group != EMBEDDING and not module.cpu_only:
+            weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
     for layer in model.kv_layers:
         weights[layer.layer] += (
             0 if layer.cpu_only else layer.nbytes(budget.context, budget.batch, budget.kv_dtype, True)
@@ -441,10 +451,10 @@ def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], 
     elsewhere = [entry.pattern for entry in places if entry.device and not entry.split_devices]
     rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
     weights = [0] * model.num_layers
-    for part in model.modules:
-        if part.group == EMBEDDING or any(pattern.search(part.path) for pattern in [*elsewhere, *rule_patterns]):
+    for module in model.modules:
+        if module.group == EMBEDDING or any(pattern.search(module.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
-        weights[-1 if part.layer is None else part.layer] += part.gpu.held_bytes
+        weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
     return balance(weights, [1 << 30] * gpus)
 
 

@@ -101,7 +101,7 @@ def _more_vram(placement: Placement) -> Budget | None:
 
     All GPUs get at least the same memory, found by bisection between 0 and twice the bytes of the model.
     """
-    low, high = 0, sum(part.gpu.held_bytes for part in placement.model.modules) * 2 + sum(placement.budget.vram)
+    low, high = 0, sum(module.gpu.held_bytes for module in placement.model.modules) * 2 + sum(placement.budget.vram)
 
     def with_vram(size: int) -> Budget:
         return replace(placement.budget, vram=tuple(max(size, current) for current in placement.budget.vram))
@@ -130,10 +130,10 @@ def _smaller_quant(placement: Placement, device: str) -> str:
 
     It is an estimate: all weights of the device shrink by the same ratio, and the reserve on the CPU shrinks with them.
     """
-    parts = [part for part in placement.model.modules if placement.device(part) == device]
+    modules = [module for module in placement.model.modules if placement.device(module) == device]
     weight_bytes, num_weights = (
-        sum(part.weight_bytes(device != CPU).held_bytes for part in parts),
-        sum(part.num_weights for part in parts),
+        sum(module.weight_bytes(device != CPU).held_bytes for module in modules),
+        sum(module.num_weights for module in modules),
     )
     missing = placement.exceeded()[device] / (1 + RESERVE_FRACTION if device == CPU else 1)
     ratio = 1 - missing / weight_bytes if weight_bytes else 0.0

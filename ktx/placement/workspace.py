@@ -33,12 +33,12 @@ INT64_BYTES = 8  # of an expert's id
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
 
 
-def activation_bytes(model: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
+def activation_bytes(model: Footprint, modules: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
     """Bytes of hidden states and of the activations of a layer's widest block: f32 on the CPU, bf16 on a GPU."""
     blocks: Counter[tuple[int | None, str]] = Counter()
-    for part in parts:
-        if part.layer is not None:  # logits are counted separately
-            blocks[part.layer, part.group] += part.activation_columns
+    for module in modules:
+        if module.layer is not None:  # logits are counted separately
+            blocks[module.layer, module.group] += module.activation_columns
     columns = RESIDUALS * model.hidden_size + max(blocks.values(), default=0)
     return tokens * columns * (BF16_BYTES if gpu else F32_BYTES)
 
@@ -69,19 +69,19 @@ def transfer_bytes(model: Footprint, tokens: int) -> int:
     return tokens * (2 * model.hidden_size * BF16_BYTES + model.top_k * (INT64_BYTES + F32_BYTES))
 
 
-def streaming_bytes(parts: Collection[ModuleMemory]) -> int:
+def streaming_bytes(modules: Collection[ModuleMemory]) -> int:
     """Bytes for streaming experts from CPU memory in prefill: a chunk of experts as packed for the CPU and for the GPU.
 
     A chunk holds at least one expert. Types that are repacked on the GPU need additional space.
     """
     chunk_bytes = [
         sum(
-            min(size, max(STREAM_CHUNK_BYTES, size // part.num_experts))
-            for size in (part.cpu.held_bytes, part.gpu.held_bytes)
+            min(size, max(STREAM_CHUNK_BYTES, size // module.num_experts))
+            for size in (module.cpu.held_bytes, module.gpu.held_bytes)
         )
-        + part.needs_repacking * PEAK_TEMPORARY_BYTES
-        for part in parts
-        if part.num_experts and part.num_weights
+        + module.needs_repacking * PEAK_TEMPORARY_BYTES
+        for module in modules
+        if module.num_experts and module.num_weights
     ]
     return max(chunk_bytes, default=0)
 
@@ -113,15 +113,15 @@ def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) ->
 
 
 def cuda_graph_bytes(
-    model: Footprint, parts: Collection[ModuleMemory], kv_layers: Collection[KVMemory], batch: int
+    model: Footprint, modules: Collection[ModuleMemory], kv_layers: Collection[KVMemory], batch: int
 ) -> int:
     """Bytes that CUDA graphs of decode steps with up to `batch` tokens retain.
 
     They hold activations, transfers to the CPU in each layer, attention's partial results and logits. Graphs of all
     sizes share this memory. Their buffers of row fields and page tables are some hundred kilobytes and are not counted.
     """
-    layers = len({part.layer for part in parts if part.layer is not None})
-    num_bytes = activation_bytes(model, parts, batch, gpu=True) + layers * transfer_bytes(model, batch)
+    layers = len({module.layer for module in modules if module.layer is not None})
+    num_bytes = activation_bytes(model, modules, batch, gpu=True) + layers * transfer_bytes(model, batch)
     return num_bytes + attention_bytes(kv_layers, 1, batch) + batch * model.vocab_size * BF16_BYTES
 
 
@@ -134,6 +134,6 @@ def _scratch_floats(counts: Sequence[int], shape: Shape) -> int:
     return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).scratch_floats
 
 
-def dequantized_bytes(parts: Collection[ModuleMemory]) -> int:
+def dequantized_bytes(modules: Collection[ModuleMemory]) -> int:
     """Bytes of the bf16 chunk of the largest matrix that a GPU dequantizes for a large batch."""
-    return BF16_BYTES * min(DEQUANT_CHUNK_WEIGHTS, max((part.max_matrix_weights for part in parts), default=0))
+    return BF16_BYTES * min(DEQUANT_CHUNK_WEIGHTS, max((module.max_matrix_weights for module in modules), default=0))
