@@ -50,6 +50,7 @@ int64_t node_begin_(int64_t groups, int64_t node) {
 Ints pages_on_(const Tensor& memory) { return pages_on(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
 std::tuple<int64_t, int64_t> steal_stats_() { return {steal_stats().own, steal_stats().stolen}; }
 
+// Returns the bytes of a packed [n, k] matrix.
 int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
   return int64_t(packed_bytes(layout_of(code, k), n, k));
@@ -108,6 +109,7 @@ void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, in
             static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
 }
 
+// Returns rows of a packed matrix, dequantized to f32 [count, k].
 Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, const Tensor& rows) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
@@ -119,6 +121,7 @@ Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, co
   return out;
 }
 
+// Quantizes f32 rows to uint8 blocks, which `pack` takes.
 Tensor quantize_rows_(const Tensor& x, int64_t code) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float, "x must be contiguous float32 [rows, k]");
   STD_TORCH_CHECK(code == INT8_128 || code == INT4_64 || code == INT4_128 || code == Q4_0 || code == Q8_0,
@@ -129,6 +132,7 @@ Tensor quantize_rows_(const Tensor& x, int64_t code) {
   return out;
 }
 
+// y [..., n] = x [..., k] W^T + bias, of x's dtype.
 Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias, bool all_bf16) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
@@ -151,6 +155,7 @@ void bf16_rows_(int64_t tokens, Ints ranges) {
 }
 bool has_bf16_tiles() { return kernels().bf16_tiles; }
 
+// y [matrices, tokens, n]: each matrix times its own tokens x [matrices, tokens, k].
 Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
   const Layout& layout = layout_of(code, k);
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == k && x.is_contiguous(), "x must be contiguous [matrices, tokens, ", k, "]");
@@ -160,6 +165,7 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
   return y;
 }
 
+// Returns the weighted sum of each token's experts, [tokens, hidden]; see cpu/driver/experts.h.
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,
                 int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
                 const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias,

@@ -129,6 +129,7 @@ struct Ragged {
       sequences.push_back({s[0], s[1], s[2], p});
     }
   }
+  // Makes `c` a ragged call.
   void apply_to(AttentionCall& c) const { c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page; }
 };
 

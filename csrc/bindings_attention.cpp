@@ -33,11 +33,14 @@ Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& range
   return out;
 }
 
+// Attention of q [batch, heads, queries, dk] over k and v [batch, KV heads, keys, columns], which may be a KV cache.
+// With `sequences` and `pages`: a ragged call over pages. q_rope and k_rope: more columns of queries and keys, which
+// are stored apart.
 Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& ranges, const Optional& mask, double scale,
                   const Optional& sinks, double softcap, const Optional& q_rope, const Optional& k_rope, const Optional& sequences, const Optional& pages) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
   AttentionCall c{};
-  c.q = strided(q, "q"), c.k = strided(k, "k", true), c.v = strided(v, "v", true);
+  c.q = strided(q, "q"), c.k = strided(k, "k", /*is_cache=*/true), c.v = strided(v, "v", /*is_cache=*/true);
   c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = num_columns(v, "v");
   STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) && v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys && num_columns(k, "k") == c.dk,
                   "k and v do not fit q and each other");
@@ -46,7 +49,7 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   STD_TORCH_CHECK(bool(q_rope) == bool(k_rope), "q_rope and k_rope come together");
   if (q_rope) {
     STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4, "q_rope and k_rope must be [batch, heads, positions, columns]");
-    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", true), c.dr = q_rope->size(3);
+    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", /*is_cache=*/true), c.dr = q_rope->size(3);
     STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries, "q_rope does not fit q");
     STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr,
                     "k_rope does not fit k and q_rope");
@@ -61,7 +64,7 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
                       const Optional& mask, double scale, const Optional& sequences, const Optional& pages) {
   STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3, "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
   AttentionCall c{};
-  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", true), c.k_rope = strided(kpe, "kpe", true), c.v = c.k;
+  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", /*is_cache=*/true), c.k_rope = strided(kpe, "kpe", /*is_cache=*/true), c.v = c.k;
   c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2), c.keys = ckv.size(1);
   c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
   STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries, "q_rope does not fit q_nope");
@@ -71,6 +74,7 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
   return run_attention(c, q_nope, ranges, mask, sequences, pages, ckv);
 }
 
+// Norm over the last dimension of a contiguous x.
 Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_one) {
   const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
   STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");
@@ -79,6 +83,7 @@ Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_on
   return y;
 }
 
+// Rotates x [batch, heads, positions, columns]; cos and sin: f32 [batch or 1, positions, rope_dim].
 Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
   STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3, "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
   const int64_t rope_dim = cos.size(2), num_tables = cos.size(0);
@@ -90,6 +95,8 @@ Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interle
   return y;
 }
 
+// Returns the ids (int64) and weights (f32) of each token's top_k experts, by descending score; see
+// cpu/driver/elementwise.h.
 std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHandle scoring_word, const Optional& bias, int64_t n_group,
                                   int64_t topk_group, StringHandle group_word, bool renorm, double scale) {
   const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word);
@@ -109,7 +116,7 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
   STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
   STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && num_columns(to, "to") == columns, "to does not fit x");
-  convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
+  convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", /*is_cache=*/true), x.size(0), heads, positions, columns);
 }
 
 // Stores x [1][head][token][column] in the slots of a pool [page][head][position][column].
@@ -117,7 +124,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) && num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
   const int64_t tokens = x.size(2), page = pool.size(2);
   const int64_t* slot_ids = checked_slots(slots, tokens, pool);
-  const Strided from = strided(x, "x"), to = strided(pool, "pool", true);
+  const Strided from = strided(x, "x"), to = strided(pool, "pool", /*is_cache=*/true);
   for (int64_t first = 0, end; first < tokens; first = end) {  // one call per run of consecutive slots on a page
     for (end = first + 1; end < tokens && slot_ids[end] == slot_ids[end - 1] + 1 && slot_ids[end] % page; ++end) {}
     const Strided slot_run{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
@@ -130,10 +137,11 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")}, std::make_optional(ScalarType::Half));
-  convert_kv(strided(x, "x", true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
+  convert_kv(strided(x, "x", /*is_cache=*/true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
   return y;
 }
 
+// act(gate) * up, of gate's shape. SWIGLU_OAI is not offered, because it has parameters.
 Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);

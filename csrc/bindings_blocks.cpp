@@ -73,7 +73,7 @@ RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, in
 KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns, const char* what) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions && num_columns(t, what) == columns,
                   what, " must be [", batches, ", ", heads, ", at least ", positions, ", ", columns, "]");
-  return {strided(t, what, true)};
+  return {strided(t, what, /*is_cache=*/true)};
 }
 
 // Where a block's tokens are stored and what they attend to: `past` positions of each batch and the new tokens, or, for
@@ -160,18 +160,18 @@ class MlaStep : public Step {
           const Optional& pre_norm, double eps, bool plus_one)
       : Step(sizes[0], pre_norm, eps, plus_one), rope_dim_(sizes[5]), interleaved_(interleaved) {
     MlaBlock& b = block_;
-    b.hidden = sizes[0], b.heads = sizes[1], b.nope = sizes[2], b.values = sizes[3], b.rank = sizes[4];
+    b.hidden = sizes[0], b.heads = sizes[1], b.qk_nope_head_dim = sizes[2], b.v_head_dim = sizes[3], b.kv_lora_rank = sizes[4];
     MatrixReader matrices(packed, descriptors);
     b.q_a = matrices.projection(b.hidden, "q_a_proj");
     b.q = matrices.projection(b.q_a.rows() ? b.q_a.rows() : b.hidden, "q_proj");
     b.kv_a = matrices.projection(b.hidden, "kv_a_proj");
-    b.o = matrices.projection(b.heads * b.values, "o_proj");
-    STD_TORCH_CHECK(b.q.rows() == b.heads * (b.nope + rope_dim_) && b.kv_a.rows() == b.rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
-                    "the projections do not fit ", b.heads, " heads of ", b.nope, " + ", rope_dim_, " columns on a latent of ", b.rank);
-    const ExpertMatrix uk = matrices.experts(b.heads, b.rank, b.nope, "W_UK"), uv = matrices.experts(b.heads, b.values, b.rank, "W_UV");
+    b.o = matrices.projection(b.heads * b.v_head_dim, "o_proj");
+    STD_TORCH_CHECK(b.q.rows() == b.heads * (b.qk_nope_head_dim + rope_dim_) && b.kv_a.rows() == b.kv_lora_rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
+                    "the projections do not fit ", b.heads, " heads of ", b.qk_nope_head_dim, " + ", rope_dim_, " columns on a latent of ", b.kv_lora_rank);
+    const ExpertMatrix uk = matrices.experts(b.heads, b.kv_lora_rank, b.qk_nope_head_dim, "W_UK"), uv = matrices.experts(b.heads, b.v_head_dim, b.kv_lora_rank, "W_UV");
     b.uk_layout = uk.layout, b.uk = uk.packed, b.uv_layout = uv.layout, b.uv = uv.packed;
     b.q_norm = {optional_float_data(q_norm, b.q_a.rows(), "q_norm"), float(scalars[0]), false};
-    b.kv_norm = {optional_float_data(kv_norm, b.rank, "kv_norm"), float(scalars[1]), false};
+    b.kv_norm = {optional_float_data(kv_norm, b.kv_lora_rank, "kv_norm"), float(scalars[1]), false};
     b.masks.heads = b.heads, b.masks.scale = float(scalars[2]);
     retain(packed), retain({&q_norm, &kv_norm});
   }
@@ -180,7 +180,7 @@ class MlaStep : public Step {
     MlaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], interleaved_);
     STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_, " are turned");
-    b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.rank, "latents"), b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
+    b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.kv_lora_rank, "latents"), b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, mla_block);
   }
@@ -200,18 +200,18 @@ class GqaStep : public Step {
           bool plus_one)
       : Step(sizes[0], pre_norm, eps, plus_one) {
     GqaBlock& b = block_;
-    b.hidden = sizes[0], b.kv_heads = sizes[1], b.columns = sizes[2];
-    STD_TORCH_CHECK(b.kv_heads > 0 && b.columns > 0, "kv_heads and columns must be positive");
+    b.hidden = sizes[0], b.kv_heads = sizes[1], b.head_dim = sizes[2];
+    STD_TORCH_CHECK(b.kv_heads > 0 && b.head_dim > 0, "kv_heads and columns must be positive");
     MatrixReader matrices(packed, descriptors);
     b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"), b.v = matrices.projection(b.hidden, "v_proj");
     b.o = matrices.projection(b.q.rows(), "o_proj");
-    b.heads = b.q.rows() / b.columns;
-    STD_TORCH_CHECK(b.q.rows() % b.columns == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 && b.k.rows() == b.kv_heads * b.columns && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
-                    "the projections do not fit ", b.kv_heads, " key/value heads of ", b.columns, " columns");
+    b.heads = b.q.rows() / b.head_dim;
+    STD_TORCH_CHECK(b.q.rows() % b.head_dim == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 && b.k.rows() == b.kv_heads * b.head_dim && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
+                    "the projections do not fit ", b.kv_heads, " key/value heads of ", b.head_dim, " columns");
     set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"), set_bias(b.o, o_bias, "o_bias");
     b.norm_all = norm_all;
-    b.q_norm = {optional_float_data(q_norm, norm_all ? b.q.rows() : b.columns, "q_norm"), float(scalars[0]), norm_plus_one};
-    b.k_norm = {optional_float_data(k_norm, norm_all ? b.k.rows() : b.columns, "k_norm"), float(scalars[1]), norm_plus_one};
+    b.q_norm = {optional_float_data(q_norm, norm_all ? b.q.rows() : b.head_dim, "q_norm"), float(scalars[0]), norm_plus_one};
+    b.k_norm = {optional_float_data(k_norm, norm_all ? b.k.rows() : b.head_dim, "k_norm"), float(scalars[1]), norm_plus_one};
     b.masks.heads = b.heads, b.masks.scale = float(scalars[2]), b.masks.softcap = float(scalars[3]);
     b.masks.sinks = optional_float_data(sinks, b.heads, "sinks");
     retain(packed), retain({&q_bias, &k_bias, &v_bias, &o_bias, &q_norm, &k_norm, &sinks});
@@ -220,8 +220,8 @@ class GqaStep : public Step {
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
     GqaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], /*interleaved=*/false);
-    STD_TORCH_CHECK(b.rotation.rope_dim <= b.columns, "cos is wider than a head");
-    b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.columns, "keys"), b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.columns, "values");
+    STD_TORCH_CHECK(b.rotation.rope_dim <= b.head_dim, "cos is wider than a head");
+    b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"), b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.head_dim, "values");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, gqa_block);
   }
@@ -287,6 +287,7 @@ class StepRegistry {
     std::lock_guard<std::mutex> lock(mutex_);
     if (const auto at = entries_.find(id); at != entries_.end()) erased = std::move(at->second), entries_.erase(at);
   }
+  // Returns the steps of `ids`, in order; an error for an unknown id.
   std::vector<std::shared_ptr<const Step>> find(const Ints& ids) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<std::shared_ptr<const Step>> result;

@@ -198,6 +198,7 @@ void check_exceptions(int num_threads) {
   }
 }
 
+// All weight types in `linear`; for experts, pairs of types that cover integer and float products on either side.
 void run_all_drivers(unsigned seed) {
   Random random;
   random.source.seed(seed);

@@ -333,6 +333,8 @@ struct AttentionJob {
 };
 }  // namespace
 
+// Chooses bf16 or f32 kernels, cuts the call into work items, and runs them in the pool. bf16 needs half-precision keys
+// and values with column counts that the kernels take.
 void attention(const AttentionCall& c) {
   const AttentionKernels& kernels = attention_kernels();
   const int64_t heads_per_kv_head = c.heads / c.kv_heads;

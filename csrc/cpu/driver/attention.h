@@ -18,7 +18,8 @@ struct Sequence {  // of a ragged call: its queries are the last of its keys, wh
 struct AttentionCall {
   Strided q, q_rope;  // q_rope.data null: the keys are k alone; else scores are q.k + q_rope.k_rope
   Strided k, k_rope, v;  // of a ragged call: [page][head][position in it][column]
-  int64_t batches, heads, kv_heads, queries, keys, dk, dr, dv;
+  int64_t batches, heads, kv_heads, queries, keys;
+  int64_t dk, dr, dv;  // columns of k, of k_rope (0: none) and of v
   const int32_t* key_ranges;  // [batch][query][2] visible keys, or null
   const bool* bool_mask;       // bool mask, or null
   const float* additive_mask;     // additive mask, or null

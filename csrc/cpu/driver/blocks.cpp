@@ -51,16 +51,16 @@ Strided dense_f32(const float* data, int64_t batch, int64_t head, int64_t positi
 }  // namespace
 
 void KVStore::write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const {
-  const int64_t to = batch * at.batch + head * at.head + position * at.position;
-  from_floats(row, at.type, columns, const_cast<uint8_t*>(static_cast<const uint8_t*>(at.data)) + to * int64_t(size_of(at.type)));
+  const int64_t to = batch * storage.batch + head * storage.head + position * storage.position;
+  from_floats(row, storage.type, columns, const_cast<uint8_t*>(static_cast<const uint8_t*>(storage.data)) + to * int64_t(size_of(storage.type)));
 }
 
 // Absorbed MLA: W_UK is multiplied into the queries and W_UV into the result, so attention runs on the latent itself,
 // as one KV head that all heads share, and the cache holds rank + rope_dim columns per token.
 void mla_block(const MlaBlock& b) {
-  const int64_t num_tokens = b.batches * b.length, num_heads = b.heads, rope_dim = b.rotation.rope_dim, q_head_dim = b.nope + rope_dim, kv_columns = b.rank + rope_dim;
+  const int64_t num_tokens = b.batches * b.length, num_heads = b.heads, rope_dim = b.rotation.rope_dim, q_head_dim = b.qk_nope_head_dim + rope_dim, kv_columns = b.kv_lora_rank + rope_dim;
   const int64_t q_lora_rank = b.q_a.rows();
-  scratch.reset(size_t(num_tokens) * (num_heads * (q_head_dim + rope_dim + b.nope + 3 * b.rank + 2 * b.values) + kv_columns + b.rank + rope_dim + q_lora_rank) * 4 + 16 * 64);
+  scratch.reset(size_t(num_tokens) * (num_heads * (q_head_dim + rope_dim + b.qk_nope_head_dim + 3 * b.kv_lora_rank + 2 * b.v_head_dim) + kv_columns + b.kv_lora_rank + rope_dim + q_lora_rank) * 4 + 16 * 64);
   // Queries (through the low-rank q_a if the model has one), and [latent, k_rope] of each token.
   float *q = scratch.take<float>(num_tokens * num_heads * q_head_dim), *kv = scratch.take<float>(num_tokens * kv_columns);
   if (q_lora_rank) {
@@ -72,35 +72,35 @@ void mla_block(const MlaBlock& b) {
     project(b.x, num_tokens, b.hidden, {{b.q, q}, {b.kv_a, kv}});
   }
   // Norm of the latent, RoPE of keys and queries, and both into the cache.
-  float *latent = scratch.take<float>(num_tokens * b.rank), *k_rope = scratch.take<float>(num_tokens * rope_dim), *q_rope = scratch.take<float>(num_tokens * num_heads * rope_dim);
-  rms_norm(kv, DType::F32, num_tokens, b.rank, kv_columns, b.kv_norm.weight, b.kv_norm.eps, b.kv_norm.plus_one, latent);
-  apply_rope(b.rotation, kv, b.rank, b.batches, b.length, 1, kv_columns, rope_dim, k_rope);
-  apply_rope(b.rotation, q, b.nope, b.batches, b.length, num_heads, q_head_dim, rope_dim, q_rope);
+  float *latent = scratch.take<float>(num_tokens * b.kv_lora_rank), *k_rope = scratch.take<float>(num_tokens * rope_dim), *q_rope = scratch.take<float>(num_tokens * num_heads * rope_dim);
+  rms_norm(kv, DType::F32, num_tokens, b.kv_lora_rank, kv_columns, b.kv_norm.weight, b.kv_norm.eps, b.kv_norm.plus_one, latent);
+  apply_rope(b.rotation, kv, b.kv_lora_rank, b.batches, b.length, 1, kv_columns, rope_dim, k_rope);
+  apply_rope(b.rotation, q, b.qk_nope_head_dim, b.batches, b.length, num_heads, q_head_dim, rope_dim, q_rope);
   for (int64_t t = 0; t < num_tokens; ++t) {
-    b.latent.write(b.slots.batch(t), 0, b.slots.position(t), latent + t * b.rank, b.rank);
+    b.latent.write(b.slots.batch(t), 0, b.slots.position(t), latent + t * b.kv_lora_rank, b.kv_lora_rank);
     b.rope.write(b.slots.batch(t), 0, b.slots.position(t), k_rope + t * rope_dim, rope_dim);
   }
   // Absorbed queries: [head][token][nope] x W_UK -> [head][token][rank].
-  float *q_by_head = scratch.take<float>(num_heads * num_tokens * b.nope), *absorbed = scratch.take<float>(num_heads * num_tokens * b.rank), *context = scratch.take<float>(num_tokens * num_heads * b.rank);
+  float *q_by_head = scratch.take<float>(num_heads * num_tokens * b.qk_nope_head_dim), *absorbed = scratch.take<float>(num_heads * num_tokens * b.kv_lora_rank), *context = scratch.take<float>(num_tokens * num_heads * b.kv_lora_rank);
   for (int64_t h = 0; h < num_heads; ++h)
-    for (int64_t t = 0; t < num_tokens; ++t) std::copy_n(q + (t * num_heads + h) * q_head_dim, b.nope, q_by_head + (h * num_tokens + t) * b.nope);
-  linear_batched(q_by_head, DType::F32, num_heads, num_tokens, *b.uk_layout, b.uk, b.rank, b.nope, absorbed);
+    for (int64_t t = 0; t < num_tokens; ++t) std::copy_n(q + (t * num_heads + h) * q_head_dim, b.qk_nope_head_dim, q_by_head + (h * num_tokens + t) * b.qk_nope_head_dim);
+  linear_batched(q_by_head, DType::F32, num_heads, num_tokens, *b.uk_layout, b.uk, b.kv_lora_rank, b.qk_nope_head_dim, absorbed);
   // Attention over the latents: scores are absorbed . latent + q_rope . k_rope, and the values are the latents.
   AttentionCall c = b.masks;
-  c.q = dense_f32(absorbed, b.length * b.rank, num_tokens * b.rank, b.rank), c.q_rope = dense_f32(q_rope, num_heads * b.length * rope_dim, b.length * rope_dim, rope_dim);
-  c.k = c.v = b.latent.at, c.k_rope = b.rope.at;
+  c.q = dense_f32(absorbed, b.length * b.kv_lora_rank, num_tokens * b.kv_lora_rank, b.kv_lora_rank), c.q_rope = dense_f32(q_rope, num_heads * b.length * rope_dim, b.length * rope_dim, rope_dim);
+  c.k = c.v = b.latent.storage, c.k_rope = b.rope.storage;
   c.batches = b.batches, c.heads = num_heads, c.kv_heads = 1, c.queries = b.length;
-  c.dk = c.dv = b.rank, c.dr = rope_dim, c.out = context, c.out_type = DType::F32;
+  c.dk = c.dv = b.kv_lora_rank, c.dr = rope_dim, c.out = context, c.out_type = DType::F32;
   attention(c);
   // Values of each head from its context: [head][token][rank] x W_UV; then o_proj of the concatenated heads.
-  float *values = scratch.take<float>(num_heads * num_tokens * b.values), *buffer = scratch.take<float>(num_tokens * num_heads * b.values);
-  linear_batched(transpose(context, num_tokens, num_heads, b.rank, absorbed), DType::F32, num_heads, num_tokens, *b.uv_layout, b.uv, b.values, b.rank, values);
-  project(transpose(values, num_heads, num_tokens, b.values, buffer), num_tokens, num_heads * b.values, {{b.o, b.out}});
+  float *values = scratch.take<float>(num_heads * num_tokens * b.v_head_dim), *buffer = scratch.take<float>(num_tokens * num_heads * b.v_head_dim);
+  linear_batched(transpose(context, num_tokens, num_heads, b.kv_lora_rank, absorbed), DType::F32, num_heads, num_tokens, *b.uv_layout, b.uv, b.v_head_dim, b.kv_lora_rank, values);
+  project(transpose(values, num_heads, num_tokens, b.v_head_dim, buffer), num_tokens, num_heads * b.v_head_dim, {{b.o, b.out}});
 }
 
 // Attention with grouped KV heads: projections, q and k norms, RoPE, store to the cache, attention, o_proj.
 void gqa_block(const GqaBlock& b) {
-  const int64_t num_tokens = b.batches * b.length, head_dim = b.columns, num_heads = b.heads, num_kv_heads = b.kv_heads;
+  const int64_t num_tokens = b.batches * b.length, head_dim = b.head_dim, num_heads = b.heads, num_kv_heads = b.kv_heads;
   scratch.reset(size_t(num_tokens) * (3 * num_heads + 3 * num_kv_heads) * head_dim * 4 + 8 * 64);
   float *q = scratch.take<float>(num_tokens * num_heads * head_dim), *k = scratch.take<float>(num_tokens * num_kv_heads * head_dim), *v = scratch.take<float>(num_tokens * num_kv_heads * head_dim);
   project(b.x, num_tokens, b.hidden, {{b.q, q}, {b.k, k}, {b.v, v}});
@@ -115,7 +115,7 @@ void gqa_block(const GqaBlock& b) {
       b.values.write(b.slots.batch(t), h, b.slots.position(t), v + (t * num_kv_heads + h) * head_dim, head_dim);
     }
   AttentionCall c = b.masks;
-  c.q = dense_f32(q_rotated, num_heads * b.length * head_dim, b.length * head_dim, head_dim), c.k = b.keys.at, c.v = b.values.at;
+  c.q = dense_f32(q_rotated, num_heads * b.length * head_dim, b.length * head_dim, head_dim), c.k = b.keys.storage, c.v = b.values.storage;
   c.batches = b.batches, c.heads = num_heads, c.kv_heads = num_kv_heads, c.queries = b.length;
   c.dk = c.dv = head_dim, c.dr = 0, c.out = context, c.out_type = DType::F32;
   attention(c);

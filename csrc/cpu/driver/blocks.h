@@ -38,7 +38,7 @@ struct RopeTables {  // cos and sin [batch][length][rope_dim]; `batch`: their st
   bool interleaved;
 };
 struct KVStore {  // storage of keys or values: [batch or page][head][position][column]; `write` converts an f32 row to its dtype
-  Strided at;
+  Strided storage;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };
 struct KVSlots {  // where the keys and values of the new tokens are stored
@@ -57,8 +57,8 @@ struct MlaBlock {  // see ktx/ops/mla.py, absorbed form
   Projection q_a, q, kv_a, o;  // q_a without parts: q takes x
   Norm q_norm, kv_norm;
   const Layout *uk_layout, *uv_layout;
-  const uint8_t *uk, *uv;  // [heads] x [rank, nope] and [heads] x [values, rank]
-  int64_t heads, nope, rank, values;
+  const uint8_t *uk, *uv;  // [heads] x [kv_lora_rank, qk_nope_head_dim] and [heads] x [v_head_dim, kv_lora_rank]
+  int64_t heads, qk_nope_head_dim, kv_lora_rank, v_head_dim;
   RopeTables rotation;
   KVStore latent, rope;
   AttentionCall masks;  // its masks, scale, sequences and keys
@@ -73,7 +73,7 @@ struct GqaBlock {  // see ktx/ops/attention.py
   Projection q, k, v, o;
   Norm q_norm, k_norm;  // over a head's columns, or over all of them
   bool norm_all;
-  int64_t heads, kv_heads, columns;
+  int64_t heads, kv_heads, head_dim;
   RopeTables rotation;
   KVStore keys, values;
   AttentionCall masks;  // its masks, sinks, softcap, scale, sequences and keys

@@ -49,6 +49,7 @@ float mean_square(const float* x, int64_t n) {
 }
 }  // namespace
 
+// Computed in f32; other dtypes are converted per row in `buffers`.
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
   for_each_row(rows, width, [&](int64_t r) {

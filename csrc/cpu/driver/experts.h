@@ -26,10 +26,10 @@ struct ExpertsCall {
   DType type;
   const int64_t* ids;      // [tokens][top]; an id outside 0..experts-1 is skipped
   const float* weights;    // [tokens][top]
-  int64_t tokens, top, hidden, inner, experts;
+  int64_t tokens, top, hidden, inner, experts;  // inner: rows of gate and up, columns of down
   ExpertMatrix gate, up, down;
   Activation act;
-  float alpha, limit;
+  float alpha, limit;  // of SWIGLU_OAI
   ExpertStats stats = {};
 };
 void experts(const ExpertsCall& call);

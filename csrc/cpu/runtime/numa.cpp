@@ -77,6 +77,8 @@ int nodes() { return topology().num_nodes; }
 bool fake_nodes() { return topology().fake; }
 const std::vector<int>& node_cpus(int node) { return topology().cpus.at(size_t(node)); }
 
+// mbind takes whole pages: the range is rounded outwards. With fake nodes, node i is the real node i modulo their
+// number.
 void bind_to_node(void* memory, size_t bytes, int node) {
   const NodeTopology& detected = topology();
   if (detected.os_ids.empty()) return;
@@ -88,15 +90,18 @@ void bind_to_node(void* memory, size_t bytes, int node) {
   syscall(SYS_mbind, begin, ((end - begin) + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), POLICY_PREFERRED, mask, MAX_OS_ID + 1, 0);  // some containers refuse it: first touch decides then
 }
 
+// move_pages without target nodes moves nothing and returns the node of each page. Queries BATCH pages at a time, to
+// keep the arrays on the stack.
 std::vector<int64_t> pages_on(const void* memory, size_t bytes) {
+  constexpr size_t BATCH = 1024;
   const NodeTopology& detected = topology();
   std::vector<int64_t> count(detected.os_ids.size());
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1);
   const size_t pages = (reinterpret_cast<uintptr_t>(memory) + bytes - begin + PAGE_BYTES - 1) / PAGE_BYTES;
-  for (size_t first = 0; first < pages; first += 1024) {
-    void* addresses[1024];
-    int status[1024];
-    const size_t batch = pages - first < 1024 ? pages - first : 1024;
+  for (size_t first = 0; first < pages; first += BATCH) {
+    void* addresses[BATCH];
+    int status[BATCH];
+    const size_t batch = pages - first < BATCH ? pages - first : BATCH;
     for (size_t i = 0; i < batch; ++i) addresses[i] = reinterpret_cast<void*>(begin + (first + i) * PAGE_BYTES);
     if (syscall(SYS_move_pages, 0, batch, addresses, nullptr, status, 0) != 0) return count;
     for (size_t i = 0; i < batch; ++i)

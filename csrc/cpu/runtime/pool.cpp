@@ -127,6 +127,8 @@ thread_local int node_of_worker = 0;
 
 class ThreadPool {
  public:
+  // Starts size - 1 threads, because the caller of a run is worker 0. Pins each to its CPU, unless the pool has more
+  // workers than there are CPUs.
   explicit ThreadPool(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int worker = 1; worker < size; ++worker) {
