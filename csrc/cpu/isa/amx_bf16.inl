@@ -82,11 +82,11 @@ static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_ti
 #undef KTX_LOAD
   }
   for (int s = 0; s < products; ++s, w += PRODUCT_WORDS, x_tile0 += 16 * tile_tokens[0], x_tile1 += TILES > 1 ? 16 * tile_tokens[1] : 0) {
-#define KTX_MULTIPLY(i)                                                                                              \
-  if constexpr (i < R * TILES) {                                                                              \
-    if (i % TILES == 0) tile_load<6 + i / TILES % 2>(w + i / TILES * GROUP_WORDS, 64);                                      \
-    if (i < TILES) tile_load<4 + i % TILES>(i ? x_tile1 : x_tile0, 64);                                                     \
-    tile_dot_bf16<i, 4 + i % TILES, 6 + i / TILES % 2>();                                                         \
+#define KTX_MULTIPLY(i)                                                                \
+  if constexpr (i < R * TILES) {                                                       \
+    if (i % TILES == 0) tile_load<6 + i / TILES % 2>(w + i / TILES * GROUP_WORDS, 64); \
+    if (i < TILES) tile_load<4 + i % TILES>(i ? x_tile1 : x_tile0, 64);                \
+    tile_dot_bf16<i, 4 + i % TILES, 6 + i / TILES % 2>();                              \
   }
     KTX_EACH_SUM(KTX_MULTIPLY)
 #undef KTX_MULTIPLY

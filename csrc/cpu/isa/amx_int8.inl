@@ -34,22 +34,22 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
     tile_dot_bytes<SUM, ACTIVATIONS, WEIGHTS>(), tile_store<SUM>(to.values, 64);
   };
   // Stage 2: for each token, total += scale * token_scale * sum - minimum * token_scale * sum(q), 16 rows at once.
-#define KTX_ACCUMULATE(t)                                                                                    \
-  if constexpr (t < T) {                                                                        \
-    total##t = fma(mulf(to_float(load(finished->values[t])), scale), broadcastf(token_scales + t), total##t);     \
-    if (D::MINIMUM) total##t = fnma(minimum, broadcastf(token_sums + t), total##t);                   \
+#define KTX_ACCUMULATE(t)                                                                                     \
+  if constexpr (t < T) {                                                                                      \
+    total##t = fma(mulf(to_float(load(finished->values[t])), scale), broadcastf(token_scales + t), total##t); \
+    if (D::MINIMUM) total##t = fnma(minimum, broadcastf(token_sums + t), total##t);                           \
   }
-#define KTX_ADD_SUB_BLOCK(tile_sums, s)                                                                                                 \
-  {                                                                                                                       \
-    const TileSums* finished = tile_sums;                                                                                             \
-    const float *token_scales = scales + (s) * D::SUB / 32 * tokens, *token_sums = scaled_sums + (s) * tokens;                                  \
-    const F scale = loadf(span.scale + (s) * 16), minimum = D::MINIMUM ? loadf(span.minimum + (s) * 16) : zero();         \
-    KTX_EACH_TOKEN(KTX_ACCUMULATE)                                                                                                     \
+#define KTX_ADD_SUB_BLOCK(tile_sums, s)                                                                           \
+  {                                                                                                               \
+    const TileSums* finished = tile_sums;                                                                         \
+    const float *token_scales = scales + (s) * D::SUB / 32 * tokens, *token_sums = scaled_sums + (s) * tokens;    \
+    const F scale = loadf(span.scale + (s) * 16), minimum = D::MINIMUM ? loadf(span.minimum + (s) * 16) : zero(); \
+    KTX_EACH_TOKEN(KTX_ACCUMULATE)                                                                                \
   }
   for (int s = 0; s < count + TILES_IN_FLIGHT; s += TILES_IN_FLIGHT) {
     TileSums *multiplied = sums[s / TILES_IN_FLIGHT % 2], *finished_tiles = sums[1 - s / TILES_IN_FLIGHT % 2];
-#define KTX_STEP(SUM)                                                              \
-  if (s + SUM < count) multiply_sub_block(IntConstant<SUM>(), s + SUM, multiplied[SUM]);                           \
+#define KTX_STEP(SUM)                                                                    \
+  if (s + SUM < count) multiply_sub_block(IntConstant<SUM>(), s + SUM, multiplied[SUM]); \
   if (s && s - TILES_IN_FLIGHT + SUM < count) KTX_ADD_SUB_BLOCK(finished_tiles + SUM, s - TILES_IN_FLIGHT + SUM)
     KTX_STEP(0) KTX_STEP(1) KTX_STEP(2) KTX_STEP(3)
   }

@@ -7,8 +7,8 @@ struct TileConfig {  // the operand of ldtilecfg
   uint8_t rows[16] = {};
 };
 // Configures the tiles for products of activations of `bytes` bytes per token: registers with even numbers (4, and its
-// sums 0 and 2) for tiles of `even` tokens, those with odd numbers for `odd` tokens. Costs as much as many products, so
-// callers repeat it only when these change.
+// sums 0 and 2) for tiles of `even` tokens, those with odd numbers for `odd` tokens. Also zeroes the tiles. Callers
+// repeat it only when these change.
 AI void tiles_begin(int even, int odd, int bytes) {
   TileConfig c;
   for (int i = 0; i < 4; ++i) c.rows[i] = uint8_t(i % 2 ? odd : even), c.bytes[i] = 64;

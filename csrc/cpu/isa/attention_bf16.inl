@@ -55,7 +55,7 @@ static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
 }
 
 // Computes the scores of 16*L rows and C keys, which are `stride` columns apart. Prefetches the next block at next0 and
-// next1 (keys and values) evenly between the products, because a burst would stall the loads.
+// next1 evenly between the products, because a burst would stall the loads.
 template <int L, int C>
 AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next0, const uint8_t* next1) {
   F acc[L * C];

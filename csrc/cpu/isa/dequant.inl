@@ -33,8 +33,8 @@ struct OffsetPairDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAI
 // flips the top bit).
 AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
-#define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                                       \
-  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MAX_CODE = largest;                 \
+#define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                           \
+  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MAX_CODE = largest; \
   static constexpr bool SIGNED = is_signed, MINIMUM = has_minimum;
 
 struct DQ4_0 : DecoderDefaults {

@@ -138,7 +138,7 @@ template <int R> static FloatKernel select_float_tile(int tokens) {
 }
 
 // GEMM: multiplies R groups by all tiles of tokens. A span of weights is dequantized once to f32 and used by every
-// tile, because dequantizing costs more than a product. A tile of more than FLOAT_TILE tokens is cut.
+// tile. A tile of more than FLOAT_TILE tokens is cut.
 template <class L, int R>
 static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, float* span, const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;

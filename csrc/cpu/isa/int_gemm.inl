@@ -53,8 +53,7 @@ template <bool SIGNED, int SUMS> struct DotSum {
 
 // ---- GEMV: weights are dequantized in registers and used at once -------------------------------------------------------
 
-// Multiplies one group of 16 rows by T tokens: out [T][16 rows]. Memory is the bottleneck, so a code is used by all
-// tokens while it is in a register, and the group is prefetched in order.
+// Multiplies one group of 16 rows by T tokens: out [T][16 rows]. All tokens use a code while it is in a register.
 template <class D, int T>
 static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
   typedef Traits<D> DTraits;
@@ -72,7 +71,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   for (int64_t i = 0; i < blocks; ++i) {
     prefetcher.prefetch_page(b.words);
     const typename D::BlockScales block_scales = D::load_scales(b);
-    const auto unit = [&](int u) __attribute__((always_inline)) {
+    const auto multiply_unit = [&](int u) __attribute__((always_inline)) {
       reached += unit_bytes;
       fetched += prefetcher.prefetch_lines(fetched, reached - fetched);
       V w[8];
@@ -98,12 +97,12 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
 #ifndef KTX_SCALAR_LANES  // GCC 12 drops stores of unrolled units if a lane is a loop
     if (T == 1) {  // unrolled for constant shifts: with a single token dequantization is the bottleneck, not the products
 #pragma GCC unroll 8
-      for (int u = 0; u < DTraits::UNITS; ++u) unit(u);
+      for (int u = 0; u < DTraits::UNITS; ++u) multiply_unit(u);
     } else
 #endif
     {
 #pragma GCC unroll 2
-      for (int u = 0; u < DTraits::UNITS; ++u) unit(u);
+      for (int u = 0; u < DTraits::UNITS; ++u) multiply_unit(u);
     }
     b.narrow0 += narrow_stride, b.narrow1 += narrow_stride, b.words += words_stride;
   }

@@ -139,9 +139,9 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
 // X(type) for each weight type compiled here: all of them, unless an instruction set extends another. It then defines
 // these lists with the types that gain, and KTX_BASE_KERNELS serve the others.
 #ifndef KTX_BASE_KERNELS
-#define KTX_INT_TYPES(X)                                                                                                          \
-  X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
-  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)      \
+#define KTX_INT_TYPES(X)                                                                                                \
+  X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0) \
+  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)                   \
   X(INT4_128)
 #define KTX_FLOAT_TYPES(X) X(F32, LoadF32) X(F16, LoadF16) X(BF16, LoadBF16) X(F8_E4M3, LoadF8)
 #endif

@@ -1,7 +1,8 @@
 // The SIMD primitives on sixteen 32-bit lanes in plain arrays: the specification of what simd_avx2.inl and
-// simd_avx512.inl do with registers, and code for any x86-64 CPU. V: sixteen 32-bit lanes (or 32 words, 64 bytes); F:
-// sixteen floats. A lane is a row of a group, its bytes are four columns. Names: a suffix gives the width of the
-// operation, for example shr (32 bits), shr16, add8; f is for floats (addf, loadf).
+// simd_avx512.inl do with registers, and code for any x86-64 CPU.
+// V: sixteen 32-bit lanes (or 32 words of 16 bits, or 64 bytes). F: sixteen floats. In the kernels a lane is a row of a
+// group, and its bytes are four columns.
+// A suffix gives the width of an operation: shr (32 bits), shr16, add8; f is for floats: addf, loadf.
 struct V { uint32_t v[16]; };
 struct F { float v[16]; };
 #define KTX_LANES for (int i = 0; i < 16; ++i)
@@ -64,8 +65,8 @@ AI V negate_where(V w, uint64_t mask) {
   KTX_LANES m.v[i] = (((uint32_t(mask >> (4 * i)) & 15) * 0x00204081u) & 0x01010101u) * 255u;
   return sub8(xor_(w, m), m);
 }
-// table[x & LOW] of each byte; the table repeats after LOW + 1 entries, because some instruction sets ignore no bits
-// above.
+// table[x & LOW] of each byte; the table repeats after LOW + 1 entries, so that VBMI, which ignores the bits above,
+// need not mask.
 template <int LOW> AI V look_up_repeated(const int8_t* table, V x) { return look_up16(table, and_(x, set8(LOW))); }
 // Nibble i in lane i.
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
