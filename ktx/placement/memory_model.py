@@ -145,11 +145,11 @@ class Footprint:
 
     @property
     def num_layers(self) -> int:
-        return 1 + max((part.layer for part in self.modules if part.layer is not None), default=-1)
+        return 1 + max((module.layer for module in self.modules if module.layer is not None), default=-1)
 
     @property
     def top_k(self) -> int:
-        return max((part.top_k for part in self.modules), default=0)
+        return max((module.top_k for module in self.modules), default=0)
 
 
 def cpu_packed_bytes(matrices: Sequence[Matrix]) -> int:
@@ -180,9 +180,9 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
     """
     config = model.config
     cpu_only_prefixes = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
-    modules = [_module_memory(step, model.get_submodule(step.path), plan, source) for step in plan]
-    parts = [
-        replace(part, cpu_only=f"{part.path}.".startswith(cpu_only_prefixes)) for part in modules if part is not None
+    memory = [_module_memory(step, model.get_submodule(step.path), plan, source) for step in plan]
+    modules = [
+        replace(entry, cpu_only=f"{entry.path}.".startswith(cpu_only_prefixes)) for entry in memory if entry is not None
     ]
     hf_layers = DynamicCache(config=config).layers
     attention_modules = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
@@ -195,7 +195,7 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
         if module.layer_idx < len(hf_layers)
     ]
     kv_layers = [replace(layer, cpu_only=f"{layer.path}.".startswith(cpu_only_prefixes)) for layer in kv_layers]
-    return Footprint(parts, kv_layers, int(config.hidden_size), int(config.vocab_size))
+    return Footprint(modules, kv_layers, int(config.hidden_size), int(config.vocab_size))
 
 
 def group_of(path: str) -> str:
