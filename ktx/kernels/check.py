@@ -269,10 +269,8 @@ def _linear_error(name: str, num_tokens: int, n: int, k: int) -> float:
     from ktx.kernels import cpu, reference
 
     weight = random_matrix(name, n, k)
-    x, packed = (
-        torch.randn(num_tokens, k, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float32),
-        cpu.pack(weight),
-    )
+    x = torch.randn(num_tokens, k, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float32)
+    packed = cpu.pack(weight)
     expected = reference.linear(x.double(), weight)
     return max(relative_error(cpu.linear(x, packed, all_bf16=all_bf16), expected) for all_bf16 in (False, True))
 

@@ -244,6 +244,8 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of routed experts, computed expert by expert and in chunks of an expert's rows.
 
+    Nothing between the projections was saved in forward: g and u are recomputed for a chunk of rows of gate and up.
+
     Returns:
         The gradient of x [tokens, hidden], in its dtype, and of weights f32 [tokens, top].
     """
@@ -286,14 +288,17 @@ class Experts(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         out: Tensor = ops.experts(*inputs)
         x, ids, weights, *others = inputs
-        ctx.save_for_backward(x, ids, weights, *others[:3], *others[8:11])
-        ctx.sizes, ctx.gate = others[3:8], others[11:14]
+        matrices, biases = others[:3], others[8:11]  # of gate, up and down
+        ctx.save_for_backward(x, ids, weights, *matrices, *biases)
+        ctx.codes_and_sizes, ctx.activation = others[3:8], others[11:14]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, ids, weights, gate, up, down, *biases = ctx.saved_tensors
-        input_grads = ops.experts_backward(grads[0], x, ids, weights, gate, up, down, *ctx.sizes, *biases, *ctx.gate)
+        input_grads = ops.experts_backward(
+            grads[0], x, ids, weights, gate, up, down, *ctx.codes_and_sizes, *biases, *ctx.activation
+        )
         return _grads_by_index(18, {0: input_grads[0], 2: input_grads[1]})
 
 

@@ -228,33 +228,30 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
     if not (num_floats or packed or tied):
         return None
     matrices = packed or tied
-    cpu_bytes, gpu_bytes = (
-        num_floats * F32_BYTES + cpu_packed_bytes(packed),
-        num_floats * F32_BYTES + gpu_packed_bytes(matrices),
-    )
-    cpu_size, gpu_size = WeightBytes(cpu_bytes, cpu_bytes + cpu_packed_bytes(tied)), WeightBytes(gpu_bytes, gpu_bytes)
+    cpu_bytes = num_floats * F32_BYTES + cpu_packed_bytes(packed)
+    gpu_bytes = num_floats * F32_BYTES + gpu_packed_bytes(matrices)
+    cpu_size = WeightBytes(cpu_bytes, read=cpu_bytes + cpu_packed_bytes(tied))
+    gpu_size = WeightBytes(gpu_bytes, read=gpu_bytes)
     if isinstance(module, MLA):
         decode_matrices = packed[:2]  # W_UK transposed and W_UV, without W_UK for prefill
         # A GPU expands latents with W_UK transposed (the absorbing matrix) in prefill, so it holds no third matrix.
         mla_gpu_bytes = num_floats * F32_BYTES + gpu_packed_bytes(decode_matrices)
-        cpu_size, gpu_size = (
-            WeightBytes(cpu_bytes, num_floats * F32_BYTES + cpu_packed_bytes(decode_matrices)),
-            WeightBytes(mla_gpu_bytes, mla_gpu_bytes),
-        )
+        cpu_size = WeightBytes(cpu_bytes, read=num_floats * F32_BYTES + cpu_packed_bytes(decode_matrices))
+        gpu_size = WeightBytes(mla_gpu_bytes, read=mla_gpu_bytes)
     if isinstance(module, Router | RMSNorm):  # the parameter itself, and the kernel's copy
         router_copy = (
             cpu_packed_bytes([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
         )
-        cpu_size = WeightBytes(cpu_bytes + router_copy, router_copy or cpu_bytes)
-        gpu_size = WeightBytes(num_floats * (BF16_BYTES + F32_BYTES), num_floats * F32_BYTES)
+        cpu_size = WeightBytes(cpu_bytes + router_copy, read=router_copy or cpu_bytes)
+        gpu_size = WeightBytes(num_floats * (BF16_BYTES + F32_BYTES), read=num_floats * F32_BYTES)
     is_embedding = group_of(step.path) == EMBEDDING
     if is_embedding and step.specs:  # a token reads one row
         num_rows = step.specs[0].shape[0]
-        cpu_size, gpu_size = (
-            WeightBytes(cpu_bytes, cpu_bytes // num_rows),
-            WeightBytes(gpu_bytes, gpu_bytes // num_rows),
-        )
-    experts, top = (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
+        cpu_size = WeightBytes(cpu_bytes, read=cpu_bytes // num_rows)
+        gpu_size = WeightBytes(gpu_bytes, read=gpu_bytes // num_rows)
+    num_experts, top_k = (
+        (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
+    )
     return ModuleMemory(
         step.path,
         group_of(step.path),
@@ -262,10 +259,10 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         cpu_size,
         gpu_size,
         num_floats + sum(prod(shape) for _, shape in matrices),
-        0 if experts else max((prod(shape) for _, shape in matrices), default=0),
+        0 if num_experts else max((prod(shape) for _, shape in matrices), default=0),
         activation_columns(module),
-        num_experts=experts,
-        top_k=top,
+        num_experts=num_experts,
+        top_k=top_k,
         is_row_lookup=is_embedding,
         needs_repacking=any(qtype.name in RESTORE for qtype, _ in packed),
     )

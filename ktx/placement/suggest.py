@@ -131,10 +131,8 @@ def _smaller_quant(placement: Placement, device: str) -> str:
     It is an estimate: all weights of the device shrink by the same ratio, and the reserve on the CPU shrinks with them.
     """
     modules = [module for module in placement.model.modules if placement.device(module) == device]
-    weight_bytes, num_weights = (
-        sum(module.weight_bytes(device != CPU).held_bytes for module in modules),
-        sum(module.num_weights for module in modules),
-    )
+    weight_bytes = sum(module.weight_bytes(device != CPU).held_bytes for module in modules)
+    num_weights = sum(module.num_weights for module in modules)
     missing = placement.exceeded()[device] / (1 + RESERVE_FRACTION if device == CPU else 1)
     ratio = 1 - missing / weight_bytes if weight_bytes else 0.0
     if ratio < MIN_QUANT_RATIO:

@@ -110,9 +110,9 @@ def load_per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.cons
 def load_two_per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr):
     """Loads two numbers per block, such as a scale and a minimum: each f32 [rows, SPAN / COLUMNS]."""
     index = start * 2 + tl.arange(0, SPAN // COLUMNS) // (BLOCK // COLUMNS) * 2
-    return load_elements(plane, row, index, blocks * 2).to(tl.float32), load_elements(
-        plane, row, index + 1, blocks * 2
-    ).to(tl.float32)
+    first = load_elements(plane, row, index, blocks * 2).to(tl.float32)
+    second = load_elements(plane, row, index + 1, blocks * 2).to(tl.float32)
+    return first, second
 
 
 @triton.jit

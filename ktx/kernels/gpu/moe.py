@@ -73,7 +73,10 @@ def expert_matmul(
     HAS_BIAS: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies rows of x by a program's rows of an expert's matrix and adds the bias: f32 [PAIRS, ROWS]."""
+    """Multiplies rows of x by a program's rows of an expert's matrix and adds the bias: f32 [PAIRS, ROWS].
+
+    Rows past the end are computed as the last row, so that no address is out of bounds; the caller masks them.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_row = expert * n + tl.minimum(row, n - 1)
     y = PRODUCT(x, token, token_mask, planes, book, weight_row, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN)

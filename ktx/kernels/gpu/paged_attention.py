@@ -93,10 +93,9 @@ def _attend(
         first_query = tl.load(sequences + 3 * sequence)
         num_tokens = tl.load(sequences + 3 * sequence + 1)
         num_past = tl.load(sequences + 3 * sequence + 2) - num_tokens
-        token, in_group = (
-            (first_row + row) // HEADS_PER_BLOCK,
-            block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK,
-        )
+        token = (first_row + row) // HEADS_PER_BLOCK
+        # Index of the query head among those of its key/value head.
+        in_group = block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK
         head = kv_head * GROUP + in_group
         row_mask = (token < num_tokens) & (in_group < GROUP)
         q_row = (first_query + token).to(tl.int64)
@@ -116,18 +115,14 @@ def _attend(
         if WINDOW:
             start_key, common_start = tl.maximum(common_end - window, 0), tl.maximum(end_key - window, 0)
         first_block_key = start_key // KEYS * KEYS
-        first_unit, end_unit = (
-            tl.maximum(program_begin, tile_begin) - tile_begin,
-            tl.minimum(program_end, tile_end) - tile_begin,
-        )
+        first_unit = tl.maximum(program_begin, tile_begin) - tile_begin
+        end_unit = tl.minimum(program_end, tile_end) - tile_begin
 
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.full([ROWS], 0.0, tl.float32)
         sums = tl.full([ROWS, V_BLOCK], 0.0, tl.float32)
-        program_first_key, program_end_key = (
-            first_block_key + first_unit * KEYS,
-            tl.minimum(first_block_key + end_unit * KEYS, end_key),
-        )
+        program_first_key = first_block_key + first_unit * KEYS
+        program_end_key = tl.minimum(first_block_key + end_unit * KEYS, end_key)
         # If a block of keys never crosses a page (ONE_PAGE), one page index is loaded per block, else one per key.
         page_table = pages + sequence * max_pages
         if ONE_PAGE:
@@ -273,13 +268,13 @@ def _run(
     first the partial results of all slots, then their log weights.
     """
     group, shape = work_range.group, plan.schedule.shape
-    tile, rope_pair = group.tile, (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
+    tile = group.tile
+    # Without rotated columns (ROPE is 0) the kernel does not read these tensors, but needs some for the arguments.
+    rope_pair = (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
     value_columns = shape.value_columns
     rows = 2 * group.programs * shape.kv_heads * group.head_blocks * tile.rows
-    partial, log_weights = (
-        plan.schedule.scratch[: rows * value_columns],
-        plan.schedule.scratch[rows * value_columns : rows * (value_columns + 1)],
-    )
+    partial = plan.schedule.scratch[: rows * value_columns]
+    log_weights = plan.schedule.scratch[rows * value_columns : rows * (value_columns + 1)]
     rope = 0 if q_rope is None else q_rope.shape[3]
     _attend[group.head_blocks, group.programs, shape.kv_heads](
         q,

@@ -51,10 +51,9 @@ def _merge(
     if item >= 0:
         first_program, last_program = tl.load(merges + 3 * merge + 1), tl.load(merges + 3 * merge + 2)
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-        token, in_group = (
-            (first_row + row) // HEADS_PER_BLOCK,
-            block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK,
-        )
+        token = (first_row + row) // HEADS_PER_BLOCK
+        # Index of the query head among those of its key/value head.
+        in_group = block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK
         if (token < tl.load(sequences + 3 * sequence + 1)) & (in_group < GROUP):
             column = remainder % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
             row_max, total = float("-inf"), 0.0

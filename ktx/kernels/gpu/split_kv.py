@@ -219,12 +219,8 @@ class AttentionSchedule:
         """Divides the sequences into tiles and allocates the scratch memory; see the class for the arguments."""
         if not counts or min(counts) < 0:
             raise ValueError(f"counts of new tokens are {list(counts)}: there must be at least one, and none negative")
-        self.shape, self.device, self.num_tokens, self.num_sequences = (
-            shape,
-            torch.device(device),
-            sum(counts),
-            len(counts),
-        )
+        self.shape, self.device = shape, torch.device(device)
+        self.num_tokens, self.num_sequences = sum(counts), len(counts)
         self.num_sms = num_sms or num_multiprocessors(self.device)
         self.groups = self._plan_groups(counts, tiles or tiles_for(shape.key_columns, shape.latent))
         if scratch is None:
