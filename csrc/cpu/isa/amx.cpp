@@ -13,7 +13,6 @@
 #define KTX_VBMI
 #define KTX_BF16
 #define KTX_AMX
-#define KTX_UNROLL _Pragma("GCC unroll 16")
 #define KTX_TILE_TOKENS 16
 #define KTX_GEMV_TOKENS 8
 #pragma GCC push_options
@@ -29,6 +28,8 @@ namespace {
 }  // namespace amx
 
 constinit const Kernels AMX_KERNELS = amx::kernel_table(32, true);
-void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amx::tile_product(kind, rows, bytes, a, b, c); }
+void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
+  amx::tile_product(kind, rows, bytes, a, b, c);
+}
 }  // namespace ktx
 #pragma GCC pop_options

@@ -9,7 +9,6 @@
 #include "cpu/quant/dtype.h"
 
 #define KTX_AMX
-#define KTX_UNROLL  // empty: an emulated lane is a loop, and unrolling sixteen vectors of them takes the compiler minutes
 #define KTX_BF16
 #define KTX_TILE_TOKENS 16
 #define KTX_GEMV_TOKENS 2
@@ -24,5 +23,7 @@ namespace {
 }  // namespace amxmodel
 
 constinit const Kernels AMXMODEL_KERNELS = amxmodel::kernel_table(32, true);
-void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amxmodel::tile_product(kind, rows, bytes, a, b, c); }
+void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
+  amxmodel::tile_product(kind, rows, bytes, a, b, c);
+}
 }  // namespace ktx

@@ -21,7 +21,8 @@ constexpr int TILES_IN_FLIGHT = 4;
 // [token][16 rows]. T: `tokens` rounded up to a multiple of four; tokens past the end are not stored. s: sub-block, t:
 // token.
 template <class D, int T>
-static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* scaled_sums, float* out) {
+static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales,
+                           const float* scaled_sums, float* out) {
 #define KTX_INIT(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
   KTX_EACH_TOKEN(KTX_INIT)
 #undef KTX_INIT
@@ -30,7 +31,9 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
   // Stage 1: multiplies sub-block s in the tile register of sums number `index`, and stores the sums in `to`.
   const auto multiply_sub_block = [&](auto index, int s, TileSums& to) __attribute__((always_inline)) {
     constexpr int SUM = decltype(index)::value, ACTIVATIONS = 4 + SUM % 2, WEIGHTS = 6 + SUM % 2;
-    tile_zero<SUM>(), tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32), tile_load<WEIGHTS>(span.w + s * D::SUB * 16, 64);
+    tile_zero<SUM>(),
+    tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32),
+        tile_load<WEIGHTS>(span.w + s * D::SUB * 16, 64);
     tile_dot_bytes<SUM, ACTIVATIONS, WEIGHTS>(), tile_store<SUM>(to.values, 64);
   };
   // Stage 2: for each token, total += scale * token_scale * sum - minimum * token_scale * sum(q), 16 rows at once.
@@ -62,10 +65,13 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 }
 
 // Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]. `work` holds one dequantized span.
-template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
+template <class D>
+static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
+                          uint8_t* work, const uint8_t* next) {
   typedef GemmTraits<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
   typedef void (*Kernel)(const Span&, int, const int8_t*, int, const float*, const float*, float*);
-  static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>, amx_int8_group<S, 16>};
+  static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>,
+                                 amx_int8_group<S, 16>};
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
   Span& span = *reinterpret_cast<Span*>(work);
@@ -79,7 +85,8 @@ template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* pac
       for (int tile = 0; tile < x.tiles; ++tile) {
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
         if (tokens != configured) tiles_begin(tokens, tokens, D::SUB), configured = tokens;
-        table[(tokens - 1) / 4](span, length, x.q + first * x.k + from * tokens, tokens, x.scale + first * (x.k / 32) + from / 32 * tokens,
+        table[(tokens - 1) / 4](span, length, x.q + first * x.k + from * tokens, tokens,
+                                x.scale + first * (x.k / 32) + from / 32 * tokens,
                                 scaled_sums + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
       }
     }

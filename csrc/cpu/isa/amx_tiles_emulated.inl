@@ -22,7 +22,8 @@ AI void tiles_end() {
 template <int T> AI void tile_zero() { __builtin_memset(tiles()[T].data, 0, sizeof(Tile::data)); }
 template <int T> AI void tile_load(const void* p, int64_t stride) {
   Tile& t = tiles()[T];
-  for (int r = 0; r < t.rows; ++r) __builtin_memcpy(t.data[r], static_cast<const uint8_t*>(p) + r * stride, size_t(t.bytes));
+  for (int r = 0; r < t.rows; ++r)
+    __builtin_memcpy(t.data[r], static_cast<const uint8_t*>(p) + r * stride, size_t(t.bytes));
 }
 template <int T> AI void tile_store(void* p, int64_t stride) {
   const Tile& t = tiles()[T];
@@ -35,12 +36,15 @@ template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const 
     for (int n = 0; n < 16; ++n) {
       uint32_t sum;  // wraps around as the instruction does
       __builtin_memcpy(&sum, c.data[m] + 4 * n, 4);
-      for (int k = 0; k < a.bytes; ++k) sum += uint32_t(int32_t(A(a.data[m][k])) * int32_t(B(b.data[k / 4][4 * n + k % 4])));
+      for (int k = 0; k < a.bytes; ++k)
+        sum += uint32_t(int32_t(A(a.data[m][k])) * int32_t(B(b.data[k / 4][4 * n + k % 4])));
       __builtin_memcpy(c.data[m] + 4 * n, &sum, 4);
     }
 }
-template <int C, int A, int B> AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
-template <int C, int A, int B> AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+template <int C, int A, int B>
+AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+template <int C, int A, int B>
+AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 
 // Returns zero for subnormals, as the instruction treats them.
 inline float flush_subnormal(float x) {

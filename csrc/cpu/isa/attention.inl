@@ -114,7 +114,8 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
 }
 
 // out [R rows][16 * C columns] += probabilities . v over `keys` keys; sums are in registers.
-template <int R, int C> static void accumulate_pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
+template <int R, int C>
+static void accumulate_pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
   F acc[R * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -156,5 +157,6 @@ static void accumulate_values(const float* probs, const float* v, int queries, i
 
 // Returns the table of this instruction set; `bf16`: its kernels in bf16, or null.
 constexpr AttentionKernels attention_table(const Bf16Kernels* bf16) {
-  return {.convert = convert, .score = score, .online_softmax = online_softmax, .accumulate_pv = accumulate_values, .bf16 = bf16};
+  return {.convert = convert, .score = score, .online_softmax = online_softmax, .accumulate_pv = accumulate_values,
+          .bf16 = bf16};
 }

@@ -32,7 +32,9 @@ static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float*
       prefetcher.prefetch_lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::load_four_columns(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), second_chain[t] = dot_pairs(second_chain[t], x + (i / 2 + 1) * T + t, b);
+      for (int t = 0; t < T; ++t)
+        sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a),
+        second_chain[t] = dot_pairs(second_chain[t], x + (i / 2 + 1) * T + t, b);
     }
     if (i < to) {
       const Pairs a = L::load_bf16_pairs(group + i * 16 * L::BYTES);
@@ -61,12 +63,15 @@ template <int R, int T> AI void accumulate_pairs(const uint32_t* w, const uint32
 
 // GEMM, one tile: out [R groups, out_stride apart][T tokens][16 rows] += scale * sum over `pairs` pairs of columns of w
 // * x. Adds in the same order as bf16_gemv, so that both give the same bits.
-template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale, float* out, size_t out_stride) {
+template <int R, int T>
+static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale,
+                           float* out, size_t out_stride) {
   F total[R * T], second_chain[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = second_chain[i] = zero();
   int i = 0;
-  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * pair_stride) accumulate_pairs<R, T>(w, x, total), accumulate_pairs<R, T>(w + R * 16, x + pair_stride, second_chain);
+  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * pair_stride)
+    accumulate_pairs<R, T>(w, x, total), accumulate_pairs<R, T>(w + R * 16, x + pair_stride, second_chain);
   if (i < pairs) accumulate_pairs<R, T>(w, x, total);
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
@@ -87,7 +92,8 @@ template <int R> static Bf16Kernel select_bf16_tile(int tokens) {
 
 // GEMM: multiplies R groups by all tiles of tokens. `span`: buffer for FLOAT_SPAN columns of R groups as pairs.
 template <class L, int R>
-static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint32_t* span, const Prefetcher& prefetcher) {
+static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint32_t* span,
+                      const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
@@ -104,7 +110,9 @@ static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles
       for (PrefetchRange& range : ranges) range.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
-        select_bf16_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
+        select_bf16_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2,
+                            x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16,
+                            out_stride);
     }
   }
 }

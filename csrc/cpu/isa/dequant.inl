@@ -5,8 +5,8 @@
 //
 //   load_scales(b)    loads, once for a block, what all its sub-blocks need (BlockScales; often the f16 scale d)
 //   decode_sub_block(scales, b, s, w, scale, minimum)
-//                     decodes sub-block s into SUB/4 vectors of codes: w[i] = columns 4*i to 4*i+3 (lane = row, byte = column);
-//                     sets its scale and, with MINIMUM, its minimum: one float for each row
+//                     decodes sub-block s into SUB/4 vectors of codes: w[i] = columns 4*i to 4*i+3 (lane = row,
+//                     byte = column); sets its scale and, with MINIMUM, its minimum: one float for each row
 //   decode_pair(scales, b, u, w, scale)
 //                     with DECODES_PAIRS instead: decodes both 16-column sub-blocks of unit u (32 columns)
 //
@@ -28,7 +28,8 @@ AI V take_byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
 struct NoScales {};
 struct DecoderDefaults { static constexpr bool WITH_OFFSET = false, DECODES_PAIRS = false; };
 struct OffsetDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = false; };
-struct OffsetPairDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = true; };  // two sub-blocks share a word of indices
+// Two sub-blocks share a word of indices
+struct OffsetPairDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = true; };
 // An entry of a table of signed codes, with SIGNED_OFFSET added as `dot` of this instruction set expects (adding 128
 // flips the top bit).
 AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
@@ -69,7 +70,9 @@ struct DQ5_0 : DecoderDefaults {
   KTX_FORMAT(Q5_0, 32, 32, false, 16, false, 31)
   typedef NoScales BlockScales;
   AI static BlockScales load_scales(const Block&) { return {}; }
-  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.narrow0), decode_five_bits(b, w); }
+  AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
+    scale = load_f16(b.narrow0), decode_five_bits(b, w);
+  }
 };
 struct DQ5_1 : DecoderDefaults {
   KTX_FORMAT(Q5_1, 32, 32, false, 0, true, 31)
@@ -102,13 +105,15 @@ template <int GROUP> struct Int8 : DecoderDefaults {
   }
 };
 template <int GROUP> struct Int4 : DecoderDefaults {  // 32 weights in 16 bytes: byte i holds i and i + 16
-  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MAX_CODE = 15;
+  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8,
+                       MAX_CODE = 15;
   static constexpr bool SIGNED = false, MINIMUM = false;
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
-    for (int i = 0; i < 4; ++i) w[i] = take_nibbles(b.word(4 * s + i), 0), w[4 + i] = take_nibbles(b.word(4 * s + i), 1);
+    for (int i = 0; i < 4; ++i)
+      w[i] = take_nibbles(b.word(4 * s + i), 0), w[4 + i] = take_nibbles(b.word(4 * s + i), 1);
   }
 };
 typedef Int8<128> DINT8_128;
@@ -165,7 +170,9 @@ AI V move_bits(V word, int from, int to) { return from > to ? shr(word, from - t
 struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
   struct BlockScales { F d, dmin; KScales scales; };
-  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(32), b.word(33), b.word(34)}}; }
+  AI static BlockScales load_scales(const Block& b) {
+    return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(32), b.word(33), b.word(34)}};
+  }
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     scale = mulf(h.d, to_float(h.scales.scale(s))), minimum = mulf(h.dmin, to_float(h.scales.minimum(s)));
     for (int i = 0; i < 8; ++i) w[i] = take_nibbles(b.word(s / 2 * 8 + i), s % 2);
@@ -175,10 +182,13 @@ struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
 struct DQ5_K : DecoderDefaults {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
   struct BlockScales { F d, dmin; KScales scales; };
-  AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(40), b.word(41), b.word(42)}}; }
+  AI static BlockScales load_scales(const Block& b) {
+    return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(40), b.word(41), b.word(42)}};
+  }
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     scale = mulf(h.d, to_float(h.scales.scale(s))), minimum = mulf(h.dmin, to_float(h.scales.minimum(s)));
-    for (int i = 0; i < 8; ++i) w[i] = with_bits(take_nibbles(b.word(s / 2 * 8 + i), s % 2), move_bits(b.word(32 + i), s, 4), set8(16));
+    for (int i = 0; i < 8; ++i)
+      w[i] = with_bits(take_nibbles(b.word(s / 2 * 8 + i), s % 2), move_bits(b.word(32 + i), s, 4), set8(16));
   }
 };
 
@@ -196,10 +206,15 @@ struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs,
   }
 };
 
-static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), offset_code(-83), offset_code(-65), offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10),
-                                         offset_code(1), offset_code(13), offset_code(25), offset_code(38), offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
-static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4), offset_code(6), offset_code(8), offset_code(12),  // twice the e2m1 values
-                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3), offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
+static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), offset_code(-83), offset_code(-65),
+                                         offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10),
+                                         offset_code(1), offset_code(13), offset_code(25), offset_code(38),
+                                         offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
+// Twice the e2m1 values
+static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4),
+                                        offset_code(6), offset_code(8), offset_code(12),
+                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3), offset_code(-4),
+                                        offset_code(-6), offset_code(-8), offset_code(-12)};
 
 struct DIQ4_NL : OffsetDecoder {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
@@ -249,7 +264,8 @@ struct DTQ2_0 : DecoderDefaults {
 // ---- ternary digits (TQ1_0 and IQ1). A byte stores five digits to the base 3 as a fraction x/256: multiplying by 3^n (mod 256) brings digit n to the
 // front, and multiplying that by 3 leaves the digit above the byte. Bytes are multiplied in 16 bits: the even and the
 // odd bytes of a vector apart.
-static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};  // in both halves of a word
+// In both halves of a word
+static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};
 AI V low_bytes(V x) { return and_(x, set(0x00ff00ff)); }
 // Digit n of each byte.
 AI V take_trit(V x, int n) {
@@ -262,14 +278,19 @@ AI V take_trit(V x, int n) {
 // from tables of all 256 bytes, else by multiplication.
 #ifdef KTX_VBMI
 // 8 * digit n from a byte that holds four digits of two bits each.
-AI V take_digit(V first_four, int n) { return and_(n < 2 ? shl(first_four, 3 - 2 * n) : shr(first_four, 2 * n - 3), set8(24)); }
+AI V take_digit(V first_four, int n) {
+  return and_(n < 2 ? shl(first_four, 3 - 2 * n) : shr(first_four, 2 * n - 3), set8(24));
+}
 template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
   const TableIndices<256> indices(bytes, bytes);
   const V first_four = FROM < 4 ? indices.select_from(TRITS.first_four) : bytes;
 #pragma GCC unroll 5
-  for (int i = 0; i < COUNT; ++i) w[i] = FROM + i < 4 ? take_digit(first_four, FROM + i) : indices.select_from(TRITS.fifth);
+  for (int i = 0; i < COUNT; ++i)
+    w[i] = FROM + i < 4 ? take_digit(first_four, FROM + i) : indices.select_from(TRITS.fifth);
 }
-AI V decode_trit(V bytes, int n) { return take_digit(TableIndices<256>(bytes, bytes).select_from(TRITS.first_four), n); }
+AI V decode_trit(V bytes, int n) {
+  return take_digit(TableIndices<256>(bytes, bytes).select_from(TRITS.first_four), n);
+}
 #else
 template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
   V even = low_bytes(bytes), odd = shr16(bytes, 8);
@@ -300,7 +321,9 @@ struct DTQ1_0 : DecoderDefaults {  // words: 12 of five trits a byte, 1 of four 
 };
 
 // The scale of IQ2 and IQ3: d * (0.5 + nibble) * factor.
-AI F scale_from_half_steps(F d, V nibble, float factor) { return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(factor)); }
+AI F scale_from_half_steps(F d, V nibble, float factor) {
+  return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(factor));
+}
 
 // ---- code books (IQ2 and IQ3). An index selects a 16-bit entry, which holds a field for each of its weights: the index of the weight's magnitude in a
 // table of values (iq_codebooks.h). An IQ2 entry is an octet: eight weights, fields of two bits. An IQ3 entry is a
@@ -318,23 +341,30 @@ template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   const TableIndices<B::N> indices(low, spread_bits<STRIDE>(more));
   return {indices.select_from(B::FIRST), indices.select_from(B::SECOND)};
 }
-AI V fields_of_octet(const Entries& e, int entry, int second) { return two_bit_fields(second ? e.second : e.first, entry); }
+AI V fields_of_octet(const Entries& e, int entry, int second) {
+  return two_bit_fields(second ? e.second : e.first, entry);
+}
 AI V fields_of_quad(const Entries& e, int entry) { return four_bit_fields(e.first, e.second, entry); }
 #else
 struct Entries { V pair[2]; };  // entries 0 and 1, 2 and 3
 #define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint16_t* TABLE = GRID_##name; };
 // A shift to the left, or to the right if LEFT is negative.
-template <int LEFT> AI V shift_left(V x) { return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT); }
+template <int LEFT>
+AI V shift_left(V x) { return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT); }
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
   if (BITS) {
-    first = or_(first, or_(and_(shift_left<8>(more), set(BITS << 8)), and_(shift_left<24 - STRIDE>(more), set(BITS << 24))));
-    second = or_(second, or_(and_(shift_left<8 - 2 * STRIDE>(more), set(BITS << 8)), and_(shift_left<24 - 3 * STRIDE>(more), set(BITS << 24))));
+    first = or_(first, or_(and_(shift_left<8>(more), set(BITS << 8)),
+                           and_(shift_left<24 - STRIDE>(more), set(BITS << 24))));
+    second = or_(second, or_(and_(shift_left<8 - 2 * STRIDE>(more), set(BITS << 8)),
+                             and_(shift_left<24 - 3 * STRIDE>(more), set(BITS << 24))));
   }
   return {{lookup<B::N>(B::TABLE, first), lookup<B::N>(B::TABLE, second)}};
 }
-AI V entry_in_both_halves(const Entries& e, int entry) { return entry % 2 ? high_words(e.pair[entry / 2]) : low_words(e.pair[entry / 2]); }
+AI V entry_in_both_halves(const Entries& e, int entry) {
+  return entry % 2 ? high_words(e.pair[entry / 2]) : low_words(e.pair[entry / 2]);
+}
 AI V fields_of_octet(const Entries& e, int entry, int second) {
   return second ? shr16_each<4, 6>(entry_in_both_halves(e, entry)) : shr16_each<0, 2>(entry_in_both_halves(e, entry));
 }
@@ -355,18 +385,25 @@ AI uint64_t load_sign_mask(const uint8_t* sign_words, int vector) {
 struct Signs { uint64_t first, second, spare; };  // masks of the first and second four weights
 AI Signs load_even_signs(const uint8_t* sign_words, int octet) {
   constexpr uint64_t LOW = 0x1111111111111111ull;
-  const uint64_t first = load_sign_mask(sign_words, 2 * octet), stored = load_sign_mask(sign_words, 2 * octet + 1), second = stored & ~(LOW << 3);
+  const uint64_t first = load_sign_mask(sign_words, 2 * octet), stored = load_sign_mask(sign_words, 2 * octet + 1),
+                 second = stored & ~(LOW << 3);
   uint64_t odd = first ^ second;
   odd ^= odd >> 1, odd ^= odd >> 2;
   return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
 }
 
 // Tables repeat, so that bits above a field are ignored.
-static const int8_t VALUES_IQ2[16] = {offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0};
-static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62),
-                                          offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
-static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15),
-                                        offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
+static const int8_t VALUES_IQ2[16] = {offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8),
+                                      offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25),
+                                      offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0};
+static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offset_code(20), offset_code(28),
+                                          offset_code(36), offset_code(44), offset_code(52), offset_code(62),
+                                          offset_code(4), offset_code(12), offset_code(20), offset_code(28),
+                                          offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
+static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9),
+                                        offset_code(11), offset_code(13), offset_code(15),
+                                        offset_code(1), offset_code(3), offset_code(5), offset_code(7),
+                                        offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
 
 // Decodes four weights: half of octet `entry` of IQ2, or quad `entry` of IQ3. `minus`: mask of the negative ones.
 AI V decode_octet_half(const Entries& e, int entry, int second, uint64_t minus) {
@@ -392,18 +429,21 @@ struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then s
   }
 };
 
-struct DIQ2_XS : OffsetPairDecoder {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
+// words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales.
+struct DIQ2_XS : OffsetPairDecoder {
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
-    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f), scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
+    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
+    scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
     Signs signs[4];
     uint64_t ninth = 0;
     for (int i = 0; i < 4; ++i) signs[i] = load_even_signs(b.words + 64 * (2 * u + 1), i), ninth |= signs[i].spare << i;
     const Entries e = look_up_entries<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth));
-    for (int i = 0; i < 4; ++i) w[2 * i] = decode_octet_half(e, i, 0, signs[i].first), w[2 * i + 1] = decode_octet_half(e, i, 1, signs[i].second);
+    for (int i = 0; i < 4; ++i)
+      w[2 * i] = decode_octet_half(e, i, 0, signs[i].first), w[2 * i + 1] = decode_octet_half(e, i, 1, signs[i].second);
   }
 };
 
@@ -413,7 +453,8 @@ struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs,
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
-    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f), scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
+    scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
+    scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
     const Entries e = look_up_entries<BIQ2_S, 2>(b.word(u), shr(b.word(16 + u / 4), u % 4 * 8));
     for (int v = 0; v < 8; ++v) w[v] = decode_octet_half(e, v / 2, v % 2, load_sign_mask(b.words + 64 * (8 + u), v));
   }
@@ -430,7 +471,8 @@ struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whos
       for (int i = 0; i < 4; i += 2) {
         const Signs signs = load_even_signs(b.words + 64 * (16 + s), 2 * half + i / 2);
         scale_bits |= signs.spare << (2 * half + i / 2);
-        w[4 * half + i] = decode_quad(VALUES_IQ3_XXS, e, i, signs.first), w[4 * half + i + 1] = decode_quad(VALUES_IQ3_XXS, e, i + 1, signs.second);
+        w[4 * half + i] = decode_quad(VALUES_IQ3_XXS, e, i, signs.first),
+        w[4 * half + i + 1] = decode_quad(VALUES_IQ3_XXS, e, i + 1, signs.second);
       }
     }
     scale = scale_from_half_steps(d, nibble_lanes(scale_bits), 0.5f);
@@ -447,7 +489,8 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
     const V ninth = shr(b.word(24 + s / 4), s % 4 * 8);
     for (int half = 0; half < 2; ++half) {
       const Entries e = look_up_entries<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth, 4 * half));
-      for (int i = 0; i < 4; ++i) w[4 * half + i] = decode_quad(VALUES_IQ3_S, e, i, load_sign_mask(b.words + 64 * (16 + s), 4 * half + i));
+      for (int i = 0; i < 4; ++i)
+        w[4 * half + i] = decode_quad(VALUES_IQ3_S, e, i, load_sign_mask(b.words + 64 * (16 + s), 4 * half + i));
     }
   }
 };
@@ -467,7 +510,9 @@ AI void decode_iq1_digits(const Block& b, int u, V* w) {
   }
 }
 // The scale of IQ1, for codes in eighths: d * (2 * bits + 1) / 8.
-AI F scale_from_odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
+AI F scale_from_odd_steps(F d, V bits) {
+  return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f));
+}
 // What turns 8 * digit into a code: -8 + 1 or, if the sign of delta is set, -8 - 1.
 AI V iq1_offset(V sign) { return sub8(set8(offset_code(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
 
@@ -483,7 +528,8 @@ struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of de
   }
 };
 
-struct DIQ1_M : OffsetPairDecoder {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
+// words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles.
+struct DIQ1_M : OffsetPairDecoder {
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) {

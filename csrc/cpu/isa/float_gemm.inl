@@ -14,7 +14,9 @@
 struct LoadF32 {
   enum { BYTES = 4, EXACT_IN_BF16 = false };
   static constexpr float SCALE_FACTOR = 1;
-  AI static void load_columns(const uint8_t* p, F& a, F& b) { a = loadf(reinterpret_cast<const float*>(p)), b = loadf(reinterpret_cast<const float*>(p) + 16); }
+  AI static void load_columns(const uint8_t* p, F& a, F& b) {
+    a = loadf(reinterpret_cast<const float*>(p)), b = loadf(reinterpret_cast<const float*>(p) + 16);
+  }
 };
 struct LoadF16 {
   enum { BYTES = 2, EXACT_IN_BF16 = false };
@@ -24,13 +26,18 @@ struct LoadF16 {
 struct LoadBF16 {
   enum { BYTES = 2, EXACT_IN_BF16 = true };
   static constexpr float SCALE_FACTOR = 1;
-  AI static void load_columns(const uint8_t* p, F& a, F& b) { a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16)); }
+  AI static void load_columns(const uint8_t* p, F& a, F& b) {
+    a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16));
+  }
 #ifdef KTX_BF16
   AI static Pairs load_bf16_pairs(const uint8_t* p) { return load_column_pairs(p); }
-  AI static void load_four_columns(const uint8_t* p, Pairs& a, Pairs& b) { a = load_column_pairs(p), b = load_column_pairs(p + 64); }
+  AI static void load_four_columns(const uint8_t* p, Pairs& a, Pairs& b) {
+    a = load_column_pairs(p), b = load_column_pairs(p + 64);
+  }
 #endif
 };
-struct LoadF8 {  // e4m3 as the f16 with the same bits in its upper byte, one exponent bit short: 2^8 corrects the bias (subnormals too)
+// e4m3 as the f16 with the same bits in its upper byte, one exponent bit short: 2^8 corrects the bias (subnormals too).
+struct LoadF8 {
   enum { BYTES = 1, EXACT_IN_BF16 = true };
   static constexpr float SCALE_FACTOR = 256;
   AI static void load_columns(const uint8_t* p, F& a, F& b) { load_e4m3(p, a, b); }
@@ -57,7 +64,9 @@ template <class L> AI void last_column(const uint8_t* p, F& a, F& b) {
   L::load_columns(padded, a, b);
 }
 // Returns the scales of a group of F8_E4M3, which follow its codes (float_scales_offset in quant/layout.h).
-AI const float* locate_float_scales(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }
+AI const float* locate_float_scales(const uint8_t* group, int64_t k) {
+  return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64);
+}
 // Loads the scale of each row for the span at column `from`; 1 for types without scales.
 template <class L> AI F load_float_scale(const uint8_t* group, int64_t k, int64_t from) {
   return L::BYTES == 1 ? mulf(loadf(locate_float_scales(group, k) + from / 128 * 16), setf(L::SCALE_FACTOR)) : setf(1);
@@ -83,7 +92,8 @@ static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* o
       if (i % 4 == 0) prefetcher.prefetch_lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::load_columns(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) sum[t] = fma(b, broadcastf(x + (i + 1) * T + t), fma(a, broadcastf(x + i * T + t), sum[t]));
+      for (int t = 0; t < T; ++t)
+        sum[t] = fma(b, broadcastf(x + (i + 1) * T + t), fma(a, broadcastf(x + i * T + t), sum[t]));
     }
     if (i < to) {
       F a, b;
@@ -102,7 +112,8 @@ static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* o
 // GEMM, one tile: out [R groups, out_stride apart][T tokens][16 rows] += scale * sum over `columns` of w * x.
 // w [column][R groups][16 rows], x [column] x_stride apart [T tokens].
 template <int R, int T>
-static void float_gemm_tile(const float* w, int columns, const float* x, int x_stride, const F* scale, float* out, size_t out_stride) {
+static void float_gemm_tile(const float* w, int columns, const float* x, int x_stride, const F* scale, float* out,
+                            size_t out_stride) {
   F total[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = zero();
@@ -140,7 +151,8 @@ template <int R> static FloatKernel select_float_tile(int tokens) {
 // GEMM: multiplies R groups by all tiles of tokens. A span of weights is dequantized once to f32 and used by every
 // tile. A tile of more than FLOAT_TILE tokens is cut.
 template <class L, int R>
-static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, float* span, const Prefetcher& prefetcher) {
+static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, float* span,
+                       const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
@@ -163,7 +175,8 @@ static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTile
       for (PrefetchRange& range : ranges) range.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
-        select_float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from), x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
+        select_float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from),
+                             x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
     }
   }
 }

@@ -27,10 +27,13 @@ template <class D> struct Traits {
 };
 
 // Decodes a unit: eight vectors w of codes, and the scale and minimum of each of its sub-blocks.
-template <class D> AI void decode_unit(const typename D::BlockScales& block_scales, const Block& b, int unit, V* w, F* scale, F* minimum) {
+template <class D>
+AI void decode_unit(const typename D::BlockScales& block_scales, const Block& b, int unit, V* w, F* scale, F* minimum) {
   if constexpr (D::DECODES_PAIRS) D::decode_pair(block_scales, b, unit, w, scale);
   else
-    for (int p = 0; p < Traits<D>::SUB_BLOCKS; ++p) D::decode_sub_block(block_scales, b, unit * Traits<D>::SUB_BLOCKS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
+    for (int p = 0; p < Traits<D>::SUB_BLOCKS; ++p)
+      D::decode_sub_block(block_scales, b, unit * Traits<D>::SUB_BLOCKS + p, w + p * (D::SUB / 4),
+                          scale[p], minimum[p]);
 }
 
 // Returns the start of an int32 sum of products whose codes are REGISTER_OFFSET too large: -REGISTER_OFFSET * sum(q).
@@ -51,7 +54,7 @@ template <bool SIGNED, int SUMS> struct DotSum {
 #endif
 #undef KTX_SUMS_IN_16_BITS
 
-// ---- GEMV: weights are dequantized in registers and used at once -------------------------------------------------------
+// ---- GEMV: weights are dequantized in registers and used at once ----------------------------------------------
 
 // Multiplies one group of 16 rows by T tokens: out [T][16 rows]. All tokens use a code while it is in a register.
 template <class D, int T>
@@ -63,7 +66,8 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
   const float *scaled_sums = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
   const int64_t blocks = x.k / D::BLOCK;
-  const size_t plane = narrow_plane_bytes(l, x.k), words_stride = size_t(l.word_count()) * 64, narrow_stride = size_t(l.narrow_bytes) * 16;
+  const size_t plane = narrow_plane_bytes(l, x.k), words_stride = size_t(l.word_count()) * 64,
+               narrow_stride = size_t(l.narrow_bytes) * 16;
   Block b = {group, group + plane, group + l.num_narrow_fields * plane};
   const int64_t unit_bytes = int64_t(words_stride + l.num_narrow_fields * narrow_stride) / DTraits::UNITS;
   // Prefetches lines up to `fetched` whenever units are decoded up to `reached`, so that prefetches are spread evenly.
@@ -86,7 +90,8 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
 #pragma GCC unroll 8
           for (int i = 0; i < STEPS; ++i) {
             const int g = p * STEPS + i;
-            acc.add_product(i, STEPS, D::SIGNED && !D::WITH_OFFSET ? with_offset(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+            acc.add_product(i, STEPS, D::SIGNED && !D::WITH_OFFSET ? with_offset(w[g]) : w[g],
+                            broadcast(q + (g * T + t) * 4));
           }
           total[t] = fma(mulf(to_float(acc.total), scale[p]), broadcastf(scales + t), total[t]);
           if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(scaled_sums + p * T + t), total[t]);
@@ -95,7 +100,8 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
       q += 32 * T, sums += DTraits::SUB_BLOCKS * T, scaled_sums += DTraits::SUB_BLOCKS * T, scales += T;
     };
 #ifndef KTX_SCALAR_LANES  // GCC 12 drops stores of unrolled units if a lane is a loop
-    if (T == 1) {  // unrolled for constant shifts: with a single token dequantization is the bottleneck, not the products
+    // Unrolled for constant shifts: with a single token dequantization is the bottleneck, not the products.
+    if (T == 1) {
 #pragma GCC unroll 8
       for (int u = 0; u < DTraits::UNITS; ++u) multiply_unit(u);
     } else
@@ -109,7 +115,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-// ---- GEMM: a span of weights is dequantized once into L1 and used by every tile ----------------------------------------
+// ---- GEMM: a span of weights is dequantized once into L1 and used by every tile --------------------------------
 
 // SPAN (256) columns of one group as codes with scales and minimums. R of them fit the first-level cache.
 struct Span {
@@ -120,11 +126,16 @@ static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
 // Returns the memory of the span at column `from` of this group, to prefetch in `steps` calls; past the group's end,
 // the first span of `next` and its narrow fields; nothing if there is no `next`.
-template <class D> AI PrefetchRange locate_next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
+template <class D>
+AI PrefetchRange locate_next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next,
+                                  int steps) {
   if (from >= k && !next) return PrefetchRange();
-  const uint8_t *words = from < k ? locate_block(l, group, k, from / D::BLOCK).words : locate_block(l, next, k, 0).words, *begin = from < k ? words : next;
+  const uint8_t *words = from < k ? locate_block(l, group, k, from / D::BLOCK).words
+                                  : locate_block(l, next, k, 0).words,
+                *begin = from < k ? words : next;
   const int64_t columns = from < k ? k - from : k;
-  return PrefetchRange(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
+  return PrefetchRange(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64,
+                       steps);
 }
 
 // Decodes `length` columns of 16 rows, from column `from` of a group on, into bytes plus scales and minimums.
@@ -225,7 +236,8 @@ template <class S, int R> static TileKernel select_gemm_tile(int tokens) {
 
 // Multiplies R groups by all tiles of tokens, span by span: out [R][n tokens][16 rows].
 template <class D, int R>
-static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans, const uint8_t* next) {
+static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans,
+                 const uint8_t* next) {
   typedef GemmTraits<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
@@ -236,14 +248,16 @@ static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, floa
     PrefetchRange ranges[R];  // fetched a few lines per tile, because a CPU drops prefetches when its buffers are full
     for (int r = 0; r < R; ++r) {
       decode_span<D>(l, packed + r * group_stride, x.k, from, length, spans[r]);
-      ranges[r] = locate_next_span<D>(l, packed + r * group_stride, x.k, from + length, next ? next + r * group_stride : nullptr, x.tiles);
+      ranges[r] = locate_next_span<D>(l, packed + r * group_stride, x.k, from + length,
+                                      next ? next + r * group_stride : nullptr, x.tiles);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
       for (PrefetchRange& range : ranges) range.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
       const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
-      select_gemm_tile<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, scaled_sums + at,
+      select_gemm_tile<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at,
+                                     scaled_sums + at,
                                 out + first * 16, out_stride);
     }
   }

@@ -64,16 +64,19 @@ struct Kernels {
   void (*scatter_floats)(const float* x, const ActTiles& to, TileSlot token, int64_t from, int64_t length);
   // out[group][token][16] = packed rows of `groups` groups times every token; `work` has WORK_BYTES. `next`: the
   // weights that the caller multiplies next, or null; their beginning is prefetched while the end of these is used.
-  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
+  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const ActTiles& x, float* out,
+                   uint8_t* work,
                    const uint8_t* next);
   // Dequantizes a group to out [k][16 rows].
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);
   // Stores `groups` times sixteen values, `step` floats apart, densely as f32, f16 or bf16.
   void (*write)(const float* x, int64_t step, int64_t groups, DType type, void* out);
   // total[token[t]][columns] += weight[t] * sums[group][t][16]
-  void (*add_weighted)(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns);
+  void (*add_weighted)(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total,
+                       int64_t columns);
   // out = act(gate) * up; n is a multiple of 16. alpha and limit: of SWIGLU_OAI.
-  void (*gated_activation)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);
+  void (*gated_activation)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out,
+                           int64_t n);
   // Quantizes n weights to a block of INT4_* or Q4_0 (four_bits), else of INT8_128 or Q8_0.
   void (*quantize_block)(const float* x, int n, bool four_bits, uint8_t* out);
 };
@@ -81,7 +84,8 @@ struct Kernels {
 // 256 columns as codes with scales.
 constexpr size_t WORK_BYTES = 4 * 256 * 32 + 64;
 
-extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
+extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS,
+    AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // the table of picked_isa()
 
 // Multiplies one pair of AMX tiles, c [rows][16] += a [rows][bytes] * b [bytes/4][16][4]: with the instructions

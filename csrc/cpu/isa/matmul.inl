@@ -8,7 +8,8 @@
 // D: decoder (dequant.inl). Up to KTX_GEMV_TOKENS tokens in one tile take the GEMV path, which has no intermediate
 // buffer.
 template <class D>
-static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
+static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
+                                 uint8_t* work,
                           const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
@@ -50,7 +51,8 @@ static void multiply_int_weights(const Layout& l, const uint8_t* packed, int gro
 
 // Multiplies R groups in bf16 if the weights are exact in it and the activations have pairs, else in f32.
 template <class L, int R>
-static void gemm_any_float(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint8_t* work, const Prefetcher& prefetcher) {
+static void gemm_any_float(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint8_t* work,
+                           const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::EXACT_IN_BF16)
     if (x.pair) return bf16_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<uint32_t*>(work), prefetcher);
@@ -59,7 +61,8 @@ static void gemm_any_float(const uint8_t* packed, size_t group_stride, const Act
 }
 
 // The same choice for one group and T tokens.
-template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
+template <class L, int T>
+AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::EXACT_IN_BF16)
     if (x.pair) return bf16_gemv<L, T>(packed, x.k, x.pair, out, prefetcher);
@@ -69,7 +72,8 @@ template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const Ac
 
 // L: loader (float_gemm.inl). Up to FLOAT_TILE tokens in one tile take the GEMV path.
 template <class L>
-static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
+static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
+                                   uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
   if constexpr (L::EXACT_IN_BF16)
@@ -93,9 +97,11 @@ static void multiply_float_weights(const Layout& l, const uint8_t* packed, int g
     return;
   }
 #if KTX_TILE_TOKENS >= 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group_stride, out += 2 * out_stride) gemm_any_float<L, 2>(packed, group_stride, x, out, work, prefetcher);
+  for (; g + 2 <= groups; g += 2, packed += 2 * group_stride, out += 2 * out_stride)
+    gemm_any_float<L, 2>(packed, group_stride, x, out, work, prefetcher);
 #endif
-  for (; g < groups; ++g, packed += group_stride, out += out_stride) gemm_any_float<L, 1>(packed, group_stride, x, out, work, prefetcher);
+  for (; g < groups; ++g, packed += group_stride, out += out_stride)
+    gemm_any_float<L, 1>(packed, group_stride, x, out, work, prefetcher);
 }
 
 // ---- packed weights as f32 ------------------------------------------------------------------------------------------
@@ -114,7 +120,8 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
       for (int j = 0; j < 32; ++j, out += 16) {
         const F scale = scales[j / D::SUB], minimum = D::MINIMUM ? minimums[j / D::SUB] : zero();
         V code = take_byte(w[j / 4], j % 4);
-        code = D::SIGNED ? sign_extend8(D::WITH_OFFSET ? with_offset(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
+        code = D::SIGNED ? sign_extend8(D::WITH_OFFSET ? with_offset(code) : code)
+                         : add(code, set(uint32_t(-D::OFFSET)));
         const F value = mulf(scale, to_float(code));
         storef(out, D::MINIMUM ? fma(minimum, setf(-1), value) : value);
       }
@@ -134,7 +141,7 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
   }
 }
 
-// ---- the table of weight types ----------------------------------------------------------------------------------------
+// ---- the table of weight types ------------------------------------------------------------------------------
 
 // X(type) for each weight type compiled here: all of them, unless an instruction set extends another. It then defines
 // these lists with the types that gain, and KTX_BASE_KERNELS serve the others.
@@ -172,4 +179,6 @@ static void multiply(const Layout& l, const uint8_t* packed, int groups, const A
                      const uint8_t* next) {
   kernels_of(l.code).multiply(l, packed, groups, x, out, work, next);
 }
-static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) { kernels_of(l.code).unpack(l, group, k, out); }
+static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) {
+  kernels_of(l.code).unpack(l, group, k, out);
+}

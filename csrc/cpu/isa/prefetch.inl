@@ -22,7 +22,8 @@ struct PrefetchRange {
 struct Prefetcher {
   const uint8_t* end;
   int64_t jump_bytes;  // from `end` to `next`
-  AI Prefetcher(const uint8_t* end, const uint8_t* next) : end(end), jump_bytes(next ? next - end : -PAGE_DISTANCE_BYTES) {}
+  AI Prefetcher(const uint8_t* end, const uint8_t* next)
+      : end(end), jump_bytes(next ? next - end : -PAGE_DISTANCE_BYTES) {}
   // Where p really is: addresses past `end` belong to the next weights.
   AI const uint8_t* redirect(const uint8_t* p) const { return p + (p >= end ? jump_bytes : 0); }
   // Prefetches what follows p by LINE_DISTANCE_BYTES, non-temporal. Returns the bytes prefetched: `bytes` rounded up to
@@ -34,6 +35,8 @@ struct Prefetcher {
     return at;
   }
   // The memory SPAN_DISTANCE_BYTES after the span at p, to prefetch in `steps` calls.
-  AI PrefetchRange range_of_span(const uint8_t* p, int64_t bytes, int steps) const { return PrefetchRange(redirect(p + SPAN_DISTANCE_BYTES), bytes, steps); }
+  AI PrefetchRange range_of_span(const uint8_t* p, int64_t bytes, int steps) const {
+    return PrefetchRange(redirect(p + SPAN_DISTANCE_BYTES), bytes, steps);
+  }
   AI void prefetch_page(const uint8_t* p) const { __builtin_prefetch(redirect(p + PAGE_DISTANCE_BYTES), 0, 2); }
 };

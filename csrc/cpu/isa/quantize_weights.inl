@@ -1,7 +1,9 @@
 // Quantization of weights to the types that ktx makes itself while it loads (INT8_128, INT4_*, Q8_0, Q4_0).
 
 // Returns 16 weights as codes: x / scale, rounded and clamped to low..high.
-AI F round_to_codes(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
+AI F round_to_codes(const float* x, F inverse, float low, float high) {
+  return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high));
+}
 // Returns the squared error of n weights (a multiple of 16) quantized with this scale. Each is weighted by the square
 // of the weight plus their mean, because errors of large weights matter more for the product.
 AI float weighted_error(const float* x, int n, float scale, float low, float high, float mean) {

@@ -50,12 +50,14 @@ template <int LOW, int HIGH> AI V shr16_each(V x) {
   return {_mm256_blend_epi16(_mm256_srli_epi16(x.a, LOW), _mm256_srli_epi16(x.a, HIGH), 0xaa),
           _mm256_blend_epi16(_mm256_srli_epi16(x.b, LOW), _mm256_srli_epi16(x.b, HIGH), 0xaa)};
 }
-AI __m256i lookup256(const uint16_t* table, __m256i index) {  // table[index] of 16-bit indices; a gather reads two bytes too many
+// table[index] of 16-bit indices; a gather reads two bytes too many.
+AI __m256i lookup256(const uint16_t* table, __m256i index) {
   const int* t = reinterpret_cast<const int*>(table);
   const __m256i low = _mm256_i32gather_epi32(t, _mm256_and_si256(index, _mm256_set1_epi32(0xffff)), 2);
   return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16), 0xaa);
 }
-template <int N> AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
+template <int N>
+AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
 AI __m256i bytes_where256(uint32_t mask) {  // byte i is 0xff if bit i of the mask is set
   const __m256i mask_bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
                                                                                        2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));

@@ -100,7 +100,8 @@ AI V four_bit_fields(V first, V second, int entry) {
 AI V negate_where(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights with 128 added
   return _mm512_mask_sub_epi8(w, mask, _mm512_setzero_si512(), w);
 }
-template <int LOW> AI V look_up_repeated(const int8_t* table, V x) {  // table[x & LOW] of each byte; the table repeats after LOW + 1
+// table[x & LOW] of each byte; the table repeats after LOW + 1.
+template <int LOW> AI V look_up_repeated(const int8_t* table, V x) {
 #ifdef KTX_VBMI
   return _mm512_permutexvar_epi8(x, _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
 #else
@@ -119,8 +120,11 @@ AI uint32_t bits_of(__mmask16 mask) {
   __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
   return bits;
 }
-AI V load_s8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }  // 16 int8, one a lane
-AI V load_u16(const uint8_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+// 16 int8, one a lane
+AI V load_s8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+AI V load_u16(const uint8_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 AI V sign_extend8(V a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }
 
 AI F zero() { return _mm512_setzero_ps(); }
@@ -189,7 +193,8 @@ typedef __m512bh Pairs;
 AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
 AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
 AI void store_pairs(void* p, Pairs v) { store(p, (V)v); }
-AI V pair_neighbors_as_bf16(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
+// 32 columns, two a lane
+AI V pair_neighbors_as_bf16(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }
 // Interleaves the 16-bit words of the lower and the upper 256 bits: columns one after the other become pairs.
 AI V zip_halves(V halves) {
   return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
@@ -198,7 +203,8 @@ AI V zip_halves(V halves) {
 AI V pair_as_bf16(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
   return zip_halves(pair_neighbors_as_bf16(even, odd));
 }
-AI Pairs load_column_pairs(const void* p) { return (Pairs)zip_halves(load(p)); }  // two columns of 16 bf16, one after the other
+// Two columns of 16 bf16, one after the other
+AI Pairs load_column_pairs(const void* p) { return (Pairs)zip_halves(load(p)); }
 
 // The bytes of the bf16 that are 2^-8 of e4m3 codes 0 to 127.
 struct E4m3Bytes {
@@ -219,7 +225,8 @@ struct E4m3Bytes {
 };
 constexpr E4m3Bytes E4M3_BYTES;
 
-AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {  // four columns of 16 codes: two look-ups a byte of bf16
+// Four columns of 16 codes: two look-ups a byte of bf16.
+AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {
   const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57, 41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8,
                                   55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50, 34, 49, 33, 48, 32, 19, 3, 18, 2, 17, 1, 16, 0);
   const V codes = _mm512_permutexvar_epi8(order, load(p));

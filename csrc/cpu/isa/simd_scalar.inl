@@ -46,7 +46,8 @@ AI V look_up16(const int8_t* table, V x) {
   }
   return r;
 }
-AI V low_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] & 0xffff) * 0x10001u; return r; }  // both 16-bit halves of a lane become its lower one
+// Both 16-bit halves of a lane become its lower one.
+AI V low_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] & 0xffff) * 0x10001u; return r; }
 AI V high_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] >> 16) * 0x10001u; return r; }
 // Shifts the lower and the upper half of each lane by different counts.
 template <int LOW, int HIGH> AI V shr16_each(V x) {

@@ -63,7 +63,8 @@ inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
   for (; n > 0; n -= Q8_BLOCK, x += Q8_BLOCK, out += Q8_BYTES) {
     float amax = 0;
     bool finite = true;
-    for (int i = 0; i < Q8_BLOCK; ++i) finite &= std::isfinite(x[i]), amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
+    for (int i = 0; i < Q8_BLOCK; ++i)
+      finite &= std::isfinite(x[i]), amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
     const uint16_t scale = finite ? to_f16(amax / 127) : 0x7e00;
     const float stored = from_f16(scale), inverse = finite && stored > 0 && std::isfinite(stored) ? 1 / stored : 0;
     std::memcpy(out, &scale, 2);

@@ -55,9 +55,13 @@ uint32_t load32(const uint8_t* p) {
 uint32_t transpose_fifth_bits(uint32_t bits) {
   // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect
   // shuffles.
-  auto swap = [](uint32_t x, uint32_t mask, int by) { const uint32_t t = (x ^ (x >> by)) & mask; return x ^ t ^ (t << by); };
+  auto swap = [](uint32_t x, uint32_t mask, int by) {
+    const uint32_t t = (x ^ (x >> by)) & mask;
+    return x ^ t ^ (t << by);
+  };
   for (int round = 0; round < 3; ++round) {  // a perfect shuffle rotates the five index bits by one
-    bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4), bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
+    bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4),
+        bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
   }
   return bits;
 }
@@ -136,7 +140,8 @@ void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
   static const uint32_t ZEROS[16] = {};
   for (int i = 0; i < 13; ++i) {
     const uint32_t* quad[5];
-    for (int d = 0; d < 5; ++d) quad[d] = i < 12 ? quads[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? quads[16 * d + 15] : ZEROS;
+    for (int d = 0; d < 5; ++d)
+      quad[d] = i < 12 ? quads[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? quads[16 * d + 15] : ZEROS;
     uint8_t vector[64];
     for (int r = 0; r < 16; ++r) {
       uint32_t x = quad[0][r];
@@ -165,9 +170,11 @@ template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
       const uint32_t low = words[unit][r], high = words[8 + unit / 2][r] >> (16 * (unit % 2));
       if (IS_IQ1_S) extra_bits[r] |= (high >> 12 & 15) << (4 * unit);
       for (int i = 0; i < 4; ++i) {
-        const uint32_t high_bits = high >> ((IS_IQ1_S ? 3 : 4) * i), entry = (low >> (8 * i) & 255) | (high_bits & 7) << 8;
+        const uint32_t high_bits = high >> ((IS_IQ1_S ? 3 : 4) * i),
+                       entry = (low >> (8 * i) & 255) | (high_bits & 7) << 8;
         if (!IS_IQ1_S) extra_bits[r] |= (high_bits >> 3 & 1) << (4 * unit + i);
-        quads[8 * unit + 2 * i][r] = entry_digits.quads[entry][0], quads[8 * unit + 2 * i + 1][r] = entry_digits.quads[entry][1];
+        quads[8 * unit + 2 * i][r] = entry_digits.quads[entry][0],
+        quads[8 * unit + 2 * i + 1][r] = entry_digits.quads[entry][1];
       }
     }
   if (!IS_IQ1_S) std::memcpy(words[14], vectors + 12 * 64, 2 * 64);
@@ -211,7 +218,8 @@ void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64
   const size_t plane = narrow_plane_bytes(l, k), block_offset = size_t(index) * l.bytes;
   for (int i = 0; i < l.num_narrow_fields; ++i) {
     uint8_t* field = group + i * plane + index * 16 * l.narrow_bytes;
-    for (int r = 0; r < num_rows; ++r) std::memcpy(field + r * l.narrow_bytes, rows[r] + block_offset + l.narrow_offset[i], l.narrow_bytes);
+    for (int r = 0; r < num_rows; ++r)
+      std::memcpy(field + r * l.narrow_bytes, rows[r] + block_offset + l.narrow_offset[i], l.narrow_bytes);
   }
   uint8_t* words = group + words_offset(l, k) + index * l.word_count() * 64;
   for (const WordRange& s : l.words)
@@ -249,7 +257,8 @@ const Layout* find_layout(int code) {
   return nullptr;
 }
 
-void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed, int64_t row0,
+void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
+               int64_t row0,
                const float* scale, int64_t scale_columns) {
   const size_t group_stride = group_bytes(l, k);
   for (int64_t row = 0; row < rows; row += 16) {

@@ -40,7 +40,9 @@ const Layout* find_layout(int code);  // nullptr when the type is unknown
 constexpr size_t round_to_cache_line(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 // Sizes and offsets in bytes for a group of 16 rows of k columns: narrow planes, then the word plane. Float types:
 // [k][16]; F8_E4M3 is followed by f32 scales, one for each row and 128 columns.
-inline size_t narrow_plane_bytes(const Layout& l, int64_t k) { return round_to_cache_line(size_t(k / l.block) * l.narrow_bytes * 16); }
+inline size_t narrow_plane_bytes(const Layout& l, int64_t k) {
+  return round_to_cache_line(size_t(k / l.block) * l.narrow_bytes * 16);
+}
 inline size_t words_offset(const Layout& l, int64_t k) { return l.num_narrow_fields * narrow_plane_bytes(l, k); }
 inline size_t float_scales_offset(const Layout& l, int64_t k) { return round_to_cache_line(size_t(k) * l.bytes * 16); }
 inline size_t group_bytes(const Layout& l, int64_t k) {
@@ -54,6 +56,7 @@ inline size_t packed_bytes(const Layout& l, int64_t n, int64_t k) { return size_
 // Packs `rows` rows of k columns, which start at `source` and are `row_bytes` apart, into the groups from row `row0` (a
 // multiple of 16) on. Rows that are missing in the last group become zero. F8_E4M3 only: `scale` f32 [rows of the
 // matrix / 128][scale_columns] is copied to each group; else null.
-void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed, int64_t row0,
+void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
+               int64_t row0,
                const float* scale, int64_t scale_columns);
 }  // namespace ktx
