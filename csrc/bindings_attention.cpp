@@ -20,7 +20,8 @@ using namespace ktx;
 
 // Completes a call (sequences, masks, output) and runs it; returns [batch, queries, heads, dv] of the dtype of `like`.
 // `pool`: the tensor with the pages, or the keys.
-Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages, const Tensor& pool) {
+Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask,
+    const Optional& sequences, const Optional& pages, const Tensor& pool) {
   std::optional<Ragged> ragged;
   if (sequences) {
     STD_TORCH_CHECK(c.batches == 1, "sequences on pages come as one batch, found ", c.batches);
@@ -36,23 +37,31 @@ Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& range
 // Attention of q [batch, heads, queries, dk] over k and v [batch, KV heads, keys, columns], which may be a KV cache.
 // With `sequences` and `pages`: a ragged call over pages. q_rope and k_rope: more columns of queries and keys, which
 // are stored apart.
-Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& ranges, const Optional& mask, double scale,
-                  const Optional& sinks, double softcap, const Optional& q_rope, const Optional& k_rope, const Optional& sequences, const Optional& pages) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
+Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& ranges, const Optional& mask,
+    double scale, const Optional& sinks, double softcap, const Optional& q_rope, const Optional& k_rope,
+    const Optional& sequences, const Optional& pages) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+      "q, k and v must be [batch, heads, positions, columns]");
   AttentionCall c{};
   c.q = strided(q, "q"), c.k = strided(k, "k", /*is_cache=*/true), c.v = strided(v, "v", /*is_cache=*/true);
-  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = num_columns(v, "v");
-  STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) && v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys && num_columns(k, "k") == c.dk,
-                  "k and v do not fit q and each other");
-  STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads, " key/value heads");
+  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2),
+      c.dk = q.size(3), c.dv = num_columns(v, "v");
+  STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) &&
+      v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys &&
+      num_columns(k, "k") == c.dk, "k and v do not fit q and each other");
+  STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads,
+      " key/value heads");
   if (sinks) c.sinks = float_data(*sinks, c.heads, "sinks");
   STD_TORCH_CHECK(bool(q_rope) == bool(k_rope), "q_rope and k_rope come together");
   if (q_rope) {
-    STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4, "q_rope and k_rope must be [batch, heads, positions, columns]");
-    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", /*is_cache=*/true), c.dr = q_rope->size(3);
-    STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries, "q_rope does not fit q");
-    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr,
-                    "k_rope does not fit k and q_rope");
+    STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4,
+        "q_rope and k_rope must be [batch, heads, positions, columns]");
+    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", /*is_cache=*/true),
+        c.dr = q_rope->size(3);
+    STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries,
+        "q_rope does not fit q");
+    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) &&
+        k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr, "k_rope does not fit k and q_rope");
     if (k_rope->size(1) == 1) c.k_rope.head = 0;
   }
   c.scale = float(scale), c.softcap = float(softcap);
@@ -60,16 +69,21 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
 }
 
 // Absorbed MLA: keys are [ckv, kpe], values are ckv, and all heads share them, so it is attention with one KV head.
-Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& ckv, const Tensor& kpe, const Optional& ranges,
-                      const Optional& mask, double scale, const Optional& sequences, const Optional& pages) {
-  STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3, "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
+Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& ckv, const Tensor& kpe,
+    const Optional& ranges, const Optional& mask, double scale, const Optional& sequences, const Optional& pages) {
+  STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3,
+      "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
   AttentionCall c{};
-  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", /*is_cache=*/true), c.k_rope = strided(kpe, "kpe", /*is_cache=*/true), c.v = c.k;
-  c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2), c.keys = ckv.size(1);
+  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", /*is_cache=*/true),
+      c.k_rope = strided(kpe, "kpe", /*is_cache=*/true), c.v = c.k;
+  c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2),
+      c.keys = ckv.size(1);
   c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
-  STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries, "q_rope does not fit q_nope");
-  STD_TORCH_CHECK(kpe.size(0) == ckv.size(0) && (sequences || ckv.size(0) == c.batches) && kpe.size(1) == c.keys && num_columns(ckv, "ckv") == c.dk && num_columns(kpe, "kpe") == c.dr,
-                  "ckv and kpe do not fit the queries and each other");
+  STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries,
+      "q_rope does not fit q_nope");
+  STD_TORCH_CHECK(kpe.size(0) == ckv.size(0) && (sequences || ckv.size(0) == c.batches) && kpe.size(1) == c.keys &&
+      num_columns(ckv, "ckv") == c.dk && num_columns(kpe, "kpe") == c.dr,
+      "ckv and kpe do not fit the queries and each other");
   c.scale = float(scale);
   return run_attention(c, q_nope, ranges, mask, sequences, pages, ckv);
 }
@@ -79,56 +93,68 @@ Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_on
   const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
   STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");
   Tensor y = torch::stable::empty_like(x);
-  rms_norm(x.const_data_ptr(), dtype_of(x), rows, width, width, float_data(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
+  rms_norm(x.const_data_ptr(), dtype_of(x), rows, width, width, float_data(weight, width, "weight"), float(eps),
+      plus_one, y.mutable_data_ptr());
   return y;
 }
 
 // Rotates x [batch, heads, positions, columns]; cos and sin: f32 [batch or 1, positions, rope_dim].
 Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3, "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
+  STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3,
+      "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
   const int64_t rope_dim = cos.size(2), num_tables = cos.size(0);
-  STD_TORCH_CHECK(rope_dim % 2 == 0 && rope_dim <= x.size(3) && cos.size(1) == x.size(2) && (num_tables == 1 || num_tables == x.size(0)), "cos does not fit x");
+  STD_TORCH_CHECK(rope_dim % 2 == 0 && rope_dim <= x.size(3) && cos.size(1) == x.size(2) &&
+      (num_tables == 1 || num_tables == x.size(0)), "cos does not fit x");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const int64_t table_size = num_tables * x.size(2) * rope_dim;
-  rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), rope_dim, x.stride(0), x.stride(1),
-        x.stride(2), float_data(cos, table_size, "cos"), float_data(sin, table_size, "sin"), num_tables == 1 ? 0 : x.size(2) * rope_dim, interleaved});
+  rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), rope_dim,
+      x.stride(0), x.stride(1), x.stride(2), float_data(cos, table_size, "cos"), float_data(sin, table_size, "sin"),
+      num_tables == 1 ? 0 : x.size(2) * rope_dim, interleaved});
   return y;
 }
 
 // Returns the ids (int64) and weights (f32) of each token's top_k experts, by descending score; see
 // cpu/driver/elementwise.h.
-std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHandle scoring_word, const Optional& bias, int64_t n_group,
-                                  int64_t topk_group, StringHandle group_word, bool renorm, double scale) {
+std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHandle scoring_word, const Optional& bias,
+    int64_t n_group, int64_t topk_group, StringHandle group_word, bool renorm, double scale) {
   const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word);
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, experts]");
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const float* values = float_data(logits, tokens * experts, "logits");
-  RouteCall r = make_route_call(scoring, group_mode, bias ? float_data(*bias, experts, "bias") : nullptr, experts, top_k, n_group, topk_group, renorm, scale);
+  RouteCall r = make_route_call(scoring, group_mode, bias ? float_data(*bias, experts, "bias") : nullptr, experts,
+      top_k, n_group, topk_group, renorm, scale);
   Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, std::make_optional(ScalarType::Long));
   Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
-  r.logits = values, r.tokens = tokens, r.ids = static_cast<int64_t*>(ids.mutable_data_ptr()), r.weights = static_cast<float*>(weights.mutable_data_ptr());
+  r.logits = values, r.tokens = tokens, r.ids = static_cast<int64_t*>(ids.mutable_data_ptr()),
+      r.weights = static_cast<float*>(weights.mutable_data_ptr());
   route(r);
   return {ids, weights};
 }
 
 // Quantizes x [batch][head][position][column] to the Q8_0 blocks of `to`, which may be a slice of a longer cache.
 void store_q8_0_(const Tensor& x, Tensor& to) {
-  STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
+  STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte,
+      "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
-  STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && num_columns(to, "to") == columns, "to does not fit x");
-  convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", /*is_cache=*/true), x.size(0), heads, positions, columns);
+  STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions &&
+      num_columns(to, "to") == columns, "to does not fit x");
+  convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", /*is_cache=*/true), x.size(0), heads, positions,
+      columns);
 }
 
 // Stores x [1][head][token][column] in the slots of a pool [page][head][position][column].
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
-  STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) && num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
+  STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) &&
+      num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
   const int64_t tokens = x.size(2), page = pool.size(2);
   const int64_t* slot_ids = checked_slots(slots, tokens, pool);
   const Strided from = strided(x, "x"), to = strided(pool, "pool", /*is_cache=*/true);
   for (int64_t first = 0, end; first < tokens; first = end) {  // one call per run of consecutive slots on a page
     for (end = first + 1; end < tokens && slot_ids[end] == slot_ids[end - 1] + 1 && slot_ids[end] % page; ++end) {}
-    const Strided slot_run{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
-    uint8_t* target = static_cast<uint8_t*>(pool.mutable_data_ptr()) + (slot_ids[first] / page * to.batch + slot_ids[first] % page * to.position) * int64_t(size_of(to.type));
+    const Strided slot_run{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)),
+        from.type, 0, from.head, from.position};
+    uint8_t* target = static_cast<uint8_t*>(pool.mutable_data_ptr()) +
+        (slot_ids[first] / page * to.batch + slot_ids[first] % page * to.position) * int64_t(size_of(to.type));
     convert_kv(slot_run, target, to, 1, x.size(1), end - first, x.size(3));
   }
 }
@@ -136,8 +162,10 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
 // Returns the values of Q8_0 blocks, dequantized to dense f16.
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")}, std::make_optional(ScalarType::Half));
-  convert_kv(strided(x, "x", /*is_cache=*/true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")},
+      std::make_optional(ScalarType::Half));
+  convert_kv(strided(x, "x", /*is_cache=*/true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2),
+      y.size(3));
   return y;
 }
 
@@ -145,10 +173,13 @@ Tensor load_q8_0_(const Tensor& x) {
 Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
-  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
-  const int act = parse_enum<int>(act_name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
+  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() &&
+      gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
+  const int act = parse_enum<int>(act_name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU},
+      {"relu2", RELU2}}, "activation");
   Tensor out = torch::stable::empty_like(gate);
-  apply_gated_activation(act, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
+  apply_gated_activation(act, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width,
+      out.mutable_data_ptr());
   return out;
 }
 }  // namespace

@@ -64,15 +64,19 @@ void set_bias(Projection& p, const Optional& bias, const char* what) {
 
 // Checks cos and sin of a call, f32 [batch or 1, length, rope_dim].
 RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t length, bool interleaved) {
-  STD_TORCH_CHECK(cos.dim() == 3 && cos.size(1) == length && cos.size(2) % 2 == 0 && (cos.size(0) == 1 || cos.size(0) == batches), "cos does not fit x");
+  STD_TORCH_CHECK(cos.dim() == 3 && cos.size(1) == length && cos.size(2) % 2 == 0 &&
+      (cos.size(0) == 1 || cos.size(0) == batches), "cos does not fit x");
   const int64_t count = cos.size(0) * length * cos.size(2);
-  return {float_data(cos, count, "cos"), float_data(sin, count, "sin"), cos.size(2), cos.size(0) == 1 ? 0 : length * cos.size(2), interleaved};
+  return {float_data(cos, count, "cos"), float_data(sin, count, "sin"), cos.size(2),
+      cos.size(0) == 1 ? 0 : length * cos.size(2), interleaved};
 }
 
 // Checks a cache tensor [batch or page, heads, at least `positions`, columns] of keys or values.
-KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns, const char* what) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions && num_columns(t, what) == columns,
-                  what, " must be [", batches, ", ", heads, ", at least ", positions, ", ", columns, "]");
+KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns,
+    const char* what) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions &&
+      num_columns(t, what) == columns, what, " must be [", batches, ", ", heads, ", at least ", positions, ", ",
+      columns, "]");
   return {strided(t, what, /*is_cache=*/true)};
 }
 
@@ -82,7 +86,8 @@ struct CachePlan {
   KVSlots slots;
   int64_t batches, positions;  // minimum sizes of the cache tensors
   std::optional<Ragged> ragged;
-  CachePlan(const Tensor& x, int64_t past, const Tensor& cache, const Optional& sequences, const Optional& pages, const Optional& slots) : slots{past, x.size(1), nullptr, 0} {
+  CachePlan(const Tensor& x, int64_t past, const Tensor& cache, const Optional& sequences, const Optional& pages,
+      const Optional& slots) : slots{past, x.size(1), nullptr, 0} {
     batches = x.size(0), positions = past + x.size(1);
     if (!sequences) return;
     STD_TORCH_CHECK(x.size(0) == 1, "sequences on pages come as one batch, found ", x.size(0));
@@ -109,7 +114,8 @@ struct Call {
 // process.
 class Step {
  public:
-  Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden), pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} { retain({&pre_norm}); }
+  Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden),
+      pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} { retain({&pre_norm}); }
   virtual ~Step() = default;
   // Returns whether a tensor has other memory than when the step was built, so that the step's pointers are stale.
   bool moved() const {
@@ -142,7 +148,8 @@ class Step {
 // block points into it.
 template <class B>
 CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleaved) {
-  STD_TORCH_CHECK(cache.dim() == 4 && call.cos && call.sin, "a cache [batch, heads, positions, columns], cos and sin are needed");
+  STD_TORCH_CHECK(cache.dim() == 4 && call.cos && call.sin,
+      "a cache [batch, heads, positions, columns], cos and sin are needed");
   b.batches = call.batches, b.length = call.length;
   CachePlan plan(call.x, call.past, cache, call.sequences, call.pages, call.slots);
   b.slots = plan.slots;
@@ -156,19 +163,24 @@ CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleave
 // scale.
 class MlaStep : public Step {
  public:
-  MlaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, const Doubles& scalars,
-          const Optional& pre_norm, double eps, bool plus_one)
+  MlaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_norm,
+      const Optional& kv_norm, bool interleaved, const Doubles& scalars, const Optional& pre_norm, double eps,
+      bool plus_one)
       : Step(sizes[0], pre_norm, eps, plus_one), rope_dim_(sizes[5]), interleaved_(interleaved) {
     MlaBlock& b = block_;
-    b.hidden = sizes[0], b.heads = sizes[1], b.qk_nope_head_dim = sizes[2], b.v_head_dim = sizes[3], b.kv_lora_rank = sizes[4];
+    b.hidden = sizes[0], b.heads = sizes[1], b.qk_nope_head_dim = sizes[2], b.v_head_dim = sizes[3],
+        b.kv_lora_rank = sizes[4];
     MatrixReader matrices(packed, descriptors);
     b.q_a = matrices.projection(b.hidden, "q_a_proj");
     b.q = matrices.projection(b.q_a.rows() ? b.q_a.rows() : b.hidden, "q_proj");
     b.kv_a = matrices.projection(b.hidden, "kv_a_proj");
     b.o = matrices.projection(b.heads * b.v_head_dim, "o_proj");
-    STD_TORCH_CHECK(b.q.rows() == b.heads * (b.qk_nope_head_dim + rope_dim_) && b.kv_a.rows() == b.kv_lora_rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
-                    "the projections do not fit ", b.heads, " heads of ", b.qk_nope_head_dim, " + ", rope_dim_, " columns on a latent of ", b.kv_lora_rank);
-    const ExpertMatrix uk = matrices.experts(b.heads, b.kv_lora_rank, b.qk_nope_head_dim, "W_UK"), uv = matrices.experts(b.heads, b.v_head_dim, b.kv_lora_rank, "W_UV");
+    STD_TORCH_CHECK(b.q.rows() == b.heads * (b.qk_nope_head_dim + rope_dim_) &&
+        b.kv_a.rows() == b.kv_lora_rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
+        "the projections do not fit ", b.heads, " heads of ", b.qk_nope_head_dim, " + ", rope_dim_,
+        " columns on a latent of ", b.kv_lora_rank);
+    const ExpertMatrix uk = matrices.experts(b.heads, b.kv_lora_rank, b.qk_nope_head_dim, "W_UK"),
+        uv = matrices.experts(b.heads, b.v_head_dim, b.kv_lora_rank, "W_UV");
     b.uk_layout = uk.layout, b.uk = uk.packed, b.uv_layout = uv.layout, b.uv = uv.packed;
     b.q_norm = {optional_float_data(q_norm, b.q_a.rows(), "q_norm"), float(scalars[0]), false};
     b.kv_norm = {optional_float_data(kv_norm, b.kv_lora_rank, "kv_norm"), float(scalars[1]), false};
@@ -179,8 +191,10 @@ class MlaStep : public Step {
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
     MlaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], interleaved_);
-    STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_, " are turned");
-    b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.kv_lora_rank, "latents"), b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
+    STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_,
+        " are turned");
+    b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.kv_lora_rank, "latents"),
+        b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, mla_block);
   }
@@ -195,23 +209,29 @@ class MlaStep : public Step {
 // the norms are over all heads' columns at once.
 class GqaStep : public Step {
  public:
-  GqaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias,
-          const Optional& q_norm, const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& scalars, const Optional& pre_norm, double eps,
-          bool plus_one)
+  GqaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_bias,
+      const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
+      const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& scalars,
+      const Optional& pre_norm, double eps, bool plus_one)
       : Step(sizes[0], pre_norm, eps, plus_one) {
     GqaBlock& b = block_;
     b.hidden = sizes[0], b.kv_heads = sizes[1], b.head_dim = sizes[2];
     STD_TORCH_CHECK(b.kv_heads > 0 && b.head_dim > 0, "kv_heads and columns must be positive");
     MatrixReader matrices(packed, descriptors);
-    b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"), b.v = matrices.projection(b.hidden, "v_proj");
+    b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"),
+        b.v = matrices.projection(b.hidden, "v_proj");
     b.o = matrices.projection(b.q.rows(), "o_proj");
     b.heads = b.q.rows() / b.head_dim;
-    STD_TORCH_CHECK(b.q.rows() % b.head_dim == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 && b.k.rows() == b.kv_heads * b.head_dim && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
-                    "the projections do not fit ", b.kv_heads, " key/value heads of ", b.head_dim, " columns");
-    set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"), set_bias(b.o, o_bias, "o_bias");
+    STD_TORCH_CHECK(b.q.rows() % b.head_dim == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 &&
+        b.k.rows() == b.kv_heads * b.head_dim && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
+        "the projections do not fit ", b.kv_heads, " key/value heads of ", b.head_dim, " columns");
+    set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"),
+        set_bias(b.o, o_bias, "o_bias");
     b.norm_all = norm_all;
-    b.q_norm = {optional_float_data(q_norm, norm_all ? b.q.rows() : b.head_dim, "q_norm"), float(scalars[0]), norm_plus_one};
-    b.k_norm = {optional_float_data(k_norm, norm_all ? b.k.rows() : b.head_dim, "k_norm"), float(scalars[1]), norm_plus_one};
+    b.q_norm = {optional_float_data(q_norm, norm_all ? b.q.rows() : b.head_dim, "q_norm"), float(scalars[0]),
+        norm_plus_one};
+    b.k_norm = {optional_float_data(k_norm, norm_all ? b.k.rows() : b.head_dim, "k_norm"), float(scalars[1]),
+        norm_plus_one};
     b.masks.heads = b.heads, b.masks.scale = float(scalars[2]), b.masks.softcap = float(scalars[3]);
     b.masks.sinks = optional_float_data(sinks, b.heads, "sinks");
     retain(packed), retain({&q_bias, &k_bias, &v_bias, &o_bias, &q_norm, &k_norm, &sinks});
@@ -221,7 +241,8 @@ class GqaStep : public Step {
     GqaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], /*interleaved=*/false);
     STD_TORCH_CHECK(b.rotation.rope_dim <= b.head_dim, "cos is wider than a head");
-    b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"), b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.head_dim, "values");
+    b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"),
+        b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.head_dim, "values");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, gqa_block);
   }
@@ -234,26 +255,32 @@ class GqaStep : public Step {
 // none. counts: see optional_stats.
 class MoeStep : public Step {
  public:
-  MoeStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& router_bias, const Optional& correction, const RouteCall& route, Activation act, double alpha,
-          double limit, const Optional& counts, const Optional& pre_norm, double eps, bool plus_one)
+  MoeStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& router_bias,
+      const Optional& correction, const RouteCall& route, Activation act, double alpha, double limit,
+      const Optional& counts, const Optional& pre_norm, double eps, bool plus_one)
       : Step(sizes[0], pre_norm, eps, plus_one) {
     const int64_t experts = sizes[1], ff = sizes[2], shared_ff = sizes[3];
     MatrixReader matrices(packed, descriptors);
     MoeBlock& b = block_;
-    for (ExpertsCall* expert_call : {&b.experts, &b.shared}) expert_call->hidden = hidden, expert_call->act = act, expert_call->alpha = float(alpha), expert_call->limit = float(limit);
+    for (ExpertsCall* expert_call : {&b.experts, &b.shared})
+      expert_call->hidden = hidden, expert_call->act = act, expert_call->alpha = float(alpha),
+          expert_call->limit = float(limit);
     if (experts) {
       b.router = matrices.projection(hidden, "router");
-      STD_TORCH_CHECK(b.router.rows() == experts, "the router has ", b.router.rows(), " rows for ", experts, " experts");
+      STD_TORCH_CHECK(b.router.rows() == experts, "the router has ", b.router.rows(), " rows for ", experts,
+          " experts");
       set_bias(b.router, router_bias, "router_bias");
       b.route = route, b.route.bias = optional_float_data(correction, experts, "correction");
       b.experts.top = route.top, b.experts.inner = ff, b.experts.experts = experts;
       b.experts.stats = optional_stats(counts, experts);
-      b.experts.gate = matrices.experts(experts, ff, hidden, "gate"), b.experts.up = matrices.experts(experts, ff, hidden, "up");
+      b.experts.gate = matrices.experts(experts, ff, hidden, "gate"),
+          b.experts.up = matrices.experts(experts, ff, hidden, "up");
       b.experts.down = matrices.experts(experts, hidden, ff, "down");
     }
     if (shared_ff) {
       b.shared.inner = shared_ff, b.shared.top = b.shared.experts = 1;
-      b.shared.gate = matrices.experts(1, shared_ff, hidden, "shared gate"), b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
+      b.shared.gate = matrices.experts(1, shared_ff, hidden, "shared gate"),
+          b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
       b.shared.down = matrices.experts(1, hidden, shared_ff, "shared down");
       b.shared_gate = matrices.projection(hidden, "shared_expert_gate");
       STD_TORCH_CHECK(b.shared_gate.rows() <= 1, "shared_expert_gate has more than one row");
@@ -316,48 +343,64 @@ StepRegistry& registry() {
   return *steps;
 }
 // A fork takes the lock (held for microseconds), so the child inherits a consistent registry and an open lock.
-[[maybe_unused]] const int at_fork = pthread_atfork([] { registry().lock(); }, [] { registry().unlock(); }, [] { registry().unlock(); });
+[[maybe_unused]] const int at_fork = pthread_atfork([] { registry().lock(); }, [] { registry().unlock(); },
+    [] { registry().unlock(); });
 
 // Checks that `sizes` has `count` values, the first `positive` of them positive and the others not negative.
 void check_sizes(const Ints& sizes, size_t count, size_t positive) {
   STD_TORCH_CHECK(sizes.size() == count, "a step of this kind has ", count, " sizes, found ", sizes.size());
-  for (size_t i = 0; i < count; ++i) STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
+  for (size_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
 }
 
-int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
+int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_norm, const Optional& kv_norm,
+    bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
   STD_TORCH_CHECK(scalars.size() == 3, "numbers are two epsilons and a scale");
-  return registry().add([=] { return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved, scalars, pre_norm, eps, plus_one); });
+  return registry().add([=] { return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved,
+      scalars, pre_norm, eps, plus_one); });
 }
 
-int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
-                 const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
+int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_bias, const Optional& k_bias,
+    const Optional& v_bias, const Optional& o_bias, const Optional& q_norm, const Optional& k_norm, bool norm_all,
+    bool norm_plus_one, const Optional& sinks, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 3, 3);
   STD_TORCH_CHECK(scalars.size() == 4, "numbers are two epsilons, a scale and a cap");
-  return registry().add([=] { return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one); });
+  return registry().add([=] { return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias,
+      o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one); });
 }
 
-int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& router_bias, const Optional& correction, int64_t top, StringHandle scoring_word, StringHandle group_word,
-                 int64_t n_group, int64_t topk_group, bool renorm, double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,
-                 double eps, bool plus_one) {
-  const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word), act = take_string(act_word);
+int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& router_bias, const Optional& correction,
+    int64_t top, StringHandle scoring_word, StringHandle group_word, int64_t n_group, int64_t topk_group, bool renorm,
+    double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,
+    double eps, bool plus_one) {
+  const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word),
+      act = take_string(act_word);
   check_sizes(sizes, 4, 1);
-  STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0, "experts have a width, or there is a layer that all tokens pass");
-  const RouteCall route = sizes[1] ? make_route_call(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group, renorm, scale) : RouteCall{};
-  return registry().add([=] { return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction, route, parse_activation(act), alpha, limit, counts, pre_norm, eps, plus_one); });
+  STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0,
+      "experts have a width, or there is a layer that all tokens pass");
+  const RouteCall route = sizes[1] ? make_route_call(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group,
+      renorm, scale) : RouteCall{};
+  return registry().add([=] { return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction,
+      route, parse_activation(act), alpha, limit, counts, pre_norm, eps, plus_one); });
 }
 
 void erase_step(int64_t id) { registry().erase(id); }
 
 // Runs steps in order on x, each on the result of the step before. Each of `outs` receives the result of one or two
 // consecutive steps (attention and MLP of a layer). `caches`: two tensors per attention step, in order.
-void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
-               const Optional& sequences, const Optional& pages, const Optional& slots) {
-  const auto is_activation = [](const Tensor& t) { return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };
+void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int64_t past, const Optional& cos,
+    const Optional& sin, const Optional& ranges, const Optional& mask, const Optional& sequences, const Optional& pages,
+    const Optional& slots) {
+  const auto is_activation = [](const Tensor& t) {
+    return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float;
+  };
   STD_TORCH_CHECK(is_activation(x), "x must be contiguous float32 [batch, length, hidden]");
-  STD_TORCH_CHECK(past >= 0 && !outs.empty() && (step_ids.size() == outs.size() || step_ids.size() == 2 * outs.size()), step_ids.size(), " steps after ", past, " positions for ", outs.size(), " results");
+  STD_TORCH_CHECK(past >= 0 && !outs.empty() && (step_ids.size() == outs.size() || step_ids.size() == 2 * outs.size()),
+      step_ids.size(), " steps after ", past, " positions for ", outs.size(), " results");
   for (const Tensor& out : outs)
-    STD_TORCH_CHECK(is_activation(out) && out.size(0) == x.size(0) && out.size(1) == x.size(1) && out.size(2) == x.size(2), "a result must have the shape and type of x");
+    STD_TORCH_CHECK(is_activation(out) && out.size(0) == x.size(0) && out.size(1) == x.size(1) &&
+        out.size(2) == x.size(2), "a result must have the shape and type of x");
   const auto steps = registry().find(step_ids);
   size_t needed_caches = 0;
   for (const auto& step : steps) {
@@ -373,7 +416,8 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
   const float* input = static_cast<const float*>(x.const_data_ptr());
   Tensor* step_caches = caches.data();
   for (size_t i = 0; i < steps.size(); ++i) {
-    float* output = (i + 1) % steps_per_out ? intermediate.data() : static_cast<float*>(outs[i / steps_per_out].mutable_data_ptr());
+    float* output = (i + 1) % steps_per_out ? intermediate.data()
+        : static_cast<float*>(outs[i / steps_per_out].mutable_data_ptr());
     steps[i]->run(call, step_caches, input, output);
     input = output, step_caches += steps[i]->num_caches();
   }

@@ -23,8 +23,8 @@
 using namespace ktx;
 
 namespace {
-const int CODES[] = {F32, F16, BF16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS,
-                     IQ3_S, IQ1_S, IQ1_M, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0, INT8_128, INT4_64, INT4_128};
+const int CODES[] = {F32, F16, BF16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS,
+    IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0, INT8_128, INT4_64, INT4_128};
 
 struct Random {
   std::mt19937 source{1};
@@ -42,7 +42,8 @@ struct Random {
     std::vector<float> scale(size_t((n + 127) / 128 * ((k + 127) / 128)), 1.0f);
     for (int64_t m = 0; m < matrices; ++m) {
       for (uint8_t& byte : rows) byte = uint8_t(source()) & 0x3f;
-      pack_rows(layout, rows.data(), row, n, k, data.data() + size_t(m) * size, 0, layout.code == F8_E4M3 ? scale.data() : nullptr, (k + 127) / 128);
+      pack_rows(layout, rows.data(), row, n, k, data.data() + size_t(m) * size, 0,
+          layout.code == F8_E4M3 ? scale.data() : nullptr, (k + 127) / 128);
     }
     return data;
   }
@@ -71,17 +72,20 @@ void run_linear(Random& random, const Layout& layout) {
 // `layout`: of gate and up. All calls add to the same counters, because callers of one layer do.
 void run_experts(Random& random, const Layout& layout, const Layout& down) {
   const int64_t hidden = 256, inner = 768, num_experts = 5, top = 3;
-  const std::vector<uint8_t> gate = random.packed(layout, num_experts, inner, hidden), up = random.packed(layout, num_experts, inner, hidden),
-                             down_weights = random.packed(down, num_experts, hidden, inner);
+  const std::vector<uint8_t> gate = random.packed(layout, num_experts, inner, hidden),
+      up = random.packed(layout, num_experts, inner, hidden),
+      down_weights = random.packed(down, num_experts, hidden, inner);
   for (int64_t tokens : {1, 4, 30, 200}) {
     const std::vector<float> x = random.floats(tokens * hidden), weights = random.floats(tokens * top);
     std::vector<int64_t> ids(size_t(tokens * top));
-    for (int64_t& id : ids) id = int64_t(random.source() % (num_experts + 2)) - 1;  // some are out of range, some come twice
+    // some are out of range, some come twice
+    for (int64_t& id : ids) id = int64_t(random.source() % (num_experts + 2)) - 1;
     std::vector<float> out(size_t(tokens * hidden));
     static int64_t counters[num_experts + 2 + MAX_NODES];  // of all callers
     const ExpertStats stats{counters, counters + num_experts, counters + num_experts + 1, counters + num_experts + 2};
     experts({x.data(), out.data(), DType::F32, ids.data(), weights.data(), tokens, top, hidden, inner, num_experts,
-             {&layout, gate.data(), nullptr}, {&layout, up.data(), nullptr}, {&down, down_weights.data(), nullptr}, SILU, 0, 0, stats});
+             {&layout, gate.data(), nullptr}, {&layout, up.data(), nullptr}, {&down, down_weights.data(), nullptr},
+             SILU, 0, 0, stats});
   }
 }
 
@@ -105,11 +109,14 @@ void run_attention(Random& random) {
         if (type == DType::Q8_0 && d % Q8_BLOCK) continue;
         const int64_t heads = 6, kv_heads = 2, keys = 300;
         const std::vector<float> q = random.floats(heads * queries * d);
-        const std::vector<uint8_t> k = random_cache(random, type, kv_heads * keys, d), v = random_cache(random, type, kv_heads * keys, d);
+        const std::vector<uint8_t> k = random_cache(random, type, kv_heads * keys, d),
+            v = random_cache(random, type, kv_heads * keys, d);
         std::vector<float> out(size_t(heads * queries * d));
         AttentionCall c{};
-        c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d}, c.k = strided_view(k, type, kv_heads, keys), c.v = strided_view(v, type, kv_heads, keys);
-        c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = keys, c.dk = c.dv = d, c.scale = 0.1f;
+        c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d}, c.k = strided_view(k, type, kv_heads, keys),
+            c.v = strided_view(v, type, kv_heads, keys);
+        c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = keys, c.dk = c.dv = d,
+            c.scale = 0.1f;
         c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
@@ -118,12 +125,15 @@ void run_attention(Random& random) {
       for (int64_t keys : {1, 13, 700}) {
         const int64_t rank = 96, rope_dim = 32;
         const std::vector<float> q = random.floats(heads * rank), q_rope = random.floats(heads * rope_dim);
-        const std::vector<uint8_t> latent = random_cache(random, type, keys, rank), rope = random_cache(random, type, keys, rope_dim);
+        const std::vector<uint8_t> latent = random_cache(random, type, keys, rank),
+            rope = random_cache(random, type, keys, rope_dim);
         std::vector<float> out(size_t(heads * rank));
         AttentionCall c{};
-        c.q = {q.data(), DType::F32, heads * rank, rank, rank}, c.q_rope = {q_rope.data(), DType::F32, heads * rope_dim, rope_dim, rope_dim};
+        c.q = {q.data(), DType::F32, heads * rank, rank, rank},
+            c.q_rope = {q_rope.data(), DType::F32, heads * rope_dim, rope_dim, rope_dim};
         c.k = c.v = strided_view(latent, type, 1, keys), c.k_rope = strided_view(rope, type, 1, keys);
-        c.batches = 1, c.heads = heads, c.kv_heads = 1, c.queries = 1, c.keys = keys, c.dk = c.dv = rank, c.dr = rope_dim, c.scale = 0.1f;
+        c.batches = 1, c.heads = heads, c.kv_heads = 1, c.queries = 1, c.keys = keys, c.dk = c.dv = rank,
+            c.dr = rope_dim, c.scale = 0.1f;
         c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
@@ -133,17 +143,21 @@ void run_attention(Random& random) {
 void run_ragged_attention(Random& random) {
   const int64_t heads = 6, kv_heads = 2, d = 64, page = 64, num_pages = 16, long_keys = 700;
   const std::vector<int32_t> first_pages{15, 3, 9, 1, 0, 14, 2, 8, 7, 5, 4}, second_pages{6}, third_pages{10, 11};
-  const std::vector<Sequence> sequences{{0, 1, long_keys, first_pages.data()}, {1, 64, 64, second_pages.data()}, {65, 3, 70, third_pages.data()}};
+  const std::vector<Sequence> sequences{{0, 1, long_keys, first_pages.data()}, {1, 64, 64, second_pages.data()},
+      {65, 3, 70, third_pages.data()}};
   const int64_t queries = 68;
   for (DType type : {DType::F32, DType::F16, DType::BF16, DType::Q8_0}) {
     const std::vector<float> q = random.floats(heads * queries * d);
-    const std::vector<uint8_t> k = random_cache(random, type, num_pages * kv_heads * page, d), v = random_cache(random, type, num_pages * kv_heads * page, d);
+    const std::vector<uint8_t> k = random_cache(random, type, num_pages * kv_heads * page, d),
+        v = random_cache(random, type, num_pages * kv_heads * page, d);
     const int64_t row = int64_t(k.size() / size_of(type)) / (num_pages * kv_heads * page);
     std::vector<float> out(size_t(heads * queries * d));
     AttentionCall c{};
     c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d};
-    c.k = {k.data(), type, kv_heads * page * row, page * row, row}, c.v = {v.data(), type, kv_heads * page * row, page * row, row};
-    c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = page, c.dk = c.dv = d, c.scale = 0.1f;
+    c.k = {k.data(), type, kv_heads * page * row, page * row, row},
+        c.v = {v.data(), type, kv_heads * page * row, page * row, row};
+    c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = page, c.dk = c.dv = d,
+        c.scale = 0.1f;
     c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page;
     c.out = out.data(), c.out_type = DType::F32;
     attention(c);
@@ -160,7 +174,8 @@ void check_barriers(int num_threads) {
     std::atomic<int> joined{0};
     parallel([&](int worker) {
       ++joined;
-      if (round % 7 == 0 && worker == round % num_threads) std::this_thread::sleep_for(std::chrono::microseconds(round % 300));
+      if (round % 7 == 0 && worker == round % num_threads)
+        std::this_thread::sleep_for(std::chrono::microseconds(round % 300));
       for (int phase = 0; phase < 3; ++phase) {
         if (phase) barrier();
         for (int64_t item; (item = queues[phase].take()) < ITEMS;) {

@@ -13,7 +13,8 @@ namespace ktx {
 constexpr int64_t BF16_PAGE_TOKENS = 64;  // PAGE_TOKENS of ktx/cache/page_pool.py
 // Thread-local: in calls with `tokens` rows, exactly the rows of `ranges` (first, count) take bf16.
 struct Bf16Rows {
-  int64_t tokens = -1;  // -1: not set. Full pages of the call's rows take bf16, which is right for one sequence that begins on a page border
+  // -1: not set. Full pages of the call's rows take bf16, which is right for one sequence that begins on a page border
+  int64_t tokens = -1;
   std::vector<int64_t> ranges;
 };
 Bf16Rows& bf16_rows();
@@ -31,7 +32,8 @@ template <class F> void for_bf16_ranges(int64_t tokens, bool all_bf16, F&& f) {
   };
   if (config.tokens < 0) emit_until(tokens / BF16_PAGE_TOKENS * BF16_PAGE_TOKENS, true);
   else if (config.tokens == tokens)
-    for (size_t i = 0; i + 1 < config.ranges.size(); i += 2) emit_until(config.ranges[i], false), emit_until(config.ranges[i] + config.ranges[i + 1], true);
+    for (size_t i = 0; i + 1 < config.ranges.size(); i += 2)
+      emit_until(config.ranges[i], false), emit_until(config.ranges[i] + config.ranges[i + 1], true);
   emit_until(tokens, false);
 }
 }  // namespace ktx

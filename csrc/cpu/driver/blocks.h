@@ -32,12 +32,14 @@ void with_norm_and_residual(B& b, const Norm& pre_norm, int64_t rows, int64_t wi
   run(b);
   for (int64_t i = 0; i < rows * width; ++i) b.out[i] += x[i];
 }
-struct RopeTables {  // cos and sin [batch][length][rope_dim]; `batch`: their stride per sequence, 0 if one table serves all
+// cos and sin [batch][length][rope_dim]; `batch`: their stride per sequence, 0 if one table serves all
+struct RopeTables {
   const float *cos, *sin;
   int64_t rope_dim, batch;
   bool interleaved;
 };
-struct KVStore {  // storage of keys or values: [batch or page][head][position][column]; `write` converts an f32 row to its dtype
+// storage of keys or values: [batch or page][head][position][column]; `write` converts an f32 row to its dtype
+struct KVStore {
   Strided storage;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };

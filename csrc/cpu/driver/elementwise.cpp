@@ -50,13 +50,15 @@ float mean_square(const float* x, int64_t n) {
 }  // namespace
 
 // Computed in f32; other dtypes are converted per row in `buffers`.
-void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y) {
+void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps,
+    bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(width);
     const float* v = as_floats(static_cast<const uint8_t*>(x) + r * stride * size, type, width, buffers.a.data());
     const float inverse = 1.0f / sqrtf(mean_square(v, width) + eps), offset = plus_one ? 1.0f : 0.0f;
-    float* out = type == DType::F32 ? reinterpret_cast<float*>(static_cast<uint8_t*>(y) + r * width * size) : buffers.b.data();
+    float* out = type == DType::F32 ? reinterpret_cast<float*>(static_cast<uint8_t*>(y) + r * width * size)
+        : buffers.b.data();
     for (int64_t i = 0; i < width; ++i) out[i] = v[i] * inverse * (weight[i] + offset);
     if (type != DType::F32) from_floats(out, type, width, static_cast<uint8_t*>(y) + r * width * size);
   });
@@ -69,7 +71,8 @@ void rope(const RopeCall& c) {
   for_each_row(c.batches * c.heads * c.positions, c.width, [&](int64_t r) {
     buffers.fit(c.width);
     const int64_t p = r % c.positions, h = r / c.positions % c.heads, b = r / c.positions / c.heads;
-    const uint8_t* from = static_cast<const uint8_t*>(c.x) + (b * c.batch_stride + h * c.head_stride + p * c.position_stride) * size;
+    const uint8_t* from = static_cast<const uint8_t*>(c.x) +
+        (b * c.batch_stride + h * c.head_stride + p * c.position_stride) * size;
     const float* v = as_floats(from, c.type, c.width, buffers.a.data());
     const float *cos = c.cos + b * c.table_batch + p * c.rope_dim, *sin = c.sin + b * c.table_batch + p * c.rope_dim;
     float* out = buffers.b.data();
@@ -83,12 +86,16 @@ void rope(const RopeCall& c) {
   });
 }
 
-void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions, int64_t columns) {
+void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions,
+    int64_t columns) {
   for_each_row(batches * heads * positions, columns, [&](int64_t r) {
     buffers.fit(columns);
     const int64_t p = r % positions, h = r / positions % heads, b = r / positions / heads;
-    const auto offset_in = [&](const Strided& t) { return (b * t.batch + h * t.head + p * t.position) * int64_t(size_of(t.type)); };
-    const float* row = as_floats(static_cast<const uint8_t*>(from.data) + offset_in(from), from.type, columns, buffers.a.data());
+    const auto offset_in = [&](const Strided& t) {
+      return (b * t.batch + h * t.head + p * t.position) * int64_t(size_of(t.type));
+    };
+    const float* row = as_floats(static_cast<const uint8_t*>(from.data) + offset_in(from), from.type, columns,
+        buffers.a.data());
     from_floats(row, layout.type, columns, static_cast<uint8_t*>(to) + offset_in(layout));
   });
 }
@@ -143,7 +150,8 @@ void route(const RouteCall& c) {
     float *scores = buffers.a.data(), *choice = buffers.b.data();
     if (c.scoring == Scoring::SOFTMAX) softmax(logits, c.experts, scores);
     else
-      for (int64_t i = 0; i < c.experts; ++i) scores[i] = c.scoring == Scoring::SIGMOID ? 1.0f / (1.0f + expf(-logits[i])) : logits[i];
+      for (int64_t i = 0; i < c.experts; ++i)
+        scores[i] = c.scoring == Scoring::SIGMOID ? 1.0f / (1.0f + expf(-logits[i])) : logits[i];
     for (int64_t i = 0; i < c.experts; ++i) choice[i] = scores[i] + (c.bias ? c.bias[i] : 0.0f);
     if (c.groups != Groups::NONE && c.n_group > 1) mask_groups(c, choice, group_score, order);
     select_largest(choice, c.experts, c.top, order);
@@ -157,17 +165,20 @@ void route(const RouteCall& c) {
 
 // The kernel takes f32 rows of a multiple of 16 columns and works in place, so both inputs are copied to padded
 // buffers.
-void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out) {
+void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width,
+    int64_t stride, void* out) {
   constexpr float NO_ALPHA = 0, NO_LIMIT = 0;  // parameters of SWIGLU_OAI, which callers do not pass here
   const int64_t size = int64_t(size_of(type)), padded = (width + 15) / 16 * 16;
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(padded);
-    const uint8_t *g = static_cast<const uint8_t*>(gate) + r * stride * size, *u = static_cast<const uint8_t*>(up) + r * stride * size;
+    const uint8_t *g = static_cast<const uint8_t*>(gate) + r * stride * size,
+        *u = static_cast<const uint8_t*>(up) + r * stride * size;
     const float* gf = as_floats(g, type, width, buffers.a.data());
     const float* uf = as_floats(u, type, width, buffers.b.data());
     if (gf != buffers.a.data()) std::copy(gf, gf + width, buffers.a.data());
     if (uf != buffers.b.data()) std::copy(uf, uf + width, buffers.b.data());
-    kernels().gated_activation(Activation(act), NO_ALPHA, NO_LIMIT, buffers.a.data(), buffers.b.data(), buffers.a.data(), padded);
+    kernels().gated_activation(Activation(act), NO_ALPHA, NO_LIMIT, buffers.a.data(), buffers.b.data(),
+        buffers.a.data(), padded);
     from_floats(buffers.a.data(), type, width, static_cast<uint8_t*>(out) + r * width * size);
   });
 }

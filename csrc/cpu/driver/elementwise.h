@@ -8,7 +8,8 @@
 namespace ktx {
 // y = x / sqrt(mean(x^2) + eps) * (weight, or 1 + weight if `plus_one`), row by row; rows of x are `stride` elements
 // apart, y is dense.
-void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y);
+void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps,
+    bool plus_one, void* y);
 // Rotates the first rope_dim columns of x [batch][head][position][width], which has the strides of its three outer
 // dimensions, and copies the other columns. y is dense. cos and sin: f32 [batch][position][rope_dim].
 struct RopeCall {
@@ -23,7 +24,8 @@ struct RopeCall {
 void rope(const RopeCall& call);
 
 // Copies [batch][head][position][column] to another dtype: keys and values on the way into or out of a KV cache.
-void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
+void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions,
+    int64_t columns);
 
 // How scores are made of router logits. SOFTMAX_TOPK: the logits decide, and the weights are a softmax over the chosen
 // ones.
@@ -46,5 +48,6 @@ struct RouteCall {
 void route(const RouteCall& call);
 // out = act(gate) * up; rows of gate and up, `width` columns, are `stride` elements apart (they may be halves of one
 // tensor); out is dense.
-void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out);
+void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width,
+    int64_t stride, void* out);
 }  // namespace ktx

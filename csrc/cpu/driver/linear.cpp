@@ -12,8 +12,9 @@
 
 namespace ktx {
 const Kernels& kernels() {
-  static const Kernels* const table[] = {&AMXMODEL_KERNELS, &SCALAR_KERNELS, &AVX2_KERNELS, has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS,
-                                        &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS, &AVX512BF16_KERNELS, &AMX_KERNELS};
+  static const Kernels* const table[] = {&AMXMODEL_KERNELS, &SCALAR_KERNELS, &AVX2_KERNELS,
+      has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS, &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS,
+      &AVX512BF16_KERNELS, &AMX_KERNELS};
   static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }
@@ -26,7 +27,8 @@ Bf16Rows& bf16_rows() {
 namespace {
 constexpr int MAX_GEMV_TOKENS = 16;  // more tokens are a large batch, whose items are long enough to pop one at a time
 constexpr int64_t MAX_GEMV_SUMS = 4096;  // tokens times row groups per pop: 256 KiB of sums
-constexpr int64_t MAX_CALL_TOKENS = 512;  // tokens per pass: their int8 rows stay in the second-level cache while weights stream
+// tokens per pass: their int8 rows stay in the second-level cache while weights stream
+constexpr int64_t MAX_CALL_TOKENS = 512;
 thread_local Scratch shared_scratch, worker_scratch;
 
 // Letters: k = columns of the weights, n = their rows, t = token, g = group of 16 rows, p = a MatrixShare.
@@ -82,7 +84,9 @@ struct LinearJob {
     for (int64_t tile; (tile = rows.take()) < sets * tiles;) {
       const int64_t first = tile / tiles * tokens;
       const ActTiles tiles_of_set = slice(all, first, tokens, kernels);
-      for_tile(tiles_of_set, int(tile % tiles), [&](int t, TileSlot at) { scatter_row(tiles_of_set, at, first + t, row, buffer); });
+      for_tile(tiles_of_set, int(tile % tiles), [&](int t, TileSlot at) {
+        scatter_row(tiles_of_set, at, first + t, row, buffer);
+      });
     }
   }
   // Quantizes one row of x into slot `t` of a tile, in the forms that the weights need; `row` and `buffer` are scratch.
@@ -107,7 +111,8 @@ struct LinearJob {
       for (int64_t g = p.bias ? 0 : full_groups; g < count; ++g) {
         const int64_t width = std::min<int64_t>(16, p.n - row - g * 16);
         float v[16];
-        for (int64_t i = 0; i < width; ++i) v[i] = sums[g * tokens * 16 + i] + (p.bias ? p.bias[row + g * 16 + i] : 0.0f);
+        for (int64_t i = 0; i < width; ++i)
+          v[i] = sums[g * tokens * 16 + i] + (p.bias ? p.bias[row + g * 16 + i] : 0.0f);
         from_floats(v, type, width, y + g * 16 * int64_t(size_of(type)));
       }
     }
@@ -128,13 +133,16 @@ struct LinearJob {
   void multiply(Scratch& own, const ActTiles* single_token) {
     float* sums = own.take<float>(items.max_length * groups_per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    const auto segment_end = [&](int64_t item) { return *std::upper_bound(first_item.begin(), first_item.end(), item); };
+    const auto segment_end = [&](int64_t item) {
+      return *std::upper_bound(first_item.begin(), first_item.end(), item);
+    };
     items.for_each(segment_end, [&](Range range, Range next_range) {
       int64_t first;
       const MatrixShare& p = share_of_item(range.first, first);
       const int64_t count = std::min(range.count * groups_per_item, p.groups() - first);
       const ActTiles input = single_token ? *single_token : slice(all, p.row, tokens, kernels);
-      kernels.multiply(*p.layout, weights_of_item(range.first), int(count), input, sums, work, next_range.count ? weights_of_item(next_range.first) : nullptr);
+      kernels.multiply(*p.layout, weights_of_item(range.first), int(count), input, sums, work,
+          next_range.count ? weights_of_item(next_range.first) : nullptr);
       write_output(p, first, count, sums);
     });
   }
@@ -154,14 +162,18 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
   const int64_t groups_per_item = is_gemm && groups >= 64 * pool_size ? 8 : groups >= 8 * pool_size ? 2 : 1;
   const int64_t max_length = is_gemm ? 1 : MAX_GEMV_SUMS / (tokens * groups_per_item);
   first_item.assign(1, 0);
-  for (const MatrixShare& p : shares) first_item.push_back(first_item.back() + (p.groups() + groups_per_item - 1) / groups_per_item);
+  for (const MatrixShare& p : shares)
+    first_item.push_back(first_item.back() + (p.groups() + groups_per_item - 1) / groups_per_item);
   shared_scratch.reset(activation_bytes(rows, k, ints, floats));
-  LinearJob job{.kernels = kernels(), .shares = shares, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
-            .sets = sets, .tokens = tokens, .all = take_activations(shared_scratch, rows, k, ints, floats, bf16), .groups_per_item = groups_per_item, .rows = {},
-            .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
-  for (int node = 0; node < nodes(); ++node) job.items.set_share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
+  LinearJob job{.kernels = kernels(), .shares = shares, .first_item = first_item, .k = k, .type = type,
+      .x = static_cast<const uint8_t*>(x), .sets = sets, .tokens = tokens,
+      .all = take_activations(shared_scratch, rows, k, ints, floats, bf16), .groups_per_item = groups_per_item,
+      .rows = {}, .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
+  for (int node = 0; node < nodes(); ++node)
+    job.items.set_share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
   parallel([&](int) {
-    worker_scratch.reset(row_bytes(k) + activation_bytes(1, k, ints, floats) + size_t(max_length * groups_per_item) * tokens * 64 + WORK_BYTES + 1024);
+    worker_scratch.reset(row_bytes(k) + activation_bytes(1, k, ints, floats) +
+        size_t(max_length * groups_per_item) * tokens * 64 + WORK_BYTES + 1024);
     if (rows == 1 && !bf16) {
       const ActTiles one = job.single_token_input(worker_scratch);
       job.multiply(worker_scratch, &one);
@@ -175,7 +187,8 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
 }  // namespace
 
 // Ranges of rows in bf16 and int8 take turns, each in passes of MAX_CALL_TOKENS rows. `shares` is ordered by node.
-void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const LinearPart* parts, int count, bool all_bf16) {
+void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const LinearPart* parts, int count,
+    bool all_bf16) {
   const int64_t size = int64_t(size_of(type));
   for_bf16_ranges(tokens, all_bf16, [&](int64_t first, int64_t num_rows, bool bf16) {
     for (int64_t t = first; t < first + num_rows; t += MAX_CALL_TOKENS) {
@@ -183,26 +196,29 @@ void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const Li
       for (int node = 0; node < nodes(); ++node) {
         first_share[node] = shares.size();
         for (const LinearPart* p = parts; p < parts + count; ++p)
-          add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0}, k, node);
+          add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size,
+              p->stride, 0}, k, node);
       }
       first_share[nodes()] = shares.size();
-      multiply_shares(static_cast<const uint8_t*>(x) + t * k * size, type, /*sets=*/1, int(std::min(MAX_CALL_TOKENS, first + num_rows - t)), k, bf16);
+      multiply_shares(static_cast<const uint8_t*>(x) + t * k * size, type, /*sets=*/1,
+          int(std::min(MAX_CALL_TOKENS, first + num_rows - t)), k, bf16);
     }
   });
 }
 
-void linear(const void* x, DType type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
-            const float* bias, void* y, bool all_bf16) {
+void linear(const void* x, DType type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
+    int64_t k, const float* bias, void* y, bool all_bf16) {
   const LinearPart part{&layout, packed, n, bias, y, n};
   linear_parts(x, type, tokens, k, &part, 1, all_bf16);
 }
 
 // Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_CALL_TOKENS
 // rows of x; with more than MAX_CALL_TOKENS tokens one matrix follows another.
-void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
-                    int64_t k, void* y) {
+void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout,
+    const uint8_t* packed, int64_t n, int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);
-  const int64_t size = int64_t(size_of(type)), matrices_per_call = tokens > MAX_CALL_TOKENS ? 1 : 16 * MAX_CALL_TOKENS / std::max<int64_t>(tokens, 1);
+  const int64_t size = int64_t(size_of(type)), matrices_per_call = tokens > MAX_CALL_TOKENS ? 1
+      : 16 * MAX_CALL_TOKENS / std::max<int64_t>(tokens, 1);
   for (int64_t m = 0; m < matrices; m += matrices_per_call) {
     const int64_t count = std::min(matrices_per_call, matrices - m);
     const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size;
@@ -213,8 +229,10 @@ void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens,
     }
     shares.clear();
     for (int64_t i = 0; i < count; ++i)
-      shares.push_back({&layout, packed + (m + i) * matrix_bytes, n, nullptr, to + i * tokens * n * size, n, i * tokens});
-    for (int node = 0; node <= nodes(); ++node) first_share[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
+      shares.push_back({&layout, packed + (m + i) * matrix_bytes, n, nullptr, to + i * tokens * n * size, n,
+          i * tokens});
+    for (int node = 0; node <= nodes(); ++node)
+      first_share[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
     multiply_shares(from, type, count, int(tokens), k, /*bf16=*/false);
   }
 }
@@ -227,7 +245,8 @@ void quantize_rows(const Layout& layout, const float* x, int64_t count, int64_t 
 
 // The kernel dequantizes a group of 16 rows at once, transposed ([column][16]), so rows of one group that follow each
 // other share that work.
-void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {
+void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count,
+    float* out) {
   const size_t bytes_per_group = group_bytes(layout, k);
   std::vector<int64_t> runs;  // starts of runs of rows in one group: a group is unpacked once per run
   for (int64_t i = 0; i < count; ++i)

@@ -51,11 +51,13 @@ inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints,
   t.k = k, t.bf16 = bf16;
   if (ints && !bf16) {
     t.q = s.take<int8_t>(rows * k);
-    t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)), t.sum32 = s.take<int32_t>(rows * (k / 32));
+    t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)),
+        t.sum32 = s.take<int32_t>(rows * (k / 32));
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
-  if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16)) t.pair = s.take<uint32_t>(rows * (k / 2));
+  if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16))
+    t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
 // Returns a view of the n tokens from row `first` on, cut into tiles for these kernels. Up to gemv_tokens quantized
@@ -64,10 +66,13 @@ inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& 
   ActTiles t = all;
   const int64_t k = all.k;
   t.n = n;
-  t.tiles = t.bf16 ? (n + BF16_TILE_TOKENS - 1) / BF16_TILE_TOKENS : n <= kernels.gemv_tokens && !all.f ? 1 : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
+  t.tiles = t.bf16 ? (n + BF16_TILE_TOKENS - 1) / BF16_TILE_TOKENS
+      : n <= kernels.gemv_tokens && !all.f ? 1
+      : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
-    t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);
+    t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16),
+        t.part32 += first * (k / 32);
   }
   if (all.f) t.f += first * k;
   if (all.pair) t.pair += first * (k / 2);
@@ -75,5 +80,7 @@ inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& 
 }
 inline size_t row_bytes(int64_t k) { return size_t(k) * 9 + 8 * 64; }  // a RowView and an f32 row
 // Takes one quantized row, the step between the floats and their tile.
-inline RowView take_row(Scratch& s, int64_t k) { return {s.take<int8_t>(k), s.take<float>(k / 32 + 1), s.take<int32_t>(k / 16 + 1)}; }
+inline RowView take_row(Scratch& s, int64_t k) {
+  return {s.take<int8_t>(k), s.take<float>(k / 32 + 1), s.take<int32_t>(k / 16 + 1)};
+}
 }  // namespace ktx

@@ -12,7 +12,8 @@
 #include "cpu/isa/kernels.h"
 
 namespace ktx {
-const char* const ISA_NAMES[ISA_COUNT] = {"amxmodel", "scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512bf16", "amx"};
+const char* const ISA_NAMES[ISA_COUNT] = {"amxmodel", "scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi",
+    "avx512bf16", "amx"};
 
 namespace {
 bool has_bit(uint32_t word, int i) { return (word >> i) & 1; }
@@ -46,10 +47,12 @@ Isa detect_isa() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return SCALAR;
   const bool saves_ymm = (xcr0 & YMM_STATE) == YMM_STATE, saves_zmm = (xcr0 & ZMM_STATE) == ZMM_STATE;
   if (!(saves_ymm && fma && f16c && has_bit(ebx, AVX2_BIT))) return SCALAR;
-  const bool avx512 = has_bit(ebx, AVX512F) && has_bit(ebx, AVX512DQ) && has_bit(ebx, AVX512BW) && has_bit(ebx, AVX512VL);
+  const bool avx512 = has_bit(ebx, AVX512F) && has_bit(ebx, AVX512DQ) && has_bit(ebx, AVX512BW) &&
+      has_bit(ebx, AVX512VL);
   if (!(saves_zmm && avx512 && has_bit(ecx, VNNI))) return has_vex_vnni() ? AVXVNNI : AVX2;
   if (!has_bit(ecx, VBMI)) return AVX512VNNI;
-  const bool has_tiles = has_bit(edx, AMX_BF16) && has_bit(edx, AMX_TILE) && has_bit(edx, AMX_INT8) && (xcr0 & TILE_STATE) == TILE_STATE;
+  const bool has_tiles = has_bit(edx, AMX_BF16) && has_bit(edx, AMX_TILE) && has_bit(edx, AMX_INT8) &&
+      (xcr0 & TILE_STATE) == TILE_STATE;
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !has_bit(eax, AVX512_BF16_BIT)) return AVX512VBMI;
   return has_tiles && tiles_permitted() ? AMX : AVX512BF16;
 }

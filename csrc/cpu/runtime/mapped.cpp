@@ -11,7 +11,9 @@ namespace ktx {
 namespace {
 constexpr int POPULATE_READ = 22;  // MADV_POPULATE_READ, Linux 5.14; older headers lack the name
 
-uint8_t* align_to_huge_page(void* base) { return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base) + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1)); }
+uint8_t* align_to_huge_page(void* base) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base) + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
+}
 }  // namespace
 
 // mmap aligns to small pages only, and remap_huge_pages needs addresses aligned to huge pages. So map_file reserves one
@@ -24,8 +26,10 @@ Mapped map_file(const char* path) {
   if (file < 0) return failed;
   struct stat info;
   const size_t size = fstat(file, &info) == 0 ? size_t(info.st_size) : 0;
-  void* base = size ? mmap(nullptr, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : MAP_FAILED;
-  void* data = base == MAP_FAILED ? MAP_FAILED : mmap(align_to_huge_page(base), size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0);
+  void* base = size ? mmap(nullptr, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+      : MAP_FAILED;
+  void* data = base == MAP_FAILED ? MAP_FAILED
+      : mmap(align_to_huge_page(base), size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0);
   close(file);
   if (data != MAP_FAILED) return {static_cast<uint8_t*>(data), size, base};
   if (base != MAP_FAILED) munmap(base, size + HUGE_PAGE);
@@ -57,7 +61,8 @@ bool remap_huge_pages(uint8_t* address, size_t length) {
 }
 
 void populate(const void* memory, size_t bytes) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~uintptr_t(4095), end = reinterpret_cast<uintptr_t>(memory) + bytes;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~uintptr_t(4095),
+      end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
   void* from = reinterpret_cast<void*>(begin);
   if (madvise(from, end - begin, POPULATE_READ) != 0) madvise(from, end - begin, MADV_WILLNEED);

@@ -13,14 +13,17 @@
 
 namespace ktx {
 namespace {
-constexpr int POLICY_PREFERRED = 1;  // MPOL_PREFERRED of linux/mempolicy.h: the system takes another node if this one is full
+// MPOL_PREFERRED of linux/mempolicy.h: the system takes another node if this one is full
+constexpr int POLICY_PREFERRED = 1;
 constexpr int MAX_OS_ID = 1023;
 constexpr size_t PAGE_BYTES = 4096;
 
 struct NodeTopology {
-  std::vector<int> os_ids;             // of the real nodes with usable CPUs: ids of the operating system, which may have gaps
+  // of the real nodes with usable CPUs: ids of the operating system, which may have gaps
+  std::vector<int> os_ids;
   std::vector<std::vector<int>> cpus;  // usable CPUs of each real node
-  int num_nodes = 1;                   // that weights are distributed over; with KTX_NUMA=off or fake:N not the real number
+  // that weights are distributed over; with KTX_NUMA=off or fake:N not the real number
+  int num_nodes = 1;
   bool fake = false;
 };
 
@@ -49,7 +52,8 @@ std::vector<int> usable_cpus(int node) {
 NodeTopology detect_nodes() {
   NodeTopology found;
   for (int node = 0; node <= MAX_OS_ID && int(found.os_ids.size()) < MAX_NODES; ++node)
-    if (std::vector<int> cpus = usable_cpus(node); !cpus.empty()) found.os_ids.push_back(node), found.cpus.push_back(std::move(cpus));
+    if (std::vector<int> cpus = usable_cpus(node); !cpus.empty())
+      found.os_ids.push_back(node), found.cpus.push_back(std::move(cpus));
   found.num_nodes = found.os_ids.empty() ? 1 : int(found.os_ids.size());
   const char* requested = std::getenv("KTX_NUMA");
   if (!requested || !*requested || !std::strcmp(requested, "auto")) return found;
@@ -60,7 +64,8 @@ NodeTopology detect_nodes() {
   char* end = nullptr;
   const long count = std::strncmp(requested, "fake:", 5) ? 0 : std::strtol(requested + 5, &end, 10);
   if (count < 1 || count > MAX_NODES || *end)
-    throw std::runtime_error("KTX_NUMA=" + std::string(requested) + " is not known: use auto, off or fake:N with N from 1 to " + std::to_string(MAX_NODES));
+    throw std::runtime_error("KTX_NUMA=" + std::string(requested) +
+        " is not known: use auto, off or fake:N with N from 1 to " + std::to_string(MAX_NODES));
   found.num_nodes = int(count), found.fake = true;
   return found;
 }
@@ -85,9 +90,12 @@ void bind_to_node(void* memory, size_t bytes, int node) {
   const int os_id = detected.os_ids[size_t(node) % detected.os_ids.size()];
   unsigned long mask[(MAX_OS_ID + 1) / (8 * sizeof(unsigned long))] = {};
   mask[size_t(os_id) / (8 * sizeof(long))] = 1ul << (size_t(os_id) % (8 * sizeof(long)));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1), end = reinterpret_cast<uintptr_t>(memory) + bytes;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1),
+      end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
-  syscall(SYS_mbind, begin, ((end - begin) + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), POLICY_PREFERRED, mask, MAX_OS_ID + 1, 0);  // some containers refuse it: first touch decides then
+  // some containers refuse it: first touch decides then
+  syscall(SYS_mbind, begin, ((end - begin) + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), POLICY_PREFERRED, mask, MAX_OS_ID + 1,
+      0);
 }
 
 // move_pages without target nodes moves nothing and returns the node of each page. Queries BATCH pages at a time, to
@@ -110,6 +118,10 @@ std::vector<int64_t> pages_on(const void* memory, size_t bytes) {
   return count;
 }
 
-StealCounts steal_stats() { return {own_items.load(std::memory_order_relaxed), stolen_items.load(std::memory_order_relaxed)}; }
-void record_items(bool own, int64_t count) { (own ? own_items : stolen_items).fetch_add(count, std::memory_order_relaxed); }
+StealCounts steal_stats() {
+  return {own_items.load(std::memory_order_relaxed), stolen_items.load(std::memory_order_relaxed)};
+}
+void record_items(bool own, int64_t count) {
+  (own ? own_items : stolen_items).fetch_add(count, std::memory_order_relaxed);
+}
 }  // namespace ktx

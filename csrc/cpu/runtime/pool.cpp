@@ -132,7 +132,8 @@ class ThreadPool {
   explicit ThreadPool(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int worker = 1; worker < size; ++worker) {
-      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of_cpu(cores[size_t(worker)]) : worker % nodes();
+      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of_cpu(cores[size_t(worker)])
+          : worker % nodes();
       workers.emplace_back([this, worker, node] {
         node_of_worker = node;
         worker_loop(worker);
@@ -168,7 +169,8 @@ class ThreadPool {
     });
     if (completes_phase) barrier_signal.notify();
     else if (updated.phase == worker_phase)
-      for (uint32_t seen; seen = barrier_signal.value.load(), state.load().phase == worker_phase;) barrier_signal.wait_while(seen);
+      for (uint32_t seen; seen = barrier_signal.value.load(), state.load().phase == worker_phase;)
+        barrier_signal.wait_while(seen);
     ++worker_phase;
   }
   const int size;

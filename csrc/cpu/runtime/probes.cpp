@@ -35,7 +35,8 @@ uint64_t xor_words(const uint64_t* words, size_t count) {
   uint64_t a = 0, b = 0, c = 0, d = 0;
   for (size_t i = 0; i + 8 <= count; i += 8) {
     __builtin_prefetch(words + i + 512);
-    a += words[i] ^ words[i + 4], b += words[i + 1] ^ words[i + 5], c += words[i + 2] ^ words[i + 6], d += words[i + 3] ^ words[i + 7];
+    a += words[i] ^ words[i + 4], b += words[i + 1] ^ words[i + 5], c += words[i + 2] ^ words[i + 6],
+        d += words[i + 3] ^ words[i + 7];
   }
   return a + b + c + d;
 }
@@ -137,7 +138,8 @@ struct FreshMemory {
   size_t bytes, bytes_per_thread;  // the latter a multiple of a cache line
   uint8_t* data;
   FreshMemory(int threads, int mebibytes) {
-    if (threads < 1 || threads > 1024 || mebibytes < 1) throw std::runtime_error("threads and mebibytes must be positive");
+    if (threads < 1 || threads > 1024 || mebibytes < 1)
+      throw std::runtime_error("threads and mebibytes must be positive");
     bytes = size_t(mebibytes) << 20, bytes_per_thread = bytes / threads / 64 * 64;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the bandwidth probe");
@@ -150,7 +152,9 @@ struct FreshMemory {
 
 double probe_fresh(int threads, int mebibytes) {
   FreshMemory memory(threads, mebibytes);
-  const double elapsed_s = time_threads(threads, [&](int t) { std::memset(memory.data + t * memory.bytes_per_thread, 1, memory.bytes_per_thread); });
+  const double elapsed_s = time_threads(threads, [&](int t) {
+    std::memset(memory.data + t * memory.bytes_per_thread, 1, memory.bytes_per_thread);
+  });
   return double(memory.bytes_per_thread) * threads / elapsed_s / 1e9;
 }
 
@@ -172,15 +176,16 @@ double probe_read(int threads, int mebibytes) {
 }
 
 double probe_int8(int threads, double seconds) {
-  static const Loop int_loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128},
-                               {vnni_rounds, 128}, {vnni_rounds, 128}, {tile_rounds, 2 * 16 * 16 * 64}};
+  static const Loop int_loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64},
+      {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128},
+      {vnni_rounds, 128}, {tile_rounds, 2 * 16 * 16 * 64}};
   static_assert(std::size(int_loops) == ISA_COUNT);
   return measure_rate(threads, seconds, int_loops[picked_isa()]);
 }
 
 namespace {
-constexpr Loop FLOAT_LOOPS[] = {{scalar_float_rounds, 2}, {scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32},
-                           {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
+constexpr Loop FLOAT_LOOPS[] = {{scalar_float_rounds, 2}, {scalar_float_rounds, 2}, {fma256_rounds, 16},
+    {fma256_rounds, 16}, {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
 static_assert(std::size(FLOAT_LOOPS) == ISA_COUNT);
 }  // namespace
 
@@ -188,6 +193,8 @@ double probe_fma(int threads, double seconds) { return measure_rate(threads, sec
 
 double probe_bf16(int threads, double seconds) {
   const Isa isa = picked_isa();
-  return measure_rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32} : isa == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOAT_LOOPS[isa]);
+  return measure_rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32}
+      : isa == AVX512BF16 ? Loop{bf16_rounds, 64}
+      : FLOAT_LOOPS[isa]);
 }
 }  // namespace ktx
