@@ -261,7 +261,9 @@ struct DTQ2_0 : DecoderDefaults {
   }
 };
 
-// ---- ternary digits (TQ1_0 and IQ1). A byte stores five digits to the base 3 as a fraction x/256: multiplying by 3^n (mod 256) brings digit n to the
+// ---- ternary digits (TQ1_0 and IQ1) --------------------------------------------------------------------------------
+
+// A byte stores five digits to the base 3 as a fraction x/256: multiplying by 3^n (mod 256) brings digit n to the
 // front, and multiplying that by 3 leaves the digit above the byte. Bytes are multiplied in 16 bits: the even and the
 // odd bytes of a vector apart.
 // In both halves of a word
@@ -325,8 +327,10 @@ AI F scale_from_half_steps(F d, V nibble, float factor) {
   return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(factor));
 }
 
-// ---- code books (IQ2 and IQ3). An index selects a 16-bit entry, which holds a field for each of its weights: the index of the weight's magnitude in a
-// table of values (iq_codebooks.h). An IQ2 entry is an octet: eight weights, fields of two bits. An IQ3 entry is a
+// ---- code books (IQ2 and IQ3) --------------------------------------------------------------------------------------
+
+// An index selects a 16-bit entry, which holds a field for each of its weights: the index of the weight's magnitude in
+// a table of values (iq_codebooks.h). An IQ2 entry is an octet: eight weights, fields of two bits. An IQ3 entry is a
 // quad: four weights, fields of four bits. Signs are stored apart. Packing puts the bytes of four indices in the order
 // 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (quant/layout.cpp).
 
@@ -495,8 +499,10 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
   }
 };
 
-// ---- IQ1: a weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; codes are in eighths, 8 * digit - 8 +- 1. Packing expands the
-// code book entries to digits (expand_iq1_indices in quant/layout.cpp).
+// ---- IQ1 -----------------------------------------------------------------------------------------------------------
+
+// A weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; codes are in eighths, 8 * digit - 8 +- 1.
+// Packing expands the code book entries to digits (expand_iq1_indices in quant/layout.cpp).
 
 // Decodes the digits of unit u (32 columns), times eight. Two units share 15 of the 16 vectors of digits in three
 // words; the sixteenth is in word 12.
