@@ -114,8 +114,10 @@ struct Call {
 // process.
 class Step {
  public:
-  Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one) : hidden(hidden),
-      pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} { retain({&pre_norm}); }
+  Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one)
+      : hidden(hidden), pre_norm_{optional_float_data(pre_norm, hidden, "before"), float(eps), plus_one} {
+    retain({&pre_norm});
+  }
   virtual ~Step() = default;
   // Returns whether a tensor has other memory than when the step was built, so that the step's pointers are stale.
   bool moved() const {
@@ -357,8 +359,10 @@ int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
     bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
   STD_TORCH_CHECK(scalars.size() == 3, "numbers are two epsilons and a scale");
-  return registry().add([=] { return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved,
-      scalars, pre_norm, eps, plus_one); });
+  return registry().add([=] {
+    return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved,
+        scalars, pre_norm, eps, plus_one);
+  });
 }
 
 int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_bias, const Optional& k_bias,
@@ -366,8 +370,10 @@ int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
     bool norm_plus_one, const Optional& sinks, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 3, 3);
   STD_TORCH_CHECK(scalars.size() == 4, "numbers are two epsilons, a scale and a cap");
-  return registry().add([=] { return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias,
-      o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one); });
+  return registry().add([=] {
+    return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias,
+        o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one);
+  });
 }
 
 int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& router_bias, const Optional& correction,
@@ -381,8 +387,10 @@ int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& r
       "experts have a width, or there is a layer that all tokens pass");
   const RouteCall route = sizes[1] ? make_route_call(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group,
       renorm, scale) : RouteCall{};
-  return registry().add([=] { return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction,
-      route, parse_activation(act), alpha, limit, counts, pre_norm, eps, plus_one); });
+  return registry().add([=] {
+    return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction,
+        route, parse_activation(act), alpha, limit, counts, pre_norm, eps, plus_one);
+  });
 }
 
 void erase_step(int64_t id) { registry().erase(id); }

@@ -29,7 +29,8 @@ thread_local Scratch shared_scratch, worker_scratch;
 thread_local std::vector<int64_t> load_order, id_order;
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const auto since_epoch = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since_epoch).count();
 }
 
 // Atomic, because several threads may add, and readers take no lock.
