@@ -210,11 +210,11 @@ static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), o
                                          offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10),
                                          offset_code(1), offset_code(13), offset_code(25), offset_code(38),
                                          offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
-// Twice the e2m1 values
-static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4),
-                                        offset_code(6), offset_code(8), offset_code(12),
-                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3), offset_code(-4),
-                                        offset_code(-6), offset_code(-8), offset_code(-12)};
+// Twice the e2m1 values, which makes them integers; the scale is halved.
+static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3),
+                                        offset_code(4), offset_code(6), offset_code(8), offset_code(12),
+                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3),
+                                        offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
 
 struct DIQ4_NL : OffsetDecoder {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
@@ -266,7 +266,8 @@ struct DTQ2_0 : DecoderDefaults {
 // A byte stores five digits to the base 3 as a fraction x/256: multiplying by 3^n (mod 256) brings digit n to the
 // front, and multiplying that by 3 leaves the digit above the byte. Bytes are multiplied in 16 bits: the even and the
 // odd bytes of a vector apart.
-// In both halves of a word
+
+// The powers of 3, in both 16-bit halves of a word.
 static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};
 AI V low_bytes(V x) { return and_(x, set(0x00ff00ff)); }
 // Digit n of each byte.
@@ -275,9 +276,10 @@ AI V take_trit(V x, int n) {
   const V even = mul16(low_bytes(mul16(low_bytes(x), p)), three), odd = mul16(low_bytes(mul16(shr16(x, 8), p)), three);
   return with_bits(shr16(even, 8), odd, set(0xff00ff00));
 }
-// decode_trits: w[i] = 8 * digit FROM+i of each byte, for COUNT digits. decode_trit: 8 * digit n, one of the first
-// four, of each byte. IQ1 needs digits times eight, because its codes are in eighths (see below). With VBMI digits come
-// from tables of all 256 bytes, else by multiplication.
+// IQ1 needs digits times eight, because its codes are in eighths (see below). With VBMI digits come from tables of all
+// 256 bytes, else from multiplication.
+//   decode_trits<FROM, COUNT>(bytes, w)   w[i] = 8 * digit FROM+i of each byte, for COUNT digits
+//   decode_trit(bytes, n)                 8 * digit n, one of the first four, of each byte
 #ifdef KTX_VBMI
 // 8 * digit n from a byte that holds four digits of two bits each.
 AI V take_digit(V first_four, int n) {
@@ -335,9 +337,10 @@ AI F scale_from_half_steps(F d, V nibble, float factor) {
 // 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (quant/layout.cpp).
 
 // look_up_entries<B, STRIDE>(low, more): looks up four entries per row in code book B. `low`: the low bytes of the
-// indices; `more`: their missing high bits, those of index i from bit STRIDE*i on. fields_of_octet(e, i, second): a
-// vector with the fields of the first (or second) four weights of octet i, a byte each. fields_of_quad(e, i): a vector
-// with the fields of quad i, a byte each. Bits above a field are left in; the tables of values repeat for that.
+//     indices; `more`: their missing high bits, those of index i from bit STRIDE*i on.
+// fields_of_octet(e, i, second): the fields of the first (or second) four weights of octet i, a byte each.
+// fields_of_quad(e, i): the fields of quad i, a byte each.
+// Bits above a field are left in; the tables of values repeat for that.
 #ifdef KTX_VBMI
 struct Entries { V first, second; };  // bytes in the order of the indices
 #define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; };

@@ -65,8 +65,7 @@ struct Kernels {
   // out[group][token][16] = packed rows of `groups` groups times every token; `work` has WORK_BYTES. `next`: the
   // weights that the caller multiplies next, or null; their beginning is prefetched while the end of these is used.
   void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                   uint8_t* work,
-                   const uint8_t* next);
+                   uint8_t* work, const uint8_t* next);
   // Dequantizes a group to out [k][16 rows].
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);
   // Stores `groups` times sixteen values, `step` floats apart, densely as f32, f16 or bf16.

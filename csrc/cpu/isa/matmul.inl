@@ -9,8 +9,7 @@
 // buffer.
 template <class D>
 static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                                 uint8_t* work,
-                          const uint8_t* next) {
+                                 uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
   if (x.bf16) return amx_bf16_gemm<Bf16FromInts<D>>(l, packed, groups, x, out, work, next);

@@ -258,8 +258,7 @@ const Layout* find_layout(int code) {
 }
 
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
-               int64_t row0,
-               const float* scale, int64_t scale_columns) {
+               int64_t row0, const float* scale, int64_t scale_columns) {
   const size_t group_stride = group_bytes(l, k);
   for (int64_t row = 0; row < rows; row += 16) {
     uint8_t* group = packed + (row0 + row) / 16 * group_stride;

@@ -57,6 +57,5 @@ inline size_t packed_bytes(const Layout& l, int64_t n, int64_t k) { return size_
 // multiple of 16) on. Rows that are missing in the last group become zero. F8_E4M3 only: `scale` f32 [rows of the
 // matrix / 128][scale_columns] is copied to each group; else null.
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
-               int64_t row0,
-               const float* scale, int64_t scale_columns);
+               int64_t row0, const float* scale, int64_t scale_columns);
 }  // namespace ktx
