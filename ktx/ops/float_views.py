@@ -145,8 +145,8 @@ class Dequantized(torch.Tensor):
         dtype: torch.dtype,
         label: str = "this weight",
         device: torch.device = CPU,
-        replace: Callable[[torch.Tensor], Floats] | None = None,
-        train: Callable[[], None] | None = None,
+        on_write: Callable[[torch.Tensor], Floats] | None = None,
+        on_train: Callable[[], None] | None = None,
     ) -> Dequantized:
         """Creates a tensor without memory; see the class attributes.
 
@@ -155,12 +155,12 @@ class Dequantized(torch.Tensor):
             dtype: in which they are dequantized.
             label: the path of the weight, for messages.
             device: of the module.
-            replace: packs other values and returns them; None: a view that cannot be written to.
-            train: turns the weight into a trainable parameter of its module; None: it cannot be trained.
+            on_write: packs other values and returns them; None: a view that cannot be written to.
+            on_train: turns the weight into a trainable parameter of its module; None: it cannot be trained.
         """
         tensor: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
-        tensor.floats, tensor.label, tensor.on_write, tensor.on_train = floats, label, replace, train
-        tensor._is_param = replace is not None  # torch's mark of parameters whose class is not nn.Parameter
+        tensor.floats, tensor.label, tensor.on_write, tensor.on_train = floats, label, on_write, on_train
+        tensor._is_param = on_write is not None  # torch's mark of parameters whose class is not nn.Parameter
         return tensor
 
     def __init__(self, *args: Any, **kwargs: Any):

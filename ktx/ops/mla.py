@@ -581,7 +581,7 @@ class KVExpansion(nn.Module):
         parameters = OfferedParameters()
         parameters.names, parameters.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = parameters
-        self.replaces = nn.Linear
+        self.replaced_class = nn.Linear
         self.in_features = owner.kv_lora_rank
         self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
 

@@ -76,7 +76,7 @@ def test_words_and_ranges_find_their_modules():
         ("devices:\n  all: [cuda:0, cpu]", 2, ["different GPUs"]),
         ("devices:\n  all: cuda:0,cuda:0", 2, ["different GPUs"]),
         ("devices:\n  all: {a: b}", 2, ["a device must be text"]),
-        ("devices:\n  '': cpu", 2, ["needs a name"]),
+        ("devices:\n  '': cpu", 2, ["needs a key"]),
         ("devices: [cuda]", 1, ["devices must be a mapping", "a list"]),
         ("device: {all: cpu}", 1, ["'device'", "did you mean 'devices'?"]),
         ("rules:\n- mach: {name: a}", 2, ["'mach'", "did you mean 'match'?"]),

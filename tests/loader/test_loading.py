@@ -16,6 +16,7 @@ from torch import nn
 import ktx
 import ktx.injection.rules
 import ktx.loader.load
+import ktx.loader.resources
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.kernels.check import multiplies_in_bf16
 from ktx.ops.experts import Experts
@@ -419,7 +420,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(qwen, tmp_path, text):
 
 
 def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
-    monkeypatch.setattr(ktx.loader.load, "memory", lambda: (2 << 30, 1 << 20))
+    monkeypatch.setattr(ktx.loader.resources, "memory", lambda: (2 << 30, 1 << 20))
     with pytest.raises(DoesNotFit, match="of memory, 1.0 MB of 2.1 GB are free"):
         load(qwen[0])
 

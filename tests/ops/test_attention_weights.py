@@ -174,13 +174,13 @@ def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
     """Weights cost what they cost while they are wanted: afterwards the fused steps are back."""
     steps = []
     for place in (layer, fused):
-        really = place.run
+        really = place.run_steps
 
         def counted(x, made, outs, *attends, really=really):
             steps.append((len(made), bool(attends)))
             return really(x, made, outs, *attends)
 
-        monkeypatch.setattr(place, "run", counted)
+        monkeypatch.setattr(place, "run_steps", counted)
     plain = collected(pair.model)[1]
     before, _ = list(steps), steps.clear()
     collected(pair.model, output_attentions=True)

@@ -53,7 +53,7 @@ def one_by_one(folder, count, monkeypatch):
 
     for block in blocks:
         block.block = None
-    monkeypatch.setattr(MoE, "mixed", mixed)
+    monkeypatch.setattr(MoE, "routed_and_shared", mixed)
     return logits(model)
 
 

@@ -44,7 +44,7 @@ def calls(monkeypatch):
         found.append(len(outs))
         return really(x, steps, outs, *args)
 
-    monkeypatch.setattr(layer_module, "run", counted)
+    monkeypatch.setattr(layer_module, "run_steps", counted)
     return found
 
 
