@@ -261,7 +261,7 @@ def inject(
         config: the model's configuration.
         dtype: compute type.
         kv_dtype: type of the KV cache.
-        warn_unmatched: whether to warn of rules that match no module; false for default rules.
+        warn_unmatched: whether to warn of rules that match no module, except shipped ones; false for default rules.
         targets: quantized type of float weights by operator class.
         entries: device map for modules whose rule names no device, one GPU per entry.
 
@@ -278,7 +278,7 @@ def inject(
         if i not in injector.matched_entries and not entry.implied:
             warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     injector.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in injector.matched_rules]
-    for rule in injector.plan.unmatched if warn_unmatched else ():
+    for rule in (rule for rule in injector.plan.unmatched if warn_unmatched and not rule.shipped):
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
         hint = did_you_mean(unknown, sorted(injector.classes)) if unknown and unknown not in injector.classes else ""

@@ -252,6 +252,7 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
         device=device,
         recursive=reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
         where=reader.at(node),
+        shipped=Path(reader.file).resolve().parent == rule_folder(),
     )
 
 

@@ -604,7 +604,7 @@ class KVExpansion(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def replaced(self, name: str, values: torch.Tensor) -> None:
+    def repacked(self, name: str, values: torch.Tensor) -> None:
         """Lets the owner pack other values."""
         self.__dict__["owner"].take({f"kv_b_proj.{name}": values})
 

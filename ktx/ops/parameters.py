@@ -65,7 +65,7 @@ class Owner(Protocol):
     path: str
     placement: Device
 
-    def replaced(self, name: str, values: torch.Tensor) -> Any:
+    def repacked(self, name: str, values: torch.Tensor) -> Any:
         """Packs other values for a weight."""
         ...
 
@@ -99,7 +99,7 @@ class OfferedParameters(dict[str, Any]):
         elif value is None or value.device != self.owner.placement.torch:
             raise UsageError(NOT_MOVABLE.format(self.owner.path, name))
         elif not isinstance(value, Dequantized):
-            self.owner.replaced(name, value)
+            self.owner.repacked(name, value)
 
 
 class Parametrizable(Operator):

@@ -99,14 +99,14 @@ class Said:
     def __init__(self, text):
         self.text, self.asked = text, []
 
-    def prompt(self, messages, force_think):
+    def render(self, messages, force_think):
         self.asked = messages
         return None
 
-    def answer(self, prompt, sampling):
+    def stream(self, prompt, sampling):
         yield Text(self.text)
 
-    def forget(self):
+    def reset(self):
         pass
 
 
@@ -131,7 +131,7 @@ def test_the_turn_behind_a_wrong_byte_is_answered(folder):
 def test_a_file_by_flag_that_is_no_text_is_one_line(folder, tmp_path):
     (tmp_path / "q.txt").write_bytes(LATIN)
     done = chat(folder, text=b"/read " + os.fsencode(tmp_path / "q.txt") + b"\nx\n")
-    assert done.returncode == 0 and done.stderr.count("is no UTF-8 text (byte 2)") == 1
+    assert done.returncode == 0 and done.stderr.count("is not UTF-8 text (byte 2)") == 1
     assert done.stderr.count("first token") == 1 and "Traceback" not in done.stderr
 
 

@@ -153,7 +153,7 @@ def test_arguments_that_are_refused_by_name(there, more):
 def test_what_cannot_be_is_said_before_weights_come(there):
     with pytest.raises(UsageError, match="device_map"):
         loaded("org/name", device_map={"model": "cpu", "lm_head": "cpu"})
-    with pytest.raises(UsageError, match="no LlamaModel"):
+    with pytest.raises(UsageError, match="LlamaForCausalLM for this configuration, not a LlamaModel"):
         AutoModel.from_pretrained("org/name", quantization_config=KtxConfig())
     there.repos["org/gguf"] = Repo({"config.json": there.repos["org/name"].files["config.json"], "m.gguf": b"GGUF"})
     with pytest.raises(BadFile, match=r"no \.gguf and no \.safetensors"):

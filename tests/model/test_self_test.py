@@ -282,11 +282,11 @@ def test_an_engine_proves_its_pages(folder, monkeypatch):
     if not isinstance(runner_selection.select_runner(model, 2), ModelRunner):
         pytest.fail("pages are not read at all")
     span = runner.SequenceSpan
-    monkeypatch.setattr(runner, "SequenceSpan", lambda owner, past, *rest: span(owner, 0, *rest))  # where nothing was before
+    monkeypatch.setattr(runner, "SequenceSpan", lambda past, **rest: span(past=0, **rest))  # where nothing was before
     if model.config.model_type != "qwen3_next":  # its states go by the owner, its one attending layer by the past
         with pytest.raises(SelfTestFailed, match="through the cache"):
             runner_selection.select_runner(model, 2)
-    monkeypatch.setattr(runner, "SequenceSpan", lambda owner, past, count, *rest: span(owner + past, past, count, *rest))
+    monkeypatch.setattr(runner, "SequenceSpan", lambda owner, past, **rest: span(owner=owner + past, past=past, **rest))
     if model.config.model_type == "qwen3_next":
         with pytest.raises(SelfTestFailed, match="continues after 1 tokens"):
             runner_selection.select_runner(model, 2)
@@ -304,7 +304,7 @@ def test_an_engine_makes_the_test_that_loading_left_to_it(family, tmp_path, monk
     asked = []
     for place in (selftest, runner_selection):
         monkeypatch.setattr(place, "check", lambda model, forward=None: asked.append(type(forward).__name__))
-    pages = ["OnPages"] * known
+    pages = ["PagedForward"] * known
     for self_test, wanted in ((True, ["NoneType", *pages]), ("engine", pages or ["NoneType"]), (False, [])):
         asked.clear()
         runner_selection.select_runner(

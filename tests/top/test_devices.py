@@ -55,7 +55,7 @@ def test_one_gpu_taken_for_several(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_gpu_cannot_be_taken_for_several(monkeypatch):
     monkeypatch.setenv("KTX_GPU", "split:2")
-    with pytest.raises(UsageError, match="split:2: give"):
+    with pytest.raises(UsageError, match="split:2: set"):
         gpus()
 
 

@@ -133,7 +133,7 @@ if not cpu.ops.nodes() > 1:  # once is enough for what begins with new memory
         found["spawn"] = "ok" if spawned() == 0 else "failed"
 with model.ktx.engine(cache_lens=2048) as engine:
     alone = answers(engine, 3)
-    engine.clear()
+    engine.reset_prefix_cache()
     with threads(lambda: answers(engine, 3) == alone or sys.exit("the engine's answers changed")):
         found["engine"] = children(computes, 4)
         found["the engine in a child"] = children(lambda: leaves(engine), 1)
