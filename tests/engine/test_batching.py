@@ -159,7 +159,7 @@ def test_cancelling_gives_everything_back_within_a_second(llama):
         start = time.monotonic()
         for request in requests:
             engine.cancel(request)
-        while engine.answers:
+        while engine.outputs:
             assert time.monotonic() - start < 1
             time.sleep(0.001)
         engine.check_integrity()
@@ -173,7 +173,7 @@ def test_leaving_the_loop_cancels(llama):
         for _, event in engine.generate(PROMPTS[:2], SamplingParams(max_new_tokens=400, ignore_eos=True)):
             if isinstance(event, TokenEvent):
                 break
-        while engine.answers:
+        while engine.outputs:
             time.sleep(0.001)
         engine.check_integrity()
 
@@ -187,7 +187,7 @@ def test_a_prompt_nobody_waits_for_is_left_between_two_layers(llama, monkeypatch
         request = engine.submit([9] * 300, SamplingParams(), lambda event: heard.set())
         assert heard.wait(5)
         slow.remove()
-        assert request.num_computed == 0 and not engine.answers
+        assert request.num_computed == 0 and not engine.outputs
         assert answers(engine, [[9] * 300], SamplingParams(max_new_tokens=3, ignore_eos=True))[0].ids == greedy(
             model, [9] * 300, 3
         )
@@ -301,6 +301,6 @@ def test_asyncio_hears_the_same_and_cancels_when_it_leaves(llama):
     with model.ktx.engine() as engine:
         assert asyncio.run(all_of_them(engine)) == [event.ids for event in answers(engine, PROMPTS, sampling)]
         asyncio.run(leave(engine))
-        while engine.answers:
+        while engine.outputs:
             time.sleep(0.001)
         engine.check_integrity()

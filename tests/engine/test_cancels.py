@@ -178,7 +178,7 @@ class Refusing:
         if not self.left:
             raise UsageError("this grammar is at its end")
 
-    def took(self, token):
+    def accept(self, token):
         pass
 
 
@@ -213,7 +213,7 @@ def test_log_probabilities_of_a_prompt_are_told_once(model):
         assert echo.begun.wait(WAIT)
         with at_layers(model, lambda n: n == 2 and (_ for _ in ()).throw(RuntimeError("once"))):
             echo.wait()
-        assert echo.end.usage.preempted == 1 and [len(event.choices) for event in echo.prompts] == [128]
+        assert echo.end.usage.preempted == 1 and [len(event.tokens) for event in echo.prompts] == [128]
 
 
 def test_a_neighbour_loses_less_than_the_others_computation_saves(model):

@@ -32,7 +32,7 @@ def plain(text):
 def answer(session, prompt, **settings_):
     if isinstance(prompt, str):
         prompt = plain(prompt)
-    events = list(session.answer(prompt, SamplingParams(**{"max_new_tokens": 12, **settings_})))
+    events = list(session.stream(prompt, SamplingParams(**{"max_new_tokens": 12, **settings_})))
     return "".join(e.text for e in events if isinstance(e, Text)), events[-1]
 
 
@@ -196,7 +196,7 @@ def test_pieces_grow_with_the_past():
 
 def test_cancel_keeps_what_was_said(loaded, session):
     seen = []
-    for event in session.answer(plain("stop me"), SamplingParams(max_new_tokens=500)):
+    for event in session.stream(plain("stop me"), SamplingParams(max_new_tokens=500)):
         seen.append(event)
         if len(seen) == 3:
             session.cancel()
@@ -212,9 +212,9 @@ def test_what_was_said_is_kept_until_it_is_forgotten(session):
 
 
 def test_prompts_and_thinking(session):
-    prompt = session.prompt([{"role": "user", "content": "hi"}], force_think=True)
+    prompt = session.render([{"role": "user", "content": "hi"}], force_think=True)
     assert prompt.text == "<|user|>hi<|end|><|assistant|><think>\n" and prompt.thinking
     kinds = {
-        event.kind for event in session.answer(prompt, SamplingParams(max_new_tokens=9)) if isinstance(event, Text)
+        event.kind for event in session.stream(prompt, SamplingParams(max_new_tokens=9)) if isinstance(event, Text)
     }
     assert kinds == {"think"}

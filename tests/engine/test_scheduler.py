@@ -189,7 +189,7 @@ def test_a_page_that_is_not_full_is_taken_over_by_one_that_goes_on_there():
 
 
 def test_where_pages_have_two_forms_a_page_of_a_prompt_is_begun_by_its_own_conversation_only():
-    world = World(two_forms=True)
+    world = World(page_aligned_numerics=True)
     first = world.add(prompt(100), 10)
     world.run()
     for ids, cached in (
@@ -402,18 +402,22 @@ def test_the_end_of_a_prompt_says_nothing_of_a_whole_step():
     assert world.budget.tokens(decoding=True) == known > PAGE_TOKENS
 
 
-@pytest.mark.parametrize("recurrent,grain", [(False, PAGE_TOKENS), (True, PAGE_TOKENS), (True, 4 * PAGE_TOKENS)])
-def test_no_stream_of_short_prompts_starves_a_long_one(recurrent, grain):
+@pytest.mark.parametrize("recurrent,granularity", [(False, PAGE_TOKENS), (True, PAGE_TOKENS), (True, 4 * PAGE_TOKENS)])
+def test_no_stream_of_short_prompts_starves_a_long_one(recurrent, granularity):
     """Where a page is all that fits, and each step brings another prompt that is shorter than a page."""
     world = Timed(
-        fixed=2.0, budget=StepBudget(target_s=0.5, min_tokens=grain), max_batch=6, recurrent=recurrent, grain=grain
+        fixed=2.0,
+        budget=StepBudget(target_s=0.5, min_tokens=granularity),
+        max_batch=6,
+        recurrent=recurrent,
+        granularity=granularity,
     )
     talking(world)
-    long = world.add(prompt(20 * grain, 1), 1)
+    long = world.add(prompt(20 * granularity, 1), 1)
     for i in range(60):
         short = world.add(prompt(40, i + 2), 1)
         tokens, _, _ = world.timed()
-        assert tokens <= 2 * grain
+        assert tokens <= 2 * granularity
         if long in world.done:
             break
     assert long in world.done and world.done[long] <= 30

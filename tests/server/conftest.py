@@ -104,7 +104,7 @@ def settled(served, seconds=1.0):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         engine = served.engine
-        if not engine.answers and not engine.scheduler.pages.used:
+        if not engine.outputs and not engine.scheduler.pages.used:
             engine.check_integrity()
             return True
         time.sleep(0.01)
