@@ -178,9 +178,9 @@ def test_ollamas_client_gets_what_follows(base):
             GOES_ON | {"messages": talk("x", tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{}"}}])},
         ),
         ("echo", GOES_ON | {"messages": HELLO, "echo": True}),
-        ("held to a format", GOES_ON | {"messages": HELLO, "response_format": {"type": "json_object"}}),
-        ("held to a format", GOES_ON | {"messages": HELLO, "guided_regex": "x"}),
-        ("held to calls", GOES_ON | {"messages": HELLO, "tools": [FUNCTION], "tool_choice": "required"}),
+        ("constrained to a response format", GOES_ON | {"messages": HELLO, "response_format": {"type": "json_object"}}),
+        ("constrained to a response format", GOES_ON | {"messages": HELLO, "guided_regex": "x"}),
+        ("constrained to tool calls", GOES_ON | {"messages": HELLO, "tools": [FUNCTION], "tool_choice": "required"}),
     ],
 )
 def test_what_a_chat_cannot_go_on_with(http, words, body):
@@ -202,9 +202,13 @@ def test_what_allows_nothing_else_may_be_said(http):
         ("cannot end with trailing whitespace", [{"type": "text", "text": "Hello\n"}], {}),
         ("a block of type 'thinking'", [{"type": "thinking", "thinking": "Hm.", "signature": ""}], {}),
         ("a block of type 'tool_use'", [{"type": "tool_use", "id": "a", "name": "weather", "input": {}}], {}),
-        ("held to calls", "Hello", {"tools": [TOOL], "tool_choice": {"type": "any"}}),
-        ("held to calls", "Hello", {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "weather"}}),
-        ("held to a format", "Hello", {"output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+        ("constrained to tool calls", "Hello", {"tools": [TOOL], "tool_choice": {"type": "any"}}),
+        ("constrained to tool calls", "Hello", {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "weather"}}),
+        (
+            "constrained to a response format",
+            "Hello",
+            {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+        ),
     ],
 )
 def test_what_anthropics_route_cannot_go_on_with(http, words, content, more):
@@ -214,7 +218,7 @@ def test_what_anthropics_route_cannot_go_on_with(http, words, content, more):
 
 
 def test_what_ollamas_route_cannot_go_on_with(http):
-    assert "held to a format" in refused(http, "/api/chat", messages=HELLO, format="json")
+    assert "constrained to a response format" in refused(http, "/api/chat", messages=HELLO, format="json")
     calls = [{"function": {"name": "weather", "arguments": {}}}]
     assert "has tool calls" in refused(http, "/api/chat", messages=talk("x", content="", tool_calls=calls))
 
