@@ -7,7 +7,7 @@ patched, replaced or edited, and none has a hook.
 The check is cheap, because it runs at every call, when the weights have just evicted everything else from the caches.
 Operators count attribute changes (`ChangeCounter`), torch counts the handles of hooks, and tensors count in-place
 writes; modules are inspected again only when a count has changed. Modules that are not operators (activations, mostly)
-count nothing, so each call checks these, but only whether they have the same objects (`UncountedModule`).
+count nothing, so each call checks these, but only whether they have the same objects (`UncountedModules`).
 """
 
 from __future__ import annotations
@@ -98,26 +98,44 @@ def _same(current: Any, previous: Any) -> bool:
     return isinstance(current, SCALAR_TYPES) and type(current) is type(previous) and current == previous
 
 
-class UncountedModule:
-    """A snapshot of a module that does not count changes: its class, and the identities of its objects."""
+class UncountedModules:
+    """A snapshot of modules that do not count changes: their classes, and the identities of their objects.
 
-    def __init__(self, module: nn.Module):
-        """Stores the identities of the module's attributes, parameters and buffers."""
-        self.module, self.cls = module, type(module)
-        self.attributes, self.num_attributes = module.__dict__, len(module.__dict__)
-        dicts = (module._parameters, module._buffers, module.__dict__)
-        self.objects = [
-            (objects, name, value)
-            for objects in dicts
-            for name, value in objects.items()
+    `changed` is one pass of C functions over flat tuples, because it runs at each token, and a layer has several such
+    modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()):
+        """Stores the identities of the modules' attributes, parameters and buffers."""
+        self.modules = tuple(modules)
+        self.classes = tuple(map(type, self.modules))
+        self.attributes = tuple(module.__dict__ for module in self.modules)
+        self.num_attributes = tuple(map(len, self.attributes))
+        objects = [
+            (owner, name, value)
+            for module in self.modules
+            for owner in (module._parameters, module._buffers, module.__dict__)
+            for name, value in owner.items()
             if name not in IGNORED_ATTRIBUTES
         ]
+        self.dicts = tuple(owner for owner, _, _ in objects)
+        self.names = tuple(name for _, name, _ in objects)
+        self.values = tuple(value for _, _, value in objects)
+
+    def __add__(self, other: UncountedModules) -> UncountedModules:
+        """Returns the snapshot of the modules of both."""
+        both = UncountedModules()
+        for name, mine in self.__dict__.items():
+            both.__dict__[name] = mine + other.__dict__[name]
+        return both
 
     def changed(self) -> bool:
-        """Whether the class or one of the objects has changed."""
-        if type(self.module) is not self.cls or len(self.attributes) != self.num_attributes:
-            return True
-        return any(objects.get(name) is not value for objects, name, value in self.objects)
+        """Whether a class or one of the objects has changed."""
+        return not (
+            tuple(map(type, self.modules)) == self.classes
+            and tuple(map(len, self.attributes)) == self.num_attributes
+            and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
+        )
 
 
 class Guard:
@@ -142,7 +160,7 @@ class Guard:
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.parameters = [m._parameters for m in modules if any(p is not None for p in m._parameters.values())]
-        self.uncounted_modules = [UncountedModule(module) for module in modules if not isinstance(module, Operator)]
+        self.uncounted_modules = UncountedModules(module for module in modules if not isinstance(module, Operator))
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
         # Counters at the last full inspection that passed; -1: none did, so the first `holds` inspects all modules.
@@ -181,7 +199,7 @@ class Guard:
         if (
             handles != self.handles
             or changes != self.changes
-            or any(map(UncountedModule.changed, self.uncounted_modules))
+            or self.uncounted_modules.changed()
         ):
             if self._has_hooks() or not all(state.unchanged() for state in self.states):
                 return False
