@@ -116,7 +116,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     plan = placement(args, max(args.prompts) + args.tokens + WARMUP_TOKENS)
     model, _ = ktx.load(args.model, args.weights, devices=plan.device_map(), progress=False)
-    line: dict[str, Any] = {"placement": args.one, "layers": plan.model.layers}
+    line: dict[str, Any] = {"placement": args.one, "layers": plan.model.num_layers}
     line |= figures_of(args, seconds := timed(args, model))
     if args.of:
         line |= extrapolated(args, model, seconds)

@@ -21,7 +21,7 @@ from ktx.devices import CPU, Device, gpus, parse_device
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.hardware import format_bytes
 from ktx.injection.device_map import PlacementEntry, format_ranges
-from ktx.injection.rules import Rule, Rules
+from ktx.injection.rules import Rule, Rules, is_shipped
 from ktx.ops.base import Context, Operator, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
@@ -278,7 +278,7 @@ def inject(
         if i not in injector.matched_entries and not entry.implied:
             warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     injector.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in injector.matched_rules]
-    for rule in (rule for rule in injector.plan.unmatched if warn_unmatched and not rule.shipped):
+    for rule in (rule for rule in injector.plan.unmatched if warn_unmatched and not is_shipped(rule)):
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
         hint = did_you_mean(unknown, sorted(injector.classes)) if unknown and unknown not in injector.classes else ""

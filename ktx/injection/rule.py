@@ -17,11 +17,7 @@ CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")  # any other match.c
 
 @dataclass(frozen=True)
 class Rule:
-    """An entry of a rule file.
-
-    `replace` None keeps the module; `where` ("file:line") is the prefix of messages. A `shipped` rule is written for
-    several families, so it may match no module of a model; of any other such rule, injection warns.
-    """
+    """An entry of a rule file. `replace` None keeps the module; `where` ("file:line") is the prefix of messages."""
 
     name: re.Pattern[str] | None = None
     cls: str | None = None
@@ -30,7 +26,6 @@ class Rule:
     device: str | None = None
     recursive: bool = True
     where: str = "rule"
-    shipped: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.name, str):  # a rule written in Python may pass a string

@@ -252,7 +252,6 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
         device=device,
         recursive=reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
         where=reader.at(node),
-        shipped=Path(reader.file).resolve().parent == rule_folder(),
     )
 
 
@@ -269,6 +268,11 @@ def rule_folder() -> Path:
 def shipped_rules() -> list[str]:
     """Names of the shipped rule files."""
     return sorted(file.stem for file in rule_folder().glob("*.yaml"))
+
+
+def is_shipped(rule: Rule) -> bool:
+    """Whether a rule is from a shipped file. Such a rule is written for several families, so it may match no module."""
+    return Path(rule.where).resolve().parent == rule_folder()
 
 
 def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> Rules:

@@ -196,11 +196,7 @@ class Guard:
         if torch.is_grad_enabled() and any(is_recorded(*parameters.values()) for parameters in self.parameters):
             return False  # a parameter requires a gradient
         handles, changes = RemovableHandle.next_id, ChangeCounter.count
-        if (
-            handles != self.handles
-            or changes != self.changes
-            or self.uncounted_modules.changed()
-        ):
+        if handles != self.handles or changes != self.changes or self.uncounted_modules.changed():
             if self._has_hooks() or not all(state.unchanged() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(

@@ -266,6 +266,7 @@ PRIVATE = {
         "torch.nn:Module()._modules",
         "torch.nn:Module()._forward_hooks",
         "torch.nn:Module()._forward_pre_hooks",
+        "torch.nn:Module()._buffers",
         "torch.nn:Module()._non_persistent_buffers_set",
         "torch.nn.modules.module:_global_forward_hooks",
         "torch.nn.modules.module:_global_forward_pre_hooks",
