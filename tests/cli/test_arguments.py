@@ -184,7 +184,7 @@ RULE = "- match: {name: 'mlp.experts$'}\n  replace: {class: Experts, kwargs: {%s
         ("devcies: {all: cpu}\n", "unknown key 'devcies' in a rule file (did you mean 'devices'?)"),
         ("devices: {layers 0-x: cpu}\n", "not a range of layers"),
         ("devices: {all: gpu}\n", "'gpu' is not a device; use cpu, cuda or cuda:N"),
-        ("devices: {experts: [cpu, cpu]}\n", "on one device"),
+        ("devices: {experts: [cpu, cpu]}\n", "takes one device"),
         ("gpu_experts: some\n", "must be a number of experts per layer"),
         ("stream_experts: maybe\n", "must be auto, off or a number of tokens"),
         (RULE % "bits: 4", "bits"),
