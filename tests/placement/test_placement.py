@@ -194,7 +194,7 @@ def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
     part = next(part for part in v3.modules if part.num_experts)
     assert not part.needs_repacking
     assert (
-        workspace.streaming_bytes([replace(part, rearranged=True)])
+        workspace.streaming_bytes([replace(part, needs_repacking=True)])
         == workspace.streaming_bytes([part]) + PEAK_TEMPORARY_BYTES
     )
 
@@ -204,7 +204,7 @@ def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):
     layer = max(
         (part for part in v3.modules if part.num_experts), key=lambda part: part.cpu.held_bytes / part.num_weights
     )
-    alone = 2 * layer.weights * 8 / 256 / (FAST.cpu_gops * 1e9)  # seconds of a token on the CPU
+    alone = 2 * layer.num_weights * 8 / 256 / (FAST.cpu_gops * 1e9)  # seconds of a token on the CPU
     assert made.min_streamed_tokens(FAST) == pytest.approx(layer.cpu.held_bytes / (FAST.link_gb_s * 1e9) / alone, abs=1)
     assert made.min_streamed_tokens(replace(FAST, cpu_gops=FAST.cpu_gops * 2)) == pytest.approx(
         2 * made.min_streamed_tokens(FAST), abs=2
@@ -291,7 +291,7 @@ def part(path, group, layer, held, **more):
 def test_a_token_is_as_slow_as_its_bytes():
     parts = [
         part("model.layers.0.self_attn", "attention", 0, 2 * GB),
-        part("model.layers.0.mlp.experts", "routed experts", 0, 80 * GB, experts=8, top=2),
+        part("model.layers.0.mlp.experts", "routed experts", 0, 80 * GB, num_experts=8, top_k=2),
     ]
     made = Placement(Footprint(parts, [], 1000, 1000), Budget((4 * GB,), 99 * GB), ["cuda:0"])
     assert (
