@@ -260,12 +260,10 @@ class KtxQuantizer(HfQuantizer):
         root = hub_folder(
             self.name, self.ktx_config.weights is None, subfolder, **{name: self.call[name] for name in HUB_ARGUMENTS}
         )
-        from huggingface_hub.file_download import repo_folder_name
-
         downloads = next((self.call[name] for name in DOWNLOAD_LOCALS if name in self.call), None)
         if not isinstance(downloads, dict):
             raise _incompatible_error(DOWNLOAD_LOCALS)
-        cache = Path(self.temp_dir.name, repo_folder_name(repo_id=self.name, repo_type="model"))
+        cache = Path(self.temp_dir.name, root.parents[1].name)  # root: models--OWNER--NAME/snapshots/COMMIT
         self.empty_checkpoint = cache / "snapshots" / root.name / subfolder / EMPTY_CHECKPOINT
         revision = cache / "refs" / str(downloads["revision"] or "main")
         for path in (self.empty_checkpoint, revision):
