@@ -1,8 +1,8 @@
 """The Hugging Face hub, or a mirror (HF_ENDPOINT), with resumable downloads of large files.
 
-huggingface_hub lists repositories, authenticates and manages the cache. Since its second version it restarts an
-interrupted file from the beginning, which costs hours for a file of 40 GB. So large files are downloaded here, with its
-own `http_get`, into a persistent partial file that is then moved to where the library expects it.
+huggingface_hub lists repositories, authenticates, manages the cache and downloads small files. It deletes the partial
+file when a download ends early, which costs hours for a file of 40 GB. So large files are downloaded here, into a
+partial file that stays and that is then moved to its place in the folder or in the cache.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import fcntl
 import glob
 import hashlib
 import os
-import queue
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.hub.file_selection import File
@@ -24,7 +25,12 @@ from ktx.hub.listing import DownloadPlan, Listing
 
 WORKERS = 4  # concurrent downloads
 CHUNK_BYTES = 1 << 20  # bytes written at once; an interrupted download loses at most this much
-NO_PROGRESS_MAX_BYTES = 10_000_000  # the library downloads files up to this size without a progress bar
+MAX_HTTP_BYTES = 50_000_000_000  # the hub sends larger files by Xet only, which the library speaks
+MAX_RETRIES = 5  # repeated requests in a row that bring no byte, after 2, 4, ... s
+RATE_LIMIT_WAIT_S = 60  # MAX_RETRIES times: the period of the hub's rate limits
+PASSING_STATUS = (408, 429, 500, 502, 503, 504)  # answers after which a later request may succeed
+
+FINAL_ERRORS = (KtxError, OSError)  # broken connections are neither; refusals of the hub and a full disk are OSErrors
 
 
 class HuggingFace:
@@ -36,9 +42,8 @@ class HuggingFace:
 
         logging.set_verbosity_error()
         disable_progress_bars()
-        constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
-        self.endpoint, self.largest = constants.ENDPOINT, constants.MAX_HTTP_DOWNLOAD_SIZE
-        self.cache = Path(constants.HF_HUB_CACHE)
+        self.endpoint, self.cache = constants.ENDPOINT, Path(constants.HF_HUB_CACHE)
+        self.timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def list_repo(self, repo: str, revision: str | None) -> Listing:
         """Lists a repository's files at one commit, with sizes and the digests of large ones.
@@ -47,10 +52,8 @@ class HuggingFace:
         """
         from huggingface_hub import HfApi
 
-        try:
+        with self._convert_errors(repo, revision):
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
-        except Exception as error:  # the hub client's errors have no common base but Exception
-            raise self.to_ktx_error(error, repo, revision) from error
         files = tuple(
             File(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None) for one in info.siblings or ()
         )
@@ -61,19 +64,13 @@ class HuggingFace:
 
         Raises KtxError if the hub denies access, before anything is downloaded.
         """
-        place = to or self.cache
-        if to is not None and not to.exists():  # a dry run of the library would create the folder
-            self._check_access(listing, wanted[-1])
-            missing = {file.path for file in wanted}
-        else:
-            missing = {
-                one.filename
-                for one in self._snapshot(listing, listing.revision, wanted, to, dry_run=True)
-                if one.will_download
-            }
+        with TemporaryDirectory() as empty:  # stands for a folder that does not exist, which the library would create
+            folder = Path(empty) if to is not None and not to.exists() else to
+            found = self._snapshot(listing, listing.revision, wanted, folder, dry_run=True)
+        missing = {one.filename for one in found if one.will_download}
         files = tuple(file for file in wanted if file.path in missing)
-        parts = (_partial_path(self._target(listing, file, to), file) for file in files if self._is_ours(file))
-        return DownloadPlan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
+        parts = [_partial_path(target, file) for target, file in self._large_files(listing, files, to).items()]
+        return DownloadPlan(files, to or self.cache, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
         self,
@@ -85,107 +82,121 @@ class HuggingFace:
     ) -> Path:
         """Downloads the files, to the folder `to` or the library's cache; returns the folder.
 
-        Large files are downloaded here, several at once, because the library cannot resume after a broken connection;
-        it downloads the others. `advance` is called with the bytes that arrived.
+        Large files are downloaded here, several at once; the first error, or Ctrl-C, stops all of them. The library
+        downloads the others. `advance` is called with the bytes that arrived.
         """
-        from huggingface_hub.utils import enable_progress_bars
+        large, stop = self._large_files(listing, plan.files, to), threading.Event()
+        with self._convert_errors(listing.repo, listing.revision), ThreadPoolExecutor(WORKERS) as pool:
+            jobs = [pool.submit(self._fetch_file, listing, *item, advance, stop) for item in large.items()]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if to is None:  # the library also stores the branch's name, for later offline use
+            revision, others = listing.requested_revision, wanted
+        else:  # the library would compute the SHA-256 of the large files again
+            revision, others = listing.revision, [file for file in wanted if to / file.path not in large]
+        return Path(self._snapshot(listing, revision, others, to, tqdm_class=_progress_class(advance)))
 
-        large = list({self._target(listing, file, to): file for file in plan.files if self._is_ours(file)}.values())
-        if any(file.size > NO_PROGRESS_MAX_BYTES and file not in large for file in plan.files):
-            enable_progress_bars()
-        stop = threading.Event()
-        try:
-            _fetch_all(large, lambda file: self._fetch_file(listing, file, to, advance, stop), stop)
-        except KtxError:
-            raise
-        except Exception as error:
-            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
-        # With the branch's name and not the commit, because the library stores the name for later offline use.
-        folder = Path(self._snapshot(listing, listing.requested_revision, wanted, to))
-        advance(sum(file.size for file in plan.files if file not in large))
-        return folder
+    def _large_files(self, listing: Listing, files: Sequence[File], to: Path | None) -> dict[Path, File]:
+        """The files to download here, by their place: the path in the folder `to`, or the digest in the cache.
 
-    def _is_ours(self, file: File) -> bool:
-        """Whether a file is downloaded here: small files are not, and files beyond 50 GB are only available by Xet."""
-        return file.sha256 is not None and file.size <= self.largest
-
-    def _target(self, listing: Listing, file: File, to: Path | None) -> Path:
-        """Where the library expects a file: at its path in the folder `to`, or under its digest in the cache."""
-        from huggingface_hub.file_download import repo_folder_name
-
-        if to is not None:
-            return to / file.path
-        return self.cache / repo_folder_name(repo_id=listing.repo, repo_type="model") / "blobs" / str(file.sha256)
+        The hub's documentation describes the folders of the cache, which other programs share.
+        """
+        blobs = self.cache / "--".join(["models", *listing.repo.split("/")]) / "blobs"
+        large = [file for file in files if file.sha256 is not None and file.size <= MAX_HTTP_BYTES]
+        return {blobs / str(file.sha256) if to is None else to / file.path: file for file in large}
 
     def _snapshot(
-        self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, dry_run: bool = False
+        self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, **more: Any
     ) -> Any:
         """Calls the library's snapshot_download for exactly these files; `dry_run` only lists what is missing."""
         from huggingface_hub import snapshot_download
 
         names = [glob.escape(file.path) for file in wanted]
-        try:
-            return snapshot_download(
-                listing.repo, revision=revision, allow_patterns=names, local_dir=to, dry_run=dry_run
-            )
-        except Exception as error:
-            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
-
-    def _check_access(self, listing: Listing, file: File) -> None:
-        """Raises KtxError if the hub denies access to a file; asks for its metadata only."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        try:
-            get_hf_file_metadata(hf_hub_url(listing.repo, file.path, revision=listing.revision))
-        except Exception as error:
-            raise self.to_ktx_error(error, listing.repo, listing.revision) from error
+        with self._convert_errors(listing.repo, listing.revision):
+            return snapshot_download(listing.repo, revision=revision, allow_patterns=names, local_dir=to, **more)
 
     def _fetch_file(
-        self, listing: Listing, file: File, to: Path | None, advance: Callable[[int], None], stop: threading.Event
+        self, listing: Listing, target: Path, file: File, advance: Callable[[int], None], stop: threading.Event
     ) -> None:
         """Downloads one large file, resumes a partial one, and verifies its SHA-256.
 
         The partial file is locked, because two processes would write it at once. A wrong digest after a resume restarts
         from byte 0; after a complete download it is an error.
         """
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub._local_folder import write_download_metadata  # or else the library hashes the file again
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
-
-        target = self._target(listing, file, to)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = _partial_path(target, file)
-        with open(part, "a+b") as raw:
+        with open(part, "a+b") as output:
             try:
-                fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise KtxError(f"{part}: another download is writing this file; wait for it, or stop it") from error
-            if raw.seek(0, os.SEEK_END) > file.size:
-                raw.truncate(0)
-            while True:
-                growing = ResumableFile(raw, advance, stop)
-                resumed_bytes = growing.tell()
-                http_get(
-                    hf_hub_url(listing.repo, file.path, revision=listing.revision),
-                    growing,  # type: ignore[arg-type]
-                    resume_size=resumed_bytes,
-                    headers=build_hf_headers(),
-                    expected_size=file.size,
-                    displayed_filename=file.path,
-                )
-                if growing.digest.hexdigest() == file.sha256:
-                    break
-                raw.truncate(0)
+            if (resumed_bytes := output.seek(0, os.SEEK_END)) > file.size:
+                resumed_bytes = output.truncate(0)
+            while self._append_rest(listing, file, output, advance, stop) != file.sha256:
+                advance(-output.tell())
+                output.truncate(0)
                 if not resumed_bytes:
                     raise BadFile(
                         f"{file.path}: the SHA-256 of the downloaded file differs from the hub's; the same command"
                         " downloads it again"
                     )
-                advance(-file.size)  # the data of the earlier download may be wrong: start from the beginning
+                resumed_bytes = 0  # the data of the earlier download may be wrong: start from the beginning
             os.replace(part, target)
-        if to is not None:
-            write_download_metadata(to, file.path, listing.revision, str(file.sha256))
+
+    def _append_rest(
+        self, listing: Listing, file: File, output: BinaryIO, advance: Callable[[int], None], stop: threading.Event
+    ) -> str:
+        """Appends the bytes that `output` lacks of a file, and returns the SHA-256 of all of it.
+
+        After a broken connection it requests the rest. Raises KtxError once `stop` is set.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(listing.repo, file.path, revision=listing.revision)
+        digest, num_failures = hashlib.sha256(), 0
+        output.seek(0)
+        while data := output.read(CHUNK_BYTES):
+            _raise_if_stopped(stop)
+            digest.update(data)
+        while (start := output.tell()) < file.size:
+            headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+            try:
+                with get_session().stream("GET", url, headers=headers, timeout=self.timeout_s) as response:
+                    hf_raise_for_status(response)
+                    if start and response.status_code == 200:  # a server without ranges sends the complete file
+                        advance(-start)
+                        output.truncate(output.seek(0))
+                        digest = hashlib.sha256()
+                    for data in response.iter_bytes(CHUNK_BYTES):
+                        _raise_if_stopped(stop)
+                        output.write(data)
+                        digest.update(data)
+                        advance(len(data))
+                break
+            except Exception as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                num_failures = 0 if output.tell() > start else num_failures + 1
+                if num_failures > MAX_RETRIES or (status not in PASSING_STATUS and isinstance(error, FINAL_ERRORS)):
+                    raise
+                if stop.wait(RATE_LIMIT_WAIT_S if status == 429 else 2**num_failures):
+                    raise
+        return digest.hexdigest()
+
+    @contextmanager
+    def _convert_errors(self, repo: str, revision: str | None) -> Iterator[None]:
+        """Converts the library's errors to KtxErrors with a remedy."""
+        try:
+            yield
+        except KtxError:
+            raise
+        except Exception as error:  # the library's errors have no common base but Exception
+            raise self.to_ktx_error(error, repo, revision) from error
 
     def to_ktx_error(self, error: Exception, repo: str, revision: str | None) -> KtxError:
         """Converts an error of the library to a KtxError with a remedy."""
@@ -223,74 +234,37 @@ class HuggingFace:
         )
 
 
-class ResumableFile:
-    """A file for `http_get` that hashes its content, reports progress, and rejects writes after `stop` is set."""
+def _progress_class(advance: Callable[[int], None]) -> Any:
+    """Returns a class for the library's progress bars that shows nothing and calls `advance`.
 
-    def __init__(self, file: Any, advance: Callable[[int], None], stop: threading.Event):
-        self.file, self.advance, self.stop = file, advance, stop
-        self.digest = self._digest()
+    The library counts the same bytes in several bars, at the network and at the disk: the largest count is reported.
+    Another bar counts files.
+    """
+    from huggingface_hub.utils import tqdm
 
-    def _digest(self) -> Any:
-        self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256")
+    lock, reported_bytes = threading.Lock(), 0
 
-    def write(self, data: bytes) -> int:
-        """Appends downloaded bytes; raises KtxError once the download is stopped, which ends http_get."""
-        if self.stop.is_set():
-            raise KtxError("the download was stopped")
-        self.digest.update(data)
-        self.advance(len(data))
-        self.file.write(data)
-        self.file.flush()
-        return len(data)
+    class Progress(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.counts_bytes, self.nbytes = kwargs.get("unit") == "B", 0
 
-    def tell(self) -> int:
-        return self.file.tell()
+        def update(self, n: float | None = 1) -> None:
+            nonlocal reported_bytes
+            with lock:
+                self.nbytes += int(n or 0) if self.counts_bytes else 0
+                new_bytes = max(0, self.nbytes - reported_bytes)
+                reported_bytes += new_bytes
+            advance(new_bytes)
 
-    def seek(self, position: int) -> int:
-        return self.file.seek(position)
+    return Progress
 
-    def truncate(self) -> int:
-        """Truncates at the current position; `http_get` calls it when the server restarts from the first byte."""
-        position, end = self.file.tell(), self.file.seek(0, os.SEEK_END)
-        self.file.truncate(position)
-        self.advance(position - end)
-        self.digest = self._digest()
-        return self.file.seek(position)
+
+def _raise_if_stopped(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise KtxError("the download was stopped")
 
 
 def _partial_path(target: Path, file: File) -> Path:
     """The path of the partial file; it includes the digest, so a changed file does not resume an old download."""
     return target.with_name(f"{target.name}.{str(file.sha256)[:8]}.incomplete")
-
-
-def _fetch_all(files: Sequence[File], fetch: Callable[[File], None], stop: threading.Event) -> None:
-    """Downloads files on WORKERS threads; the first error, or Ctrl-C, stops all of them.
-
-    Threads that still wait for a server then are abandoned (daemon threads).
-    """
-    pending: queue.SimpleQueue[File | None] = queue.SimpleQueue()
-    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    for file in [*files, *[None] * WORKERS]:
-        pending.put(file)
-
-    def work() -> None:
-        try:
-            while (file := pending.get()) is not None and not stop.is_set():
-                fetch(file)
-            results.put(None)
-        except BaseException as error:  # the calling thread raises it
-            results.put(error)
-
-    threads = [threading.Thread(target=work, name="ktx-download", daemon=True) for _ in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in threads:
-            if (error := results.get()) is not None:
-                raise error
-    finally:
-        stop.set()
-        with suppress(KeyboardInterrupt):
-            for thread in threads:
-                thread.join(timeout=0.5)

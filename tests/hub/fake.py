@@ -50,6 +50,7 @@ class FakeHub:
     pace: float = 0.0
     spoil: bool = False
     ignore_ranges: bool = False
+    refusals: int = 0  # requests for a large file that are answered with 503
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # method, path, headers
 
     def ranges(self, name: str) -> list[int]:
@@ -180,6 +181,9 @@ class Handler(BaseHTTPRequestHandler):
         self.say(302, {}, {"Location": far, "ETag": f'"{sha}"', **linked})
 
     def far(self, name: str, repo: Repo, path: str) -> None:
+        if self.command == "GET" and self.hub.refusals:
+            self.hub.refusals -= 1
+            return self.say(503, {"error": "overloaded"})
         self.send(repo.files[path], {})
 
     def send(self, data: bytes, headers: dict[str, str]) -> None:

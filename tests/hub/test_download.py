@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -97,8 +98,8 @@ def test_a_model_comes_into_a_folder_and_what_is_there_is_not_fetched_again(ther
     assert out.endswith(f"next: ktx chat --model {tmp_path}/m\n") and "GB/s" in err
     assert not any("authorization" in headers for _, path, headers in there.seen if path.startswith("/far/"))
     there.seen.clear()
-    status, out, _ = download(there, tmp_path, "o/tensors", "--to", "m")
-    assert status == 0 and "0 B to download" in out and "present" in out
+    status, out, err = download(there, tmp_path, "o/tensors", "--to", "m")
+    assert status == 0 and "0 B to download" in out and "present" in out and "downloaded" not in err
     assert not [path for method, path, _ in there.seen if method == "GET" and ("/far/" in path or "resolve" in path)]
 
 
@@ -185,6 +186,46 @@ def test_a_server_that_knows_no_ranges_begins_anew(there, tmp_path):
     status, _, err = download(there, tmp_path, "o/tensors", "--to", "m", "--include", "*00001*")
     assert status == 0, err
     assert (tmp_path / "m" / "model-00001-of-00002.safetensors").read_bytes() == BIG
+
+
+def test_an_overloaded_server_is_asked_again(there, here, tmp_path):
+    there.refusals = 2
+    status, _, err = here("o/gguf:Q8_0", "--to", "m")
+    assert status == 0 and not there.refusals, err
+    assert (tmp_path / "m" / "Q8_0" / "M-Q8_0.gguf").read_bytes() == GGUF["Q8_0/M-Q8_0.gguf"]
+
+
+def test_a_file_that_another_download_writes_is_refused(there, here, tmp_path):
+    (tmp_path / "m" / "Q8_0").mkdir(parents=True)
+    digest = hashlib.sha256(GGUF["Q8_0/M-Q8_0.gguf"]).hexdigest()
+    with open(tmp_path / "m" / "Q8_0" / f"M-Q8_0.gguf.{digest[:8]}.incomplete", "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        status, _, err = here("o/gguf:Q8_0", "--to", "m")
+    assert status == 1 and "another download is writing this file" in err
+
+
+def test_a_file_with_a_wrong_content_is_replaced(there, here, tmp_path):
+    assert here("o/gguf:Q8_0", "--to", "m")[0] == 0
+    (tmp_path / "m" / "Q8_0" / "M-Q8_0.gguf").write_bytes(bytes(30000))
+    status, _, err = here("o/gguf:Q8_0", "--to", "m")
+    assert status == 0, err
+    assert (tmp_path / "m" / "Q8_0" / "M-Q8_0.gguf").read_bytes() == GGUF["Q8_0/M-Q8_0.gguf"]
+    assert here("o/gguf:Q8_0", "--to", "m")[1].count("present") == 2
+
+
+def test_a_folder_takes_files_from_the_cache(there, here, tmp_path):
+    assert here("o/gguf:Q8_0")[0] == 0
+    there.seen.clear()
+    status, out, err = here("o/gguf:Q8_0", "--to", "m")
+    assert status == 0 and "0 B to download" in out, err
+    assert contents(tmp_path / "m").keys() == {"config.json", "Q8_0/M-Q8_0.gguf"}
+    assert not [path for method, path, _ in there.seen if method == "GET" and ("/far/" in path or "resolve" in path)]
+
+
+def test_progress_counts_each_byte_of_small_files_once(there, here):
+    there.repos["o/small"] = Repo({"config.json": b"{}" + b" " * 898, "tokenizer.json": b" " * 900})
+    status, _, err = here("o/small", "--include", "*.json")
+    assert status == 0 and err.splitlines()[-1].startswith("downloaded 1.8 kB of 1.8 kB"), err
 
 
 def test_bytes_that_are_not_the_promised_ones_are_not_kept(there, tmp_path):
