@@ -303,11 +303,6 @@ PRIVATE = {
         "transformers:PreTrainedModel._keys_to_ignore_on_save",
         "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
     ],
-    "huggingface_hub": [
-        "huggingface_hub._local_folder:write_download_metadata",
-        "huggingface_hub.file_download:http_get",
-        "huggingface_hub.file_download:repo_folder_name",
-    ],
     "starlette": ["starlette.requests/_json"],
     "uvicorn": [
         "uvicorn:Server.handle_exit",
