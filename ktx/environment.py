@@ -48,6 +48,13 @@ VARIABLES = {
             " (`TRITON_INTERPRET=1`). `split:N` presents the first GPU as N GPUs",
         ),
         Variable(
+            "KTX_FUSION",
+            str,
+            "on",
+            "`on` (default): consecutive decoder layers are computed in one kernel call; `off`: layer by layer, with equal"
+            " results, to find out whether a problem is in the groups of layers",
+        ),
+        Variable(
             "KTX_API_KEY", str, "", "API keys of `ktx serve`, separated by spaces; `ktx bench serve` sends the first"
         ),
         Variable("KTX_PEER_PATH", str, "", "folder in which `ktx bench --peer` searches for the peer's library"),
@@ -59,6 +66,7 @@ ALLOWED = {  # (regular expression, description) of accepted values; variables t
     "KTX_ISA": ("|".join(ISAS), ", ".join(ISAS)),
     "KTX_THREADS": (r"0*(\d{1,3}|10[01]\d|102[0-4])", "a number from 1 to 1024, or 0 for the usable cores"),
     "KTX_NUMA": ("auto|off|fake:[1-8]", "auto, off or fake:N with N from 1 to 8"),
+    "KTX_FUSION": ("on|off", "on or off"),
     "KTX_GPU": (r"(fake|split):[1-9]\d?", "fake:N or split:N with N from 1 to 99"),
 }
 

@@ -39,7 +39,7 @@ from ktx.ops import mtp as mtp_layer
 from ktx.ops.attention_weights import check_implementation
 from ktx.ops.base import COMPUTE_DTYPES, Operator
 from ktx.ops.experts import experts_by_path
-from ktx.ops.fusion import layer
+from ktx.ops.fusion.layer_group import group_layers
 from ktx.ops.weight_traffic import module_bytes as own_sizes
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.lora import Adapter, AdapterSpec
@@ -267,7 +267,7 @@ def load(
         mtp_model = mtp_layer.detach_layer(hf_model)
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
     device_hooks.install(hf_model, devices_of, dtype)
-    layer.group_layers(hf_model)
+    group_layers(hf_model)
     _install_expert_offload(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
     tune_malloc()  # only now: loading has returned its temporary memory
     set_loaded_class(hf_model)

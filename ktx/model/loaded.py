@@ -23,7 +23,7 @@ from ktx.model.saving_packed import save_packed
 from ktx.ops import class_patches
 from ktx.ops.base import Operator, unpack
 from ktx.ops.embed import Embedding
-from ktx.ops.fusion import layer
+from ktx.ops.fusion.layer_group import group_layers
 from ktx.ops.linear import Linear
 from ktx.ops.weight_traffic import module_bytes
 
@@ -169,7 +169,7 @@ class LoadedModel(PreTrainedModel):
         for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, Operator):
                 module.rebuild()
-        layer.group_layers(self)
+        group_layers(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch's, for `to`, `half` etc. Raises before any module changes if an operator does not support it."""
@@ -177,7 +177,7 @@ class LoadedModel(PreTrainedModel):
             if isinstance(module, Operator):
                 module.cast_dtype(fn)
         result = super()._apply(fn, recurse)
-        layer.group_layers(self)
+        group_layers(self)
         return result
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -9,7 +9,7 @@ from ktx.cache.kv import KVCache
 from ktx.devices import Device
 from ktx.ops import device_hooks
 from ktx.ops.embed import Embedding
-from ktx.ops.fusion import layer as layer_module
+from ktx.ops.fusion import layer_group
 from ktx.ops.fusion.layer import Layer
 from ktx.ops.masks import Intervals
 from ktx.ops.mlp import MLP
@@ -151,13 +151,13 @@ def halves(twins):
 
 
 def test_layers_on_the_cpu_beside_a_gpu_compute_in_f32_by_their_blocks(twins, halves, monkeypatch):
-    found, together, really = {}, [], layer_module.run_steps
+    found, together, really = {}, [], layer_group.run_steps
 
     def recorded(x, steps, outs, *args):
         together.append(len(outs))
         return really(x, steps, outs, *args)
 
-    monkeypatch.setattr(layer_module, "run", recorded)
+    monkeypatch.setattr(layer_group, "run_steps", recorded)
     for i, layer in enumerate(halves.model.layers):
         layer.register_forward_hook(lambda module, args, out, i=i: found.update({i: out.dtype}))
     logits = run(halves, KVCache(halves.config, "f32"))

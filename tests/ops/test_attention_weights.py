@@ -15,7 +15,7 @@ from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from ktx.ops import attention_weights
 from ktx.ops.attention import Attention
-from ktx.ops.fusion import fused, layer
+from ktx.ops.fusion import fused, layer_group
 from ktx.transformers_compat import cache_argument
 from tests.families.test_families import IDS, Pair, load, relative
 from tests.ops.test_fused_blocks import modules
@@ -173,7 +173,7 @@ def test_a_static_cache(pair):
 def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
     """Weights cost what they cost while they are wanted: afterwards the fused steps are back."""
     steps = []
-    for place in (layer, fused):
+    for place in (layer_group, fused):
         really = place.run_steps
 
         def counted(x, made, outs, *attends, really=really):

@@ -13,9 +13,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.kernels.cpu import ops
-from ktx.ops.fusion import layer as layer_module
-from ktx.ops.fusion.layer import GROUP_LAYERS, MAX_MISSES, Layer
-from tests.families.test_families import IDS, Pair, logits
+from ktx.ops.fusion import layer_group
+from ktx.ops.fusion.layer import Layer
+from ktx.ops.fusion.layer_group import GROUP_LAYERS, MAX_MISSES
+from tests.families.test_families import IDS, Pair, load, logits
 from tests.ops.test_fused_blocks import decode, modules, without
 
 DEEP = {"num_hidden_layers": 11}
@@ -38,13 +39,13 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each call computes."""
-    found, really = [], layer_module.run_steps
+    found, really = [], layer_group.run_steps
 
     def counted(x, steps, outs, *args):
         found.append(len(outs))
         return really(x, steps, outs, *args)
 
-    monkeypatch.setattr(layer_module, "run_steps", counted)
+    monkeypatch.setattr(layer_group, "run_steps", counted)
     return found
 
 
@@ -75,6 +76,21 @@ def test_the_same_bits_as_layer_by_layer(model):
     together = decode(model)
     with one_by_one(model):
         assert torch.equal(together, decode(model))
+
+
+def test_off_by_variable_gives_the_same_bits(tmp_path, calls, monkeypatch):
+    together = Pair(tmp_path, "qwen3_moe", "Q8_0", DEEP).model
+    monkeypatch.setenv("KTX_FUSION", "off")
+    alone = load(tmp_path, tmp_path / "model.gguf")
+    assert all(layer.block is not None and layer.fused_group is None for layer in modules(alone, Layer))
+    assert any(layer.fused_group is not None for layer in modules(together, Layer))
+    for ids in (IDS[:, :1], IDS[:, :30], IDS):
+        assert torch.equal(logits(together, ids), logits(alone, ids))
+    calls.clear()
+    decoded = decode(alone)
+    assert calls == [] and torch.equal(decoded, decode(together)) and calls
+    copied = copy.deepcopy(alone)
+    assert all(layer.fused_group is None for layer in modules(copied, Layer)) and torch.equal(decode(copied), decoded)
 
 
 def test_the_same_bits_on_pages(model, calls):
@@ -195,7 +211,7 @@ def test_a_script_that_asks_for_one_layer_gets_one(model, calls):
 
 def test_who_changes_hidden_states_every_time_is_not_run_ahead_of(model, calls, monkeypatch):
     """But for once in a while: the hook may be gone."""
-    monkeypatch.setattr(layer_module, "DISABLED_CALLS", 6)
+    monkeypatch.setattr(layer_group, "DISABLED_CALLS", 6)
     handle = model.model.layers[4].register_forward_hook(lambda module, args, out: out * 1.0)
     decode(model, steps=5)
     assert len(calls) - calls.count(11 - GROUP_LAYERS) == MAX_MISSES and calls.count(11 - GROUP_LAYERS) == 7
