@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from starlette.datastructures import Headers
 
 from ktx.errors import KtxError
 from ktx.hardware import cpu_share
@@ -138,7 +139,7 @@ class Replica:
 
         async def run() -> None:
             """Answers the request; a final None in the queue ends the response."""
-            request_id.set_current(dict(scope["headers"]))
+            request_id.set_current(Headers(raw=scope["headers"]))
             try:
                 await self.routes({**scope, "type": "http", "asgi": {"version": "3.0"}}, receive, send)
             finally:

@@ -11,18 +11,18 @@ import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 
-CLIENT_HEADER = b"x-request-id"  # a client may choose the id with it; the proxy forwards it to the replica
-RESPONSE_HEADERS = (CLIENT_HEADER, b"request-id")
-VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+CLIENT_HEADER = "x-request-id"  # a client may choose the id with it; the proxy forwards it to the replica
+RESPONSE_HEADERS = (CLIENT_HEADER, "request-id")
+VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 CURRENT: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
-def set_current(headers: Mapping[bytes, bytes]) -> str:
+def set_current(headers: Mapping[str, str]) -> str:
     """Sets the id of the current task and of the tasks that it starts, and returns it.
 
     It is the client's id, or a new one if the client sent no valid one.
     """
-    client_id = headers.get(CLIENT_HEADER, b"")
-    request_id = client_id.decode() if VALID_ID.fullmatch(client_id) else f"req_{uuid.uuid4().hex}"
+    client_id = headers.get(CLIENT_HEADER, "")
+    request_id = client_id if VALID_ID.fullmatch(client_id) else f"req_{uuid.uuid4().hex}"
     CURRENT.set(request_id)
     return request_id

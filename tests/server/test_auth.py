@@ -84,6 +84,19 @@ def test_only_listed_pages_may_ask(keyed):
     assert {"x-request-id", "request-id"} <= {*good.headers["access-control-expose-headers"].split(", ")}
 
 
+def test_a_listed_page_can_read_errors(keyed):
+    refused = keyed.get("/v1/models", headers={"origin": "https://chat.example"})
+    too_large = keyed.post(
+        "/tokenize",
+        content=b"x" * (17 << 20),
+        headers={"origin": "https://chat.example", "x-api-key": "first-key"},
+    )
+    for answer, status in ((refused, 401), (too_large, 413)):
+        assert answer.status_code == status and answer.headers["vary"] == "Origin"
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "access-control-allow-origin" not in keyed.get("/health", headers={"origin": "https://evil.example"}).headers
+
+
 def told_id(answer):
     """The id under both its names."""
     assert answer.headers["x-request-id"] == answer.headers["request-id"]
