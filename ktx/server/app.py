@@ -180,15 +180,15 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
         return model(state.resolve_model(name))
 
     @routes.post("/v1/chat/completions")
-    async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Any:
+    async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Response:
         return await chat.answer(state, fields, request)
 
     @routes.post("/v1/completions")
-    async def plain_completions(fields: CompletionRequest, request: Request) -> Any:
+    async def plain_completions(fields: CompletionRequest, request: Request) -> Response:
         return await completions.answer(state, fields, request)
 
     @routes.post("/v1/embeddings")
-    async def embeddings() -> Any:
+    async def embeddings() -> Response:
         raise APIError(501, "this is a chat model; it provides no embeddings")
 
     @routes.post("/tokenize")
@@ -220,7 +220,7 @@ def _add_adapters(routes: APIRouter, state: ServerState) -> None:
         return lora.list_adapters(state)
 
     @routes.post("/lora-adapters")
-    async def scale_adapters() -> Any:
+    async def scale_adapters() -> Response:
         raise APIError(
             501,
             "the scale of an adapter cannot be set for all requests; use the adapter as the request's model, or add"
@@ -232,19 +232,19 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
     """Adds the routes of OpenAI's Responses API."""
 
     @routes.post("/v1/responses")
-    async def respond(fields: ResponsesRequest, request: Request) -> Any:
+    async def respond(fields: ResponsesRequest, request: Request) -> Response:
         return await serving.answer(state, fields, request)
 
     @routes.post("/v1/responses/input_tokens")
-    async def input_tokens(fields: ResponseTokensRequest, request: Request) -> Any:
+    async def input_tokens(fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
         return await serving.count(state, fields, request)
 
     @routes.get("/v1/responses/{name}")
-    async def retrieve(name: str, request: Request, stream: bool = False) -> Any:
+    async def retrieve(name: str, request: Request, stream: bool = False) -> dict[str, Any]:
         return stored_responses.retrieve(state.response_store, owner_of(request), name, stream)
 
     @routes.delete("/v1/responses/{name}")
-    async def delete(name: str, request: Request) -> Any:
+    async def delete(name: str, request: Request) -> dict[str, Any]:
         return stored_responses.delete(state.response_store, owner_of(request), name)
 
     @routes.get("/v1/responses/{name}/input_items")
@@ -254,13 +254,13 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256)] = None,
-    ) -> Any:
+    ) -> dict[str, Any]:
         return stored_responses.input_items(
             state.response_store, owner_of(request), name, limit, order == "desc", after
         )
 
     @routes.post("/v1/responses/{name}/cancel")
-    async def cancel(name: str, request: Request) -> Any:
+    async def cancel(name: str, request: Request) -> dict[str, Any]:
         return stored_responses.cancel(state.response_store, owner_of(request), name)
 
 
@@ -268,19 +268,19 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     """Adds Anthropic's and Ollama's routes."""
 
     @routes.post("/v1/messages")
-    async def anthropic(fields: MessagesRequest, request: Request) -> Any:
+    async def anthropic(fields: MessagesRequest, request: Request) -> Response:
         return await messages.answer(state, fields, request)
 
     @routes.post("/v1/messages/count_tokens")
-    async def count_tokens(fields: CountTokensRequest) -> Any:
+    async def count_tokens(fields: CountTokensRequest) -> Response:
         return await messages.count(state, fields)
 
     @routes.post("/api/chat")
-    async def ollama_chat(fields: OllamaChat, request: Request) -> Any:
+    async def ollama_chat(fields: OllamaChat, request: Request) -> Response:
         return await ollama.chat(state, fields, request)
 
     @routes.post("/api/generate")
-    async def ollama_generate(fields: OllamaGenerate, request: Request) -> Any:
+    async def ollama_generate(fields: OllamaGenerate, request: Request) -> Response:
         return await ollama.generate(state, fields, request)
 
     @routes.post("/api/show")
@@ -289,7 +289,7 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
-    async def ollama_embeddings() -> Any:
+    async def ollama_embeddings() -> Response:
         raise APIError(501, "this is a chat model; it provides no embeddings")
 
     @routes.head("/api/tags", include_in_schema=False)

@@ -13,7 +13,11 @@ STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asct
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a record as text or as JSON, with the fields of `extra` and the id of the current request."""
+    """Formats a record as text or as JSON, with the fields of `extra` and the id of the current request.
+
+    Args:
+        as_json: whether to format records as JSON.
+    """
 
     def __init__(self, as_json: bool):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ktx.engine.engine import Engine
 from ktx.engine.request import Finished
@@ -24,17 +23,21 @@ TOKEN_BUCKETS = tuple(2**n for n in range(18))
 
 
 class Metrics:
-    """The server's metrics: counters that `finished` updates, and values that `collect` reads from the engine."""
+    """The server's metrics: counters that `finished` updates, and values that `collect` reads from the engine.
+
+    Args:
+        state: the server's state; its engine may be None when a metric is read.
+    """
 
     def __init__(self, state: ServerState):
         self.state, self.registry = state, CollectorRegistry()
         model = state.names[0]
 
         # These are registered once and updated by `finished`; `collect` creates the others when /metrics is read.
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"ktx:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
 
-        def counter(name: str, text: str) -> Any:
+        def counter(name: str, text: str) -> Counter:
             return Counter(f"ktx:{name}", text, ["model_name"], registry=self.registry).labels(model)
 
         self.model = model
@@ -104,7 +107,7 @@ class Metrics:
         if usage.answer > 1:
             self.inter_token_latency.observe((usage.seconds - usage.first_token_seconds) / (usage.answer - 1))
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """Yields the metrics that are read from the engine at collection time; the registry calls it for /metrics."""
         progress, engine = self.state.progress, self.state.engine
         yield self._make_gauge("model_load_bytes", "Bytes of weights read so far.", progress.done)
@@ -133,7 +136,7 @@ class Metrics:
         yield self._make_counter("engine_restarts", "Restarts of the engine's thread.", engine.num_restarts)
         yield from self._collect_stats(engine)
 
-    def _collect_budget(self, engine: Engine) -> Iterator[Any]:
+    def _collect_budget(self, engine: Engine) -> Iterator[Metric]:
         """Yields the prefill budget and the speed of the latest prefill step, without and with decoding requests."""
         budget, labels = engine.budget, {"none": False, "some": True}
         latest = {label: budget.latest[decoding] for label, decoding in labels.items() if decoding in budget.latest}
@@ -157,7 +160,7 @@ class Metrics:
             "answers",
         )
 
-    def _collect_stats(self, engine: Engine) -> Iterator[Any]:
+    def _collect_stats(self, engine: Engine) -> Iterator[Metric]:
         """Yields memory, bandwidth and expert statistics of the engine."""
         stats, bandwidth = engine.stats.snapshot(), self.state.bandwidth
         node_seconds = {str(node): seconds for node, seconds in enumerate(stats.node_seconds)}
@@ -201,15 +204,20 @@ class Metrics:
         last_bytes, last_seconds = (self.last_stats.nbytes, self.last_stats.seconds) if self.last_stats else (0, 0.0)
         return (stats.nbytes - last_bytes) / (stats.seconds - last_seconds) if stats.seconds > last_seconds else 0.0
 
-    def _make_gauge(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+    def _make_gauge(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Metric:
         return self._make_family(GaugeMetricFamily, name, text, value, label)
 
-    def _make_counter(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+    def _make_counter(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Metric:
         return self._make_family(CounterMetricFamily, name, text, value, label)
 
     def _make_family(
-        self, family_class: Any, name: str, text: str, value: float | Mapping[str, float], label: str
-    ) -> Any:
+        self,
+        family_class: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        value: float | Mapping[str, float],
+        label: str,
+    ) -> Metric:
         """Returns a metric with one value, or with one value per label value if `value` is a mapping."""
         family = family_class(f"ktx:{name}", text, labels=["model_name", label] if label else ["model_name"])
         for label_value, number in value.items() if isinstance(value, Mapping) else [("", value)]:

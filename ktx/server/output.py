@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ktx import chat_formats
 from ktx.chat_formats import CallArguments, CallEnd, CallStart, Parser, Text, merge_events
 from ktx.engine.request import Event, Finished, TokenEvent
 from ktx.engine.sampler import SampledToken
@@ -89,7 +90,7 @@ class OutputParser:
             self.end = Finish(reason, event, self.reasoning_tokens, self._take_choices())
             yield self.end
 
-    def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
+    def _read(self, events: list[chat_formats.Event]) -> Iterator[TextDelta | ToolCallDelta]:
         """Converts the parser's events to deltas and accumulates them; a call that is not complete yields nothing."""
         for event in merge_events(events):
             if isinstance(event, CallStart):
@@ -123,7 +124,7 @@ class LogprobFormatter:
     """Formats tokens and log probabilities as OpenAI's API does.
 
     Args:
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, one of transformers.
         as_ids: name tokens `token_id:N`, as vLLM does, because different tokens may have the same text.
     """
 

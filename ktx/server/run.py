@@ -10,10 +10,12 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any, Protocol
+from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from sse_starlette.sse import AppStatus
+from starlette.types import ASGIApp
 
 from ktx.errors import UsageError
 
@@ -31,13 +33,18 @@ class Stoppable(Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server: the first signal ends all requests gracefully, a second SIGINT does not wait for them."""
+    """A uvicorn server: the first signal ends all requests gracefully, a second SIGINT does not wait for them.
+
+    Args:
+        config: uvicorn's configuration.
+        backend: what is stopped at shutdown.
+    """
 
     def __init__(self, config: uvicorn.Config, backend: Stoppable):
         super().__init__(config)
         self.backend = backend
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles SIGINT and SIGTERM."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
@@ -73,7 +80,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(app: Any, backend: Stoppable) -> Server:
+def make_server(app: ASGIApp, backend: Stoppable) -> Server:
     """Returns a uvicorn server with this project's limits and timeouts."""
     config = uvicorn.Config(
         app,
@@ -92,7 +99,7 @@ def make_server(app: Any, backend: Stoppable) -> Server:
 
 
 def serve(
-    app: Any, backend: Stoppable, listener: socket.socket, on_start: Callable[[Callable[[], None]], None]
+    app: ASGIApp, backend: Stoppable, listener: socket.socket, on_start: Callable[[Callable[[], None]], None]
 ) -> None:
     """Serves requests until a signal arrives.
 

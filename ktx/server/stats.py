@@ -26,7 +26,11 @@ DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16":
 
 
 class MachineStats:
-    """Collects the statistics of the server's engine. Values that do not change are computed once."""
+    """Collects the statistics of the server's engine. Values that do not change are computed once.
+
+    Args:
+        state: the server's state.
+    """
 
     def __init__(self, state: ServerState):
         self.state, self.cpu = state, machine().cpu
@@ -69,7 +73,7 @@ class MachineStats:
         }
 
 
-def list_modules(model: Any) -> list[dict[str, Any]]:
+def list_modules(model: object) -> list[dict[str, Any]]:
     """Lists the operators and the unreplaced modules with weights; empty for a model that is not a torch module."""
     if not isinstance(model, nn.Module):
         return []

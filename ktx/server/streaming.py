@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive
 
 from ktx.engine.client import RequestGroup
 from ktx.engine.request import Finished
@@ -49,13 +50,13 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
         await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     """Returns when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def json_response(group: RequestGroup, work: Awaitable[Any]) -> Response:
+async def json_response(group: RequestGroup, work: Awaitable[dict[str, Any]]) -> Response:
     """Returns the result of `work` as a JSON body; closes the group, also when the route cancels the call."""
     try:
         return JSONResponse(await work)
@@ -64,7 +65,7 @@ async def json_response(group: RequestGroup, work: Awaitable[Any]) -> Response:
 
 
 def sse_response(
-    events: AsyncIterator[tuple[str | None, Any]],
+    events: AsyncIterator[tuple[str | None, dict[str, Any]]],
     group: RequestGroup,
     path: str,
     keepalive_s: float,
@@ -107,7 +108,7 @@ def sse_response(
     )
 
 
-def ndjson_response(events: AsyncIterator[Any], group: RequestGroup) -> StreamingResponse:
+def ndjson_response(events: AsyncIterator[dict[str, Any]], group: RequestGroup) -> StreamingResponse:
     """Returns a stream of JSON objects, one per line. An error in the stream is sent as a line."""
 
     async def stream() -> AsyncIterator[str]:

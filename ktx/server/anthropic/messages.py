@@ -145,7 +145,7 @@ def _text_of_block(block: ContentBlock) -> str:
     return _block_text(block.type, (block.model_extra or {}).get("text"))
 
 
-def _block_text(block_type: Any, text: Any) -> str:
+def _block_text(block_type: object, text: object) -> str:
     """Returns the text of a content block. Raises APIError (400) for a block that is not text."""
     if block_type != "text" or not isinstance(text, str):
         raise APIError(
@@ -187,7 +187,7 @@ def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
     return results + ([converted] if texts or len(converted) > 2 or not results else [])
 
 
-def _tool_result_text(content: Any) -> str:
+def _tool_result_text(content: object) -> str:
     """Returns the text of a tool result. Raises APIError (400) if it has other content."""
     if content is None or isinstance(content, str):
         return content or ""

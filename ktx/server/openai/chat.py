@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from ktx.engine.client import RequestGroup
 from ktx.engine.request import TokenEvent
+from ktx.engine.sampler import SampledToken
 from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
@@ -180,7 +181,7 @@ async def _stream(
     logprobs: bool,
     hide_reasoning: bool,
     options: StreamOptions,
-) -> AsyncIterator[tuple[None, Any]]:
+) -> AsyncIterator[tuple[None, dict[str, Any]]]:
     """Yields the chunks of a streamed response.
 
     All have the same id. The first chunk of each choice has the role, the last its finish reason; a chunk with the
@@ -189,8 +190,8 @@ async def _stream(
     include_usage, num_tokens = bool(options.include_usage), [0 for _ in parsers]
 
     def chunk(
-        index: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
-    ) -> tuple[None, Any]:
+        index: int, delta: dict[str, Any], choices: list[SampledToken] | None = None, finish: str | None = None
+    ) -> tuple[None, dict[str, Any]]:
         """Returns an event without a name: a chunk with one choice's delta."""
         token_logprobs = formatter.content(choices) if logprobs and choices else None
         choice = {"index": index, "delta": delta, "logprobs": token_logprobs, "finish_reason": finish}

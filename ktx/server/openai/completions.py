@@ -83,7 +83,12 @@ def _tokenize_prompts(tokenizer: Any, fields: CompletionRequest) -> list[list[in
 
 
 class LegacyLogprobs:
-    """Formats the `logprobs` of a completion: four parallel lists. `offset` is where the next token's text starts."""
+    """Formats the `logprobs` of a completion: four parallel lists. `offset` is where the next token's text starts.
+
+    Args:
+        formatter: formats the tokens.
+        enabled: whether the request has log probabilities.
+    """
 
     def __init__(self, formatter: LogprobFormatter, enabled: bool):
         self.formatter, self.enabled, self.offset = formatter, enabled, 0
@@ -186,7 +191,7 @@ async def _stream(
     formatter: LogprobFormatter,
     fields: CompletionRequest,
     prompts: list[list[int]],
-) -> AsyncIterator[tuple[None, Any]]:
+) -> AsyncIterator[tuple[None, dict[str, Any]]]:
     """Yields the chunks of a streamed response; one with the usage comes last if the request has `include_usage`."""
     include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
     continuous_usage = include_usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
@@ -195,7 +200,7 @@ async def _stream(
     pending: list[list[SampledToken]] = [[] for _ in group.requests]
     finished: dict[int, Finished] = {}
 
-    def chunk(index: int, text: str, finish: str | None = None) -> tuple[None, Any]:
+    def chunk(index: int, text: str, finish: str | None = None) -> tuple[None, dict[str, Any]]:
         """Returns a chunk with one choice's new text and the log probabilities of its pending tokens."""
         choices, pending[index] = pending[index], []
         choice = {

@@ -179,7 +179,7 @@ class AllowedChoice(StrictModel):
     allowed_tools: AllowedTools
 
 
-def choice_tag(choice: Any) -> str:
+def choice_tag(choice: object) -> str:
     """Returns the discriminator tag of a tool_choice, before or after validation."""
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
     return kind if kind in ("word", "allowed_tools") else "function"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -67,7 +67,7 @@ class ResponseSearch(StrictModel):
     type: Literal["web_search"]
 
 
-def tool_tag(tool: Any) -> str:
+def tool_tag(tool: object) -> str:
     """Returns the discriminator tag of a tool, before or after validation."""
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
     return kind if kind in ("namespace", "web_search") else "function"

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from ktx.engine.request import Event
 from ktx.server import streaming
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 
@@ -71,7 +72,7 @@ class ResponseEvents:
         self.items: list[dict[str, Any]] = []
         self.open_kind = ""  # kind of the incomplete item: answer or think
         self.text = ""  # its text so far
-        self.logprobs: list[Any] = []  # log probabilities of its tokens
+        self.logprobs: list[dict[str, Any]] = []  # log probabilities of its tokens
 
     def event(self, kind: str, **fields: Any) -> tuple[str, dict[str, Any]]:
         """Returns the next event: its name and its body."""
@@ -203,7 +204,7 @@ class ResponseEvents:
         }
         return [*events, self.state_event("response.incomplete" if truncated else "response.completed")]
 
-    def feed(self, event: Any) -> list[tuple[str, dict[str, Any]]]:
+    def feed(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
         """Returns the stream events of one event of the engine."""
         events: list[tuple[str, dict[str, Any]]] = []
         for delta in self.parser.feed(event):

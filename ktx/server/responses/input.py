@@ -171,7 +171,7 @@ def to_messages(instructions: str | None, previous_items: list[Item], new_items:
     return messages
 
 
-def _item_text(content: Any, index: int) -> str:
+def _item_text(content: object, index: int) -> str:
     """Returns the text of an item's content. Raises APIError (400) for a part that is not text."""
     if isinstance(content, str):
         return content

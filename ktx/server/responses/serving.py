@@ -163,7 +163,7 @@ def _response_format(fields: ResponseTokensRequest) -> Format | None:
         raise APIError(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
 
 
-def _initial_response(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> dict[str, Any]:
+def _initial_response(fields: ResponsesRequest, model: str, sampling: SamplingParams, store: bool) -> dict[str, Any]:
     """Returns the response object of a request that has just started."""
     params = fields.model_dump(exclude_none=True)
     tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
