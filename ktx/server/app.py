@@ -153,39 +153,41 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
         """Returns the entry of a model or adapter, with the fields of OpenAI, vLLM (max_model_len) and Anthropic, which
         share this path.
         """
-        engine, _, _ = state.require_ready()
+        loaded, parent = state.require_model(), state.names.first if state.names.adapter(name) else None
         return {
             "id": name,
             "object": "model",
             "created": state.created,
             "owned_by": "ktx",
-            "root": state.model_path(name),
-            "parent": state.models[0] if state.select_adapter(name) else None,
-            "max_model_len": engine.context,
+            "root": loaded.path(name),
+            "parent": parent,
+            "max_model_len": loaded.engine.context,
             "type": "model",
             "display_name": name,
             "created_at": state.created_iso,
-            "max_input_tokens": engine.context,
-            "max_tokens": engine.context,
+            "max_input_tokens": loaded.engine.context,
+            "max_tokens": loaded.engine.context,
         }
 
     @routes.get("/v1/models")
     @routes.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        page_fields = {"has_more": False, "first_id": state.names[0], "last_id": state.names[-1]}
-        return {"object": "list", "data": [model(name) for name in state.names], **page_fields}
+        names = state.names.all
+        page_fields = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+        return {"object": "list", "data": [model(name) for name in names], **page_fields}
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return model(state.resolve_model(name))
+        state.names.check(name)
+        return model(name)
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Response:
-        return await chat.answer(state, fields, request)
+        return await chat.answer(state.require_model(fields.model), fields, request)
 
     @routes.post("/v1/completions")
     async def plain_completions(fields: CompletionRequest, request: Request) -> Response:
-        return await completions.answer(state, fields, request)
+        return await completions.answer(state.require_model(fields.model), fields, request)
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -193,15 +195,15 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/tokenize")
     async def tokenize(fields: TokenizeRequest) -> dict[str, Any]:
-        return await tokenization.tokenize(state, fields)
+        return await tokenization.tokenize(state.require_model(fields.model), fields)
 
     @routes.post("/detokenize")
     async def detokenize(fields: DetokenizeRequest) -> dict[str, Any]:
-        return await tokenization.detokenize(state, fields)
+        return await tokenization.detokenize(state.require_model(fields.model), fields)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return tokenization.info(state)
+        return tokenization.info(state.require_model())
 
 
 def _add_adapters(routes: APIRouter, state: ServerState) -> None:
@@ -209,15 +211,17 @@ def _add_adapters(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
-        return await lora.load(state, fields)
+        root = lora.adapter_root(state.settings)
+        return await lora.load(state.require_model().engine, state.names, root, fields)
 
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(fields: UnloadAdapter) -> Response:
-        return await lora.unload(state, fields)
+        lora.adapter_root(state.settings)
+        return await lora.unload(state.require_model().engine, state.names, fields)
 
     @routes.get("/lora-adapters")
     async def listed_adapters() -> list[dict[str, Any]]:
-        return lora.list_adapters(state)
+        return lora.list_adapters(state.require_model())
 
     @routes.post("/lora-adapters")
     async def scale_adapters() -> Response:
@@ -233,11 +237,11 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/v1/responses")
     async def respond(fields: ResponsesRequest, request: Request) -> Response:
-        return await serving.answer(state, fields, request)
+        return await serving.answer(state.require_model(fields.model), state.response_store, fields, request)
 
     @routes.post("/v1/responses/input_tokens")
     async def input_tokens(fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
-        return await serving.count(state, fields, request)
+        return await serving.count(state.require_model(fields.model), state.response_store, fields, request)
 
     @routes.get("/v1/responses/{name}")
     async def retrieve(name: str, request: Request, stream: bool = False) -> dict[str, Any]:
@@ -269,23 +273,23 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/v1/messages")
     async def anthropic(fields: MessagesRequest, request: Request) -> Response:
-        return await messages.answer(state, fields, request)
+        return await messages.answer(state.require_model(fields.model), fields, request)
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(fields: CountTokensRequest) -> Response:
-        return await messages.count(state, fields)
+        return await messages.count(state.require_model(fields.model), fields)
 
     @routes.post("/api/chat")
     async def ollama_chat(fields: OllamaChat, request: Request) -> Response:
-        return await ollama.chat(state, fields, request)
+        return await ollama.chat(state.require_model(fields.model), fields, request)
 
     @routes.post("/api/generate")
     async def ollama_generate(fields: OllamaGenerate, request: Request) -> Response:
-        return await ollama.generate(state, fields, request)
+        return await ollama.generate(state.require_model(fields.model), fields, request)
 
     @routes.post("/api/show")
     async def show(fields: OllamaShow) -> dict[str, Any]:
-        return ollama.show(state, fields)
+        return ollama.show(state.require_model(fields.model or fields.name or ""), state.created_iso, fields)
 
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
@@ -295,11 +299,11 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return ollama.tags(state)
+        return ollama.tags(state.require_model(), state.created_iso)
 
     @routes.get("/api/ps")
     async def ps() -> dict[str, Any]:
-        return ollama.ps(state)
+        return ollama.ps(state.require_model())
 
     @routes.head("/api/version", include_in_schema=False)
     @routes.get("/api/version")

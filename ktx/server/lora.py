@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
+from ktx.engine.engine import Engine
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.ops.lora import AdapterUse
 from ktx.server.errors import APIError
-from ktx.server.model_names import LATEST_TAG
+from ktx.server.model_names import LATEST_TAG, ModelNames
 from ktx.server.protocol.openai import LoadAdapter, LoraUse, UnloadAdapter
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel, ServerSettings
 from ktx.weights.gguf_files import is_gguf
 from ktx.weights.lora import CONFIG_FILE, WEIGHTS_FILE
 
@@ -26,22 +27,26 @@ log = logging.getLogger("ktx.server")
 T = TypeVar("T")
 
 
-async def load(state: ServerState, fields: LoadAdapter) -> Response:
-    """Loads an adapter from the folder --lora-dir under a new name.
+async def load(engine: Engine, names: ModelNames, root: Path, fields: LoadAdapter) -> Response:
+    """Loads an adapter under a new name.
+
+    Args:
+        engine: the engine.
+        names: the names, to which the adapter's is added.
+        root: the folder --lora-dir, which has the adapter.
+        fields: the request.
 
     Raises:
         APIError: 404, the path does not exist; 400, it is not an adapter of this model, is outside of the folder or the
             name is in use; 503, there is not enough memory.
     """
-    root = adapter_root(state)
-    engine, _, _ = state.require_ready()
-    name = _check_name(state, fields.lora_name)
+    name = _check_name(names, fields.lora_name)
     path = resolve_adapter_path(root, fields.lora_path)
 
     async def run_load() -> None:
         """Loads the adapter, while no other one is loaded or unloaded; the engine reads it in another thread."""
-        async with state.adapters_lock:
-            if name in state.adapters and not fields.load_inplace:
+        async with names.lock:
+            if name in names.adapters and not fields.load_inplace:
                 raise APIError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
             try:
                 await asyncio.to_thread(engine.load_lora, path, name, replace=bool(fields.load_inplace))
@@ -49,29 +54,27 @@ async def load(state: ServerState, fields: LoadAdapter) -> Response:
                 raise APIError(400, str(error), "lora_path") from error
             except DoesNotFit as error:
                 raise APIError(503, str(error)) from error
-            if name not in state.adapters:
-                state.add_adapter(name)
+            if name not in names.adapters:
+                names.add_adapter(name)
 
     await run_to_completion(run_load())
     log.info("loaded the adapter %s from %s", name, path)
     return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
 
 
-async def unload(state: ServerState, fields: UnloadAdapter) -> Response:
+async def unload(engine: Engine, names: ModelNames, fields: UnloadAdapter) -> Response:
     """Unloads an adapter for new requests; requests that run or wait keep it until they end.
 
     Raises:
         APIError: 404, no adapter has the name.
     """
-    adapter_root(state)
-    engine, _, _ = state.require_ready()
     name = fields.lora_name
 
     async def run_unload() -> None:
-        async with state.adapters_lock:
-            if name not in state.adapters:
+        async with names.lock:
+            if name not in names.adapters:
                 raise APIError(404, f"The lora adapter {name!r} cannot be found.", "lora_name")
-            state.adapters = {known: adapter_id for known, adapter_id in state.adapters.items() if known != name}
+            names.remove_adapter(name)
             await asyncio.to_thread(engine.unload_lora, name)
 
     await run_to_completion(run_unload())
@@ -79,38 +82,37 @@ async def unload(state: ServerState, fields: UnloadAdapter) -> Response:
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
 
-def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | None) -> tuple[AdapterUse, ...]:
+def resolve_adapters(names: ModelNames, model: str, lora: Sequence[LoraUse] | None) -> tuple[AdapterUse, ...]:
     """Returns the adapters that a request uses.
 
     Args:
-        state: the server's state.
+        names: names of the model and of its adapters.
         model: the model name of the request, which may be an adapter's.
         lora: llama.cpp's list of adapter ids and scales, which is only allowed with the base model.
 
     Raises:
         APIError: 400, an id is unknown, or `lora` is given although the model is an adapter.
     """
-    adapter = state.select_adapter(model)
+    adapter = names.adapter(model)
     if lora is None:
-        return tuple(map(AdapterUse, adapter))
+        return (AdapterUse(adapter),) if adapter else ()
     if adapter:
-        raise APIError(400, f"lora: the model {model!r} is an adapter; use model {state.models[0]!r}", "lora")
-    by_id = {adapter_id: name for name, adapter_id in state.adapters.items()}
+        raise APIError(400, f"lora: the model {model!r} is an adapter; use model {names.first!r}", "lora")
+    by_id = {adapter_id: name for name, adapter_id in names.adapters.items()}
     scales = {use.id: use.scale for use in lora}  # the last entry of an adapter wins
     if unknown := [adapter_id for adapter_id in scales if adapter_id not in by_id]:
         raise APIError(400, f"lora: no adapter has the id {unknown[0]}; /lora-adapters lists them", "lora")
     return tuple(AdapterUse(by_id[adapter_id], scale) for adapter_id, scale in sorted(scales.items()) if scale)
 
 
-def list_adapters(state: ServerState) -> list[dict[str, Any]]:
+def list_adapters(model: LoadedModel) -> list[dict[str, Any]]:
     """Lists the adapters in llama.cpp's format.
 
     The scale is the one of a request that names no adapter: 0, because the base model alone answers it.
     """
-    state.require_ready()
     return [
-        {"id": adapter_id, "path": state.model_path(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
-        for name, adapter_id in state.adapters.items()
+        {"id": adapter_id, "path": model.path(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
+        for name, adapter_id in model.names.adapters.items()
     ]
 
 
@@ -119,18 +121,18 @@ async def run_to_completion(work: Awaitable[T]) -> T:
     return await asyncio.shield(asyncio.ensure_future(work))
 
 
-def adapter_root(state: ServerState) -> Path:
+def adapter_root(settings: ServerSettings) -> Path:
     """Returns the folder that adapters may be loaded from. Raises APIError (404) without --lora-dir."""
-    if state.settings.lora_dir is None:
+    if settings.lora_dir is None:
         raise APIError(404, "this server does not load or unload adapters; start ktx serve with --lora-dir DIR")
-    return state.settings.lora_dir
+    return settings.lora_dir
 
 
-def _check_name(state: ServerState, name: str) -> str:
+def _check_name(names: ModelNames, name: str) -> str:
     """Returns the name of a new adapter. Raises APIError (400) if it is invalid or a name of the model."""
     if not name.isprintable() or not name.strip() or name.endswith(LATEST_TAG):
         raise APIError(400, f"{name!r} is not a valid name for an adapter", "lora_name")
-    if name in state.models:
+    if name in names.models:
         raise APIError(400, f"{name!r} is the model's name; choose another one", "lora_name")
     return name
 

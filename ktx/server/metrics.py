@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self, state: ServerState):
         self.state, self.registry = state, CollectorRegistry()
-        model = state.names[0]
+        model = state.names.first
 
         # These are registered once and updated by `finished`; `collect` creates the others when /metrics is read.
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -19,7 +19,7 @@ from ktx.server.errors import APIError, to_api_error
 from ktx.server.lora import resolve_adapters
 from ktx.server.protocol.openai import Format, LoraUse, SamplingFields, Structured, StructuredOutputFields
 from ktx.server.protocol.parameters import note_ignored
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import (
     COMPILE_THREADS,
     COMPILE_TIMEOUT_S,
@@ -60,12 +60,11 @@ class EngineInput:
     salt: bytes = b""
     count: int = 1
 
-    def parser(self, state: ServerState) -> Parser:
+    def parser(self, chat_format: ChatFormat) -> Parser:
         """Returns a new parser for the output of one request."""
-        assert state.prompts is not None
         rendered = self.rendered
         return Parser(
-            state.prompts.chat_format,
+            chat_format,
             self.tools,
             thinking=rendered.thinking,
             parse_calls=self.parse_calls,
@@ -108,12 +107,12 @@ def restrict_tools(
 
 
 def build_sampling_params(
-    state: ServerState, fields: SamplingFields | Mapping[str, Any], limit: int | None, **more: Any
+    model: LoadedModel, fields: SamplingFields | Mapping[str, Any], limit: int | None, **more: Any
 ) -> SamplingParams:
     """Builds the sampling parameters of a request; defaults are the server's, then the model's.
 
     Args:
-        state: the server's state.
+        model: the loaded model.
         fields: the request, or a dict of its parameters under OpenAI's names.
         limit: max new tokens; None: the server's limit, else the rest of the context.
         more: further fields of `SamplingParams`.
@@ -136,12 +135,12 @@ def build_sampling_params(
         "min_tokens",
         "repeat_last_n",
     )
-    values = state.defaults | {name: params[name] for name in names if name in params}
+    values = model.defaults | {name: params[name] for name in names if name in params}
     values["top_k"] = max(0, values.get("top_k", 0))
     stop = params.get("stop") or ()
     bias = {int(token): float(value) for token, value in (params.get("logit_bias") or {}).items()}
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    max_new_tokens = limit if limit is not None else state.settings.max_new_tokens or 1 << 30
+    max_new_tokens = limit if limit is not None else model.settings.max_new_tokens or 1 << 30
     if values.get("min_tokens", 0) > max_new_tokens:
         raise APIError(
             400,
@@ -151,7 +150,7 @@ def build_sampling_params(
     return SamplingParams(
         **values,
         stop=stop,
-        hidden=frozenset() if params.get("skip_special_tokens") is False else _hidden_tokens(state, stop),
+        hidden=frozenset() if params.get("skip_special_tokens") is False else _hidden_tokens(model, stop),
         include_stop=bool(params.get("include_stop_str_in_output")),
         stop_ids=tuple(params.get("stop_token_ids") or ()),
         logit_bias=bias,
@@ -160,12 +159,12 @@ def build_sampling_params(
     )
 
 
-def _hidden_tokens(state: ServerState, stop: Sequence[str]) -> frozenset[int]:
+def _hidden_tokens(model: LoadedModel, stop: Sequence[str]) -> frozenset[int]:
     """Returns the special tokens that are removed from the text.
 
     A special token that overlaps a stop string stays, because the stop string could not match without it.
     """
-    _, prompts, _ = state.require_ready()
+    prompts = model.prompts
     in_stop_strings = {
         token
         for text, token in prompts.special.items()
@@ -180,12 +179,12 @@ def cache_salt(fields: SamplingFields) -> bytes:
 
 
 async def build_engine_input(
-    state: ServerState, chat_input: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
+    model: LoadedModel, chat_input: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
 ) -> EngineInput:
     """Renders a chat request to tokens and compiles the grammar of its tool choice or response format.
 
     Args:
-        state: the server's state.
+        model: the loaded model.
         chat_input: the request.
         sampling: its sampling parameters.
         count: number of answers.
@@ -194,7 +193,7 @@ async def build_engine_input(
     Raises:
         APIError: the request is invalid, or rendering or compiling timed out.
     """
-    _, prompts, _ = state.require_ready()
+    prompts = model.prompts
     tools = chat_input.tools if chat_input.tool_choice != "none" else []
     has_format = chat_input.response_format is not None and chat_input.response_format.type != "text"
     if chat_input.continue_final_message and (has_format or (tools and chat_input.tool_choice != "auto")):
@@ -204,7 +203,7 @@ async def build_engine_input(
     if chat_input.thinking is not None:
         template_kwargs = {"enable_thinking": chat_input.thinking, "thinking": chat_input.thinking} | template_kwargs
     force_thinking = (
-        state.settings.force_think
+        model.settings.force_think
         and chat_input.thinking is not False
         and template_kwargs.get("enable_thinking") is not False
     )
@@ -219,9 +218,9 @@ async def build_engine_input(
     )
     rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", prompts.render, *render_args)
     if tools:
-        _check_tools(state, rendered.tools_not_rendered)
+        _check_tools(model, rendered.tools_not_rendered)
     if chat_input.truncate is not None:
-        rendered = replace(rendered, ids=last_tokens(state, rendered.ids, chat_input.truncate, sampling))
+        rendered = replace(rendered, ids=last_tokens(model, rendered.ids, chat_input.truncate, sampling))
     engine_input = EngineInput(rendered, sampling, tools=tools, parse_calls=bool(tools), salt=salt, count=count)
     if tools and chat_input.tool_choice != "auto":
         names = (
@@ -263,21 +262,20 @@ async def build_engine_input(
     return engine_input
 
 
-def _check_tools(state: ServerState, not_rendered: bool) -> None:
+def _check_tools(model: LoadedModel, not_rendered: bool) -> None:
     """Reports tools that have no effect: in a header of each response and once in the log."""
-    _, prompts, _ = state.require_ready()
     if not_rendered:
         note_ignored("tools")
-        state.warn_once("the model's chat template does not render tools: the model does not see them")
-    elif prompts.chat_format.call_format is None:
-        state.warn_once("the format of this model's tool calls is unknown: its calls are returned as text")
+        model.warn_once("the model's chat template does not render tools: the model does not see them")
+    elif model.prompts.chat_format.call_format is None:
+        model.warn_once("the format of this model's tool calls is unknown: its calls are returned as text")
 
 
-def last_tokens(state: ServerState, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
+def last_tokens(model: LoadedModel, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
     """Returns the last `count` tokens of a prompt; -1: as many as fit into the context together with the answer."""
-    engine, _, _ = state.require_ready()
     if count < 0:
-        count = max(1, engine.context - min(sampling.max_new_tokens, engine.context - 1))
+        context_length = model.engine.context
+        count = max(1, context_length - min(sampling.max_new_tokens, context_length - 1))
     return ids[max(0, len(ids) - count) :]
 
 
@@ -341,10 +339,9 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
     return Format(type="json_object") if structured.json_object else fields.response_format
 
 
-def check_context_length(state: ServerState, prompt: Sequence[int], limit: int | None) -> None:
+def check_context_length(model: LoadedModel, prompt: Sequence[int], limit: int | None) -> None:
     """Raises APIError (400) if the prompt and the `limit` of new tokens do not fit into the context."""
-    engine, _, _ = state.require_ready()
-    context_length = engine.context
+    context_length = model.engine.context
     if len(prompt) + (limit or 0) > context_length:
         breakdown = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")
         raise APIError(
@@ -357,23 +354,22 @@ def check_context_length(state: ServerState, prompt: Sequence[int], limit: int |
 
 
 async def submit(
-    state: ServerState, engine_inputs: Sequence[EngineInput], model: str, lora: Sequence[LoraUse] | None = None
+    model: LoadedModel, engine_inputs: Sequence[EngineInput], name: str, lora: Sequence[LoraUse] | None = None
 ) -> RequestGroup:
     """Queues the requests of all inputs, each `count` times; the group's indices run through all of them.
 
     Either all requests are queued or none.
 
     Args:
-        state: the server's state.
+        model: the loaded model.
         engine_inputs: the inputs.
-        model: the model name of the request, which selects the LoRA adapter.
+        name: the model name of the request, which selects the LoRA adapter.
         lora: LoRA adapters by id, only with the base model.
 
     Raises:
         APIError: an adapter is unknown, a grammar is invalid or the engine refused a request.
     """
-    engine, _, grammars = state.require_ready()
-    uses = resolve_adapters(state, model, lora)
+    engine, uses = model.engine, resolve_adapters(model.names, name, lora)
     # one constraint per request, compiled before any request is queued, because a grammar may be invalid
     constraints = []
     for engine_input in engine_inputs:
@@ -381,11 +377,11 @@ async def submit(
             constraint = None
             if engine_input.grammar is not None:
                 constraint = await run_with_timeout(
-                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.compile, *engine_input.grammar
+                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", model.grammars.compile, *engine_input.grammar
                 )
             constraints.append(constraint)
     group = RequestGroup(engine)
-    if not state.settings.hide_input:
+    if not model.settings.hide_input:
         for engine_input in engine_inputs:
             log.info(
                 "asked",

@@ -1,10 +1,8 @@
-"""The state of a server: names of the model, its engine once it is loaded, and what the routes need of both."""
+"""The state of a server: the names of its model, loading progress, and the model once it is loaded."""
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import itertools
 import logging
 import threading
 import time
@@ -20,7 +18,7 @@ from ktx.engine.prompt import PromptRenderer
 from ktx.engine.request import Finished
 from ktx.errors import KtxError
 from ktx.server.errors import APIError
-from ktx.server.model_names import match_model_name
+from ktx.server.model_names import ModelNames
 from ktx.server.responses.store import ResponseStore
 
 log = logging.getLogger("ktx.server")
@@ -59,61 +57,78 @@ class Progress:
         return {"percent": round(100 * self.done / self.total, 1) if self.total else 0.0, "eta_seconds": remaining_s}
 
 
-class ServerState:
-    """What all routes share: names, settings, the engine and its helpers.
-
-    `engine` is None until the model is loaded; `load_error` is why it could not be loaded.
+class LoadedModel:
+    """The loaded model: its engine, and what converts requests to the engine's input.
 
     Args:
-        names: names that requests may give as their model; the first one is reported.
+        engine: the engine.
+        names: names of the model and of its adapters.
+        settings: options of the command line.
+
+    Raises:
+        BadFile: a chat template cannot render prompts.
+    """
+
+    def __init__(self, engine: Engine, names: ModelNames, settings: ServerSettings):
+        tokenizer, config = engine.tokenizer, engine.model.config
+        self.engine, self.names, self.settings = engine, names, settings
+        self.prompts = PromptRenderer(tokenizer, config.model_type, settings.chat_template)
+        self.grammars = GrammarCompiler(tokenizer, config.vocab_size, sorted(engine.stop_ids))
+        # sampling parameters of requests that do not set them
+        self.defaults = default_sampling(engine.model) | dict(settings.sampling)
+        self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
+        self.warnings_sent: set[str] = set()
+
+    def warn_once(self, text: str) -> None:
+        """Logs a warning that applies to every request, the first time only."""
+        if text not in self.warnings_sent:
+            self.warnings_sent.add(text)
+            log.warning("%s: %s", self.names.first, text)
+
+    def path(self, name: str) -> str:
+        """Returns the path that an adapter was loaded from; for the model its name."""
+        adapter = self.engine.runner.adapters.known.get(self.names.adapter(name))
+        return adapter.path if adapter else name
+
+
+class ServerState:
+    """What the application is made of: names, settings, the stored responses and, once it is loaded, the model.
+
+    `model` is None until the model is loaded; `load_error` is why it could not be loaded.
+
+    Args:
+        models: names that requests may give as their model; the first one is reported.
         settings: options of the command line.
         adapters: names of LoRA adapters that are loaded at the start.
     """
 
-    def __init__(self, names: tuple[str, ...], settings: ServerSettings | None = None, adapters: tuple[str, ...] = ()):
-        self.models, self.settings = names, settings or ServerSettings()
-        self.adapters: dict[str, int] = {}  # name -> id of each LoRA adapter
-        self.adapter_ids = itertools.count()
-        for name in adapters:
-            self.add_adapter(name)
-        self.adapters_lock = asyncio.Lock()  # held while an adapter is loaded or unloaded
+    def __init__(self, models: tuple[str, ...], settings: ServerSettings | None = None, adapters: tuple[str, ...] = ()):
+        self.names, self.settings = ModelNames(models, adapters), settings or ServerSettings()
         self.created = int(time.time())
         self.created_iso = (
             datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
         )
-        self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
         self.progress = Progress()
         self.response_store = ResponseStore(self.settings.max_stored_responses)
-        self.engine: Engine | None = None
+        self.model: LoadedModel | None = None
         self.bandwidth: float | None = None  # GB/s, memory read bandwidth measured before the model was loaded
-        self.prompts: PromptRenderer | None = None
-        self.grammars: GrammarCompiler | None = None
-        self.defaults: dict[str, Any] = {}  # sampling parameters of requests that do not set them
         self.load_error = ""
         self.is_shutting_down = False
-        self.warnings_sent: set[str] = set()
         self.on_finished: Callable[[Finished], None] | None = None  # counts and logs a finished request
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names that requests may give as their model."""
-        return (*self.models, *self.adapters)
-
-    def add_adapter(self, name: str) -> None:
-        """Registers a loaded LoRA adapter under a new id."""
-        self.adapters = {**self.adapters, name: next(self.adapter_ids)}
+    def engine(self) -> Engine | None:
+        """The engine of the loaded model."""
+        return self.model.engine if self.model else None
 
     def set_engine(self, engine: Engine) -> None:
-        """Installs the loaded engine and creates its helpers; from now on requests are answered.
+        """Installs the loaded engine; from now on requests are answered.
 
-        `engine` is set last, because other threads read it to see whether the model is loaded.
+        `model` is set last, because other threads read it to see whether the model is loaded.
         """
-        tokenizer, config = engine.tokenizer, engine.model.config
-        prompts = PromptRenderer(tokenizer, config.model_type, self.settings.chat_template)
-        self.grammars = GrammarCompiler(tokenizer, config.vocab_size, sorted(engine.stop_ids))
-        self.defaults = default_sampling(engine.model) | dict(self.settings.sampling)
+        model = LoadedModel(engine, self.names, self.settings)
         engine.on_finished = self.on_finished
-        self.prompts, self.engine = prompts, engine
+        self.model = model
 
     def load(
         self, make: Callable[[ServerState], Engine], on_failure: Callable[[BaseException], None] = lambda error: None
@@ -137,73 +152,52 @@ class ServerState:
         thread.start()
         return thread
 
-    def warn_once(self, text: str) -> None:
-        """Logs a warning that applies to every request, the first time only."""
-        if text not in self.warnings_sent:
-            self.warnings_sent.add(text)
-            log.warning("%s: %s", self.names[0], text)
+    def require_model(self, name: str | None = None) -> LoadedModel:
+        """Returns the loaded model.
 
-    def require_ready(self) -> tuple[Engine, PromptRenderer, GrammarCompiler]:
-        """Returns the engine, the prompt renderer and the grammar compiler.
+        Args:
+            name: the model name of a request; None: any.
 
         Raises:
-            APIError: 503, the model is not loaded, could not be loaded or the server is shutting down.
+            APIError: 404, no model has the name; 503, the model is not loaded, could not be loaded or the server is
+                shutting down.
         """
+        if name is not None:
+            self.names.check(name)
         if self.is_shutting_down:
             raise APIError(503, "the server is shutting down", retry=5)
         if self.load_error:
             raise APIError(503, f"the model could not be loaded: {self.load_error}")
-        if self.engine is None or self.prompts is None or self.grammars is None:
+        if self.model is None:
             progress = self.progress.to_dict()
             raise APIError(
                 503, f"Loading model: {progress['percent']:.0f} %", retry=max(1, int(progress["eta_seconds"] or 5))
             )
-        if self.engine.failure:
-            raise APIError(503, self.engine.failure)
-        return self.engine, self.prompts, self.grammars
-
-    def resolve_model(self, name: str) -> str:
-        """Returns the name as the response repeats it. Raises APIError (404) if no model has it."""
-        if not match_model_name(name, self.names):
-            raise APIError(
-                404,
-                f"the model {name!r} does not exist; available: {', '.join(self.names)}",
-                "model",
-                "model_not_found",
-            )
-        return name
-
-    def select_adapter(self, name: str) -> tuple[str, ...]:
-        """Returns the LoRA adapter that a model name selects, as a tuple of one; empty for the base model."""
-        found = match_model_name(name, self.adapters)
-        return (found,) if found else ()
-
-    def model_path(self, name: str) -> str:
-        """Returns the path that an adapter was loaded from; for the base model its name."""
-        engine, _, _ = self.require_ready()
-        found = engine.runner.adapters.known.get(match_model_name(name, self.adapters))
-        return found.path if found else name
+        if self.model.engine.failure:
+            raise APIError(503, self.model.engine.failure)
+        return self.model
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Returns the HTTP status and the body of /health: 200 if the engine can answer, else 503 with the reason."""
-        if self.engine is None and not self.load_error:
+        engine = self.engine
+        if engine is None and not self.load_error:
             return 503, {
                 "status": "loading",
                 **self.progress.to_dict(),
                 "error": {"code": 503, "message": "Loading model", "type": "unavailable_error"},
             }
-        reason = self.load_error or (self.engine.failure if self.engine else "")
-        if not reason and self.engine and self.engine.stalled:
+        reason = self.load_error or (engine.failure if engine else "")
+        if not reason and engine and engine.stalled:
             reason = "the engine has stalled: it has made no progress for too long"
         if not reason and self.is_shutting_down:
             reason = "the server is shutting down"
         if reason:
             return 503, {"status": "error", "error": {"code": 503, "message": reason, "type": "unavailable_error"}}
-        assert self.engine is not None
-        notes = getattr(getattr(self.engine.model, "ktx", None), "notes", [])
+        assert engine is not None
+        notes = getattr(getattr(engine.model, "ktx", None), "notes", [])
         return 200, {
             "status": "ok",
-            "restarts": self.engine.num_restarts,
+            "restarts": engine.num_restarts,
             "notes": [note._asdict() for note in notes],
         }
 

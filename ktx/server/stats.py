@@ -42,12 +42,12 @@ class MachineStats:
         Raises:
             APIError: 503, the model is not loaded.
         """
-        engine, _, _ = self.state.require_ready()
+        engine = self.state.require_model().engine
         if self.cached_modules is None or self.cached_modules[0] is not engine:
             self.cached_modules = engine, list_modules(engine.model)
         stats = engine.stats.snapshot()
         return {
-            "model": self.state.names[0],
+            "model": self.state.names.first,
             "cpu": self.cpu,
             "isa": cpu.ops.isa(),
             "threads": cpu.ops.threads(),

@@ -97,14 +97,14 @@ def client(server):
     with httpx.Client(base_url=base, timeout=120) as made:
         made.served = served
         yield made
-        for name in list(served.adapters):
+        for name in list(served.names.adapters):
             assert made.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
     engine, deadline = served.engine, time.monotonic() + 20
     while engine.runner.adapters.known and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not engine.runner.adapters.known and not engine.runner.adapters.loras and not engine.unloading_adapters
     engine.check_integrity()
-    served.adapter_ids = itertools.count()
+    served.names.adapter_ids = itertools.count()
 
 
 def loaded(client, name, path, **more):
@@ -190,7 +190,7 @@ def test_a_name_that_is_taken(client, root, expected):
     assert again.status_code == 400 and "has already been loaded" in again.json()["error"]["message"]
     assert expected["one"].startswith(said(client, "style"))
     loaded(client, "style", "two", load_inplace=True)
-    assert expected["two"].startswith(said(client, "style")) and list(client.served.adapters) == ["style"]
+    assert expected["two"].startswith(said(client, "style")) and list(client.served.names.adapters) == ["style"]
     loaded(client, "other", "one", load_inplace=True)
     assert expected["one"].startswith(said(client, "other"))
 
@@ -199,7 +199,7 @@ def test_a_name_that_is_taken(client, root, expected):
 def test_names_that_no_adapter_can_have(client, name):
     answer = client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "one"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
-    assert not client.served.adapters
+    assert not client.served.names.adapters
 
 
 def test_what_is_not_there(client):
@@ -267,7 +267,7 @@ def test_paths_of_requests_are_not_trusted(client, root, path, status):
             make(root / name)
     answer = client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": path}, timeout=10)
     assert answer.status_code == status, answer.text
-    assert not client.served.adapters and not client.served.engine.runner.adapters.known
+    assert not client.served.names.adapters and not client.served.engine.runner.adapters.known
 
 
 def linked(folder, outside, name):

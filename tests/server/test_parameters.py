@@ -317,7 +317,7 @@ def test_a_template_that_writes_no_tools_says_so(caplog):
 def test_a_template_that_writes_tools_says_nothing(special):
     http, served, _ = special
     assert asked(http, CHAT, tools=TOOLS)[:2] == (200, "")
-    assert not any("tools" in words for words in served.warnings_sent)
+    assert not any("tools" in words for words in served.model.warnings_sent)
 
 
 def test_parameters_are_of_their_own_request(special):

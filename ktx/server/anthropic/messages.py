@@ -24,38 +24,39 @@ from ktx.server.preprocess import (
 )
 from ktx.server.protocol.anthropic import AnthropicMessage, ContentBlock, CountTokensRequest, MessagesRequest
 from ktx.server.protocol.openai import Format
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 
 STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
-async def answer(state: ServerState, fields: MessagesRequest, request: Request) -> Response:
-    """Answers a messages request, as one body or as a stream."""
-    model = state.resolve_model(fields.model)
-    engine, _, _ = state.require_ready()
+async def answer(model: LoadedModel, fields: MessagesRequest, request: Request) -> Response:
+    """Answers a messages request, as one body or as a stream.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
     params = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
         "stop": fields.stop_sequences
     }
     engine_input = await build_engine_input(
-        state, to_chat_input(fields), build_sampling_params(state, params, fields.max_tokens)
+        model, to_chat_input(fields), build_sampling_params(model, params, fields.max_tokens)
     )
     # max_tokens is not checked, because clients send the largest value that they know; the context limits the answer.
-    check_context_length(state, engine_input.rendered.ids, 1)
-    group = await submit(state, [engine_input], model)
-    base = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
-    parser = OutputParser(engine_input.parser(state))
+    check_context_length(model, engine_input.rendered.ids, 1)
+    group = await submit(model, [engine_input], fields.model)
+    base = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": fields.model}
+    parser = OutputParser(engine_input.parser(model.prompts.chat_format))
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, parser, base, stops))
     return streaming.sse_response(
-        _stream(group, parser, base, stops), group, request.url.path, state.settings.keepalive_s
+        _stream(group, parser, base, stops), group, request.url.path, model.settings.keepalive_s
     )
 
 
-async def count(state: ServerState, fields: CountTokensRequest) -> Response:
+async def count(model: LoadedModel, fields: CountTokensRequest) -> Response:
     """Returns the number of prompt tokens of a messages request."""
-    state.resolve_model(fields.model)
-    engine_input = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, {}, 1))
+    engine_input = await build_engine_input(model, to_chat_input(fields), build_sampling_params(model, {}, 1))
     return JSONResponse({"input_tokens": len(engine_input.rendered.ids)})
 
 

@@ -33,7 +33,7 @@ from ktx.server.preprocess import (
 )
 from ktx.server.protocol.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
 from ktx.server.protocol.openai import Format
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 VERSION = "0.13.0"  # version of Ollama whose API these routes implement
@@ -80,10 +80,12 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
-async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Response:
-    """Answers /api/chat."""
-    name = state.resolve_model(fields.model)
-    state.require_ready()
+async def chat(model: LoadedModel, fields: OllamaChat, request: Request) -> Response:
+    """Answers /api/chat.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
     if not fields.messages:
         return _load_response(fields, {"message": {"role": "assistant", "content": ""}})
     messages = []
@@ -109,7 +111,7 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
         continue_final_message=fields.messages[-1].role == "assistant",
     )
     engine_input = await build_engine_input(
-        state, chat_input, build_sampling_params(state, params, limit, logprobs=_num_logprobs(fields))
+        model, chat_input, build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields))
     )
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
@@ -127,20 +129,25 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
             ]
         return {"message": message}
 
-    return await _run(state, engine_input, fields, name, format_delta, request, fields.think is not False)
+    return await _run(model, engine_input, fields, format_delta, fields.think is not False)
 
 
-async def generate(state: ServerState, fields: OllamaGenerate, request: Request) -> Response:
-    """Answers /api/generate; with `raw` the prompt is not rendered by the chat template."""
-    name = state.resolve_model(fields.model)
-    engine, _, _ = state.require_ready()
+async def generate(model: LoadedModel, fields: OllamaGenerate, request: Request) -> Response:
+    """Answers /api/generate; with `raw` the prompt is not rendered by the chat template.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
     if not fields.prompt:
         return _load_response(fields, {"response": ""})
     params, limit = _sampling_params(fields)
-    sampling = build_sampling_params(state, params, limit, logprobs=_num_logprobs(fields))
+    sampling = build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields))
     if fields.raw:
         ids = await run_with_timeout(
-            RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
+            RENDER_TIMEOUT_S,
+            RENDER_THREADS,
+            "the prompt",
+            lambda: list(model.engine.tokenizer(fields.prompt)["input_ids"]),
         )
         engine_input = EngineInput(
             RenderedPrompt(fields.prompt, ids, thinking=False), sampling, await build_grammar(_response_format(fields))
@@ -149,7 +156,7 @@ async def generate(state: ServerState, fields: OllamaGenerate, request: Request)
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
         thinking = None if fields.think is None else bool(fields.think)
         engine_input = await build_engine_input(
-            state,
+            model,
             ChatInput(
                 [*messages, {"role": "user", "content": fields.prompt}],
                 response_format=_response_format(fields),
@@ -162,7 +169,7 @@ async def generate(state: ServerState, fields: OllamaGenerate, request: Request)
         """Returns the fields of /api/generate: text; it has no tool calls."""
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
-    return await _run(state, engine_input, fields, name, format_delta, request, fields.think is not False)
+    return await _run(model, engine_input, fields, format_delta, fields.think is not False)
 
 
 # (kind of the text: "answer" or "think", text, tool calls) -> fields of the response
@@ -170,24 +177,24 @@ DeltaFormatter = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
 
 
 async def _run(
-    state: ServerState,
+    model: LoadedModel,
     engine_input: EngineInput,
     fields: OllamaShared,
-    name: str,
     format_delta: DeltaFormatter,
-    request: Request,
     include_thinking: bool,
 ) -> Response:
     """Runs the request and returns its response, as a stream or as one body."""
-    check_context_length(state, engine_input.rendered.ids, 1)
-    group = await submit(state, [engine_input], name)
-    parser = OutputParser(engine_input.parser(state))
+    check_context_length(model, engine_input.rendered.ids, 1)
+    group = await submit(model, [engine_input], fields.model)
+    parser = OutputParser(engine_input.parser(model.prompts.chat_format))
     formatter = LogprobFormatter(group.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
         return await streaming.json_response(
-            group, _complete(group, parser, name, format_delta, include_thinking, formatter)
+            group, _complete(group, parser, fields.model, format_delta, include_thinking, formatter)
         )
-    return streaming.ndjson_response(_stream(group, parser, name, format_delta, include_thinking, formatter), group)
+    return streaming.ndjson_response(
+        _stream(group, parser, fields.model, format_delta, include_thinking, formatter), group
+    )
 
 
 def _logprob_fields(formatter: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
@@ -258,17 +265,16 @@ async def _stream(
                 }
 
 
-def details(state: ServerState, name: str) -> dict[str, Any]:
+def details(model: LoadedModel, name: str) -> dict[str, Any]:
     """Returns size, digest and details of a model or adapter."""
-    engine, _, _ = state.require_ready()
-    adapter = state.select_adapter(name)
-    config = engine.model.config
-    nbytes = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
+    base, adapter = model.names.first, model.names.adapter(name)
+    config = model.engine.model.config
+    nbytes = getattr(getattr(model.engine.model, "ktx", None), "nbytes", 0)
     return {
         "size": nbytes,
-        "digest": hashlib.sha256("\0".join((state.models[0], *adapter)).encode()).hexdigest(),
+        "digest": hashlib.sha256("\0".join((base, adapter) if adapter else (base,)).encode()).hexdigest(),
         "details": {
-            "parent_model": state.models[0] if adapter else "",
+            "parent_model": base if adapter else "",
             "format": "gguf",
             "family": config.model_type,
             "families": [config.model_type],
@@ -278,39 +284,36 @@ def details(state: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-def tags(state: ServerState) -> dict[str, Any]:
-    """Lists the models, for /api/tags."""
-    state.require_ready()
+def tags(model: LoadedModel, created: str) -> dict[str, Any]:
+    """Lists the models, for /api/tags. `created` is an ISO 8601 time."""
     return {
         "models": [
             {
                 "name": f"{name}{LATEST_TAG}",
                 "model": f"{name}{LATEST_TAG}",
-                "modified_at": state.created_iso,
-                **details(state, name),
+                "modified_at": created,
+                **details(model, name),
             }
-            for name in state.names
+            for name in model.names.all
         ]
     }
 
 
-def ps(state: ServerState) -> dict[str, Any]:
+def ps(model: LoadedModel) -> dict[str, Any]:
     """Lists the loaded models, for /api/ps."""
-    engine, _, _ = state.require_ready()
-    extra = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
+    extra = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": model.engine.context}
     return {
         "models": [
-            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(state, name), **extra}
-            for name in state.names
+            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(model, name), **extra}
+            for name in model.names.all
         ]
     }
 
 
-def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
-    """Describes a model, for /api/show."""
-    name = state.resolve_model(fields.model or fields.name or "")
-    engine, prompts, _ = state.require_ready()
-    model_type = engine.model.config.model_type
+def show(model: LoadedModel, created: str, fields: OllamaShow) -> dict[str, Any]:
+    """Describes a model, for /api/show. `created` is an ISO 8601 time."""
+    name, prompts = fields.model or fields.name or "", model.prompts
+    model_type = model.engine.model.config.model_type
     capabilities = (
         ["completion"]
         + (["tools"] if prompts.chat_format.call_format else [])
@@ -320,12 +323,12 @@ def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
         "modelfile": "",
         "parameters": "",
         "template": prompts.template or "",
-        "details": details(state, name)["details"],
+        "details": details(model, name)["details"],
         "model_info": {
             "general.architecture": model_type,
             "general.basename": name.removesuffix(LATEST_TAG),
-            f"{model_type}.context_length": engine.context,
+            f"{model_type}.context_length": model.engine.context,
         },
         "capabilities": capabilities,
-        "modified_at": state.created_iso,
+        "modified_at": created,
     }

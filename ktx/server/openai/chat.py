@@ -28,16 +28,18 @@ from ktx.server.preprocess import (
     submit,
 )
 from ktx.server.protocol.openai import AllowedChoice, ChatCompletionRequest, Message, NamedTool, StreamOptions
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 
 
-async def answer(state: ServerState, fields: ChatCompletionRequest, request: Request) -> Response:
-    """Answers a chat completion request, as one body or as a stream."""
-    model = state.resolve_model(fields.model)
-    state.require_ready()
+async def answer(model: LoadedModel, fields: ChatCompletionRequest, request: Request) -> Response:
+    """Answers a chat completion request, as one body or as a stream.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
     limit = fields.max_completion_tokens or fields.max_tokens
     num_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    sampling = build_sampling_params(state, fields, limit, logprobs=num_logprobs)
+    sampling = build_sampling_params(model, fields, limit, logprobs=num_logprobs)
     chat_input = ChatInput(
         [to_template_message(message) for message in fields.messages],
         *_select_tools(fields),
@@ -49,16 +51,16 @@ async def answer(state: ServerState, fields: ChatCompletionRequest, request: Req
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,
     )
-    engine_input = await build_engine_input(state, chat_input, sampling, fields.n or 1, cache_salt(fields))
-    check_context_length(state, engine_input.rendered.ids, limit)
-    group = await submit(state, [engine_input], model, fields.lora)
+    engine_input = await build_engine_input(model, chat_input, sampling, fields.n or 1, cache_salt(fields))
+    check_context_length(model, engine_input.rendered.ids, limit)
+    group = await submit(model, [engine_input], fields.model, fields.lora)
     base = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": state.fingerprint,
+        "model": fields.model,
+        "system_fingerprint": model.fingerprint,
     }
-    parsers = [OutputParser(engine_input.parser(state)) for _ in range(engine_input.count)]
+    parsers = [OutputParser(engine_input.parser(model.prompts.chat_format)) for _ in range(engine_input.count)]
     formatter = LogprobFormatter(group.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     wants_logprobs = bool(fields.logprobs)
     hide_reasoning = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
@@ -69,7 +71,7 @@ async def answer(state: ServerState, fields: ChatCompletionRequest, request: Req
     events = _stream(
         group, parsers, base, formatter, wants_logprobs, hide_reasoning, fields.stream_options or StreamOptions()
     )
-    return streaming.sse_response(events, group, request.url.path, state.settings.keepalive_s, "[DONE]")
+    return streaming.sse_response(events, group, request.url.path, model.settings.keepalive_s, "[DONE]")
 
 
 def _template_kwargs(fields: ChatCompletionRequest) -> dict[str, Any]:

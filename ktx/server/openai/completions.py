@@ -27,47 +27,50 @@ from ktx.server.preprocess import (
     submit,
 )
 from ktx.server.protocol.openai import CompletionRequest
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
-async def answer(state: ServerState, fields: CompletionRequest, request: Request) -> Response:
-    """Answers a completion request, as one body or as a stream."""
-    model = state.resolve_model(fields.model)
-    engine, _, _ = state.require_ready()
+async def answer(model: LoadedModel, fields: CompletionRequest, request: Request) -> Response:
+    """Answers a completion request, as one body or as a stream.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
+    tokenizer = model.engine.tokenizer
     limit = fields.max_tokens if fields.max_tokens is not None else DEFAULT_MAX_TOKENS
     sampling = build_sampling_params(
-        state, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
+        model, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
     prompts = await run_with_timeout(
-        RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", _tokenize_prompts, engine.tokenizer, fields
+        RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", _tokenize_prompts, tokenizer, fields
     )
     if fields.truncate_prompt_tokens is not None:
-        prompts = [last_tokens(state, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
+        prompts = [last_tokens(model, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
     grammar = await build_grammar(structured_output(fields))
     for ids in prompts:
-        check_context_length(state, ids, limit)
+        check_context_length(model, ids, limit)
     engine_inputs = [
         EngineInput(
             RenderedPrompt("", ids, thinking=False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1
         )
         for ids in prompts
     ]
-    group = await submit(state, engine_inputs, model, fields.lora)
+    group = await submit(model, engine_inputs, fields.model, fields.lora)
     base = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": state.fingerprint,
+        "model": fields.model,
+        "system_fingerprint": model.fingerprint,
     }
-    formatter = LogprobFormatter(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
+    formatter = LogprobFormatter(tokenizer, bool(fields.return_tokens_as_token_ids))
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, base, formatter, fields, prompts))
     return streaming.sse_response(
-        _stream(group, base, formatter, fields, prompts), group, request.url.path, state.settings.keepalive_s, "[DONE]"
+        _stream(group, base, formatter, fields, prompts), group, request.url.path, model.settings.keepalive_s, "[DONE]"
     )
 
 

@@ -8,15 +8,13 @@ from ktx.server.errors import APIError
 from ktx.server.openai.chat import to_template_message
 from ktx.server.preprocess import ChatInput, build_engine_input, build_sampling_params
 from ktx.server.protocol.openai import DetokenizeRequest, TokenizeRequest
-from ktx.server.state import ServerState
+from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 
-async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(model: LoadedModel, fields: TokenizeRequest) -> dict[str, Any]:
     """Returns the token ids of a text or of the prompt of a chat."""
-    engine, _, _ = state.require_ready()
-    if fields.model is not None:
-        state.resolve_model(fields.model)
+    engine = model.engine
     if fields.messages is not None:
         chat_input = ChatInput(
             [to_template_message(message) for message in fields.messages],
@@ -26,7 +24,7 @@ async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any
             continue_final_message=fields.continues,
             template=fields.chat_template,
         )
-        ids = (await build_engine_input(state, chat_input, build_sampling_params(state, {}, 1))).rendered.ids
+        ids = (await build_engine_input(model, chat_input, build_sampling_params(model, {}, 1))).rendered.ids
     else:
         special = fields.add_special_tokens is not False
         ids = await run_with_timeout(
@@ -43,11 +41,9 @@ async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any
     return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, **token_strs}
 
 
-async def detokenize(state: ServerState, fields: DetokenizeRequest) -> dict[str, Any]:
+async def detokenize(model: LoadedModel, fields: DetokenizeRequest) -> dict[str, Any]:
     """Returns the text of token ids. Raises APIError (400) for an id outside of the vocabulary."""
-    engine, _, _ = state.require_ready()
-    if fields.model is not None:
-        state.resolve_model(fields.model)
+    engine = model.engine
     vocabulary = engine.model.config.vocab_size
     if invalid := [token for token in fields.tokens if token >= vocabulary]:
         raise APIError(400, f"the model has {vocabulary} tokens, so {invalid[0]} in tokens is not a token id", "tokens")
@@ -60,16 +56,15 @@ async def detokenize(state: ServerState, fields: DetokenizeRequest) -> dict[str,
     return {"prompt": text}
 
 
-def info(state: ServerState) -> dict[str, Any]:
+def info(model: LoadedModel) -> dict[str, Any]:
     """Returns the properties of the tokenizer."""
-    engine, prompts, _ = state.require_ready()
-    tokenizer = engine.tokenizer
+    tokenizer = model.engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return {
         "tokenizer_class": type(tokenizer).__name__,
         **{name: getattr(tokenizer, name, None) for name in names},
         **{f"{name}_id": getattr(tokenizer, f"{name}_id", None) for name in names},
         "vocab_size": len(tokenizer),
-        "model_max_length": engine.context,
-        "chat_template": prompts.template,
+        "model_max_length": model.engine.context,
+        "chat_template": model.prompts.template,
     }

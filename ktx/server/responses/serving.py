@@ -37,38 +37,38 @@ from ktx.server.protocol.responses import (
 )
 from ktx.server.responses.events import ResponseEvents
 from ktx.server.responses.input import normalize_item, qualified_name, resolve_input, to_messages
-from ktx.server.responses.store import Item
-from ktx.server.state import ServerState
+from ktx.server.responses.store import Item, ResponseStore
+from ktx.server.state import LoadedModel
 
 # reasoning.encrypted_content is accepted, but always null.
 SUPPORTED_INCLUDES = ("message.output_text.logprobs", "reasoning.encrypted_content")
 
 
-async def answer(state: ServerState, fields: ResponsesRequest, request: Request) -> Response:
-    """Answers a responses request, as one body or as a stream, and stores the response."""
-    model = state.resolve_model(fields.model)
-    state.require_ready()
+async def answer(model: LoadedModel, store: ResponseStore, fields: ResponsesRequest, request: Request) -> Response:
+    """Answers a responses request, as one body or as a stream, and stores the response.
+
+    Raises:
+        APIError: the request is invalid, or the engine refused it.
+    """
     for name in fields.include or ():
         if name not in SUPPORTED_INCLUDES:
             raise APIError(400, f"include supports {', '.join(SUPPORTED_INCLUDES)}, not {name!r}", "include")
     wants_logprobs = SUPPORTED_INCLUDES[0] in (fields.include or ()) or bool(fields.top_logprobs)
     sampling = build_sampling_params(
-        state,
+        model,
         fields.model_dump(exclude_none=True, include={"temperature", "top_p"}),
         fields.max_output_tokens,
         logprobs=(fields.top_logprobs or 0) if wants_logprobs else None,
     )
     owner = owner_of(request)
-    previous_items, new_items, previous = resolve_input(state.response_store, owner, fields)
+    previous_items, new_items, previous = resolve_input(store, owner, fields)
     chat_input, namespaces = _to_chat_input(fields, previous_items, new_items)
-    engine_input = await build_engine_input(state, chat_input, sampling)
-    check_context_length(state, engine_input.rendered.ids, fields.max_output_tokens)
-    group = await submit(state, [engine_input], model)
+    engine_input = await build_engine_input(model, chat_input, sampling)
+    check_context_length(model, engine_input.rendered.ids, fields.max_output_tokens)
+    group = await submit(model, [engine_input], fields.model)
     events = ResponseEvents(
-        _initial_response(
-            fields, model, sampling, bool(state.response_store.max_responses) and fields.store is not False
-        ),
-        OutputParser(engine_input.parser(state)),
+        _initial_response(fields, sampling, bool(store.max_responses) and fields.store is not False),
+        OutputParser(engine_input.parser(model.prompts.chat_format)),
         LogprobFormatter(group.engine.tokenizer) if wants_logprobs else None,
         len(engine_input.rendered.ids),
         bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
@@ -78,24 +78,22 @@ async def answer(state: ServerState, fields: ResponsesRequest, request: Request)
     def store_response() -> None:
         """Stores the response once it is complete, before the client learns that it is and may refer to it."""
         if events.ended and events.base["store"]:
-            state.response_store.put(
-                owner, events.to_response(), [normalize_item(item) for item in new_items], previous
-            )
+            store.put(owner, events.to_response(), [normalize_item(item) for item in new_items], previous)
 
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, events, store_response))
     return streaming.sse_response(
-        _stream(group, events, store_response), group, request.url.path, state.settings.keepalive_s
+        _stream(group, events, store_response), group, request.url.path, model.settings.keepalive_s
     )
 
 
-async def count(state: ServerState, fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
-    """Returns the number of prompt tokens of a responses request."""
-    if fields.model is not None:
-        state.resolve_model(fields.model)
-    previous_items, new_items, _ = resolve_input(state.response_store, owner_of(request), fields)
+async def count(
+    model: LoadedModel, store: ResponseStore, fields: ResponseTokensRequest, request: Request
+) -> dict[str, Any]:
+    """Returns the number of prompt tokens of a responses request. Raises APIError if it is invalid."""
+    previous_items, new_items, _ = resolve_input(store, owner_of(request), fields)
     chat_input, _ = _to_chat_input(fields, previous_items, new_items)
-    engine_input = await build_engine_input(state, chat_input, SamplingParams())
+    engine_input = await build_engine_input(model, chat_input, SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(engine_input.rendered.ids)}
 
 
@@ -163,7 +161,7 @@ def _response_format(fields: ResponseTokensRequest) -> Format | None:
         raise APIError(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
 
 
-def _initial_response(fields: ResponsesRequest, model: str, sampling: SamplingParams, store: bool) -> dict[str, Any]:
+def _initial_response(fields: ResponsesRequest, sampling: SamplingParams, store: bool) -> dict[str, Any]:
     """Returns the response object of a request that has just started."""
     params = fields.model_dump(exclude_none=True)
     tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
@@ -179,7 +177,7 @@ def _initial_response(fields: ResponsesRequest, model: str, sampling: SamplingPa
         "instructions": fields.instructions,
         "max_output_tokens": fields.max_output_tokens,
         "max_tool_calls": None,
-        "model": model,
+        "model": fields.model,
         "output": [],
         "parallel_tool_calls": fields.parallel_tool_calls is not False,
         "previous_response_id": fields.previous_response_id,
