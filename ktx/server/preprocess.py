@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ktx.chat_formats import ChatFormat, Parser, forced_call_grammar
@@ -31,33 +31,18 @@ from ktx.server.worker_threads import (
 log = logging.getLogger("ktx.server")
 
 
-@dataclass
-class ChatInput:
-    """A chat request in the form that all protocols share."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = field(default_factory=list)  # in OpenAI's format
-    tool_choice: str | list[str] = "auto"  # auto, none, required, a function's name, or a list of allowed names
-    parallel_tool_calls: bool = True
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
-    response_format: Format | None = None
-    thinking: bool | None = None  # None: the model's default
-    add_generation_prompt: bool = True  # the prompt ends with the start of an assistant message
-    continue_final_message: bool = False  # the answer continues the last message
-    template: str | None = None  # name of the chat template, for a model with several
-    truncate: int | None = None  # keep this many of the prompt's last tokens
-
-
-@dataclass
+@dataclass(frozen=True)
 class EngineInput:
-    """The input of `count` equal requests to the engine, and what the parser of their output needs."""
+    """The input of `count` equal requests to the engine, and what the parser of their output needs.
+
+    Every protocol converts its requests to it; `submit` makes the engine's requests of it.
+    """
 
     rendered: RenderedPrompt
     sampling: SamplingParams
     grammar: tuple[str, str] | None = None  # Lark rules, and the text after which they apply
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    parse_calls: bool = False
-    salt: bytes = b""
+    tools: Sequence[dict[str, Any]] = ()  # in OpenAI's format
+    salt: bytes = b""  # hash of the cache salt
     count: int = 1
 
     def parser(self, chat_format: ChatFormat) -> Parser:
@@ -67,7 +52,6 @@ class EngineInput:
             chat_format,
             self.tools,
             thinking=rendered.thinking,
-            parse_calls=self.parse_calls,
             prefill_text=rendered.prefill_text,
         )
 
@@ -179,87 +163,126 @@ def cache_salt(fields: SamplingFields) -> bytes:
 
 
 async def build_engine_input(
-    model: LoadedModel, chat_input: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
+    model: LoadedModel,
+    messages: Sequence[dict[str, Any]],
+    sampling: SamplingParams,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    tool_choice: str | list[str] = "auto",
+    parallel_tool_calls: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+    response_format: Format | None = None,
+    thinking: bool | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template: str | None = None,
+    truncate: int | None = None,
+    count: int = 1,
+    salt: bytes = b"",
 ) -> EngineInput:
-    """Renders a chat request to tokens and compiles the grammar of its tool choice or response format.
+    """Renders a chat request to tokens and builds the grammar of its tool choice or response format.
 
     Args:
         model: the loaded model.
-        chat_input: the request.
-        sampling: its sampling parameters.
+        messages: the conversation, in OpenAI's format.
+        sampling: the sampling parameters.
+        tools: the tools, in OpenAI's format.
+        tool_choice: auto, none, required, a function's name, or a list of allowed names.
+        parallel_tool_calls: whether a forced call may be several calls.
+        template_kwargs: arguments of the chat template.
+        response_format: the format of the answer.
+        thinking: whether the model reasons; None: the model's default.
+        add_generation_prompt: the prompt ends with the start of an assistant message.
+        continue_final_message: the answer continues the last message.
+        template: name of the chat template, for a model with several.
+        truncate: keep this many of the prompt's last tokens, see `last_tokens`.
         count: number of answers.
         salt: the hashed cache salt.
 
     Raises:
         APIError: the request is invalid, or rendering or compiling timed out.
     """
-    prompts = model.prompts
-    tools = chat_input.tools if chat_input.tool_choice != "none" else []
-    has_format = chat_input.response_format is not None and chat_input.response_format.type != "text"
-    if chat_input.continue_final_message and (has_format or (tools and chat_input.tool_choice != "auto")):
+    if tool_choice == "none":
+        tools = ()
+    is_forced_call = bool(tools) and tool_choice != "auto"
+    has_format = response_format is not None and response_format.type != "text"
+    if continue_final_message and (has_format or is_forced_call):
         kind, param = ("a response format", "response_format") if has_format else ("tool calls", "tool_choice")
         raise APIError(400, f"an answer that continues the last message cannot be constrained to {kind}", param)
-    template_kwargs = dict(chat_input.template_kwargs)
-    if chat_input.thinking is not None:
-        template_kwargs = {"enable_thinking": chat_input.thinking, "thinking": chat_input.thinking} | template_kwargs
-    force_thinking = (
-        model.settings.force_think
-        and chat_input.thinking is not False
-        and template_kwargs.get("enable_thinking") is not False
-    )
-    render_args = (
-        chat_input.messages,
+    kwargs = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    kwargs |= template_kwargs or {}
+    force_think = model.settings.force_think and thinking is not False and kwargs.get("enable_thinking") is not False
+    rendered = await run_with_timeout(
+        RENDER_TIMEOUT_S,
+        RENDER_THREADS,
+        "the prompt",
+        model.prompts.render,
+        messages,
         tools,
-        template_kwargs,
-        force_thinking,
-        chat_input.add_generation_prompt,
-        chat_input.continue_final_message,
-        chat_input.template,
+        kwargs,
+        force_think,
+        add_generation_prompt,
+        continue_final_message,
+        template,
     )
-    rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", prompts.render, *render_args)
     if tools:
         _check_tools(model, rendered.tools_not_rendered)
-    if chat_input.truncate is not None:
-        rendered = replace(rendered, ids=last_tokens(model, rendered.ids, chat_input.truncate, sampling))
-    engine_input = EngineInput(rendered, sampling, tools=tools, parse_calls=bool(tools), salt=salt, count=count)
-    if tools and chat_input.tool_choice != "auto":
-        names = (
-            None
-            if chat_input.tool_choice == "required"
-            else [chat_input.tool_choice]
-            if isinstance(chat_input.tool_choice, str)
-            else chat_input.tool_choice
+    if truncate is not None:
+        rendered = replace(rendered, ids=last_tokens(model, rendered.ids, truncate, sampling))
+    grammar = None
+    if is_forced_call:
+        grammar = await _build_call_grammar(model, tools, tool_choice, parallel_tool_calls, rendered.thinking)
+    elif has_format:
+        grammar = await build_grammar(response_format, _answer_start(model.prompts.chat_format, rendered.thinking))
+    return EngineInput(rendered, sampling, grammar, tools, salt, count)
+
+
+async def _build_call_grammar(
+    model: LoadedModel, tools: Sequence[dict[str, Any]], tool_choice: str | list[str], parallel: bool, thinking: bool
+) -> tuple[str, str]:
+    """Returns Lark rules that allow only tool calls, from the start of the output.
+
+    Args:
+        model: the loaded model.
+        tools: the tools.
+        tool_choice: required, a function's name, or a list of allowed names.
+        parallel: whether several calls are allowed.
+        thinking: whether the prompt ends inside the reasoning block.
+
+    Raises:
+        APIError: 400, the format of the model's tool calls is unknown or a schema is too large.
+    """
+    chat_format = model.prompts.chat_format
+    if chat_format.call_format is None:
+        raise APIError(
+            400,
+            f"tool_choice: the format of this model's tool calls is unknown ({chat_format.name}), so it cannot be"
+            " forced to call a function",
+            "tool_choice",
         )
-        if prompts.chat_format.call_format is None:
-            raise APIError(
-                400,
-                f"tool_choice: the format of this model's tool calls is unknown ({prompts.chat_format.name}), so it"
-                " cannot be forced to call a function",
-                "tool_choice",
-            )
-        grammar_args = (
-            prompts.chat_format,
-            tools,
-            names,
-            chat_input.parallel_tool_calls,
-            prompts.special,
-            rendered.thinking,
-        )
-        engine_input.grammar = (
-            await run_with_timeout(
-                COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", _forced_call_rules, *grammar_args
-            ),
-            "",
-        )
-    elif chat_input.response_format is not None and has_format:
-        # The text after which the grammar applies: the end of the reasoning, which the format does not constrain.
-        trigger = ""
-        if prompts.chat_format.call_format is not None and prompts.chat_format.call_format.style == "harmony":
-            trigger = "<|channel|>final<|message|>"
-        elif rendered.thinking:
-            trigger = prompts.chat_format.reasoning_marks[1]
-        engine_input.grammar = await build_grammar(chat_input.response_format, trigger)
-    return engine_input
+    names = tool_choice if isinstance(tool_choice, list) else None if tool_choice == "required" else [tool_choice]
+    rules = await run_with_timeout(
+        COMPILE_TIMEOUT_S,
+        COMPILE_THREADS,
+        "the grammar",
+        _forced_call_rules,
+        chat_format,
+        tools,
+        names,
+        parallel,
+        model.prompts.special,
+        thinking,
+    )
+    return rules, ""
+
+
+def _answer_start(chat_format: ChatFormat, thinking: bool) -> str:
+    """Returns the text after which the answer starts: the end of the reasoning, which a response format does not
+    constrain. Empty if the output starts with the answer.
+    """
+    if chat_format.call_format is not None and chat_format.call_format.style == "harmony":
+        return "<|channel|>final<|message|>"
+    return chat_format.reasoning_marks[1] if thinking else ""
 
 
 def _check_tools(model: LoadedModel, not_rendered: bool) -> None:
@@ -280,7 +303,7 @@ def last_tokens(model: LoadedModel, ids: list[int], count: int, sampling: Sampli
 
 
 def _forced_call_rules(
-    chat_format: ChatFormat, tools: list[dict[str, Any]], names: list[str] | None, *more: Any
+    chat_format: ChatFormat, tools: Sequence[dict[str, Any]], names: list[str] | None, *more: Any
 ) -> str:
     """Returns Lark rules that allow only tool calls. Checks the size of the functions' schemas first.
 

@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktx.engine.client import RequestGroup
+from ktx.engine.sampler import SamplingParams
 from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import Finish, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
-    ChatInput,
+    EngineInput,
     build_engine_input,
     build_sampling_params,
     check_context_length,
@@ -38,9 +39,7 @@ async def answer(model: LoadedModel, fields: MessagesRequest, request: Request) 
     params = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
         "stop": fields.stop_sequences
     }
-    engine_input = await build_engine_input(
-        model, to_chat_input(fields), build_sampling_params(model, params, fields.max_tokens)
-    )
+    engine_input = await _build_input(model, fields, build_sampling_params(model, params, fields.max_tokens))
     # max_tokens is not checked, because clients send the largest value that they know; the context limits the answer.
     check_context_length(model, engine_input.rendered.ids, 1)
     group = await submit(model, [engine_input], fields.model)
@@ -56,12 +55,12 @@ async def answer(model: LoadedModel, fields: MessagesRequest, request: Request) 
 
 async def count(model: LoadedModel, fields: CountTokensRequest) -> Response:
     """Returns the number of prompt tokens of a messages request."""
-    engine_input = await build_engine_input(model, to_chat_input(fields), build_sampling_params(model, {}, 1))
+    engine_input = await _build_input(model, fields, SamplingParams())
     return JSONResponse({"input_tokens": len(engine_input.rendered.ids)})
 
 
-def to_chat_input(fields: CountTokensRequest) -> ChatInput:
-    """Converts a request to the form that all protocols share. Raises APIError (400) if it is invalid."""
+async def _build_input(model: LoadedModel, fields: CountTokensRequest, sampling: SamplingParams) -> EngineInput:
+    """Converts a request to the engine's input. Raises APIError (400) if it is invalid."""
     if fields.thread is not None:
         raise APIError(
             400,
@@ -100,10 +99,12 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
     effort = reasoning_kwargs(fields.output_config.effort if fields.output_config else None)
     # Only the effort: the field `thinking` determines whether the model thinks.
     template_kwargs = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}
-    return ChatInput(
+    return await build_engine_input(
+        model,
         messages,
-        tools,
-        tool_choice,
+        sampling,
+        tools=tools,
+        tool_choice=tool_choice,
         parallel_tool_calls=parallel,
         template_kwargs=template_kwargs,
         response_format=_response_format(fields),

@@ -23,7 +23,6 @@ from ktx.server.errors import APIError
 from ktx.server.model_names import LATEST_TAG
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
-    ChatInput,
     EngineInput,
     build_engine_input,
     build_grammar,
@@ -102,16 +101,15 @@ async def chat(model: LoadedModel, fields: OllamaChat, request: Request) -> Resp
     params, limit = _sampling_params(fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     template_kwargs = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
-    chat_input = ChatInput(
+    engine_input = await build_engine_input(
+        model,
         messages,
-        tools,
+        build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields)),
+        tools=tools,
         template_kwargs=template_kwargs,
         response_format=_response_format(fields),
         thinking=None if fields.think is None else bool(fields.think),
         continue_final_message=fields.messages[-1].role == "assistant",
-    )
-    engine_input = await build_engine_input(
-        model, chat_input, build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields))
     )
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
@@ -154,15 +152,12 @@ async def generate(model: LoadedModel, fields: OllamaGenerate, request: Request)
         )
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
-        thinking = None if fields.think is None else bool(fields.think)
         engine_input = await build_engine_input(
             model,
-            ChatInput(
-                [*messages, {"role": "user", "content": fields.prompt}],
-                response_format=_response_format(fields),
-                thinking=thinking,
-            ),
+            [*messages, {"role": "user", "content": fields.prompt}],
             sampling,
+            response_format=_response_format(fields),
+            thinking=None if fields.think is None else bool(fields.think),
         )
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
-    ChatInput,
     build_engine_input,
     build_sampling_params,
     cache_salt,
@@ -40,9 +39,13 @@ async def answer(model: LoadedModel, fields: ChatCompletionRequest, request: Req
     limit = fields.max_completion_tokens or fields.max_tokens
     num_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     sampling = build_sampling_params(model, fields, limit, logprobs=num_logprobs)
-    chat_input = ChatInput(
+    tools, tool_choice = _select_tools(fields)
+    engine_input = await build_engine_input(
+        model,
         [to_template_message(message) for message in fields.messages],
-        *_select_tools(fields),
+        sampling,
+        tools=tools,
+        tool_choice=tool_choice,
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         template_kwargs=_template_kwargs(fields),
         response_format=structured_output(fields),
@@ -50,8 +53,9 @@ async def answer(model: LoadedModel, fields: ChatCompletionRequest, request: Req
         continue_final_message=fields.continues,
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,
+        count=fields.n or 1,
+        salt=cache_salt(fields),
     )
-    engine_input = await build_engine_input(model, chat_input, sampling, fields.n or 1, cache_salt(fields))
     check_context_length(model, engine_input.rendered.ids, limit)
     group = await submit(model, [engine_input], fields.model, fields.lora)
     base = {

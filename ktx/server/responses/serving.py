@@ -18,7 +18,7 @@ from ktx.server.auth import owner_of
 from ktx.server.errors import APIError
 from ktx.server.output import LogprobFormatter, OutputParser
 from ktx.server.preprocess import (
-    ChatInput,
+    EngineInput,
     build_engine_input,
     build_sampling_params,
     check_context_length,
@@ -37,7 +37,7 @@ from ktx.server.protocol.responses import (
 )
 from ktx.server.responses.events import ResponseEvents
 from ktx.server.responses.input import normalize_item, qualified_name, resolve_input, to_messages
-from ktx.server.responses.store import Item, ResponseStore
+from ktx.server.responses.store import ResponseStore
 from ktx.server.state import LoadedModel
 
 # reasoning.encrypted_content is accepted, but always null.
@@ -62,8 +62,9 @@ async def answer(model: LoadedModel, store: ResponseStore, fields: ResponsesRequ
     )
     owner = owner_of(request)
     previous_items, new_items, previous = resolve_input(store, owner, fields)
-    chat_input, namespaces = _to_chat_input(fields, previous_items, new_items)
-    engine_input = await build_engine_input(model, chat_input, sampling)
+    messages = to_messages(fields.instructions, previous_items, new_items)
+    tools, namespaces = _convert_tools(fields)
+    engine_input = await _build_input(model, fields, messages, tools, sampling)
     check_context_length(model, engine_input.rendered.ids, fields.max_output_tokens)
     group = await submit(model, [engine_input], fields.model)
     events = ResponseEvents(
@@ -92,30 +93,30 @@ async def count(
 ) -> dict[str, Any]:
     """Returns the number of prompt tokens of a responses request. Raises APIError if it is invalid."""
     previous_items, new_items, _ = resolve_input(store, owner_of(request), fields)
-    chat_input, _ = _to_chat_input(fields, previous_items, new_items)
-    engine_input = await build_engine_input(model, chat_input, SamplingParams())
+    messages = to_messages(fields.instructions, previous_items, new_items)
+    engine_input = await _build_input(model, fields, messages, _convert_tools(fields)[0], SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(engine_input.rendered.ids)}
 
 
-def _to_chat_input(
-    fields: ResponseTokensRequest, previous_items: list[Item], new_items: list[Item]
-) -> tuple[ChatInput, dict[str, tuple[str, str]]]:
-    """Converts a request to the form that all protocols share.
-
-    Also returns the namespace and own name of each function that has a namespace, by its qualified name.
-    """
-    tools, namespaces = _convert_tools(fields)
-    tools, choice = _resolve_tool_choice(fields, tools)
-    template_kwargs = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
-    messages = to_messages(fields.instructions, previous_items, new_items)
-    return ChatInput(
+async def _build_input(
+    model: LoadedModel,
+    fields: ResponseTokensRequest,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    sampling: SamplingParams,
+) -> EngineInput:
+    """Converts a request, whose messages and tools are in OpenAI's chat format, to the engine's input."""
+    tools, tool_choice = _resolve_tool_choice(fields, tools)
+    return await build_engine_input(
+        model,
         messages,
-        tools,
-        choice,
+        sampling,
+        tools=tools,
+        tool_choice=tool_choice,
         parallel_tool_calls=fields.parallel_tool_calls is not False,
-        template_kwargs=template_kwargs,
+        template_kwargs=reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None),
         response_format=_response_format(fields),
-    ), namespaces
+    )
 
 
 def _convert_tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
