@@ -11,7 +11,7 @@ from typing import Any
 
 from ktx.chat_formats import ChatFormat, Parser, forced_call_grammar
 from ktx.engine.client import RequestGroup
-from ktx.engine.grammar import check_schema, choice_grammar, regex_grammar, schema_grammar
+from ktx.engine.grammar import GrammarMatcher, check_schema, choice_grammar, regex_grammar, schema_grammar
 from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import ContextExceeded
@@ -393,36 +393,31 @@ async def submit(
         APIError: an adapter is unknown, a grammar is invalid or the engine refused a request.
     """
     engine, uses = model.engine, resolve_adapters(model.names, name, lora)
+    requests = [(engine_input, i) for engine_input in engine_inputs for i in range(engine_input.count)]
     # one constraint per request, compiled before any request is queued, because a grammar may be invalid
-    constraints = []
-    for engine_input in engine_inputs:
-        for _ in range(engine_input.count):
-            constraint = None
-            if engine_input.grammar is not None:
-                constraint = await run_with_timeout(
-                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", model.grammars.compile, *engine_input.grammar
-                )
-            constraints.append(constraint)
+    constraints = [await _compile_grammar(model, engine_input.grammar) for engine_input, _ in requests]
     group = RequestGroup(engine)
     if not model.settings.hide_input:
         for engine_input in engine_inputs:
-            log.info(
-                "asked",
-                extra={"prompt": engine_input.rendered.text or engine.tokenizer.decode(engine_input.rendered.ids)},
-            )
+            rendered = engine_input.rendered
+            log.info("asked", extra={"prompt": rendered.text or engine.tokenizer.decode(rendered.ids)})
     try:
-        index = 0
-        for engine_input in engine_inputs:
-            for i in range(engine_input.count):
-                sampling = engine_input.sampling
-                # with a seed, further answers of an input must not equal the first one
-                if i and sampling.seed is not None:
-                    sampling = replace(sampling, seed=sampling.seed + i)
-                group.submit(engine_input.rendered.ids, sampling, constraints[index], engine_input.salt, uses)
-                index += 1
+        for (engine_input, i), constraint in zip(requests, constraints, strict=True):
+            sampling = engine_input.sampling
+            # with a seed, further answers of an input must not equal the first one
+            if i and sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + i)
+            group.submit(engine_input.rendered.ids, sampling, constraint, engine_input.salt, uses)
     except BaseException as error:
         group.close()
         if isinstance(error, Exception):
             raise to_api_error(error) from error
         raise
     return group
+
+
+async def _compile_grammar(model: LoadedModel, grammar: tuple[str, str] | None) -> GrammarMatcher | None:
+    """Returns the matcher of a grammar; None without one. Raises APIError (400) if the grammar is invalid."""
+    if grammar is None:
+        return None
+    return await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", model.grammars.compile, *grammar)
