@@ -181,13 +181,13 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
         state.names.check(name)
         return model(name)
 
-    @routes.post("/v1/chat/completions")
-    async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Response:
-        return await chat.answer(state.require_model(fields.model), fields, request)
+    @routes.post(chat.PATH)
+    async def chat_completions(fields: ChatCompletionRequest) -> Response:
+        return await chat.answer(state.require_model(fields.model), fields)
 
-    @routes.post("/v1/completions")
-    async def plain_completions(fields: CompletionRequest, request: Request) -> Response:
-        return await completions.answer(state.require_model(fields.model), fields, request)
+    @routes.post(completions.PATH)
+    async def plain_completions(fields: CompletionRequest) -> Response:
+        return await completions.answer(state.require_model(fields.model), fields)
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -235,13 +235,13 @@ def _add_adapters(routes: APIRouter, state: ServerState) -> None:
 def _add_responses(routes: APIRouter, state: ServerState) -> None:
     """Adds the routes of OpenAI's Responses API."""
 
-    @routes.post("/v1/responses")
+    @routes.post(serving.PATH)
     async def respond(fields: ResponsesRequest, request: Request) -> Response:
-        return await serving.answer(state.require_model(fields.model), state.response_store, fields, request)
+        return await serving.answer(state.require_model(fields.model), state.response_store, owner_of(request), fields)
 
     @routes.post("/v1/responses/input_tokens")
     async def input_tokens(fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
-        return await serving.count(state.require_model(fields.model), state.response_store, fields, request)
+        return await serving.count(state.require_model(fields.model), state.response_store, owner_of(request), fields)
 
     @routes.get("/v1/responses/{name}")
     async def retrieve(name: str, request: Request, stream: bool = False) -> dict[str, Any]:
@@ -271,21 +271,21 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
 def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     """Adds Anthropic's and Ollama's routes."""
 
-    @routes.post("/v1/messages")
-    async def anthropic(fields: MessagesRequest, request: Request) -> Response:
-        return await messages.answer(state.require_model(fields.model), fields, request)
+    @routes.post(messages.PATH)
+    async def anthropic(fields: MessagesRequest) -> Response:
+        return await messages.answer(state.require_model(fields.model), fields)
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(fields: CountTokensRequest) -> Response:
         return await messages.count(state.require_model(fields.model), fields)
 
     @routes.post("/api/chat")
-    async def ollama_chat(fields: OllamaChat, request: Request) -> Response:
-        return await ollama.chat(state.require_model(fields.model), fields, request)
+    async def ollama_chat(fields: OllamaChat) -> Response:
+        return await ollama.chat(state.require_model(fields.model), fields)
 
     @routes.post("/api/generate")
-    async def ollama_generate(fields: OllamaGenerate, request: Request) -> Response:
-        return await ollama.generate(state.require_model(fields.model), fields, request)
+    async def ollama_generate(fields: OllamaGenerate) -> Response:
+        return await ollama.generate(state.require_model(fields.model), fields)
 
     @routes.post("/api/show")
     async def show(fields: OllamaShow) -> dict[str, Any]:

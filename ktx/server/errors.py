@@ -66,8 +66,15 @@ def error_body(
     param: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the JSON body of an error in the format of the protocol that `path` belongs to: Ollama's for /api,
-    Anthropic's for /v1/messages, else OpenAI's.
+    """Returns the JSON body of an error in the format of a path's protocol.
+
+    Args:
+        path: the path: of /api (Ollama's format), of /v1/messages (Anthropic's) or any other (OpenAI's).
+        status: HTTP status.
+        message: text for the user.
+        code: machine-readable error code.
+        param: field of the request that is wrong.
+        details: additional fields of an error in Anthropic's format.
     """
     openai_type, anthropic_type = ERROR_TYPES.get(status, ("server_error", "api_error"))
     if path.startswith("/api/"):

@@ -65,6 +65,11 @@ async def load(engine: Engine, names: ModelNames, root: Path, fields: LoadAdapte
 async def unload(engine: Engine, names: ModelNames, fields: UnloadAdapter) -> Response:
     """Unloads an adapter for new requests; requests that run or wait keep it until they end.
 
+    Args:
+        engine: the engine.
+        names: the names, from which the adapter's is removed.
+        fields: the request.
+
     Raises:
         APIError: 404, no adapter has the name.
     """

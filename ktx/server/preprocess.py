@@ -295,7 +295,14 @@ def _check_tools(model: LoadedModel, not_rendered: bool) -> None:
 
 
 def last_tokens(model: LoadedModel, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
-    """Returns the last `count` tokens of a prompt; -1: as many as fit into the context together with the answer."""
+    """Returns the last tokens of a prompt.
+
+    Args:
+        model: the loaded model.
+        ids: the prompt.
+        count: number of tokens; -1: as many as fit into the context together with the answer.
+        sampling: the sampling parameters, whose limit is the length of the answer.
+    """
     if count < 0:
         context_length = model.engine.context
         count = max(1, context_length - min(sampling.max_new_tokens, context_length - 1))
@@ -337,7 +344,11 @@ def format_rules(format: Format) -> str:
 
 
 def structured_output(fields: StructuredOutputFields) -> Format | None:
-    """Returns the format that a request constrains its answer to: OpenAI's response_format or one of vLLM's guides."""
+    """Returns the format that a request constrains its answer to: OpenAI's response_format or one of vLLM's guides.
+
+    Raises:
+        APIError: 400, the JSON schema is a text that is not JSON.
+    """
 
     def first(*candidates: Any) -> Any:
         """Returns the first candidate that is set."""
@@ -363,7 +374,7 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
 
 
 def check_context_length(model: LoadedModel, prompt: Sequence[int], limit: int | None) -> None:
-    """Raises APIError (400) if the prompt and the `limit` of new tokens do not fit into the context."""
+    """Raises APIError (400) if the token ids of a prompt and the `limit` of new tokens do not fit into the context."""
     context_length = model.engine.context
     if len(prompt) + (limit or 0) > context_length:
         breakdown = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")

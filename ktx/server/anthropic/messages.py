@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktx.engine.client import RequestGroup
@@ -27,10 +26,11 @@ from ktx.server.protocol.anthropic import AnthropicMessage, ContentBlock, CountT
 from ktx.server.protocol.openai import Format
 from ktx.server.state import LoadedModel
 
+PATH = "/v1/messages"
 STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
-async def answer(model: LoadedModel, fields: MessagesRequest, request: Request) -> Response:
+async def answer(model: LoadedModel, fields: MessagesRequest) -> Response:
     """Answers a messages request, as one body or as a stream.
 
     Raises:
@@ -48,9 +48,7 @@ async def answer(model: LoadedModel, fields: MessagesRequest, request: Request) 
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, parser, base, stops))
-    return streaming.sse_response(
-        _stream(group, parser, base, stops), group, request.url.path, model.settings.keepalive_s
-    )
+    return streaming.sse_response(_stream(group, parser, base, stops), group, PATH, model.settings.keepalive_s)
 
 
 async def count(model: LoadedModel, fields: CountTokensRequest) -> Response:

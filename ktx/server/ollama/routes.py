@@ -12,7 +12,6 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktx.engine.client import RequestGroup
@@ -79,7 +78,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
-async def chat(model: LoadedModel, fields: OllamaChat, request: Request) -> Response:
+async def chat(model: LoadedModel, fields: OllamaChat) -> Response:
     """Answers /api/chat.
 
     Raises:
@@ -130,7 +129,7 @@ async def chat(model: LoadedModel, fields: OllamaChat, request: Request) -> Resp
     return await _run(model, engine_input, fields, format_delta, fields.think is not False)
 
 
-async def generate(model: LoadedModel, fields: OllamaGenerate, request: Request) -> Response:
+async def generate(model: LoadedModel, fields: OllamaGenerate) -> Response:
     """Answers /api/generate; with `raw` the prompt is not rendered by the chat template.
 
     Raises:

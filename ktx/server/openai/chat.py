@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ktx.engine.client import RequestGroup
@@ -29,8 +28,10 @@ from ktx.server.preprocess import (
 from ktx.server.protocol.openai import AllowedChoice, ChatCompletionRequest, Message, NamedTool, StreamOptions
 from ktx.server.state import LoadedModel
 
+PATH = "/v1/chat/completions"
 
-async def answer(model: LoadedModel, fields: ChatCompletionRequest, request: Request) -> Response:
+
+async def answer(model: LoadedModel, fields: ChatCompletionRequest) -> Response:
     """Answers a chat completion request, as one body or as a stream.
 
     Raises:
@@ -75,7 +76,7 @@ async def answer(model: LoadedModel, fields: ChatCompletionRequest, request: Req
     events = _stream(
         group, parsers, base, formatter, wants_logprobs, hide_reasoning, fields.stream_options or StreamOptions()
     )
-    return streaming.sse_response(events, group, request.url.path, model.settings.keepalive_s, "[DONE]")
+    return streaming.sse_response(events, group, PATH, model.settings.keepalive_s, "[DONE]")
 
 
 def _template_kwargs(fields: ChatCompletionRequest) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ktx.engine.client import RequestGroup
@@ -30,10 +29,11 @@ from ktx.server.protocol.openai import CompletionRequest
 from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
+PATH = "/v1/completions"
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
-async def answer(model: LoadedModel, fields: CompletionRequest, request: Request) -> Response:
+async def answer(model: LoadedModel, fields: CompletionRequest) -> Response:
     """Answers a completion request, as one body or as a stream.
 
     Raises:
@@ -70,7 +70,7 @@ async def answer(model: LoadedModel, fields: CompletionRequest, request: Request
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, base, formatter, fields, prompts))
     return streaming.sse_response(
-        _stream(group, base, formatter, fields, prompts), group, request.url.path, model.settings.keepalive_s, "[DONE]"
+        _stream(group, base, formatter, fields, prompts), group, PATH, model.settings.keepalive_s, "[DONE]"
     )
 
 

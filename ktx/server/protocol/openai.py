@@ -116,7 +116,7 @@ class Format(StrictModel):
 
     @model_validator(mode="after")
     def check_type_fields(self) -> Format:
-        """Checks that the field of the type is present."""
+        """Raises ValueError if the field of the type is missing."""
         needed = {"json_schema": "json_schema", "regex": "pattern", "grammar": "grammar"}.get(self.type)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"type {self.type} needs {needed}")
@@ -236,7 +236,7 @@ class StructuredOutputFields(SamplingFields):
 
     @model_validator(mode="after")
     def check_one_guide(self) -> StructuredOutputFields:
-        """Checks that at most one constraint on the output is set."""
+        """Raises ValueError for several constraints on the output, or stream_options without a stream."""
         guides = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
         used = [name for name in guides if getattr(self, name) is not None]
         if self.structured_outputs is not None:
@@ -305,7 +305,7 @@ class Message(StrictModel):
 
     @model_validator(mode="after")
     def check_content(self) -> Message:
-        """Checks that a message that needs content has it."""
+        """Raises ValueError if a message that needs content has none."""
         if self.role in ("system", "developer", "user") and self.content is None:
             raise ValueError(f"a {self.role} message needs content")
         return self
@@ -337,7 +337,7 @@ class ContinueFields(Request):
     @field_validator("chat_template_kwargs")
     @classmethod
     def check_template_kwargs(cls, value: Object | None) -> Object | None:
-        """Checks names and types of the chat template kwargs."""
+        """Raises ValueError for a chat template kwarg whose name or type is not supported."""
         for key, item in (value or {}).items():
             if key not in TEMPLATE_KWARGS:
                 raise ValueError(f"{key!r} is not a supported template argument; use {', '.join(TEMPLATE_KWARGS)}")
@@ -361,7 +361,7 @@ class ContinueFields(Request):
 
     @model_validator(mode="after")
     def check_continuation(self) -> ContinueFields:
-        """Checks that only the last message is continued, and that no new one is started as well."""
+        """Raises ValueError if another message than the last is continued, or if a new one is started as well."""
         if any(message.prefix for message in (self.messages or ())[:-1]):
             raise ValueError("prefix: only the last message can be continued")
         if self.continues and self.add_generation_prompt:
@@ -409,7 +409,7 @@ class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
 
     @model_validator(mode="after")
     def check_consistency(self) -> ChatCompletionRequest:
-        """Checks fields that depend on each other."""
+        """Raises ValueError for fields that contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
@@ -442,7 +442,7 @@ class CompletionRequest(StructuredOutputFields):
 
     @model_validator(mode="after")
     def check_consistency(self) -> CompletionRequest:
-        """Checks fields that depend on each other."""
+        """Raises ValueError for fields that contradict each other."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not supported")
         if self.echo and self.stream:
@@ -461,7 +461,7 @@ class TokenizeRequest(ContinueFields):
 
     @model_validator(mode="after")
     def check_one_input(self) -> TokenizeRequest:
-        """Checks that there is either a prompt or messages."""
+        """Raises ValueError unless there is either a prompt or messages."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self

@@ -8,13 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pydantic import ValidationError
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ktx.engine.client import RequestGroup
 from ktx.engine.sampler import SamplingParams
 from ktx.server import streaming
-from ktx.server.auth import owner_of
 from ktx.server.errors import APIError
 from ktx.server.output import LogprobFormatter, OutputParser
 from ktx.server.preprocess import (
@@ -40,12 +38,19 @@ from ktx.server.responses.input import normalize_item, qualified_name, resolve_i
 from ktx.server.responses.store import ResponseStore
 from ktx.server.state import LoadedModel
 
+PATH = "/v1/responses"
 # reasoning.encrypted_content is accepted, but always null.
 SUPPORTED_INCLUDES = ("message.output_text.logprobs", "reasoning.encrypted_content")
 
 
-async def answer(model: LoadedModel, store: ResponseStore, fields: ResponsesRequest, request: Request) -> Response:
+async def answer(model: LoadedModel, store: ResponseStore, owner: bytes, fields: ResponsesRequest) -> Response:
     """Answers a responses request, as one body or as a stream, and stores the response.
+
+    Args:
+        model: the loaded model.
+        store: the stored responses.
+        owner: digest of the API key.
+        fields: the request.
 
     Raises:
         APIError: the request is invalid, or the engine refused it.
@@ -60,7 +65,6 @@ async def answer(model: LoadedModel, store: ResponseStore, fields: ResponsesRequ
         fields.max_output_tokens,
         logprobs=(fields.top_logprobs or 0) if wants_logprobs else None,
     )
-    owner = owner_of(request)
     previous_items, new_items, previous = resolve_input(store, owner, fields)
     messages = to_messages(fields.instructions, previous_items, new_items)
     tools, namespaces = _convert_tools(fields)
@@ -83,16 +87,18 @@ async def answer(model: LoadedModel, store: ResponseStore, fields: ResponsesRequ
 
     if not fields.stream:
         return await streaming.json_response(group, _complete(group, events, store_response))
-    return streaming.sse_response(
-        _stream(group, events, store_response), group, request.url.path, model.settings.keepalive_s
-    )
+    return streaming.sse_response(_stream(group, events, store_response), group, PATH, model.settings.keepalive_s)
 
 
 async def count(
-    model: LoadedModel, store: ResponseStore, fields: ResponseTokensRequest, request: Request
+    model: LoadedModel, store: ResponseStore, owner: bytes, fields: ResponseTokensRequest
 ) -> dict[str, Any]:
-    """Returns the number of prompt tokens of a responses request. Raises APIError if it is invalid."""
-    previous_items, new_items, _ = resolve_input(store, owner_of(request), fields)
+    """Returns the number of prompt tokens of a responses request; for the arguments see `answer`.
+
+    Raises:
+        APIError: the request is invalid.
+    """
+    previous_items, new_items, _ = resolve_input(store, owner, fields)
     messages = to_messages(fields.instructions, previous_items, new_items)
     engine_input = await _build_input(model, fields, messages, _convert_tools(fields)[0], SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(engine_input.rendered.ids)}
