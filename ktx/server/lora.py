@@ -96,8 +96,10 @@ def resolve_adapters(names: ModelNames, model: str, lora: Sequence[LoraUse] | No
         lora: llama.cpp's list of adapter ids and scales, which is only allowed with the base model.
 
     Raises:
-        APIError: 400, an id is unknown, or `lora` is given although the model is an adapter.
+        APIError: 400, an id is unknown, or `lora` is given although the model is an adapter; 404, the adapter was
+            unloaded since the request arrived.
     """
+    names.check(model)
     adapter = names.adapter(model)
     if lora is None:
         return (AdapterUse(adapter),) if adapter else ()

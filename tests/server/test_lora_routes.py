@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ktx.engine.sampler import SamplingParams
+from ktx.server.openai import completions
 from ktx.server.state import ServerSettings
 from tests.families.test_families import load
 from tests.server.conftest import NAME, serving
@@ -322,6 +323,22 @@ def test_requests_that_run_are_answered_to_their_end(client, root, expected):
     text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in [first, *rest])
     assert text == expected["one"]
     assert expected["two"].startswith(said(client, "style"))
+
+
+def test_an_adapter_unloaded_before_its_request_is_queued(client, monkeypatch):
+    """The model without the adapter must not answer."""
+    loaded(client, "style", "one")
+    names, tokenize = client.served.names, completions._tokenize_prompts
+    adapters = names.adapters
+
+    def unloading(tokenizer, fields):
+        names.remove_adapter("style")
+        return tokenize(tokenizer, fields)
+
+    monkeypatch.setattr(completions, "_tokenize_prompts", unloading)
+    answer = client.post("/v1/completions", json=asked("style"))
+    names.adapters = adapters
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
 
 
 def test_answers_of_others_stay_the_same_meanwhile(client, root, expected):
