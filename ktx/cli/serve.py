@@ -196,27 +196,20 @@ def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> Non
     graphs_option(group)
     group.add_argument(
         "--backend-type",
-        choices=("balance_serve", "ktransformers", "scripted"),
+        choices=("balance_serve", "ktransformers"),
         default="balance_serve",
-        help="engine: balance_serve and ktransformers both compute the model (KTransformers' names); scripted returns"
-        " answers from --script instead, to test clients (default balance_serve)",
-    )
-    group.add_argument(
-        "--script",
-        metavar="FILE",
-        help="with --backend-type scripted: file with a JSON list of {match, text} (default: the prompt is echoed)",
-    )
-    group.add_argument(
-        "--pace",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="with --backend-type scripted: seconds per token, at most 60 (default 0)",
+        help="KTransformers' name of its engine; has no effect",
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serves until a signal arrives, then returns exit status 0."""
+def run(args: argparse.Namespace, make: Callable[[argparse.Namespace, Any], Any] | None = None) -> int:
+    """Serves until a signal arrives, then returns exit status 0.
+
+    Args:
+        make: creates the engine from the options and the state that receives its loading progress (default:
+            `make_engine`).
+    """
+    make = make or make_engine
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"ktx serve needs {', '.join(missing)}: {install_command('serve')}")
@@ -244,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
     allowed_hosts = (*(args.allowed_hosts or ()), args.host)
     access = AccessPolicy(keys, tuple(allowed_hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
     if args.ray:
-        return serve_ray.serve_replicas(args, names, adapters, access, _server_settings(args), make_engine)
+        return serve_ray.serve_replicas(args, names, adapters, access, _server_settings(args), make)
     state = ServerState(names, _server_settings(args), adapters)
     listener = listen(args.host, args.port)
     app = make_app(state, access)
@@ -267,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
         state.load(load_engine, on_failure)
 
     def load_engine(state: ServerState) -> Any:
-        engine = make_engine(args, state)
+        engine = make(args, state)
         freeze_gc()
         return engine
 
@@ -281,12 +274,10 @@ def adapter_names(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[str
     """Returns the names of the LoRA adapters to serve.
 
     Raises:
-        UsageError: an adapter has one of the model's `names`, or the backend is scripted and computes no model.
+        UsageError: an adapter has one of the model's `names`.
     """
     if not args.lora:
         return ()
-    if args.backend_type == "scripted":
-        raise UsageError("--lora: --backend-type scripted computes no model")
     from ktx.model.lora import parse_adapters
 
     adapters = tuple(adapter.name for adapter in parse_adapters(args.lora))
@@ -350,8 +341,8 @@ def read_template(file: str) -> str:
     return text
 
 
-def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ktx.engine.engine.Options, by name, as the command line sets them."""
+def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of ktx.engine.engine.Options, by name, as the command line sets them."""
     return {
         "max_batch_size": args.max_batch_size,
         "chunk_size": args.chunk_size,
@@ -369,16 +360,11 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_engine(args: argparse.Namespace, state: Any) -> Any:
-    """Creates the engine that the options choose.
+    """Loads the model and returns its engine. The read bandwidth is measured first, while the memory is still free.
 
     Args:
         state: the server's state, which receives the loading progress and the measured read bandwidth.
     """
-    return _make_scripted_engine(args) if args.backend_type == "scripted" else _load_engine(args, state)
-
-
-def _load_engine(args: argparse.Namespace, state: Any) -> Any:
-    """Loads the model and returns its engine. The read bandwidth is measured first, while the memory is still free."""
     import ktx
     from ktx.kernels.cpu import pool_size
     from ktx.kernels.microbench import free_read_bandwidth
@@ -398,20 +384,7 @@ def _load_engine(args: argparse.Namespace, state: Any) -> Any:
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads
     )
     model.ktx.use_lora()  # no adapter is active: each request names its own
-    return model.ktx.engine(**_engine_options(args))
-
-
-def _make_scripted_engine(args: argparse.Namespace) -> Any:
-    """Returns an engine that computes no model and answers from a script, for tests of clients."""
-    from ktx.engine.engine import Options
-    from ktx.engine.scripted import read_script, scripted_engine
-    from ktx.loader.meta_model import read_config, read_tokenizer
-    from ktx.weights.gguf_files import is_gguf
-    from ktx.weights.open import open_weights
-
-    source: Any = open_weights(args.model, read_config(args.model)) if is_gguf(Path(args.model)) else None
-    tokenizer = read_tokenizer(args.model, source, args.trust_remote_code)
-    return scripted_engine(tokenizer, Options(**_engine_options(args)), read_script(args.script, tokenizer), args.pace)
+    return model.ktx.engine(**make_engine_options(args))
 
 
 def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -471,13 +444,7 @@ def check_settings(args: argparse.Namespace) -> None:
             raise UsageError(
                 "--lora-dir: replicas (--ray) share no adapters that clients load; give --lora when starting instead"
             )
-        if args.backend_type == "scripted":
-            raise UsageError("--lora-dir: --backend-type scripted computes no model")
         if not Path(args.lora_dir).expanduser().is_dir():
             raise BadFile(f"--lora-dir {args.lora_dir}: no such folder")
     if args.cache_lens < MIN_KV_CACHE_TOKENS:
         raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {MIN_KV_CACHE_TOKENS}")
-    if args.script and args.backend_type != "scripted":
-        raise UsageError("--script needs --backend-type scripted")
-    if args.pace < 0 or args.pace > 60:
-        raise UsageError(f"--pace {args.pace}: must be from 0 to 60")

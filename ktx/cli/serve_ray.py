@@ -156,8 +156,6 @@ class EngineFactory:
 
 def memory_bytes(args: argparse.Namespace) -> int:
     """Returns the bytes of memory that one copy of the model takes, from the checkpoint's headers."""
-    if args.backend_type == "scripted":
-        return 0
     import ktx
     from ktx.loader.resources import memory_needed
 

@@ -36,9 +36,7 @@ class StatsSnapshot:
 
 
 class EngineStats:
-    """Counts from its creation on. Without a real model, as for the scripted engine, there are no experts and no weight
-    reads.
-    """
+    """Counts from its creation on. A runner without a torch module has no experts and reads no weights."""
 
     def __init__(self, model: Any):
         is_module = isinstance(model, nn.Module)

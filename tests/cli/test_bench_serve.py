@@ -190,8 +190,6 @@ def test_a_server_of_its_own_from_the_command_line(tmp_path):
         "8",
         "--answer-tokens",
         "8",
-        "--backend_type",
-        "scripted",
     ]
     words += ["--record", str(record), "--plot", str(picture)]
     command = [sys.executable, "-m", "ktx", "bench", "serve", *words]
@@ -225,7 +223,7 @@ def test_a_server_that_does_not_start_says_why(capsys):
             "--moe-dtype",
             "int4",
             "--trust-remote-code",
-            "--pace",
+            "--prefix-cache-gb",
             "0.5",
         ],
     ],

@@ -87,7 +87,6 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
         (["bench", *DEMO, "--peer", "llama.cpp"], "--lora: llama.cpp would compute the model without it"),
         (["bench", "--layer", "8,2,64,64"], "--lora has no effect with --layer"),
         (["bench", "serve", *DEMO], "unrecognized arguments: --lora"),
-        (["serve", *DEMO, "--backend-type", "scripted"], "--lora: --backend-type scripted"),
     ],
 )
 def test_where_adapters_mean_nothing(adapter, words, told, capsys):

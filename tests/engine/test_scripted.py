@@ -10,8 +10,8 @@ import pytest
 from ktx.engine.engine import Options
 from ktx.engine.request import Finished
 from ktx.engine.sampler import SamplingParams
-from ktx.engine.scripted import read_script, scripted_engine
 from ktx.errors import BadFile
+from tests.support.scripted_engine import read_script, scripted_engine
 from tests.support.tiny_chat_model import tokenizer
 
 TOK = tokenizer()

@@ -14,7 +14,7 @@ import torch
 
 import ktx
 from ktx.__main__ import build_parser
-from ktx.cli.serve import _engine_options
+from ktx.cli.serve import make_engine_options
 from ktx.devices import gpus
 from ktx.engine import graphs
 from ktx.engine.request import TokenEvent
@@ -269,7 +269,7 @@ def test_what_is_captured_is_told_and_an_option_switches_it_off(hybrid, caplog):
         buffers = [buffer for layer in engine.runner.cache.layers for buffer in layer.buffers]
         assert all(len(buffer) == engine.runner.pages for buffer in buffers)
     for words, wanted in ([], True), (["--no_cuda_graphs"], False), (["--no-cuda-graphs", "false"], True):
-        assert _engine_options(build_parser().parse_args(["serve", *words]))["cuda_graphs"] is wanted
+        assert make_engine_options(build_parser().parse_args(["serve", *words]))["cuda_graphs"] is wanted
 
 
 def test_drafts_and_modules_that_are_listened_to_are_computed_without(hybrid):

@@ -33,17 +33,7 @@ class Running:
         script.write_text(json.dumps(SCRIPT))
         self.process = subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "ktx",
-                    "serve",
-                    "--ray",
-                    "--ray-address",
-                    address,
-                    "--backend_type",
-                    "scripted",
-                ),
+                *(sys.executable, "-m", "tests.support.scripted_server", "--ray", "--ray-address", address),
                 *("--script", script, "--pace", "0.005", "--port", "0", "--log_format", "json", "--api-key", "secret"),
                 *words,
             ],

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ktx.engine.engine import Options
-from ktx.engine.scripted import scripted_engine
 from tests.server.conftest import QWEN
+from tests.support.scripted_engine import scripted_engine
 from tests.support.tiny_chat_model import tokenizer
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900")

@@ -11,11 +11,11 @@ import httpx
 import pytest
 
 from ktx.engine.engine import Options
-from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.app import make_app
 from ktx.server.auth import AccessPolicy
 from ktx.server.run import listen, make_server
 from ktx.server.state import ServerSettings, ServerState
+from tests.support.scripted_engine import read_script, scripted_engine
 from tests.support.tiny_chat_model import tokenizer
 
 NAME = "test-model"

@@ -27,12 +27,10 @@ def parsed(*words):
         (["--port", "70000"], "from 0 to 65535"),
         (["--api-key", "two words"], "printable ASCII"),
         (["--api-key-file", "/nothing/here"], "cannot be read"),
-        (["--script", "x.json"], "--backend-type scripted"),
         (["--cache-lens", "8"], "at least 64"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--lora-dir", "/nothing/here"], "no such folder"),
         (["--lora-dir", "/tmp", "--ray"], "replicas (--ray) share no adapters that clients load"),
-        (["--lora-dir", "/tmp", "--backend-type", "scripted"], "computes no model"),
         (["--chat-template", "/nothing/here"], "cannot be read"),
         (["--host", "203.0.113.1", "--api-key", "k", "--port", "0"], "another server uses the port"),
     ],
@@ -45,7 +43,7 @@ def test_refused_before_loading(words, told, capsys):
 
 def test_a_port_that_is_taken(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["serve", "--backend_type", "scripted", "--port", str(taken.getsockname()[1])]) == 2
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "--port" in capsys.readouterr().err
 
 
@@ -57,10 +55,10 @@ def test_a_model_that_is_not_there_ends_the_server(capsys, monkeypatch):
 def test_bandwidth_is_measured_before_a_model_is_loaded(monkeypatch):
     served = ServerState(("demo",))
     args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--cache-lens", "256")
-    with serve._load_engine(args, served) as engine:
+    with serve.make_engine(args, served) as engine:
         assert 0.1 < served.bandwidth < 10000 and engine.stats.snapshot().nbytes == 0
     monkeypatch.setattr("ktx.kernels.microbench.memory", lambda: (1 << 34, 1 << 29))
-    with serve._load_engine(args, served):
+    with serve.make_engine(args, served):
         assert served.bandwidth is None  # there was no room for it
 
 

@@ -14,9 +14,9 @@ import pytest
 
 import ktx
 from ktx.engine.engine import Options
-from ktx.engine.scripted import read_script, scripted_engine
 from tests.server.conftest import NAME, refused, sent, serving
 from tests.server.test_clients import FUNCTION, TOOL
+from tests.support.scripted_engine import read_script, scripted_engine
 from tests.support.tiny_chat_model import tokenizer, write_model
 
 TEMPLATES = Path(__file__).parent.parent / "chat_formats" / "templates"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ import pytest
 from ktx.server.log import LogFormatter
 from ktx.server.state import ServerSettings, ServerState
 from tests.server.conftest import NAME, scripted, serving, settled
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def body(text, **more):
@@ -180,10 +183,10 @@ def test_a_dead_engine_thread_is_told_and_replaced(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(*options, **environment):
-    """A `ktx serve` of its own, ready, and its address; it is gone behind this, whatever happens."""
-    words = ["serve", "--backend_type", "scripted", "--port", "0", "--log_format", "json", *options]
+    """A server of its own that echoes, ready, and its address; it is gone behind this, whatever happens."""
+    command = [sys.executable, "-m", "tests.support.scripted_server", "--port", "0", "--log_format", "json", *options]
     with subprocess.Popen(
-        [sys.executable, "-m", "ktx", *words], stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment
     ) as process:
         try:
             line = next((line for line in process.stderr if "listening on" in line), "")

@@ -120,7 +120,6 @@ def test_models_are_listed_with_their_parent(client):
         (["--lora", "m=somewhere"], "'m' is the model's name"),
         (["--lora", "a=x", "--lora-modules", "a=y"], "two LoRA adapters are named 'a'"),
         (["--lora", "a=x=nan"], "scale"),
-        (["--lora", "x", "--backend-type", "scripted"], "scripted"),
     ],
 )
 def test_options_that_contradict_each_other(words, told):

@@ -8,10 +8,10 @@ import pytest
 from ktx.__main__ import main
 from ktx.engine.engine import Options
 from ktx.engine.prompt import PromptRenderer
-from ktx.engine.scripted import read_script, scripted_engine
 from ktx.engine.template import named_templates
 from ktx.errors import BadFile, UsageError
 from tests.server.conftest import NAME, refused, sent, serving
+from tests.support.scripted_engine import read_script, scripted_engine
 from tests.support.tiny_chat_model import TEMPLATE, tokenizer
 
 TOOL_USE = "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}" + TEMPLATE
@@ -157,7 +157,7 @@ def test_the_model_with_a_broken_template_of_its_own_ends_the_server(tmp_path, c
 
     folder = write_model(tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content")
-    assert main(["serve", "--port", "0", "--model", str(folder), "--backend_type", "scripted"]) == 4
+    assert main(["serve", "--port", "0", "--model", str(folder)]) == 4
     assert f"{folder}: the tokenizer's chat template, line 1: is not a valid Jinja template" in capsys.readouterr().err
     assert main(["chat", "--model", str(folder), "--weights", str(folder / "model.gguf"), "-p", "hi"]) == 4
     assert "the tokenizer's chat template, line 1: is not a valid Jinja template" in capsys.readouterr().err

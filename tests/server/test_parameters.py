@@ -11,11 +11,11 @@ import pytest
 
 from ktx.engine.engine import Options
 from ktx.engine.sampler import Sampler, SamplingParams
-from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.protocol import ChatCompletionRequest, CompletionRequest, parameters
 from ktx.server.protocol.ollama import OllamaOptions
 from ktx.server.protocol.parameters import ALIASES, IGNORED, IGNORED_HEADER, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
+from tests.support.scripted_engine import read_script, scripted_engine
 from tests.support.tiny_chat_model import tokenizer
 
 HELLO = [{"role": "user", "content": "greet"}]

@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
+from ktx.cli.serve import make_engine_options
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Request
 from ktx.engine.runner import Logits, ModelRunner, num_logits
 from ktx.engine.scheduler import ScheduledChunk, num_pages
 from ktx.errors import BadFile
+from ktx.loader.meta_model import read_tokenizer
 from ktx.model.lora import Adapters
 
 ECHO_TOKENS = 64  # last prompt tokens that a request outputs where the script has no entry for it
@@ -118,3 +121,11 @@ def scripted_engine(
     model = SimpleNamespace(config=config, generation_config=None)
     runner = ScriptedRunner(script, vocabulary, end, num_pages(options.cache_lens), seconds)
     return Engine(model, tokenizer, options, runner)
+
+
+def make_engine(args: argparse.Namespace, state: Any) -> Engine:
+    """Returns the engine of tests.support.scripted_server, with the tokenizer of --model."""
+    tokenizer = read_tokenizer(args.model, None)
+    return scripted_engine(
+        tokenizer, Options(**make_engine_options(args)), read_script(args.script, tokenizer), args.pace
+    )
