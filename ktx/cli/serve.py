@@ -198,7 +198,7 @@ def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> Non
         "--backend-type",
         choices=("balance_serve", "ktransformers"),
         default="balance_serve",
-        help="KTransformers' name of its engine; has no effect",
+        help=argparse.SUPPRESS,  # KTransformers' names of its engines, which have no effect here
     )
 
 

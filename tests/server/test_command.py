@@ -112,7 +112,6 @@ def test_the_name_that_users_of_ktransformers_know(capsys):
         "cache-lens",
         "chunk-size",
         "max-batch-size",
-        "backend-type",
         "force-think",
         "chat-template",
         "api-key",
@@ -122,6 +121,7 @@ def test_the_name_that_users_of_ktransformers_know(capsys):
         "cache-dir",
     ):
         assert f"--{flag}" in said
+    assert "backend" not in said  # it has no effect, so the help leaves it out
     assert (
         old_name.main(
             [
@@ -137,6 +137,21 @@ def test_the_name_that_users_of_ktransformers_know(capsys):
         )
         == 4
     )
+
+
+@pytest.mark.parametrize("command", [("serve",), ("bench", "serve")])
+def test_the_engine_that_ktransformers_users_choose_has_no_effect(command, capsys):
+    for name in ("balance_serve", "ktransformers"):
+        args, plain = (build_parser().parse_args([*command, *more]) for more in (["--backend_type", name], []))
+        assert vars(args) | {"backend_type": ""} == vars(plain) | {"backend_type": ""}
+    for words, told in (
+        (["--backend-type", "scripted"], "invalid choice: 'scripted'"),
+        (["--script", "x.json"], "unrecognized arguments: --script"),
+        (["--pace", "0.1"], "unrecognized arguments: --pace"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args([*command, *words])
+        assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_keys_come_from_everywhere(tmp_path, monkeypatch):
