@@ -28,7 +28,7 @@ test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx51
 # What meets transformers: its models and configurations, caches, tokenizers and templates.
 OLDEST ?= tests/ops tests/families tests/loader tests/model/test_lora.py tests/model/test_gguf_lora.py tests/model/test_peft.py tests/model/test_peft_experts.py \
 	tests/model/test_peft_methods.py tests/model/test_accelerate.py tests/model/test_matrix.py tests/model/test_programs.py tests/model/test_training.py \
-	tests/integrations/test_experts_interface.py tests/cache tests/weights tests/engine tests/chat_formats/test_templates.py tests/server/test_openai.py tests/demo/test_demo.py
+	tests/integrations/test_experts_interface.py tests/cache tests/weights tests/engine tests/chat_formats/test_templates.py tests/server/test_openai.py tests/demo
 test-oldest: $(VENV)/.oldest  ## what meets transformers, on the oldest one that we support
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(SIDE_BY_SIDE) $(OLDEST)
 
@@ -43,7 +43,7 @@ test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of e
 	$(NEWEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
 	PYTHONPATH=$(CURDIR) $(NEWEST) .ci/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/chat/test_chat.py
 
-SMOKE ?= tests/demo/test_demo.py $(OTHERS)
+SMOKE ?= tests/demo $(OTHERS)
 test-allowed: $(VENV)/.dev  ## a few tests on the newest versions that pyproject.toml admits, over the torch of $(VENV)
 	$(PY) .ci/newest.py over .venv-allowed
 	$(PY) .ci/newest.py requirements > .venv-allowed/requirements.txt

@@ -169,7 +169,7 @@ def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
     import torch
 
     import ktx
-    from ktx.demo.export import write_gguf
+    from ktx.demo.gguf_writer import write_gguf
     from ktx.quant.types import QTYPES
 
     def load_written(mix: str) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
 def load_packed(mix: str, folder: Path) -> tuple[Any, Any]:
     """Loads the model with ktx: the BF16 safetensors, the exported Q4_K_M, or a newly written GGUF of another mix."""
     import ktx
-    from ktx.demo.export import write_gguf
+    from ktx.demo.gguf_writer import write_gguf
 
     shipped = {"BF16": folder / "model.safetensors", "Q4_K_M": folder / demo.gguf().name}
     if mix in shipped:
@@ -140,7 +140,7 @@ def main() -> None:
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to measure (default: all)"
     )
     parser.add_argument(
-        "--model", type=Path, default=demo.path(), help="folder that ktx.demo.export wrote (default: %(default)s)"
+        "--model", type=Path, default=demo.path(), help="folder that tools.demo.export wrote (default: %(default)s)"
     )
     parser.add_argument("--answers", action="store_true", help="print all listed questions and their answers first")
     parser.add_argument("--json", action="store_true", help="print JSON lines")

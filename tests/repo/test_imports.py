@@ -36,8 +36,6 @@ MAX_FLOORS = 13
 BY_HAND = {
     "ktx": None,
     "ktx.integrations.experts_interface": None,
-    "ktx.demo.train": None,
-    "ktx.demo.export": None,
     "ktx.demo.evaluate": None,
     "ktx.kernels.check": None,
 }  # entry points over everything

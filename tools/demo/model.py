@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
-from ktx.demo import tokenizer
+from tools.demo import tokenizer
 
 CONTEXT = 2048  # maximum length in tokens
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin

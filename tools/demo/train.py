@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m ktx.demo.train --work DIR``. Resumes from the last checkpoint in DIR."""
+"""Train the demo model: ``python -m tools.demo.train --work DIR``. Resumes from the last checkpoint in DIR."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ktx import demo
-from ktx.demo import corpus, tokenizer
-from ktx.demo.model import Trainee, config, fake_quantize
+from tools.demo import corpus, tokenizer
+from tools.demo.model import Trainee, config, fake_quantize
 
 MTP_INTERVAL, MTP_WEIGHT = 3, 0.3  # the MTP layer is trained every third step, with this weight of its loss
 QUESTION_WEIGHT = (
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> Trainee:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    arguments = argparse.ArgumentParser(prog="python -m ktx.demo.train", description=__doc__)
+    arguments = argparse.ArgumentParser(prog="python -m tools.demo.train", description=__doc__)
     arguments.add_argument(
         "--work", type=Path, default=Path("build/demo"), help="folder of text and checkpoint (default: %(default)s)"
     )
