@@ -1,6 +1,6 @@
-"""The process of `ktx bench --peer ftllm`: the ftllm wheel (fastllm 1.9).
+"""ftllm's process for compare.py: the ftllm wheel (fastllm 1.9).
 
-It speaks the protocols of bench_ktx and, with --layer, of bench_layer.
+It speaks the protocols of ktx.cli.bench_ktx and, with --layer, of ktx.cli.bench_layer.
 
 ftllm runs only complete models, so with --layer it gets a Qwen3-MoE of one layer: its attention is a single head with
 an output of zero, its embedding is so small that the final norm sees the experts alone, and its output layer projects

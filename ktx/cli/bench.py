@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from ktx.cli.bench_process import BenchProcess, parse_test, run_metadata
 from ktx.errors import UsageError
 from ktx.weights.gguf_files import is_gguf
 
-SUMMARY = "measure prefill and decode speed, or one MoE layer, also against llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
+SUMMARY = "measure prefill and decode speed, also against llama.cpp or ik_llama.cpp, or one MoE layer"
 EPILOG = (
     "A test is pp512 (prefill of 512 tokens) or tg32 (decode of 32 tokens), with @d8192 after a context of 8192."
     " Examples: ktx bench --model DIR --weights FILE.gguf --peer llama.cpp; ktx bench --layer 64,8,2048,1536 -p 1,512"
 )
 # run with repacking on and off and with each of UBATCHES; the better result counts
-REPACKERS = ("llama.cpp", "ik_llama.cpp")
+PEERS = ("llama.cpp", "ik_llama.cpp")
 UBATCHES = (512, 2048)  # their micro-batch sizes in tokens; the second for prompts that are longer than the first
-PEERS = (*REPACKERS, "kt-kernel", "ftllm")
+SCRIPT = "benchmarks/peers/compare.py"  # of a checkout, for SCRIPT_PEERS
+SCRIPT_PEERS = ("kt-kernel", "ftllm")
 RESERVED_BYTES = 1 << 30  # memory that stays free when both engines are loaded
 LAYER_OPTIONS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
 MAX_TOKENS = 1 << 24  # more than the context of any model
@@ -47,8 +49,26 @@ Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one mea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `ktx bench` to its parser."""
     parser.epilog = EPILOG
-    model_options(parser)
+    measurement_options(parser)
     lora_option(parser, "the sum of all adapters is applied")
+    parser.add_argument(
+        "--peer",
+        type=peer_name,
+        choices=PEERS,
+        help="engine to measure in alternation with ktx, on the same file: the best of repacking on and off and of"
+        " -ub 512 and 2048",
+    )
+    subcommands = parser.add_subparsers(dest="bench", metavar="COMMAND", action=SubCommands, parser_class=type(parser))
+    serve = subcommands.add_parser(
+        "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
+    )
+    bench_serve.add_arguments(serve)
+    debug_option(serve)
+
+
+def measurement_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a measurement, which `ktx bench` and benchmarks/peers/compare.py share."""
+    model_options(parser)
     for names, default, what in (
         (("-p", "--prompt"), 512, "prefill tests: prompt lengths in tokens"),
         (("-n", "--tokens"), 32, "decode tests: numbers of tokens to generate"),
@@ -71,12 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; the median is reported (default 3)"
     )
     parser.add_argument(
-        "--peer",
-        choices=PEERS,
-        help="engine to measure in alternation with ktx: llama.cpp or ik_llama.cpp on the same file (the best of"
-        " repacking on and off and of -ub 512 and 2048), ftllm on a model or a layer, kt-kernel on a layer",
-    )
-    parser.add_argument(
         "--layer",
         metavar="E,K,H,W",
         help="instead of a model, measure one MoE layer of E experts, K per token, hidden size H and expert width W,"
@@ -89,49 +103,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flag(parser, "--json", help="print JSON lines instead of a table")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
-    subcommands = parser.add_subparsers(dest="bench", metavar="COMMAND", action=SubCommands, parser_class=type(parser))
-    serve = subcommands.add_parser(
-        "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
-    )
-    bench_serve.add_arguments(serve)
-    debug_option(serve)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; with --peer the engines alternate, so that both run under the same conditions."""
-    from ktx.hardware import default_threads
-
     if args.bench == "serve":
         return bench_serve.run(args)
     if args.layer:
         from ktx.cli import bench_layer
 
-        other_options = {
-            name: action for name, action in options_of(add_arguments).items() if name not in LAYER_OPTIONS
-        }
-        reject_options(args, other_options, "has no effect with --layer, which measures no model")
-        try:
-            args.layer = bench_layer.MoELayer.read(args.layer)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"--layer {error}") from None
-        args.threads = args.threads or default_threads()
+        if args.peer:
+            raise UsageError(f"--layer does not support --peer {args.peer}: {SCRIPT} runs {' or '.join(SCRIPT_PEERS)}")
+        read_layer(args)
         return bench_layer.run(args)
-    reject_options(args, {"formats": options_of(add_arguments)["formats"]}, "needs --layer")
-    if args.peer == "kt-kernel":
-        raise UsageError("--peer kt-kernel runs no complete model on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
-    require_model(args)
+    tests = read_tests(args)
     if args.lora and args.peer:
         raise UsageError(f"--lora: {args.peer} would compute the model without it; leave --peer out")
+    if not args.peer:
+        return measure_model(args, tests)
+    configurations = [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
+    return measure_model(args, tests, configurations, gguf_path(args).stat().st_size)
+
+
+def peer_name(text: str) -> str:
+    """Parses --peer; the message for a peer that a script measures names the script."""
+    if text in SCRIPT_PEERS:
+        raise argparse.ArgumentTypeError(f"for {text} run, in a checkout of ktx: python {SCRIPT} --peer {text}")
+    return text
+
+
+def read_layer(args: argparse.Namespace) -> None:
+    """Parses --layer and sets the default of --threads; raises UsageError for options that --layer does not read."""
+    from ktx.cli.bench_moe_layer import MoELayer
+    from ktx.hardware import default_threads
+
+    other_options = {name: action for name, action in options_of(add_arguments).items() if name not in LAYER_OPTIONS}
+    reject_options(args, other_options, "has no effect with --layer, which measures no model")
+    try:
+        args.layer = MoELayer.read(args.layer)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--layer {error}") from None
+    args.threads = args.threads or default_threads()
+
+
+def read_tests(args: argparse.Namespace) -> list[str]:
+    """Returns the tests of a model, such as "pp512" and "tg32@d8192", and sets the default of --threads.
+
+    Raises:
+        UsageError: no model is given, nothing is left to measure, or an option needs --layer.
+    """
+    from ktx.hardware import default_threads
+
+    reject_options(args, {"formats": options_of(add_arguments)["formats"]}, "needs --layer")
+    require_model(args)
     args.threads = args.threads or default_threads()
     kinds = [f"pp{n}" for n in args.prompt if n] + [f"tg{n}" for n in args.tokens if n]
     if not kinds:
         raise UsageError("-p 0 and -n 0 leave nothing to measure: give one of them a number of tokens")
-    tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
+    return [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
+
+
+def measure_model(
+    args: argparse.Namespace, tests: list[str], peers: Sequence[BenchProcess] = (), peer_bytes: int = 0
+) -> int:
+    """Measures and prints the tests of a model, alternating with the peer; returns exit status 0.
+
+    Args:
+        peers: the peer's process in each configuration to try; the best one counts for each test.
+        peer_bytes: size of the weights that the peer loads.
+    """
     ktx_engine = BenchProcess("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
-    peer_tests, best_alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
+    peer_tests, best_alone = _best_peers(peers, tests) if peers else ({None: tests}, {})
     rounds: Rounds = {}
     startup_report = ktx_engine.start()
-    both_fit, memory_note = _both_fit(args) if args.peer else (True, "")
+    both_fit, memory_note = _both_fit(peer_bytes) if peers else (True, "")
     try:
         for peer, tests_of_peer in peer_tests.items():
             rounds |= alternate([ktx_engine, peer] if peer else [ktx_engine], tests_of_peer, args.repeat, both_fit)
@@ -182,11 +227,9 @@ def _ktx_arguments(args: argparse.Namespace) -> list[str]:
     return [*arguments, "--options", json.dumps(load_arguments(args))]
 
 
-def _gguf(args: argparse.Namespace) -> Path:
-    """Returns the path of the weights for the peer; raises UsageError if the peer cannot read them."""
+def gguf_path(args: argparse.Namespace) -> Path:
+    """Returns the path of the weights for the peer; raises UsageError if they are not a GGUF file."""
     path = first_gguf(Path(args.weights or args.model).expanduser())
-    if args.peer == "ftllm" and path.is_dir():
-        return path
     if not is_gguf(path) or not path.exists():
         raise UsageError(f"{path}: {args.peer} reads GGUF files only; give one to --weights, or leave --peer out")
     return path
@@ -203,7 +246,7 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
         "--engine",
         args.peer,
         "--weights",
-        str(_gguf(args)),
+        str(gguf_path(args)),
         "--threads",
         str(args.threads),
         "--repack",
@@ -219,25 +262,8 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
     )
 
 
-def _peer_configurations(args: argparse.Namespace, tests: list[str]) -> list[BenchProcess]:
-    """Returns the peer's process in each configuration to try; the best one counts for each test."""
-    if args.peer in REPACKERS:
-        return [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
-    path = _gguf(args)
-    folder = Path(args.model).expanduser()
-    if not (folder / "config.json").exists():
-        raise UsageError(f"{args.model}: ftllm needs the model's folder (config.json, tokenizer) in --model")
-    return [
-        BenchProcess(
-            "ftllm",
-            "ktx.cli.bench_ftllm",
-            ["--weights", str(path), "--model", str(folder), "--threads", str(args.threads)],
-        )
-    ]
-
-
 def _best_peers(
-    args: argparse.Namespace, tests: list[str]
+    configurations: Sequence[BenchProcess], tests: list[str]
 ) -> tuple[dict[BenchProcess | None, list[str]], dict[str, float]]:
     """Measures the peer in each configuration, alone in memory.
 
@@ -245,7 +271,7 @@ def _best_peers(
         The tests of each configuration that was best for some, and the best speed of each test.
     """
     speeds: dict[BenchProcess, dict[str, float]] = {}
-    for engine in _peer_configurations(args, tests):
+    for engine in configurations:
         own_tests = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
         speeds[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own_tests}
         engine.stop()
@@ -260,17 +286,15 @@ def _is_prompt(test: str, more_than: int) -> bool:
     return kind == "pp" and count > more_than
 
 
-def _both_fit(args: argparse.Namespace) -> tuple[bool, str]:
-    """Returns whether the peer fits in memory together with the loaded ktx, and a text that says so.
+def _both_fit(peer_bytes: int) -> tuple[bool, str]:
+    """Returns whether the peer with weights of `peer_bytes` fits in memory together with the loaded ktx, and a text that says so.
 
     If both fit, the engines alternate test by test and see the same conditions. Repacking moves the peer's weights, it
     does not double them.
     """
     from ktx.hardware import memory
 
-    path = _gguf(args)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
-    needed_bytes, free_bytes = size + RESERVED_BYTES, memory()[1]
+    needed_bytes, free_bytes = peer_bytes + RESERVED_BYTES, memory()[1]
     if needed_bytes <= free_bytes:
         return True, "both engines in memory, alternating test by test"
     return (

@@ -1,5 +1,7 @@
 """`ktx bench --layer`: one MoE layer with random weights, on ktx's kernels and a peer's, with the error of each.
 
+The peers are in benchmarks/peers of a checkout.
+
 An engine is a process that reports its formats, then answers {"format", "tokens"} with milliseconds and its error:
 the relative RMS against the layer in float32 on the weights before quantization, which shows how coarse a format is.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ktx.cli.bench_moe_layer import (
@@ -24,11 +26,6 @@ from ktx.cli.bench_process import BenchProcess, run_metadata
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.check import relative_error
 
-PEER_FORMATS = {  # peer -> its format -> ktx's format of as many bits
-    "kt-kernel": {"AMXINT8": "int8", "AMXINT4": "int4", "RAWINT4": "int4g32", "LLAMAFILE": "Q4_K", "BF16": "BF16"},
-    "ftllm": {"int8": "int8", "int4g": "int4g32"},
-}
-MODULES = {"kt-kernel": "ktx.cli.bench_kt_kernel", "ftllm": "ktx.cli.bench_ftllm"}
 FORMATS = {  # name -> (type of gate and up, type of down)
     "int8": ("INT8_128", "INT8_128"),
     "int4": ("INT4_128", "INT4_128"),
@@ -39,16 +36,24 @@ FORMATS = {  # name -> (type of gate and up, type of down)
 }
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures each format with each number of tokens, alternating ktx and the peer, and prints a table."""
+def engine_arguments(args: argparse.Namespace) -> list[str]:
+    """Returns the arguments of an engine's process."""
+    return ["--layer", str(args.layer), "--threads", str(args.threads)]
+
+
+def run(
+    args: argparse.Namespace, peer: BenchProcess | None = None, peer_formats: Mapping[str, str] | None = None
+) -> int:
+    """Measures each format with each number of tokens, alternating ktx and the peer, and prints a table.
+
+    Args:
+        peer: the peer's process.
+        peer_formats: the peer's formats, each with ktx's format of as many bits.
+    """
     layer: MoELayer = args.layer
     if not any(args.prompt):
         raise UsageError("-p 0 leaves nothing to measure: give --layer a number of tokens")
-    arguments = ["--layer", str(layer), "--threads", str(args.threads)]
-    format_pairs = PEER_FORMATS.get(args.peer or "", {})
-    if args.peer and not format_pairs:
-        raise UsageError(f"--layer does not support --peer {args.peer}: give {' or '.join(PEER_FORMATS)}")
-    rows = list(format_pairs.items()) if args.peer else [("", name) for name in FORMATS]
+    rows = list(peer_formats.items()) if peer_formats else [("", name) for name in FORMATS]
     if args.formats:
         requested, known = args.formats.split(","), [name for _, name in rows]
         for name in requested:
@@ -57,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
                     f"--formats {name}: unknown format{did_you_mean(name, known)}; available: {' '.join(known)}"
                 )
         rows = [row for row in rows if row[1] in requested]
-    ktx_engine = BenchProcess("ktx", __name__, arguments)
-    peer = BenchProcess(args.peer, MODULES[args.peer], arguments) if args.peer else None
+    ktx_engine = BenchProcess("ktx", __name__, engine_arguments(args))
     lines = []
     try:
         ktx_report = ktx_engine.start()
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{layer.experts} experts, {layer.top} per token, {layer.hidden} x {layer.width};"
             f" {run_metadata()['machine']}, {args.threads} threads; ktx {ktx_report['isa']}"
-            + (f"; {args.peer} {peer_report['version']}" if peer else "")
+            + (f"; {peer.name} {peer_report['version']}" if peer else "")
         )
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
         for peer_format, name in rows:

@@ -23,13 +23,14 @@ class BenchProcess:
     Its protocol is JSON lines: a test on its standard input, the measurement on its standard output.
 
     Args:
-        module: the Python module that the process runs.
+        program: the Python module, or the path of a script (.py), that the process runs.
         arguments: its arguments.
         more_than: the engine is only used for prompts of more tokens than this.
     """
 
-    def __init__(self, name: str, module: str, arguments: list[str], more_than: int = 0):
-        self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *arguments], more_than
+    def __init__(self, name: str, program: str, arguments: list[str], more_than: int = 0):
+        command = [program] if program.endswith(".py") else ["-m", program]
+        self.name, self.command, self.more_than = name, [sys.executable, *command, *arguments], more_than
         self.process: subprocess.Popen[str] | None = None
         self.startup_report: dict[str, Any] = {}
 

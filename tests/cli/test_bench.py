@@ -224,7 +224,8 @@ def test_apart_only_one_is_in_memory():
 @pytest.mark.parametrize("free,together", [(1 << 20, False), (1 << 40, True)])
 def test_room_for_two_is_decided_by_free_memory(model, monkeypatch, free, together):
     monkeypatch.setattr("ktx.hardware.memory", lambda: (free, free))
-    decided, words = bench._both_fit(argparse.Namespace(weights=None, model=str(model), peer="llama.cpp"))
+    args = argparse.Namespace(weights=None, model=str(model), peer="llama.cpp")
+    decided, words = bench._both_fit(bench.gguf_path(args).stat().st_size)
     assert decided is together and ("one engine in memory at a time" in words) is not together
 
 
@@ -235,7 +236,7 @@ def test_an_engine_that_dies_is_an_error_not_a_hang():
 
 def test_a_peer_refuses_what_it_cannot_read(tmp_path):
     with pytest.raises(UsageError, match="GGUF files only"):
-        bench._gguf(argparse.Namespace(weights=str(tmp_path), model="x", peer="llama.cpp"))
+        bench.gguf_path(argparse.Namespace(weights=str(tmp_path), model="x", peer="llama.cpp"))
 
 
 def test_token_ids_are_the_same_everywhere_and_various():
