@@ -134,7 +134,7 @@ class Engine:
         self.thread.start()
         self.process = os.getpid()
         add_notes(
-            getattr(getattr(model, "ktx", None), "notes", []),
+            model.ktx.notes,
             engine_notes(self.runner, self.options.prefix_cache, self.context, model_context),
             ENGINES,
         )

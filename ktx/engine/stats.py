@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -36,12 +35,11 @@ class StatsSnapshot:
 
 
 class EngineStats:
-    """Counts from its creation on. A runner without a torch module has no experts and reads no weights."""
+    """Counts from its creation on."""
 
-    def __init__(self, model: Any):
-        is_module = isinstance(model, nn.Module)
-        self.weight_traffic = WeightTraffic.of(model) if is_module else WeightTraffic()
-        modules = experts_by_path(model) if is_module else []
+    def __init__(self, model: nn.Module):
+        self.weight_traffic = WeightTraffic.of(model)
+        modules = experts_by_path(model)
         layers = [layer_of(path) for path, _ in modules]
         self.experts = [
             (index if layer is None else layer, module)

@@ -194,11 +194,10 @@ class ServerState:
         if reason:
             return 503, {"status": "error", "error": {"code": 503, "message": reason, "type": "unavailable_error"}}
         assert engine is not None
-        notes = getattr(getattr(engine.model, "ktx", None), "notes", [])
         return 200, {
             "status": "ok",
             "restarts": engine.num_restarts,
-            "notes": [note._asdict() for note in notes],
+            "notes": [note._asdict() for note in engine.model.ktx.notes],
         }
 
     def stop(self) -> None:

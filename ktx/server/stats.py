@@ -73,10 +73,8 @@ class MachineStats:
         }
 
 
-def list_modules(model: object) -> list[dict[str, Any]]:
-    """Lists the operators and the unreplaced modules with weights; empty for a model that is not a torch module."""
-    if not isinstance(model, nn.Module):
-        return []
+def list_modules(model: nn.Module) -> list[dict[str, Any]]:
+    """Lists the operators and the unreplaced modules with weights."""
     return [
         {
             "name": entry.path,
@@ -106,10 +104,9 @@ def _dtype_names(module: nn.Module) -> str:
 
 def _memory_stats(engine: Engine) -> dict[str, Any]:
     """Returns the bytes of the weights, the KV cache, this process and the machine."""
-    info = getattr(engine.model, "ktx", None)
     total, free = memory()
     return {
-        "weights_bytes": None if info is None else info.nbytes,
+        "weights_bytes": engine.model.ktx.nbytes,
         "cache_bytes": engine.runner.nbytes(),
         "rss_bytes": resident_bytes(),
         "total_bytes": total,

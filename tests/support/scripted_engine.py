@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ktx.cli.serve import make_engine_options
 from ktx.engine.engine import Engine, Options
@@ -25,6 +26,22 @@ from ktx.model.lora import Adapters
 
 ECHO_TOKENS = 64  # last prompt tokens that a request outputs where the script has no entry for it
 Script = Callable[[Sequence[int]], Sequence[int]]  # a prompt's ids -> the output's ids
+
+
+class ScriptedModel(nn.Module):
+    """What an engine and a server read of a model; it has no weights."""
+
+    generation_config = None
+
+    def __init__(self, vocabulary: int, end: int, context: int):
+        super().__init__()
+        self.config = SimpleNamespace(
+            vocab_size=vocabulary, max_position_embeddings=context, model_type="scripted", eos_token_id=end
+        )
+        self.ktx = SimpleNamespace(notes=[], nbytes=0)
+
+    def get_output_embeddings(self) -> None:
+        return None
 
 
 class ScriptedRunner(ModelRunner):
@@ -115,10 +132,7 @@ def scripted_engine(
 ) -> Engine:
     """Returns an engine whose outputs follow a script."""
     vocabulary, end = len(tokenizer), tokenizer.eos_token_id
-    config = SimpleNamespace(
-        vocab_size=vocabulary, max_position_embeddings=context, model_type="scripted", eos_token_id=end
-    )
-    model = SimpleNamespace(config=config, generation_config=None)
+    model = ScriptedModel(vocabulary, end, context)
     runner = ScriptedRunner(script, vocabulary, end, num_pages(options.cache_lens), seconds)
     return Engine(model, tokenizer, options, runner)
 

@@ -263,9 +263,8 @@ def details(model: LoadedModel, name: str) -> dict[str, Any]:
     """Returns size, digest and details of a model or adapter."""
     base, adapter = model.names.first, model.names.adapter(name)
     config = model.engine.model.config
-    nbytes = getattr(getattr(model.engine.model, "ktx", None), "nbytes", 0)
     return {
-        "size": nbytes,
+        "size": model.engine.model.ktx.nbytes,
         "digest": hashlib.sha256("\0".join((base, adapter) if adapter else (base,)).encode()).hexdigest(),
         "details": {
             "parent_model": base if adapter else "",
