@@ -99,7 +99,7 @@ def measurement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats",
         metavar="F[,F]",
-        help="with --layer: formats to measure, by ktx's names (default: all that the peer has)",
+        help="with --layer: formats to measure, by ktx's names (default: all)",
     )
     flag(parser, "--json", help="print JSON lines instead of a table")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
