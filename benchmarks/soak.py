@@ -25,7 +25,7 @@ import psutil  # noqa: E402
 from soak_clients import ACTIONS, FIXED, Client, Tally  # noqa: E402
 from soak_protocols import CHAT, MODEL  # noqa: E402
 
-SERVER = ["--cache-lens", "3072", "--max-batch-size", "8", "--model-name", "ktx-demo"]
+SERVER = ["--kv-cache-tokens", "3072", "--max-batch-size", "8", "--model-name", "ktx-demo"]
 # With a model this small, the prefill of a single long prompt in one step takes as long as some twenty first tokens,
 # for which all other requests would wait: so prefill chunks are limited as they are while others decode.
 SERVER += ["--max-num-batched-tokens", "256"]

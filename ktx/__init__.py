@@ -63,6 +63,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first access, so that `import ktx` does not import torch."""
+    if f"ktx.{name}" in old_names.MODULES:
+        return importlib.import_module(f"ktx.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'ktx' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from ktx.errors import UsageError
+from ktx.utils.old_names import deprecated_arguments, deprecated_members
 
 GPU_VARIABLE = "KTX_GPU"
 FAKE_GPU_BYTES = 80 << 30  # memory of a fake GPU
 
 
+@deprecated_members(pretended="fake")
+@deprecated_arguments(pretended="fake")
 @dataclass(frozen=True)
 class Device:
     """A device for modules.

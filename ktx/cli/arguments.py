@@ -14,45 +14,83 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ktx.errors import BadFile, UsageError
+from ktx.utils.old_names import SINCE
 from ktx.weights.gguf_files import ggufs_in, is_gguf
+
+OLD_OPTIONS = {  # names of ktx 0.1, which still work for one release -> the names of today
+    "--dtype": "--quantize",
+    "--moe-dtype": "--quantize-experts",
+    "--cache-dir": "--packed-cache-dir",
+    "--moe-experts": "--num-experts-per-tok",
+    "--stream-experts": "--stream-experts-min-tokens",
+    "--shared-device": "--shared-expert-device",
+    "--hide-input": "--no-log-prompts",
+    "--no-hide-input": "--log-prompts",
+    "--keep-responses": "--max-stored-responses",
+}
+OLD_FORM = "since ktx 0.2; the old form ends with 0.3"
+OptionStrings = Mapping[str, argparse.Action]  # a parser's options by each of their names
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that accepts --like_this for --like-this and suggests the nearest known option.
 
-    Usage errors exit with status 2.
+    A flag may be followed by true or false, as KTransformers' flags are. Usage errors exit with status 2.
     """
 
     def parse_known_args(  # type: ignore[no-untyped-def, override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ):
-        """Parses arguments after replacing underscores in option names; exits on an unknown one.
+        """Parses arguments after replacing their names by those that argparse knows; exits on an unknown one.
 
         argparse would leave that to the outermost parser, which does not know the subcommand's options.
         """
-        arguments = [
-            _with_dashes(argument, self._option_string_actions) for argument in (sys.argv[1:] if args is None else args)
-        ]
-        parsed, unrecognized = super().parse_known_args(self._join_flag_values(arguments), namespace)
+        arguments = self._in_current_form(list(sys.argv[1:] if args is None else args))
+        parsed, unrecognized = super().parse_known_args(arguments, namespace)
         if unrecognized:  # reported by this parser, which knows the options that the argument may have meant
             self.error(f"unrecognized arguments: {' '.join(unrecognized)}")
         return parsed, unrecognized
 
-    def _join_flag_values(self, arguments: list[str]) -> list[str]:
-        """Joins each flag to the argument after it if that is a truth value, else gives it the value true.
+    def _in_current_form(self, arguments: list[str]) -> list[str]:
+        """Returns the arguments with the options' current names, and with a flag and its value as `--x` or `--no-x`.
 
-        Otherwise argparse would take a positional argument as the flag's value.
+        Without positional arguments, whatever follows a flag and is no option is its value, and must be a truth value.
         """
-        if all(action.option_strings for action in self._actions):
-            return arguments  # there are no positional arguments: what follows a flag must be its value
-        joined: list[str] = []
-        for argument in arguments:
-            flag = bool(joined) and isinstance(self._option_string_actions.get(joined[-1]), Flag)
-            if flag and argument.lower() in BOOLEANS:
-                joined[-1] += f"={argument}"
+        current: list[str] = []
+        has_positionals = any(not action.option_strings for action in self._actions)
+        remaining = iter(range(len(arguments)))
+        for i in remaining:
+            given, equals, value = arguments[i].partition("=")
+            name = current_option(given, self._option_string_actions)
+            if name is None:
+                current.append(arguments[i])
+                continue
+            if not isinstance(self._option_string_actions[name], argparse.BooleanOptionalAction):
+                form = name
+                current.append(form + equals + value)
             else:
-                joined[-1:] = [f"{joined[-1]}=true", argument] if flag else [*joined[-1:], argument]
-        return joined
+                following = arguments[i + 1] if i + 1 < len(arguments) else "-"
+                if not equals and (following.lower() in BOOLEANS if has_positionals else not following.startswith("-")):
+                    equals, value = "=", following
+                    next(remaining)
+                form = self._flag_form(name, value) if equals else name
+                current.append(form)
+            if with_dashes(given) != name:
+                self.warn(f"{given} is called {form} {SINCE}")
+            elif equals and name.startswith("--no-"):
+                self.warn(f"{given} {value} is written {form} {OLD_FORM}")
+        return current
+
+    def _flag_form(self, name: str, value: str) -> str:
+        """Returns the form of a flag that means the same as `name` followed by `value`."""
+        try:
+            return name if boolean(value) else opposite(name)
+        except argparse.ArgumentTypeError as error:
+            self.error(f"argument {name}: {error}")
+
+    def warn(self, message: str) -> None:
+        """Prints one line on standard error."""
+        print(f"{self.prog}: warning: {message}", file=sys.stderr)
 
     def error(self, message: str) -> NoReturn:
         options = [name for name in self._option_string_actions if name.startswith("--")]
@@ -64,39 +102,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n{self.prog}: see --help for the options\n")
 
 
-def _with_dashes(argument: str, known: dict[str, argparse.Action]) -> str:
-    if not argument.startswith("--") or len(argument) < 3:
-        return argument
-    name, equals, value = argument.partition("=")
-    dashed = "--" + name[2:].replace("_", "-")
-    return dashed + equals + value if dashed in known else argument
+def with_dashes(name: str) -> str:
+    """Returns an option's name, with or without leading dashes, in the form that parsers know."""
+    return "--" + name.removeprefix("--").replace("_", "-")
 
 
-class Flag(argparse.BooleanOptionalAction):
-    """A boolean option with both `--name` and `--no-name`, each alone or followed by true or false.
-
-    `--no-name false` is the same as `--name`. The namespace holds the value of the form that was declared, which may
-    be either one.
-    """
-
-    def __init__(
-        self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None, **kwargs: Any
-    ):
-        declared = list(option_strings)
-        self.negated = [_negated(name) for name in declared if name.startswith("--")]
-        argparse.Action.__init__(
-            self, [*declared, *self.negated], dest, "?", None, default, boolean, help=help, metavar="true|false"
-        )
-
-    def resolve(self, name: str, value: bool | None) -> bool:
-        """Returns the namespace value for the option string `name` followed by `value`, or by nothing (None)."""
-        return (value is None or value) != (name in self.negated)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, self.resolve(option_string or "", values))
+def current_option(name: str, known: OptionStrings) -> str | None:
+    """Returns the option in `known` that `name` means, which may be a name in OLD_OPTIONS; None if there is none."""
+    if not name.startswith("--") or len(name) < 3:
+        return None
+    dashed = with_dashes(name)
+    return next((current for current in (dashed, OLD_OPTIONS.get(dashed, "")) if current in known), None)
 
 
-def _negated(name: str) -> str:
+def opposite(name: str) -> str:
+    """Returns `--no-x` for the flag `--x`, and `--x` for `--no-x`."""
     return f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}"
 
 
@@ -133,16 +153,21 @@ class ConfigFile(argparse.Action):
             parser.error(f"--config {values}: must be a mapping of options to values")
         for key, value in node.value if node is not None else ():
             location = f"--config {values}, line {key.start_mark.line + 1}"
-            name = "--" + str(key.value).replace("_", "-")
+            given = with_dashes(str(key.value))
+            name = current_option(given, parser._option_string_actions)
             action = parser._option_string_actions.get(name)
             if action is None or action is self or action.dest == "help":
-                close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+                close = difflib.get_close_matches(given, list(parser._option_string_actions), n=1)
                 parser.error(
                     f"{location}: unknown option {key.value!r}"
                     + (f" (did you mean {close[0][2:]!r}?)" if close else "")
                 )
             texts = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
             parsed = [self._parse_value(parser, action, name, text, f"{location}: {key.value}") for text in texts]
+            if given != name or given.startswith("--no-"):
+                truth = f": {str(parsed[-1]).lower()}" if isinstance(action, argparse.BooleanOptionalAction) else ""
+                new_key = action.dest if truth else name[2:].replace("-", "_")
+                parser.warn(f"{location}: {key.value} is written {new_key}{truth} {OLD_FORM}")
             if getattr(namespace, action.dest, None) == action.default:
                 setattr(namespace, action.dest, parsed if isinstance(action, argparse._AppendAction) else parsed[-1])
 
@@ -151,13 +176,14 @@ class ConfigFile(argparse.Action):
         """Parses one value with the option's own type and choices; exits with an error that names its line."""
         if not isinstance(text, str):
             parser.error(f"{location} must be a value or a list of values")
+        is_flag = isinstance(action, argparse.BooleanOptionalAction)
         try:
-            parsed = action.type(text) if action.type else text
+            parsed = boolean(text) if is_flag else action.type(text) if action.type else text
         except (argparse.ArgumentTypeError, ValueError) as error:
             parser.error(f"{location}: {error}")
         if action.choices is not None and parsed not in action.choices:
             parser.error(f"{location} must be one of {', '.join(action.choices)}, found {text!r}")
-        return action.resolve(name, parsed) if isinstance(action, Flag) else parsed
+        return not parsed if is_flag and name.startswith("--no-") else parsed
 
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -239,10 +265,10 @@ def int_list(text: str) -> list[int]:
 
 
 def flag(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, help: str, default: bool = False
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, help: str, default: bool = False
 ) -> None:
-    """Adds a boolean option and its opposite; each may be followed by true or false."""
-    parser.add_argument(*names, action=Flag, default=default, help=help)
+    """Adds a boolean option and its opposite, `--no-...`; `Parser` accepts true or false after each."""
+    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 def debug_option(parser: argparse.ArgumentParser) -> None:
@@ -308,12 +334,13 @@ def batching_options(group: argparse._ArgumentGroup) -> None:
 
 
 def graphs_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --no-cuda-graphs, for commands that create an engine."""
+    """Adds --cuda-graphs, for commands that create an engine."""
     flag(
         group,
-        "--no-cuda-graphs",
-        help="launch each kernel of a decode step separately; by default, with all layers on one GPU, a CUDA graph is"
-        " captured after loading and launches them as one",
+        "--cuda-graphs",
+        default=True,
+        help="with all layers on one GPU, capture a CUDA graph after loading, which launches the kernels of a decode"
+        " step as one; --no-cuda-graphs launches each separately",
     )
 
 
@@ -365,17 +392,19 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         help="path of a rule file, or the name of a shipped one (default: the shipped one for the architecture)",
     )
     group.add_argument(
-        "--dtype",
+        "--quantize",
         default="auto",
         metavar="TYPE",
         help="quantize float weights while loading, to int8, int4 (groups of 128 weights), int4g64 or int4g32"
         " (default auto: keep their types)",
     )
     group.add_argument(
-        "--moe-dtype", metavar="TYPE", help="like --dtype, for the weights of routed experts (default: as --dtype)"
+        "--quantize-experts",
+        metavar="TYPE",
+        help="like --quantize, for the weights of routed experts (default: as --quantize)",
     )
     group.add_argument(
-        "--moe-experts",
+        "--num-experts-per-tok",
         type=positive,
         metavar="K",
         help="routed experts per token, fewer than the model's own number: faster, less exact (default: the model's)",
@@ -398,7 +427,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         " f16 on a GPU; q8_0 on the CPU) (default f16)",
     )
     group.add_argument(
-        "--cache-dir",
+        "--packed-cache-dir",
         metavar="DIR",
         help="cache packed weights in DIR: the first start writes them, as many bytes as they take in memory, later"
         " starts only map the files (default: pack at each start)",
@@ -406,9 +435,10 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     flag(group, "--trust-remote-code", help="run Python code from the model's repository (default: never)")
     flag(
         group,
-        "--no-self-test",
-        help="skip the self-test after loading, which computes a few tokens both in one forward and through the KV"
-        " cache and exits with status 4 if the results differ",
+        "--self-test",
+        default=True,
+        help="after loading, compute a few tokens both in one forward and through the KV cache, and exit with status 4"
+        " if the results differ; --no-self-test skips this",
     )
     placement_options(parser)
 
@@ -436,13 +466,13 @@ def placement_options(parser: argparse.ArgumentParser) -> None:
         " parallel (default: the rule file's number, else 0)",
     )
     group.add_argument(
-        "--stream-experts",
+        "--stream-experts-min-tokens",
         metavar="N",
         help="for prompts of at least N tokens, copy experts in CPU memory to their layer's GPU and compute them"
         " there: a number, auto (the number from which that is faster) or off (default: the rule file's, else auto)",
     )
     group.add_argument(
-        "--shared-device",
+        "--shared-expert-device",
         metavar="DEVICE",
         help="device of the shared experts (default: as --device)",
     )
@@ -468,7 +498,7 @@ def placement_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": args.device,
         "moe_device": args.moe_device,
-        "shared_device": args.shared_device,
+        "shared_expert_device": args.shared_expert_device,
         "gpu_experts": args.gpu_experts,
         "devices": dict(args.devices) if args.devices else None,
     }
@@ -481,15 +511,15 @@ def load_arguments(args: argparse.Namespace, engine: bool = False) -> dict[str, 
         engine: the caller creates an engine of the model, which runs the self-test instead of ktx.load.
     """
     return {
-        "weight_dtype": args.dtype,
-        "moe_dtype": args.moe_dtype,
-        "moe_experts": args.moe_experts,
+        "quantize": args.quantize,
+        "quantize_experts": args.quantize_experts,
+        "num_experts_per_tok": args.num_experts_per_tok,
         "defer_experts": args.defer_experts,
         "kv_dtype": args.kv_dtype,
-        "cache_dir": args.cache_dir,
+        "packed_cache_dir": args.packed_cache_dir,
         "trust_remote_code": args.trust_remote_code,
-        "stream_experts": args.stream_experts,
-        "self_test": False if args.no_self_test else "engine" if engine else True,
+        "stream_experts_min_tokens": args.stream_experts_min_tokens,
+        "self_test": args.self_test and ("engine" if engine else True),
         "lora": getattr(args, "lora", None),
         **placement_kwargs(args),
     }
@@ -519,6 +549,8 @@ def reject_options(args: argparse.Namespace, options: Mapping[str, argparse.Acti
     for dest, action in options.items():
         if getattr(args, dest, action.default) != action.default:
             option = next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+            if isinstance(action, argparse.BooleanOptionalAction) and action.default:
+                option = opposite(option)
             raise UsageError(f"{option} {reason}")
 
 

@@ -129,9 +129,9 @@ def run(args: argparse.Namespace) -> int:
         "max_itl_ms": args.max_itl_ms,
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
-        "cuda_graphs": not args.no_cuda_graphs,
+        "cuda_graphs": args.cuda_graphs,
     }
-    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **engine_options) as engine:
+    with model.ktx.engine(max_batch_size=1, kv_cache_tokens=context, max_context=context, **engine_options) as engine:
         conversation = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
         chat = Chat(conversation, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:

@@ -178,7 +178,7 @@ def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
             return ktx.load(str(folder), weights=str(Path(scratch) / "demo.gguf"), progress=False)
 
     def load_quantized(dtype: str) -> tuple[Any, Any]:
-        return ktx.load(str(folder), str(folder / "model.safetensors"), weight_dtype=dtype, progress=False)
+        return ktx.load(str(folder), str(folder / "model.safetensors"), quantize=dtype, progress=False)
 
     for name, qtype in QTYPES.items():
         if name == "F8_E4M3" or qtype.code >= 1000:

@@ -35,7 +35,7 @@ EPILOG = (
 # options that only a placement by budget reads
 BUDGET_OPTIONS = ("ctx", "batch", "chunk_size", "cpu_bandwidth", "gpu_bandwidth", "write")
 # options that a placement by budget does not read
-PLAN_OPTIONS = ("all", "defer_experts", "stream_experts", "cache_dir", "lora")
+PLAN_OPTIONS = ("all", "defer_experts", "stream_experts_min_tokens", "packed_cache_dir", "lora")
 DEFAULT_GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
@@ -125,7 +125,13 @@ def by_budget(args: argparse.Namespace) -> int:
     from ktx.placement.suggest import fit
 
     model, rules = measure_footprint(
-        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts
+        args.model,
+        args.weights,
+        args.rules,
+        args.trust_remote_code,
+        args.quantize,
+        args.quantize_experts,
+        args.num_experts_per_tok,
     )
     kv_dtype = kv_type(args.kv_dtype) or kv_type("f16")
     chunk_size = args.chunk_size or max_step_tokens(args.ctx)
@@ -253,7 +259,7 @@ def write(path: Path, placement: Any, base: str) -> None:
     if placement.num_gpu_experts:
         lines.append(yaml.safe_dump({"gpu_experts": placement.gpu_experts_map()}, sort_keys=False).rstrip())
     if budget.vram and not placement.streams_experts:
-        lines.append("stream_experts: 'off'")
+        lines.append("stream_experts_min_tokens: 'off'")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
     flag(output, "--force-think", help="begin each output with <think>, so that the model reasons before it answers")
     output.add_argument(
-        "--keep-responses",
+        "--max-stored-responses",
         type=int,
         metavar="N",
         help="number of the newest /v1/responses results to store in memory, for requests that continue them by"
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="format of a log record: a line of text or a JSON object (default text)",
     )
-    flag(log, "--hide-input", default=True, help="keep prompts out of the log; false logs them (default true)")
+    flag(log, "--log-prompts", help="log the prompt of each request (default: prompts are not logged)")
 
 
 def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
@@ -159,6 +159,7 @@ def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> Non
     )
     batching_options(group)
     group.add_argument(
+        "--kv-cache-tokens",
         "--cache-lens",
         type=positive,
         default=32768,
@@ -169,7 +170,7 @@ def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> Non
         "--max-context",
         type=positive,
         metavar="N",
-        help="max tokens of one request, prompt and output (default: what the model and --cache-lens allow)",
+        help="max tokens of one request, prompt and output (default: what the model and --kv-cache-tokens allow)",
     )
     group.add_argument(
         "--max-queue",
@@ -178,7 +179,12 @@ def engine_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> Non
         metavar="N",
         help="max number of waiting requests; further ones get status 429 with Retry-After (default 256)",
     )
-    flag(group, "--no-prefix-cache", help="do not reuse the KV cache of earlier requests with the same prompt prefix")
+    flag(
+        group,
+        "--prefix-cache",
+        default=True,
+        help="reuse the KV cache of earlier requests with the same prompt prefix",
+    )
     group.add_argument(
         "--prefix-cache-dir",
         metavar="DIR",
@@ -305,14 +311,16 @@ def _server_settings(args: argparse.Namespace) -> Any:
 
     SamplingParams(**sampling)  # raises for values out of range
     max_stored = (
-        (0 if args.ray else ServerSettings.max_stored_responses) if args.keep_responses is None else args.keep_responses
+        (0 if args.ray else ServerSettings.max_stored_responses)
+        if args.max_stored_responses is None
+        else args.max_stored_responses
     )
     folder = Path(args.lora_dir).expanduser().resolve() if args.lora_dir else None
     return ServerSettings(
         max_new_tokens=args.max_new_tokens,
         force_think=args.force_think,
         chat_template=template,
-        hide_input=args.hide_input,
+        log_prompts=args.log_prompts,
         sampling=sampling,
         max_stored_responses=max_stored,
         lora_dir=folder,
@@ -347,15 +355,15 @@ def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_batch_size": args.max_batch_size,
         "chunk_size": args.chunk_size,
         "max_itl_ms": args.max_itl_ms,
-        "cache_lens": args.cache_lens,
+        "kv_cache_tokens": args.kv_cache_tokens,
         "max_context": args.max_context,
         "max_queue": args.max_queue,
-        "prefix_cache": not args.no_prefix_cache,
+        "prefix_cache": args.prefix_cache,
         "prefix_cache_dir": args.prefix_cache_dir,
         "prefix_cache_gb": args.prefix_cache_gb,
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
-        "cuda_graphs": not args.no_cuda_graphs,
+        "cuda_graphs": args.cuda_graphs,
     }
 
 
@@ -432,11 +440,13 @@ def check_settings(args: argparse.Namespace) -> None:
     """Raises UsageError or BadFile for values that are out of range or that contradict one another."""
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: must be from 0 to 65535")
-    if args.keep_responses is not None and not 0 <= args.keep_responses <= MAX_STORED_RESPONSES:
-        raise UsageError(f"--keep-responses {args.keep_responses}: must be from 0 to {MAX_STORED_RESPONSES}")
-    if args.keep_responses and args.ray:
+    if args.max_stored_responses is not None and not 0 <= args.max_stored_responses <= MAX_STORED_RESPONSES:
         raise UsageError(
-            f"--keep-responses {args.keep_responses}: replicas (--ray) share no stored responses;"
+            f"--max-stored-responses {args.max_stored_responses}: must be from 0 to {MAX_STORED_RESPONSES}"
+        )
+    if args.max_stored_responses and args.ray:
+        raise UsageError(
+            f"--max-stored-responses {args.max_stored_responses}: replicas (--ray) share no stored responses;"
             " leave the option out, or give 0"
         )
     if args.lora_dir:
@@ -446,5 +456,5 @@ def check_settings(args: argparse.Namespace) -> None:
             )
         if not Path(args.lora_dir).expanduser().is_dir():
             raise BadFile(f"--lora-dir {args.lora_dir}: no such folder")
-    if args.cache_lens < MIN_KV_CACHE_TOKENS:
-        raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {MIN_KV_CACHE_TOKENS}")
+    if args.kv_cache_tokens < MIN_KV_CACHE_TOKENS:
+        raise UsageError(f"--kv-cache-tokens {args.kv_cache_tokens}: must be at least {MIN_KV_CACHE_TOKENS}")

@@ -116,7 +116,7 @@ def serve_replicas(
             replica=replica_config,
             max_batch_size=args.max_batch_size,
             max_queue=args.max_queue,
-            prefix_cache_pages=0 if args.no_prefix_cache else args.cache_lens // PAGE_TOKENS,
+            prefix_cache_pages=args.kv_cache_tokens // PAGE_TOKENS if args.prefix_cache else 0,
         )
     )
     load_errors: list[BaseException] = []
@@ -164,8 +164,8 @@ def memory_bytes(args: argparse.Namespace) -> int:
         args.weights,
         args.rules,
         args.trust_remote_code,
-        args.dtype,
-        args.moe_dtype,
+        args.quantize,
+        args.quantize_experts,
         lora=args.lora,
         **placement_kwargs(args),
     )

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(row))
     else:
         _print_report(rows, summary)
-    if not args.no_self_test:
+    if args.self_test:
         self_test.check(model)
     return 0 if summary["ok"] else 1
 
@@ -127,7 +127,7 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     reference = _Reference(model, source, args)
     matrices = {spec.qtype for step in model.ktx.plan for spec in step.specs if len(spec.shape) > 1}
     in_bf16_products = multiplies_in_bf16() and any(qtype.name in BF16_EXACT_TYPES for qtype in matrices)
-    quantized_types = {args.dtype, args.moe_dtype} - {None, "auto"}
+    quantized_types = {args.quantize, args.quantize_experts} - {None, "auto"}
     is_exact = all(qtype.is_float for qtype in matrices) and not quantized_types
     bound = MAX_ERROR_QUANTIZED if not is_exact else MAX_ERROR_BF16 if in_bf16_products else MAX_ERROR_FLOAT
     hidden = reference.embed(ids)

@@ -12,8 +12,10 @@ from ktx.engine.engine import Engine
 from ktx.engine.prompt import PromptRenderer, RenderedPrompt
 from ktx.engine.request import Event, Finished, Request, TokenEvent
 from ktx.engine.sampler import SamplingParams
+from ktx.utils.old_names import deprecated_members
 
 
+@deprecated_members(prompt="render", answer="stream", forget="reset", prompts="renderer")
 @dataclass
 class Session:
     """One client of an engine. A prompt that begins like an earlier one costs only its new part."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.lora import AdapterUse
+from ktx.utils.old_names import deprecated_members
 
 # Adapters by name, or with a factor; None: the adapters in use.
 Lora = str | AdapterUse | Sequence[str | AdapterUse] | None
@@ -70,6 +71,7 @@ def _with_index(events: queue.SimpleQueue[tuple[int, Event]], index: int) -> Cal
     return lambda event: events.put((index, event))
 
 
+@deprecated_members(ask="submit", left="num_running")
 class RequestGroup:
     """Several requests whose events are iterated on the running event loop, as pairs of a request's index and an event.
     `submit` queues a request; `close` cancels the unfinished ones.

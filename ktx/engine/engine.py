@@ -32,6 +32,7 @@ from ktx.hardware import memory
 from ktx.model.lora import check_memory, match_modules, read
 from ktx.model.notes import add_notes
 from ktx.ops.lora import AdapterUse, AdapterUses
+from ktx.utils.old_names import deprecated_arguments, deprecated_members
 from ktx.weights.lora import AdapterSpec
 
 log = logging.getLogger("ktx.engine")
@@ -40,6 +41,8 @@ STALL_TIMEOUT_S = 30.0  # a busy engine counts as stuck when no layer has finish
 MAX_RESTARTS = 3  # restarts of the engine's thread before the engine stops for good
 
 
+@deprecated_members(cache_lens="kv_cache_tokens")
+@deprecated_arguments(cache_lens="kv_cache_tokens")
 @dataclass(frozen=True)
 class Options:
     """How an engine is set up.
@@ -50,7 +53,7 @@ class Options:
             where memory is short.
         max_itl_ms: target of the inter-token latency: while requests decode, a step takes as many prompt tokens as fit
             into this number of milliseconds, a page at least.
-        cache_lens: tokens of the KV cache, shared by running requests and the prefix cache.
+        kv_cache_tokens: tokens of the KV cache, shared by running requests and the prefix cache.
         max_context: tokens of one request; None: what the model and the KV cache allow.
         max_queue: requests that may wait.
         prefix_cache: whether a request reuses pages of earlier requests that begin with the same tokens.
@@ -64,7 +67,7 @@ class Options:
     max_batch_size: int = 4
     chunk_size: int | None = None
     max_itl_ms: float = MAX_ITL_MS
-    cache_lens: int = 32768
+    kv_cache_tokens: int = 32768
     max_context: int | None = None
     max_queue: int = 256
     prefix_cache: bool = True
@@ -76,7 +79,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that no engine can use."""
-        for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens", "max_itl_ms"):
+        for name in ("max_batch_size", "chunk_size", "kv_cache_tokens", "max_queue", "draft_tokens", "max_itl_ms"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.max_context is not None and self.max_context < 8:
@@ -92,6 +95,16 @@ class Options:
             )
 
 
+@deprecated_members(
+    listen="stream",
+    clear="reset_prefix_cache",
+    ids="tokenize",
+    checked="check_request",
+    activity="stats",
+    stuck="stalled",
+    submitted="num_submitted",
+    restarts="num_restarts",
+)
 class Engine:
     """Serves requests from any thread. Use it as a context manager, or call `close`.
 
@@ -104,7 +117,7 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
-        pages = runner.pages if runner else num_pages(self.options.cache_lens)
+        pages = runner.pages if runner else num_pages(self.options.kv_cache_tokens)
         model_context = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
         self.context = min(self.options.max_context or model_context, model_context, pages * PAGE_TOKENS)
         self.stop_ids = end_token_ids(model, tokenizer)
@@ -225,7 +238,7 @@ class Engine:
         except torch.OutOfMemoryError as error:  # a GPU allocates the whole cache at once
             raise DoesNotFit(
                 f"the KV cache of {self.runner.pages * PAGE_TOKENS} tokens does not fit on a GPU with the weights; "
-                "lower --cache_lens (for ktx chat: --max-context)"
+                "lower --kv_cache_tokens (for ktx chat: --max-context)"
             ) from error
         finally:
             self.runner.free(probe)
@@ -234,11 +247,12 @@ class Engine:
             raise DoesNotFit(
                 f"the KV cache of {self.runner.pages * PAGE_TOKENS} tokens needs {need / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB of memory are free; "
-                "lower --cache_lens (for ktx chat: --max-context), or store it as --kv_dtype q8_0"
+                "lower --kv_cache_tokens (for ktx chat: --max-context), or store it as --kv_dtype q8_0"
             )
 
     # ---- called from any thread
 
+    @deprecated_arguments(sink="on_event")
     def submit(
         self,
         prompt: Sequence[int],
@@ -347,6 +361,7 @@ class Engine:
         """Whether an unfinished request uses an adapter."""
         return any(use.name == name for request in self.outputs for use in request.lora)
 
+    @deprecated_arguments(do="function")
     def between_steps(self, function: Callable[[], None]) -> None:
         """Calls `function` on the engine's thread after the current step, and waits for it. Overloaded when that thread
         has ended.
@@ -384,7 +399,7 @@ class Engine:
         if capacity < min(1, sampling.max_new_tokens):
             raise ContextExceeded(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context}: "
-                "shorten the prompt, or raise --cache_lens or --max_context"
+                "shorten the prompt, or raise --kv_cache_tokens or --max_context"
             )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, capacity))
 

@@ -39,7 +39,7 @@ def engine_notes(runner: Runner, prefix_cache: bool, context: int, limit: int) -
             Note(
                 "context",
                 f"a request holds at most {context} of the model's {limit} tokens: "
-                "--cache-lens and --max-context raise it",
+                "--kv-cache-tokens and --max-context raise it",
             )
         )
     return notes

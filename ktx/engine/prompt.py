@@ -14,12 +14,14 @@ from ktx.chat_formats import ChatFormat, chat_format_for, ends_in_reasoning, to_
 from ktx.engine.continue_message import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, named_templates, select_template
 from ktx.errors import UsageError
+from ktx.utils.old_names import deprecated_members, old_name
 
 MAX_TEXT_CHARS = 64 << 20
 _MARK = re.compile(r"[<\[].+[>\]]")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode assigns them no meaning
 
 
+@deprecated_members(said="prefill_text", untold="tools_not_rendered")
 @dataclass(frozen=True)
 class RenderedPrompt:
     """A prompt as text and token ids.
@@ -247,3 +249,7 @@ class PromptRenderer:
             if isinstance(value, list | tuple)
             else value
         )
+
+
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, name)

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import AdapterUses
-from ktx.utils.old_names import old_name
+from ktx.utils.old_names import deprecated_members, old_name
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
+@deprecated_members(choice="token")
 @dataclass(frozen=True)
 class TokenEvent:
     """An output token and the text that it completes: empty while a character or possible stop string is incomplete."""
@@ -23,6 +24,7 @@ class TokenEvent:
     token: SampledToken
 
 
+@deprecated_members(choices="tokens")
 @dataclass(frozen=True)
 class PromptLogprobs:
     """With `SamplingParams.echo`, before the output: the prompt's tokens, of which the first has no log-probability."""
@@ -30,6 +32,7 @@ class PromptLogprobs:
     tokens: list[SampledToken]
 
 
+@deprecated_members(prompt_speed="prompt_tokens_per_s", answer_speed="output_tokens_per_s")
 @dataclass(frozen=True)
 class Usage:
     """Tokens and seconds of one request. `cached` prompt tokens came from the prefix cache."""
@@ -57,6 +60,7 @@ class Usage:
         return (self.answer - 1) / seconds if self.answer > 1 and seconds > 0 else 0.0
 
 
+@deprecated_members(choice="end_token", refused="client_error")
 @dataclass(frozen=True)
 class Finished:
     """The last event of a request.
@@ -86,6 +90,7 @@ class Finished:
 Event = PromptLogprobs | TokenEvent | Finished
 
 
+@deprecated_members(number="id", computed="num_computed", left="num_uncomputed", answered="num_output")
 @dataclass(eq=False)
 class Request:
     """One prompt and its state in the engine. `on_event` is called on the engine's thread for each event and must not

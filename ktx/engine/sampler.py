@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ktx.errors import UsageError
+from ktx.utils.old_names import deprecated_members
 
 RANGES = {  # inclusive range of each parameter
     "temperature": (0.0, 100.0),
@@ -28,6 +29,7 @@ RANGES = {  # inclusive range of each parameter
 FIRST_TOPK, SECOND_TOPK = 256, 8192
 
 
+@deprecated_members(penalises="penalizes")
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample; temperature 0 (the default) takes the most probable token.

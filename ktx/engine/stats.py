@@ -13,8 +13,10 @@ from ktx.injection.inject import layer_of
 from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import experts_by_path
 from ktx.ops.weight_traffic import WeightTraffic
+from ktx.utils.old_names import deprecated_members
 
 
+@deprecated_members(gpu_wait_seconds="gpu_wait_s")
 @dataclass(frozen=True)
 class StatsSnapshot:
     """Counters since the engine's start: bytes of weights read, seconds of forwards, and the experts' part of both.
@@ -34,6 +36,7 @@ class StatsSnapshot:
     answer_tokens: int
 
 
+@deprecated_members(done="snapshot")
 class EngineStats:
     """Counts from its creation on."""
 

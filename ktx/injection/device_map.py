@@ -98,8 +98,8 @@ def parse_gpu_experts(key: str, count: object, where: str = "gpu_experts") -> Pl
     return PlacementEntry(key, _pattern(key, where), "", where, num_gpu_experts=count)
 
 
-def parse_stream_experts(value: object, where: str = "stream_experts") -> int | None:
-    """Parses `stream_experts`, the min number of tokens from which the CPU's experts are streamed to the GPU.
+def parse_stream_experts(value: object, where: str = "stream_experts_min_tokens") -> int | None:
+    """Parses `stream_experts_min_tokens`, the min number of tokens from which the CPU's experts go to the GPU.
 
     Returns:
         0 for off; None for auto, where the number is measured.
@@ -162,7 +162,7 @@ def merge_options(
     file: Sequence[PlacementEntry],
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
-    shared_device: str | None = None,
+    shared_expert_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
 ) -> list[PlacementEntry]:
@@ -173,7 +173,7 @@ def merge_options(
 
     Args:
         file: the entries of the rule file.
-        device, moe_device, shared_device, devices, gpu_experts: as in `ktx.load`.
+        device, moe_device, shared_expert_device, devices, gpu_experts: as in `ktx.load`.
 
     Raises:
         UsageError: an option is invalid.
@@ -188,8 +188,8 @@ def merge_options(
         entries.append(
             parse_entry("experts", "cpu" if moe_device == "numa" else moe_device, "moe_device", explicit=True)
         )
-    if shared_device is not None:
-        entries.append(parse_entry("shared_experts", shared_device, "shared_device", explicit=True))
+    if shared_expert_device is not None:
+        entries.append(parse_entry("shared_experts", shared_expert_device, "shared_expert_device", explicit=True))
     if device is None:
         return [*entries, *file]
     all_entry = parse_entry("all", device, "device", explicit=True)

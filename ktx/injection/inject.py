@@ -26,6 +26,7 @@ from ktx.ops.base import Context, Operator, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
 from ktx.ops.registry import on_gpu, resolve
+from ktx.utils.old_names import deprecated_members
 from ktx.weights.accounting import UnreadTensors, summary_line, unread_tensors
 from ktx.weights.base import TensorSpec, WeightSource
 from ktx.weights.verdict import Reads
@@ -33,6 +34,14 @@ from ktx.weights.verdict import Reads
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
+@deprecated_members(
+    old="old_class",
+    new="operator",
+    target="quant_target",
+    share="fraction",
+    memory="memory_bytes",
+    packed="packed_bytes",
+)
 @dataclass
 class Step:
     """A module of the new tree that was replaced or has weights of its own."""
@@ -77,6 +86,7 @@ class Step:
         return "+".join(name for name, _ in nbytes.most_common())
 
 
+@deprecated_members(tell="warn_unread")
 class Plan(list[Step]):
     """Modules with their operators, devices and tensors.
 
@@ -91,7 +101,9 @@ class Plan(list[Step]):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # by module path, for all modules
         self.rules = Rules()  # the rules that were applied
-        self.stream_experts: int | str | None = None  # the rule file's (ktx.injection.device_map.parse_stream_experts)
+        self.stream_experts_min_tokens: int | str | None = (
+            None  # the rule file's (ktx.injection.device_map.parse_stream_experts)
+        )
         self.scheme = ""  # the checkpoint's quantization scheme (ktx.weights.quantization)
         self.ignored_patterns: Sequence[str] = ()  # patterns of tensors that the modeling code ignores
         self.model_notes: list[Any] = []  # notes on the planned model (ktx.model.notes)

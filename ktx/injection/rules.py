@@ -6,13 +6,14 @@ a dotted or short name, or a regular expression for one, compared with the modul
 `recursive` and `device`. The first rule that matches applies.
 
 A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the number of
-experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are streamed to it,
-and `rules` a list of rules or the name of another rule file; default: the rules of the model's architecture. Parsing
-does not import torch; every error names file and line.
+experts per layer on its GPU, `stream_experts_min_tokens` the min number of tokens from which the other experts are
+streamed to it, and `rules` a list of rules or the name of another rule file; default: the rules of the model's
+architecture. Parsing does not import torch; every error names file and line.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from ktx.families import RULE_ALIASES, RULE_FILES
 from ktx.injection.device_map import PlacementEntry, parse_entry, parse_gpu_experts, parse_stream_experts
 from ktx.injection.ktransformers import translate
 from ktx.injection.rule import CLASS_PATH, Rule, compile_pattern
+from ktx.utils.old_names import SINCE, deprecated_arguments, deprecated_members
 
-FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # keys of a file that is a mapping
+FILE_KEYS = ("devices", "gpu_experts", "stream_experts_min_tokens", "rules")  # keys of a file that is a mapping
+OLD_FILE_KEYS = {"stream_experts": "stream_experts_min_tokens"}  # names of keys in ktx 0.1, which end with 0.3
 KEYS: dict[str, dict[str, type]] = {
     "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
     "match": {"name": str, "class": str},
@@ -33,14 +36,16 @@ KEYS: dict[str, dict[str, type]] = {
 }
 
 
+@deprecated_members(places="entries", asked="explicit", stream_experts="stream_experts_min_tokens")
+@deprecated_arguments(asked="explicit")
 class Rules(list[Rule]):
     """The rules of a file with its device map.
 
-    `base` names the file that the rules are from; `explicit` means that the user chose the rules. `stream_experts` is
-    the file's value for ktx.injection.device_map.parse_stream_experts, or None.
+    `base` names the file that the rules are from; `explicit` means that the user chose the rules.
+    `stream_experts_min_tokens` is the file's value for ktx.injection.device_map.parse_stream_experts, or None.
     """
 
-    stream_experts: int | str | None = None
+    stream_experts_min_tokens: int | str | None = None
 
     def __init__(
         self, rules: Iterable[Rule] = (), places: Sequence[PlacementEntry] = (), base: str = "", explicit: bool = True
@@ -164,12 +169,16 @@ def _parse_rule_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -
             f"{reader.at(root)}: a rule file is a list, or a mapping of devices and rules;"
             " start each rule with '- match:'"
         )
+    for key, _ in root.value:
+        if isinstance(key, yaml.ScalarNode) and (current := OLD_FILE_KEYS.get(key.value)):
+            warnings.warn(f"{reader.at(key)}: {key.value} is called {current} {SINCE}", FutureWarning, stacklevel=2)
+            key.value = current
     sections = reader.known(root, "a rule file", FILE_KEYS)
     entries = _parse_devices(sections["devices"], reader) if "devices" in sections else []
     entries += _parse_gpu_experts(sections["gpu_experts"], reader) if "gpu_experts" in sections else []
     rules = _parse_rules_section(sections, entries, reader, model_type)
-    if "stream_experts" in sections:
-        rules.stream_experts = _parse_stream_experts(sections["stream_experts"], reader)
+    if "stream_experts_min_tokens" in sections:
+        rules.stream_experts_min_tokens = _parse_stream_experts(sections["stream_experts_min_tokens"], reader)
     return rules
 
 
@@ -214,7 +223,7 @@ def _parse_gpu_experts(node: yaml.Node, reader: _YamlReader) -> list[PlacementEn
 
 def _parse_stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
     min_tokens = parse_stream_experts(
-        reader.value(node, object, "stream_experts"), f"{reader.at(node)}: stream_experts"
+        reader.value(node, object, "stream_experts_min_tokens"), f"{reader.at(node)}: stream_experts_min_tokens"
     )
     return "auto" if min_tokens is None else min_tokens or "off"
 

@@ -31,11 +31,13 @@ from ktx.errors import BadFile, KtxError, UsageError
 from ktx.injection.rules import Rule
 from ktx.integrations.names import NAME
 from ktx.loader import load
+from ktx.loader.build import OLD_ARGUMENTS
 from ktx.loader.meta_model import hub_folder, read_config, read_tokenizer
 from ktx.model.lora import AdapterArgument
 from ktx.model.self_test import SelfTest
 from ktx.ops.experts import experts_by_path
 from ktx.transformers_compat import causal_lm_class, config_dict, text_config
+from ktx.utils.old_names import deprecated_arguments, deprecated_members
 from ktx.utils.versions import requirement
 from ktx.weights.open import open_weights
 
@@ -87,6 +89,8 @@ UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+@deprecated_members(**OLD_ARGUMENTS)
+@deprecated_arguments(**OLD_ARGUMENTS)
 @dataclass(repr=False)
 class KtxConfig(QuantizationConfigMixin):
     """Options of `ktx.load` for `from_pretrained`, passed as `quantization_config`.
@@ -100,19 +104,19 @@ class KtxConfig(QuantizationConfigMixin):
     _: KW_ONLY
     kv_dtype: KVType = None
     threads: int | None = None
-    weight_dtype: str | None = None
-    moe_dtype: str | None = None
-    moe_experts: int | None = None
+    quantize: str | None = None
+    quantize_experts: str | None = None
+    num_experts_per_tok: int | None = None
     progress: Any = True
-    cache_dir: str | Path | None = None
+    packed_cache_dir: str | Path | None = None
     mtp: bool = False
     defer_experts: int = 0
     device: str | Sequence[str] | None = None
     moe_device: str | None = None
-    shared_device: str | None = None
+    shared_expert_device: str | None = None
     devices: Mapping[str, str | Sequence[str]] | None = None
     gpu_experts: int | None = None
-    stream_experts: int | str | None = None
+    stream_experts_min_tokens: int | str | None = None
     self_test: SelfTest = True
     lora: AdapterArgument | Sequence[AdapterArgument] | None = None
     quant_method: str = field(default=NAME, init=False)

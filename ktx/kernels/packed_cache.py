@@ -122,13 +122,13 @@ class PackedCache:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cache_dir {self.folder.parent}: cannot be created: {error.strerror}") from error
+            raise UsageError(f"packed_cache_dir {self.folder.parent}: cannot be created: {error.strerror}") from error
         if not os.access(self.folder.parent, os.W_OK):
-            raise UsageError(f"cache_dir {self.folder.parent}: is not writable")
+            raise UsageError(f"packed_cache_dir {self.folder.parent}: is not writable")
         free_bytes = shutil.disk_usage(self.folder.parent).free
         if required_bytes > free_bytes:
             raise DoesNotFit(
-                f"cache_dir {self.folder.parent}: the packed weights need {required_bytes / 1e9:.1f} GB,"
+                f"packed_cache_dir {self.folder.parent}: the packed weights need {required_bytes / 1e9:.1f} GB,"
                 f" {free_bytes / 1e9:.1f} GB are free on that disk"
             )
 
@@ -205,7 +205,7 @@ class PackedCache:
                 self.error = error.strerror or str(error)
         if self.error:
             self.abort()
-            return f"cache_dir {self.folder.parent}: packed weights were not cached: {self.error}"
+            return f"packed_cache_dir {self.folder.parent}: packed weights were not cached: {self.error}"
         return ""
 
     def _start_promotion(self) -> None:

@@ -29,6 +29,7 @@ from ktx.ops.linear import Linear
 from ktx.placement.memory_model import Footprint, footprint
 from ktx.placement.solver import split_evenly
 from ktx.transformers_compat import config_dict
+from ktx.utils.old_names import deprecated_arguments
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
 from ktx.weights.open import open_weights
@@ -36,25 +37,35 @@ from ktx.weights.packed import PackedSource, is_packed_config
 from ktx.weights.quantization import check_quantization
 from ktx.weights.safetensors import SafetensorsSource
 
+OLD_ARGUMENTS = {  # names in ktx 0.1 of arguments of `load` -> the names of today
+    "weight_dtype": "quantize",
+    "moe_dtype": "quantize_experts",
+    "moe_experts": "num_experts_per_tok",
+    "shared_device": "shared_expert_device",
+    "stream_experts": "stream_experts_min_tokens",
+    "cache_dir": "packed_cache_dir",
+}
 
+
+@deprecated_arguments(**OLD_ARGUMENTS)
 @torch_defaults()
 def plan(
     model: str | Path,
     weights: str | Path | None = None,
     rules: Any = None,
     trust_remote_code: bool = False,
-    weight_dtype: str | None = None,
-    moe_dtype: str | None = None,
+    quantize: str | None = None,
+    quantize_experts: str | None = None,
     *,
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
-    shared_device: str | None = None,
+    shared_expert_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
     kv_dtype: KVType = None,
-    moe_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
     defer_experts: int = 0,
-    stream_experts: int | str | None = None,
+    stream_experts_min_tokens: int | str | None = None,
     lora: AdapterArgument | Sequence[AdapterArgument] | None = None,
 ) -> Plan:
     """Returns the plan that `load` would execute, from headers alone; of weights only adapters are read.
@@ -62,9 +73,9 @@ def plan(
     Takes the arguments of `load` and raises the same UsageError for options that are invalid.
     """
     adapter_files = [read(adapter) for adapter in parse_adapters(lora)]
-    parse_stream_experts(stream_experts)
-    targets = quant_targets(weight_dtype, moe_dtype)
-    placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
+    parse_stream_experts(stream_experts_min_tokens)
+    targets = quant_targets(quantize, quantize_experts)
+    placement = placement_options(device, moe_device, shared_expert_device, devices, gpu_experts)
     cache_dtype = kv_type(kv_dtype)
     meta_model, result, *_ = prepare_model(
         model,
@@ -72,7 +83,7 @@ def plan(
         rules,
         dtype=torch.float32,
         kv_dtype=cache_dtype,
-        moe_experts=moe_experts,
+        num_experts_per_tok=num_experts_per_tok,
         trust_remote_code=trust_remote_code,
         targets=targets,
         mtp=False,
@@ -90,9 +101,9 @@ def measure_footprint(
     weights: str | Path | None = None,
     rules: Any = None,
     trust_remote_code: bool = False,
-    weight_dtype: str | None = None,
-    moe_dtype: str | None = None,
-    moe_experts: int | None = None,
+    quantize: str | None = None,
+    quantize_experts: str | None = None,
+    num_experts_per_tok: int | None = None,
 ) -> tuple[Footprint, Rules]:
     """Returns a model's memory footprint on CPU and GPU, from headers alone, and its rules without devices.
 
@@ -114,14 +125,14 @@ def measure_footprint(
             " a placement by budget needs rules that do not"
         )
     unplaced = Rules(base_rules, base=base_rules.base, explicit=base_rules.explicit)
-    targets = quant_targets(weight_dtype, moe_dtype)
+    targets = quant_targets(quantize, quantize_experts)
     meta_model, plan, source, _ = prepare_model(
         model,
         weights,
         unplaced,
         dtype=torch.float32,
         kv_dtype=None,
-        moe_experts=moe_experts,
+        num_experts_per_tok=num_experts_per_tok,
         trust_remote_code=trust_remote_code,
         targets=targets,
         mtp=False,
@@ -138,7 +149,7 @@ PlacementOptions = Callable[[Sequence[PlacementEntry]], list[PlacementEntry]]
 def placement_options(
     device: str | Sequence[str] | None,
     moe_device: str | None,
-    shared_device: str | None,
+    shared_expert_device: str | None,
     devices: Mapping[str, str | Sequence[str]] | None,
     gpu_experts: int | None,
 ) -> PlacementOptions:
@@ -146,18 +157,18 @@ def placement_options(
 
     The device map is known only once `prepare_model` has read the rules, so the options cannot be merged earlier.
     """
-    return lambda file: merge_options(file, device, moe_device, shared_device, devices, gpu_experts)
+    return lambda file: merge_options(file, device, moe_device, shared_expert_device, devices, gpu_experts)
 
 
-def quant_targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
+def quant_targets(quantize: str | None, quantize_experts: str | None) -> dict[str, str | None]:
     """Returns the quantized type of float weights by operator class.
 
     Args:
-        weight_dtype: type for linear layers; also for experts unless `moe_dtype` is given.
-        moe_dtype: type for experts.
+        quantize: type for linear layers; also for experts unless `quantize_experts` is given.
+        quantize_experts: type for experts.
     """
-    requested = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
-    options = {"Linear": "dtype", "Experts": "moe_dtype"}
+    requested = {"Linear": quantize, "Experts": quantize_experts or quantize}
+    options = {"Linear": "quantize", "Experts": "quantize_experts"}
     return {
         name: load_time_type(type_name, options[name])
         for name, type_name in requested.items()
@@ -171,7 +182,7 @@ def prepare_model(
     rules: Any,
     dtype: torch.dtype | None,
     kv_dtype: KVType,
-    moe_experts: int | None,
+    num_experts_per_tok: int | None,
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
@@ -208,8 +219,8 @@ def prepare_model(
     if mismatches:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(mismatches)}")
 
-    if moe_experts is not None:
-        set_experts_per_token(config, moe_experts)
+    if num_experts_per_tok is not None:
+        set_experts_per_token(config, num_experts_per_tok)
 
     def build_plan(
         rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
@@ -245,7 +256,7 @@ def prepare_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             meta_model, plan = build_plan(base_rules, entries, final_dtype, False)
-    plan.rules, plan.stream_experts = base_rules, base_rules.stream_experts
+    plan.rules, plan.stream_experts_min_tokens = base_rules, base_rules.stream_experts_min_tokens
     plan.model_notes = notes.collect_notes(meta_model, plan, base_rules, targets, kv_dtype)
     return meta_model, plan, source, final_dtype
 

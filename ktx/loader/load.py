@@ -24,7 +24,7 @@ from ktx.injection.device_map import parse_stream_experts
 from ktx.injection.inject import Plan
 from ktx.injection.rules import Rule
 from ktx.kernels import cpu
-from ktx.loader.build import placement_options, prepare_model, quant_targets
+from ktx.loader.build import OLD_ARGUMENTS, placement_options, prepare_model, quant_targets
 from ktx.loader.load_weights import ProgressSink, init_missing_buffers, load_weights, progress_bar
 from ktx.loader.meta_model import read_tokenizer, resolve_model, set_generation_config
 from ktx.loader.resources import check_memory, open_packed_cache, plan_identity
@@ -41,6 +41,7 @@ from ktx.ops.base import COMPUTE_DTYPES, Operator
 from ktx.ops.experts import experts_by_path
 from ktx.ops.fusion.layer_group import group_layers
 from ktx.ops.weight_traffic import module_bytes as own_sizes
+from ktx.utils.old_names import deprecated_arguments, deprecated_members
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.lora import Adapter, AdapterSpec
 
@@ -49,6 +50,7 @@ def _no_model() -> None:
     """Stands in for the weak reference to the model, which can be neither copied nor pickled."""
 
 
+@deprecated_members(of="for_copy")
 @dataclass
 class LoadInfo:
     """How a model was loaded; the object behind `model.ktx`."""
@@ -76,6 +78,7 @@ class LoadInfo:
         """Returns a copy of this object that refers to `model`, a copy of the loaded model."""
         return replace(self, model=weakref.ref(model))
 
+    @deprecated_arguments(cache_lens="kv_cache_tokens")
     def engine(self, **options: Any) -> Any:
         """Returns an engine that serves many requests with continuous batching.
 
@@ -132,6 +135,7 @@ class LoadInfo:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@deprecated_arguments(**OLD_ARGUMENTS)
 @torch_defaults()
 def load(
     model: str | Path,
@@ -141,20 +145,20 @@ def load(
     dtype: torch.dtype | None = None,
     kv_dtype: KVType = None,
     threads: int | None = None,
-    weight_dtype: str | None = None,
-    moe_dtype: str | None = None,
-    moe_experts: int | None = None,
+    quantize: str | None = None,
+    quantize_experts: str | None = None,
+    num_experts_per_tok: int | None = None,
     trust_remote_code: bool = False,
     progress: bool | ProgressSink = True,
-    cache_dir: str | Path | None = None,
+    packed_cache_dir: str | Path | None = None,
     mtp: bool = False,
     defer_experts: int = 0,
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
-    shared_device: str | None = None,
+    shared_expert_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
-    stream_experts: int | str | None = None,
+    stream_experts_min_tokens: int | str | None = None,
     self_test: SelfTest = True,
     lora: AdapterArgument | Sequence[AdapterArgument] | None = None,
     attn_implementation: str | None = None,
@@ -171,23 +175,23 @@ def load(
         kv_dtype: type of the KV cache: f16, bf16, f32, q8_0, fp8 or a torch type. Default: f16 in ktx's caches, the
             model's own type in transformers' caches.
         threads: size of the kernels' thread pool. Default: KTX_THREADS, else ktx.hardware.default_threads.
-        weight_dtype, moe_dtype: int8, int4, int4g32, int4g64 or int4g128. Quantizes float weights of linear layers and
-            of experts while they are loaded. Default of `moe_dtype`: `weight_dtype`.
-        moe_experts: number of experts per token, at most as many as the model was trained with.
+        quantize, quantize_experts: int8, int4, int4g32, int4g64 or int4g128. Quantizes float weights of linear layers
+            and of experts while they are loaded. Default of `quantize_experts`: `quantize`.
+        num_experts_per_tok: number of experts per token, at most as many as the model was trained with.
         trust_remote_code: whether Python code from the model's folder may run.
         progress: whether to draw a progress bar on a terminal, or a sink that is called next to the bar.
-        cache_dir: folder that caches packed weights on disk. The first load writes them, later loads map them.
+        packed_cache_dir: folder that caches packed weights on disk. The first load writes them, later loads map them.
         mtp: loads the checkpoint's layer for multi-token prediction too, for an engine with `speculative="mtp"`.
         defer_experts: number of lowest-weighted experts of a token whose output is added one layer later
             (ktx.ops.expert_deferral).
         device: cpu, cuda, cuda:N, or several GPUs among which the layers are split; holds everything but the routed
             experts.
         moe_device: cpu, cuda, cuda:N or numa; holds the routed experts.
-        shared_device: holds the shared experts.
+        shared_expert_device: holds the shared experts.
         devices: device map as in rule files.
         gpu_experts: number of experts per layer on the layer's GPU; the remaining experts stay on the CPU.
-        stream_experts: min number of tokens from which the CPU's experts are streamed to the GPU too: a number, auto or
-            off. Default: the rule file's value, else auto.
+        stream_experts_min_tokens: min number of tokens from which the CPU's experts are streamed to the GPU too: a
+            number, auto or off. Default: the rule file's value, else auto.
         self_test: computes two tokens in one forward, then the second one again through the cache
             (ktx.model.self_test). "engine" leaves the test to the engine, which runs it with its own forwards.
         lora: one or several LoRA adapters, each [NAME=]PATH[=SCALE] of a PEFT folder or a llama.cpp GGUF file. They are
@@ -205,17 +209,27 @@ def load(
     if dtype not in (None, *COMPUTE_DTYPES):
         raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTE_DTYPES))}")
     adapter_files = [read(requested) for requested in parse_adapters(lora)]
-    parse_stream_experts(stream_experts)
+    parse_stream_experts(stream_experts_min_tokens)
     selftest.check_option(self_test)
     num_threads = cpu.pool_size(threads)
     cpu.ops.set_threads(num_threads)
     kv_dtype = kv_type(kv_dtype)
-    targets = quant_targets(weight_dtype, moe_dtype)
-    placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
+    targets = quant_targets(quantize, quantize_experts)
+    placement = placement_options(device, moe_device, shared_expert_device, devices, gpu_experts)
     model = resolve_model(model, not weights)
     with notes.capture_warnings() as load_warnings:
         hf_model, plan, source, dtype = prepare_model(
-            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placement, config
+            model,
+            weights,
+            rules,
+            dtype,
+            kv_dtype,
+            num_experts_per_tok,
+            trust_remote_code,
+            targets,
+            mtp,
+            placement,
+            config,
         )
     _set_attention(hf_model, attn_implementation)
     plan.check(source)
@@ -240,13 +254,13 @@ def load(
             trust_remote_code=trust_remote_code,
             targets=targets,
             mtp=mtp,
-            placement_args=(device, moe_device, shared_device, devices, gpu_experts),
-            cache_dir=None if cache_dir is None else str(Path(cache_dir).expanduser().absolute()),
+            placement_args=(device, moe_device, shared_expert_device, devices, gpu_experts),
+            packed_cache_dir=None if packed_cache_dir is None else str(Path(packed_cache_dir).expanduser().absolute()),
         ),
         {spec.file for step in plan for spec in step.specs},
     )
     start_s = time.perf_counter()
-    packed_cache = None if cache_dir is None else open_packed_cache(cache_dir, plan, source)
+    packed_cache = None if packed_cache_dir is None else open_packed_cache(packed_cache_dir, plan, source)
     with progress_bar(sum(step.nbytes for step in plan), progress) as advance:
         try:
             load_weights(hf_model, plan, source, dtype, num_threads, advance, packed_cache, files)
@@ -268,7 +282,11 @@ def load(
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
     device_hooks.install(hf_model, devices_of, dtype)
     group_layers(hf_model)
-    _install_expert_offload(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
+    _install_expert_offload(
+        hf_model,
+        plan,
+        plan.stream_experts_min_tokens if stream_experts_min_tokens is None else stream_experts_min_tokens,
+    )
     tune_malloc()  # only now: loading has returned its temporary memory
     set_loaded_class(hf_model)
     weight_sizes = own_sizes(hf_model)

@@ -129,9 +129,11 @@ def set_experts_per_token(config: Any, count: int) -> None:
     """Sets the configuration's number of experts per token. Raises UsageError if the model does not allow it."""
     trained = getattr(config, "num_experts_per_tok", None)
     if trained is None:
-        raise UsageError(f"moe_experts={count}: {config.model_type} has no experts")
+        raise UsageError(f"num_experts_per_tok={count}: {config.model_type} has no experts")
     if not 1 <= count <= trained:
-        raise UsageError(f"moe_experts={count}: must be 1 to {trained}, the number that the model was trained with")
+        raise UsageError(
+            f"num_experts_per_tok={count}: must be 1 to {trained}, the number that the model was trained with"
+        )
     config.num_experts_per_tok = count
 
 

@@ -81,7 +81,7 @@ class BuildArguments:
     targets: dict[str, str | None]
     mtp: bool
     placement_args: tuple[Any, ...]
-    cache_dir: str | None
+    packed_cache_dir: str | None
 
     def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
         """Builds model, plan and weight source again, without the warnings that loading has already issued."""
@@ -93,7 +93,7 @@ class BuildArguments:
                 rules=self.rules,
                 dtype=self.dtype,
                 kv_dtype=self.kv_dtype,
-                moe_experts=None,  # the configuration has it
+                num_experts_per_tok=None,  # the configuration has it
                 trust_remote_code=self.trust_remote_code,
                 targets=self.targets,
                 mtp=self.mtp,
@@ -216,9 +216,9 @@ class WeightFiles:
     def _store(self, plan: Plan, source: WeightSource) -> PackedCache | None:
         """Returns the packed cache on disk if it exists, else None; checks that the memory suffices."""
         check_memory(plan)
-        if self.recipe.cache_dir is None:
+        if self.recipe.packed_cache_dir is None:
             return None
-        store: PackedCache = open_packed_cache(self.recipe.cache_dir, plan, source)
+        store: PackedCache = open_packed_cache(self.recipe.packed_cache_dir, plan, source)
         if not store.is_complete:
             store.abort()
         return store if store.is_complete else None

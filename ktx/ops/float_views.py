@@ -14,12 +14,15 @@ from torch.utils._pytree import tree_map_only
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.utils.old_names import deprecated_arguments, deprecated_members
 from ktx.utils.spawn_pickle import for_pickle
 
 CPU = torch.device("cpu")
 MAX_SPAN_VALUES = 1 << 26  # values that are dequantized at once
 
 
+@deprecated_members(place="memory_id")
+@deprecated_arguments(place="memory_id")
 @dataclass(frozen=True)
 class Floats:
     """The float values of a packed parameter.

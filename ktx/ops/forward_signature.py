@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from ktx.transformers_compat import cache_aliases, cache_name
+from ktx.utils.old_names import deprecated_members
 
 
+@deprecated_members(joined="join")
 @dataclass(frozen=True)
 class ForwardSignature:
     """The signature of the forward of a module class.

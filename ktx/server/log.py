@@ -1,4 +1,4 @@
-"""Log output as text or JSON lines. Prompts are logged only with --hide_input false."""
+"""Log output as text or JSON lines. Prompts are logged only with --log-prompts."""
 
 from __future__ import annotations
 

@@ -408,7 +408,7 @@ async def submit(
     # one constraint per request, compiled before any request is queued, because a grammar may be invalid
     constraints = [await _compile_grammar(model, engine_input.grammar) for engine_input, _ in requests]
     group = RequestGroup(engine)
-    if not model.settings.hide_input:
+    if model.settings.log_prompts:
         for engine_input in engine_inputs:
             rendered = engine_input.rendered
             log.info("asked", extra={"prompt": rendered.text or engine.tokenizer.decode(rendered.ids)})

@@ -31,7 +31,7 @@ class ServerSettings:
     max_new_tokens: int | None = None  # default limit of a request; None: the rest of the context
     force_think: bool = False
     chat_template: str | None = None
-    hide_input: bool = True
+    log_prompts: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)  # overrides the model's default sampling parameters
     max_stored_responses: int = 1000  # responses of /v1/responses that later requests can refer to
     keepalive_s: float = 15.0  # seconds between comments of a stream while there is no event

@@ -1,21 +1,25 @@
-"""Names of ktx 0.1, which still work for one release: modules that moved, and names in them that changed.
+"""Names of ktx 0.1, which still work for one release: of modules, and of what is in them.
 
 An import of an old module gives a module whose attributes are those of the new one, under old and new names, with one
-DeprecationWarning per module and name.
+DeprecationWarning per module and name. `deprecated_arguments` and `deprecated_members` do the same for the arguments of
+a function and for the members of a class. The command line's names are in `ktx.cli.arguments.OLD_OPTIONS`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
+SINCE = "since ktx 0.2; the old name ends with 0.3"
+T = TypeVar("T")
 MODULES = {  # old -> new
     "ktx.compat": "ktx.transformers_compat",
     "ktx.config": "ktx.environment",
@@ -46,6 +50,7 @@ MODULES = {  # old -> new
     "ktx.engine.sampling": "ktx.engine.sampler",
     "ktx.engine.stream": "ktx.engine.detokenizer",
     "ktx.engine.text": "ktx.engine.chat_session",
+    "ktx.ops.calls": "ktx.ops.forward_signature",
     "ktx.ops.fused": "ktx.ops.fusion.fused",
     "ktx.ops.layer": "ktx.ops.fusion.layer",
     "ktx.ops.floats": "ktx.ops.float_views",
@@ -59,10 +64,20 @@ MODULES = {  # old -> new
 NAMES = {  # new module -> its names before
     "ktx.cache.page_pool": {"Pages": "PagePool"},
     "ktx.engine.request": {"Piece": "TokenEvent", "Prompt": "PromptLogprobs"},
-    "ktx.engine.sampler": {"Sampling": "SamplingParams"},
+    "ktx.engine.prompt": {"Prompts": "PromptRenderer", "Rendered": "RenderedPrompt"},
+    "ktx.engine.sampler": {"Sampling": "SamplingParams", "Choice": "SampledToken", "Chooser": "Sampler"},
+    "ktx.engine.stats": {"Activity": "EngineStats", "Done": "StatsSnapshot"},
+    "ktx.injection.rules": {"shipped": "shipped_rules"},
     "ktx.engine.client": {"Chorus": "RequestGroup"},
     "ktx.engine.detokenizer": {"Detokeniser": "Detokenizer"},
     "ktx.loader.load": {"Handle": "LoadInfo"},
+    "ktx.ops.float_views": {
+        "matrix": "view_matrix",
+        "experts": "view_experts",
+        "plain": "view_tensor",
+        "out_of_reach": "unreadable",
+    },
+    "ktx.ops.forward_signature": {"Call": "ForwardSignature"},
     "ktx.ops.lora": {"Use": "AdapterUse"},
     "ktx.ops.packed_state": {"Stored": "PackedState"},
 }
@@ -115,14 +130,17 @@ class _Loader(Loader):
         module.__getattr__ = attribute  # type: ignore[method-assign]
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is called {new} since ktx 0.2; the old name ends with 0.3", DeprecationWarning, stacklevel=4)
+def _warn(old: str, new: str, stacklevel: int = 4) -> None:
+    warnings.warn(f"{old} is called {new} {SINCE}", DeprecationWarning, stacklevel=stacklevel)
 
 
 def install() -> None:
-    """Makes the old modules importable; without effect when they are already."""
+    """Makes the old modules importable; without effect when they are already.
+
+    The finder is the first one, because that of another, editable installation would find a checkout of ktx 0.1.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
 
 
 def old_name(module: str, name: str) -> Any:
@@ -136,3 +154,68 @@ def old_name(module: str, name: str) -> Any:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     _warn(f"{module}.{name}", f"{module}.{renamed}")
     return getattr(sys.modules[module], renamed)
+
+
+def deprecated_arguments(**names: str) -> Callable[[T], T]:
+    """Returns a decorator of a function or class, whose keyword arguments may then have their old names too.
+
+    Args:
+        names: the current name of each argument by its old one.
+    """
+
+    def decorate(target: Any) -> Any:
+        if isinstance(target, type):
+            target.__init__ = _accepting(target.__init__, target.__name__, names)  # type: ignore[misc]
+            return target
+        return _accepting(target, target.__name__, names)
+
+    return decorate
+
+
+def _accepting(function: Callable[..., Any], label: str, names: Mapping[str, str]) -> Callable[..., Any]:
+    """Returns the function with `names` as further names of its arguments.
+
+    Raises:
+        TypeError: at a call that has an argument under both names.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for old in [name for name in kwargs if name in names]:
+            if names[old] in kwargs:
+                raise TypeError(f"{label}() got both {old!r} and {names[old]!r}, its name {SINCE}")
+            _warn(f"{label}: the argument {old}", names[old], stacklevel=3)
+            kwargs[names[old]] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def deprecated_members(**names: str) -> Callable[[T], T]:
+    """Returns a decorator of a class, whose members may then be read, called and set under their old names too.
+
+    Args:
+        names: the current name of each member by its old one.
+    """
+
+    def decorate(cls: Any) -> Any:
+        for old, new in names.items():
+            setattr(cls, old, _OldMember(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}"))
+        return cls
+
+    return decorate
+
+
+class _OldMember:
+    """Descriptor that stands for another member of its class."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new = old, new
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        _warn(self.old, self.new, stacklevel=3)
+        return getattr(owner if instance is None else instance, self.new.rpartition(".")[2])
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _warn(self.old, self.new, stacklevel=3)
+        setattr(instance, self.new.rpartition(".")[2], value)

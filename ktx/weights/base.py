@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ktx.quant.types import QTYPES, QType
+from ktx.utils.old_names import deprecated_members
 from ktx.weights.verdict import Reads, Verdict
 
 EXPANDED = ".expanded"
@@ -36,6 +37,7 @@ class TensorSpec:
     offset: int
 
 
+@deprecated_members(of="from_float")
 @dataclass
 class QuantizedTensor:
     """Weights in their stored format: `data` uint8 [..., row_bytes], usually a view of the mapped file.

@@ -13,6 +13,7 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.utils.fork_handlers import ForkSafeLock
+from ktx.utils.old_names import deprecated_members
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
@@ -24,6 +25,7 @@ SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
 
 
+@deprecated_members(parts="get_parts")
 class GGUFSource:
     """Reads the headers on construction; tensors are views of the mapping, so pages are loaded on first access."""
 

@@ -99,9 +99,9 @@ def test_the_oldest_go_when_there_is_too_much(model, tmp_path):
 
 
 def test_a_cache_too_small_for_all_and_salts(model, tmp_path):
-    plain = asked(model, PROMPTS * 2, cache_lens=320, max_batch_size=3)
+    plain = asked(model, PROMPTS * 2, kv_cache_tokens=320, max_batch_size=3)
     for _ in range(2):
-        found = asked(model, PROMPTS * 2, cache_lens=320, max_batch_size=3, prefix_cache_dir=tmp_path)
+        found = asked(model, PROMPTS * 2, kv_cache_tokens=320, max_batch_size=3, prefix_cache_dir=tmp_path)
         assert [event.ids for event in found] == [event.ids for event in plain]
     with model.ktx.engine(prefix_cache_dir=tmp_path) as engine:
         done = []

@@ -131,7 +131,7 @@ def test_flags(folder, words):
         (["--cpu_infer", "0"], 2, "at least 1"),
         (["--force_think", "maybe"], 2, "true or false"),
         (["--optimize_config_path", "nope"], 4, "no such rule file"),
-        (["--moe_experts", "2"], 2, "has no experts"),
+        (["--num_experts_per_tok", "2"], 2, "has no experts"),
     ],
 )
 def test_usage_errors_are_one_line(folder, words, code, message):

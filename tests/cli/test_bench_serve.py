@@ -220,7 +220,7 @@ def test_a_server_that_does_not_start_says_why(capsys):
             "w",
             "--rules",
             "r",
-            "--moe-dtype",
+            "--quantize-experts",
             "int4",
             "--trust-remote-code",
             "--prefix-cache-gb",

@@ -74,12 +74,14 @@ def alone(loaded):
         return [answers(engine, [prompt], DRAWN)[0].ids for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("options", [{"cache_lens": 320}, {"chunk_size": 64}, {"chunk_size": 400, "max_batch_size": 8}])
+@pytest.mark.parametrize(
+    "options", [{"kv_cache_tokens": 320}, {"chunk_size": 64}, {"chunk_size": 400, "max_batch_size": 8}]
+)
 def test_a_small_cache_and_any_chunk_give_the_same(loaded, alone, options):
     with loaded[0].ktx.engine(**options) as engine:
         found = answers(engine, PROMPTS, DRAWN)
     assert [event.ids for event in found] == alone
-    if "cache_lens" in options:
+    if "kv_cache_tokens" in options:
         assert sum(event.usage.preempted for event in found)
 
 
@@ -148,7 +150,7 @@ def test_stop_ids_end_the_answer(llama):
 @pytest.mark.wall_clock
 def test_cancelling_gives_everything_back_within_a_second(llama):
     model, _ = llama
-    with model.ktx.engine(cache_lens=4096) as engine:
+    with model.ktx.engine(kv_cache_tokens=4096) as engine:
         heard = []
         requests = [
             engine.submit(prompt, SamplingParams(max_new_tokens=100000, ignore_eos=True), heard.append)
@@ -244,7 +246,7 @@ def answers_or_none(engine):
 
 def test_what_can_never_be_answered_is_refused_with_the_numbers(llama):
     model, _ = llama
-    with model.ktx.engine(cache_lens=128, max_queue=2, max_batch_size=1) as engine:
+    with model.ktx.engine(kv_cache_tokens=128, max_queue=2, max_batch_size=1) as engine:
         with pytest.raises(UsageError, match="129 tokens, the context holds 128"):
             engine.submit([9] * 129, SamplingParams(), print)
         with pytest.raises(UsageError, match="empty"):
@@ -264,7 +266,7 @@ def test_what_can_never_be_answered_is_refused_with_the_numbers(llama):
         engine.submit([9], SamplingParams(), print)
 
 
-@pytest.mark.parametrize("name", ["max_batch_size", "chunk_size", "cache_lens", "max_queue", "max_context"])
+@pytest.mark.parametrize("name", ["max_batch_size", "chunk_size", "kv_cache_tokens", "max_queue", "max_context"])
 def test_options_out_of_range_are_refused(llama, name):
     with pytest.raises(UsageError, match=f"{name} is 0"):
         llama[0].ktx.engine(**{name: 0})

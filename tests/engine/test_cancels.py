@@ -196,7 +196,7 @@ def test_a_request_that_fails_after_its_forward_leaves_nothing_wrong(model, alon
 
 
 def test_pages_given_up_by_a_small_cache_change_nothing(model, alone):
-    with model.ktx.engine(max_batch_size=3, cache_lens=448, chunk_size=128) as engine:
+    with model.ktx.engine(max_batch_size=3, kv_cache_tokens=448, chunk_size=128) as engine:
         which = [3, 5, 2, 0]
         asked = [Asked(engine, PROMPTS[i]) for i in which]
         leaving = Asked(engine, LONG[:300])
@@ -228,7 +228,7 @@ def test_a_neighbour_loses_less_than_the_others_computation_saves(model):
 
 def test_any_order_of_asking_leaving_and_failing_gives_each_its_own_answer(model, alone):
     """Five rounds, or as many as CANCEL_ROUNDS says."""
-    with model.ktx.engine(max_batch_size=4, chunk_size=192, cache_lens=1536) as engine:
+    with model.ktx.engine(max_batch_size=4, chunk_size=192, kv_cache_tokens=1536) as engine:
         layers = len(model.get_decoder().layers)
         for number in range(ROUNDS):
             dice = random.Random(number)

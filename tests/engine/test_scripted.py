@@ -33,7 +33,7 @@ def test_it_says_what_it_is_told(tmp_path):
 
 def test_many_at_once_in_a_small_cache_hear_their_own():
     prompts = [f"request {i} " + "x" * (i * 13 % 90) for i in range(40)]
-    with scripted_engine(TOK, Options(cache_lens=512, max_batch_size=4), read_script(None, TOK)) as engine:
+    with scripted_engine(TOK, Options(kv_cache_tokens=512, max_batch_size=4), read_script(None, TOK)) as engine:
         assert said(engine, *prompts) == [prompt[-64:] for prompt in prompts]
         engine.check_integrity()
 

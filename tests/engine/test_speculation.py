@@ -129,7 +129,7 @@ def test_answers_with_prompt_lookup_are_those_without(loaded, how):
     sampling = SamplingParams(max_new_tokens=60, ignore_eos=True, **how)
     with model.ktx.engine() as engine:
         plain, steps = [event.ids for event in answers(engine, PROMPTS, sampling)], engine.steps
-    for options in ({}, {"cache_lens": 384, "max_batch_size": 3}):
+    for options in ({}, {"kv_cache_tokens": 384, "max_batch_size": 3}):
         with model.ktx.engine(speculative="prompt_lookup", **options) as engine:
             found = answers(eager(engine), PROMPTS, sampling)
             if not how and not options:
@@ -161,7 +161,7 @@ def test_mtp_in_a_cache_too_small_for_all(demo):
     sampling = SamplingParams(max_new_tokens=100, temperature=0.8, seed=1, ignore_eos=True)
     with model.ktx.engine() as engine:
         plain = [event.ids for event in answers(engine, prompts, sampling)]
-    with model.ktx.engine(speculative="mtp", cache_lens=320, draft_tokens=3) as engine:
+    with model.ktx.engine(speculative="mtp", kv_cache_tokens=320, draft_tokens=3) as engine:
         found = answers(eager(engine), prompts, sampling)
     assert [event.ids for event in found] == plain
     assert sum(event.usage.preempted for event in found)

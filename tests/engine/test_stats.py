@@ -31,14 +31,14 @@ def asked(engine, *prompts, tokens=5):
 
 
 def test_an_engine_begins_with_nothing(model):
-    with model[0].ktx.engine(cache_lens=256) as engine:
+    with model[0].ktx.engine(kv_cache_tokens=256) as engine:
         done = engine.stats.snapshot()
         assert done.nbytes == done.expert_bytes == done.prompt_tokens == done.answer_tokens == 0 and done.seconds == 0
         assert done.layers == {1: (0,) * 16}
 
 
 def test_bytes_are_those_of_every_forward(model):
-    with model[0].ktx.engine(cache_lens=512, chunk_size=PAGE_TOKENS) as engine:
+    with model[0].ktx.engine(kv_cache_tokens=512, chunk_size=PAGE_TOKENS) as engine:
         (usage,) = asked(engine, "a" * 100, tokens=6)  # two forwards for the prompt, of which the second makes logits
         done, reads = engine.stats.snapshot(), WeightTraffic.of(model[0])
         assert (done.prompt_tokens, done.answer_tokens) == (usage.prompt, usage.answer) == (100, 6)
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_every_forward(model):
 
 
 def test_what_is_shared_is_not_computed(model):
-    with model[0].ktx.engine(cache_lens=1024) as engine:
+    with model[0].ktx.engine(kv_cache_tokens=1024) as engine:
         asked(engine, "b" * 200)
         before = engine.stats.snapshot()
         (usage,) = asked(engine, "b" * 200)
@@ -71,7 +71,7 @@ def test_sequences_one_after_another_read_the_weights_each(model):
 
 
 def test_it_can_be_read_while_answers_are_made(model):
-    with model[0].ktx.engine(cache_lens=1024, max_batch_size=4) as engine:
+    with model[0].ktx.engine(kv_cache_tokens=1024, max_batch_size=4) as engine:
         seen, stop = [], threading.Event()
 
         def look():

@@ -38,7 +38,7 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def streamed(qwen):
-    return qwen.load(None, devices=BLOCK, stream_experts=3)
+    return qwen.load(None, devices=BLOCK, stream_experts_min_tokens=3)
 
 
 class Recording(ThreadStream):
@@ -64,7 +64,7 @@ class Recording(ThreadStream):
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_a_prompt_is_what_the_cpu_says(tmp_path, family):
     twins = Twins(tmp_path, family)
-    model = twins.load(twins.rules(Experts="cpu"), stream_experts=2)
+    model = twins.load(twins.rules(Experts="cpu"), stream_experts_min_tokens=2)
     assert (logits(model) - logits(twins.cpu)).abs().max() < BOUND
     assert sum(sum(block.experts.counts[: block.experts.total]) for block in blocks(model)) == 0  # the CPU did nothing
 
@@ -82,10 +82,10 @@ def test_formats(tmp_path, quant):
     small = {"hidden_size": 256, "num_hidden_layers": 1, "moe_intermediate_size": 256}
     small |= {"num_experts": 2, "num_experts_per_tok": 1}
     twins = Twins(tmp_path, "qwen3_moe", quant, **small)
-    model = twins.load(None, devices=BLOCK, stream_experts=2)
+    model = twins.load(None, devices=BLOCK, stream_experts_min_tokens=2)
     experts = blocks(model)[0].experts
     assert relative(logits(model, IDS[:, :2]), logits(twins.cpu, IDS[:, :2])) < 2e-2
-    whole = twins.load(None, devices={r"\.mlp$": "cuda:0"}, stream_experts="off")
+    whole = twins.load(None, devices={r"\.mlp$": "cuda:0"}, stream_experts_min_tokens="off")
     streamer = blocks(model)[0].streamer
     for name, planes in zip(PROJECTIONS, streamer.matrices, strict=True):
         assert torch.equal(planes.data, blocks(whole)[0].experts.weights[name].data)
@@ -144,7 +144,7 @@ def test_beside_a_share_and_with_experts_that_are_put_off(tmp_path):
     twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=3)
     for more in ({}, {"defer_experts": 1}):
         on_cpu = twins.load(None, **more)
-        model = twins.load(twins.rules(Experts="cpu"), gpu_experts=3, stream_experts=2, **more)
+        model = twins.load(twins.rules(Experts="cpu"), gpu_experts=3, stream_experts_min_tokens=2, **more)
         counted = [EngineStats(one) for one in (on_cpu, model)]
         assert (logits(model) - logits(on_cpu)).abs().max() < BOUND
         wanted, found = (activity.snapshot() for activity in counted)
@@ -161,7 +161,7 @@ def test_whoever_listens_to_experts_hears_them(qwen, streamed):
 
 def test_auto_measures_and_off_is_off(qwen):
     for word in ("auto", "off", False, None):
-        model = qwen.load(None, devices=BLOCK, stream_experts=word)
+        model = qwen.load(None, devices=BLOCK, stream_experts_min_tokens=word)
         assert all(block.streamer is None for block in blocks(model))  # on a pretended GPU nothing is gained
     assert microbench.min_tokens_to_stream(20 * 10**9, 10**8, 20.0, 200.0) == 1000
     assert microbench.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == microbench.MIN_STREAM_TOKENS
@@ -169,13 +169,17 @@ def test_auto_measures_and_off_is_off(qwen):
 
 def test_other_words_are_errors_before_anything_is_read(qwen):
     for word in ("many", 0, -3, 2.5, "1e3", True):
-        with pytest.raises(UsageError, match="stream_experts: must be auto, off or a number of tokens, found"):
-            qwen.load(None, stream_experts=word)
+        with pytest.raises(
+            UsageError, match="stream_experts_min_tokens: must be auto, off or a number of tokens, found"
+        ):
+            qwen.load(None, stream_experts_min_tokens=word)
 
 
 def test_what_has_no_use_is_told(qwen):
-    with pytest.warns(UserWarning, match="stream_experts=9: no layer has its experts on the CPU and its MoE block on"):
-        qwen.load(None, devices={r"\.mlp$": "cuda:0"}, stream_experts=9)
+    with pytest.warns(
+        UserWarning, match="stream_experts_min_tokens=9: no layer has its experts on the CPU and its MoE block on"
+    ):
+        qwen.load(None, devices={r"\.mlp$": "cuda:0"}, stream_experts_min_tokens=9)
 
 
 def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, monkeypatch):

@@ -64,7 +64,7 @@ class Placed:
             return [event.ids for event in answers(engine, prompts, sampling)]
 
     def engine(self, **options):
-        return self.model.ktx.engine(**({"max_batch_size": 4, "chunk_size": 16, "cache_lens": 512} | options))
+        return self.model.ktx.engine(**({"max_batch_size": 4, "chunk_size": 16, "kv_cache_tokens": 512} | options))
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -126,7 +126,7 @@ def test_requests_join_and_leave_and_prompts_are_computed_between(placed):
 def test_a_request_that_gave_its_pages_up_goes_on_the_same(hybrid):
     """Two sequences grow into a second page, for which there is no room: the younger one is computed again."""
     prompts = [[(i * 31 + j * 7) % 200 + 9 for j in range(63)] for i in range(2)]
-    with hybrid.engine(max_batch_size=2, cache_lens=192, prefix_cache=False, chunk_size=128) as engine:
+    with hybrid.engine(max_batch_size=2, kv_cache_tokens=192, prefix_cache=False, chunk_size=128) as engine:
         steps = Steps(engine)
         found = answers(engine, prompts, SHORT)
     assert [event.ids for event in found] == hybrid.on_cpu(prompts, SHORT)
@@ -268,7 +268,7 @@ def test_what_is_captured_is_told_and_an_option_switches_it_off(hybrid, caplog):
         assert engine.runner.graphs is None
         buffers = [buffer for layer in engine.runner.cache.layers for buffer in layer.buffers]
         assert all(len(buffer) == engine.runner.pages for buffer in buffers)
-    for words, wanted in ([], True), (["--no_cuda_graphs"], False), (["--no-cuda-graphs", "false"], True):
+    for words, wanted in ([], True), (["--no_cuda_graphs"], False), (["--cuda-graphs"], True):
         assert make_engine_options(build_parser().parse_args(["serve", *words]))["cuda_graphs"] is wanted
 
 
@@ -343,10 +343,13 @@ def test_the_benchmark_compares_both_ways(hybrid, monkeypatch, tmp_path, capsys)
 
 
 def test_beside_a_share_of_the_experts_and_prompts_that_bring_the_others(hybrid):
-    weights, options = hybrid.folder / "model.gguf", {"device": "cuda", "gpu_experts": 3, "stream_experts": 2}
+    weights, options = (
+        hybrid.folder / "model.gguf",
+        {"device": "cuda", "gpu_experts": 3, "stream_experts_min_tokens": 2},
+    )
     model = ktx.load(hybrid.folder, weights, progress=False, **F32, **options)[0]
     block = model.model.layers[1].mlp
-    with model.ktx.engine(max_batch_size=4, chunk_size=16, cache_lens=512) as engine:
+    with model.ktx.engine(max_batch_size=4, chunk_size=16, kv_cache_tokens=512) as engine:
         replayed = engine.runner.graphs
         assert block.should_stream(torch.zeros(2, 64)) and not block.should_stream(torch.zeros(1, 64))
         before = block.experts.counts[: block.experts.total].clone()

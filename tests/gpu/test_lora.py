@@ -39,7 +39,7 @@ def test_an_adapter_on_a_gpu(tmp_path):
             usual = adapted(IDS).logits
     assert relative(usual, expected) > 1e-2
     mine.ktx.tokenizer = tokenizer()
-    with mine.ktx.engine(max_batch_size=2, cache_lens=256, cuda_graphs=True) as engine:
+    with mine.ktx.engine(max_batch_size=2, kv_cache_tokens=256, cuda_graphs=True) as engine:
         for lora, logits in (("one", expected), ((), usual)):
             sampling = SamplingParams(max_new_tokens=1, ignore_eos=True)
             events = [event for _, event in engine.generate([IDS[0].tolist()], sampling, lora)]

@@ -106,10 +106,10 @@ def test_pretended_gpus_need_the_interpreter(moe, monkeypatch):
 
 def test_packed_weights_are_kept_on_disk_for_what_is_on_the_cpu(moe, tmp_path):
     for _ in range(2):
-        placed = moe.load(moe.rules(Experts="cpu"), cache_dir=tmp_path)
+        placed = moe.load(moe.rules(Experts="cpu"), packed_cache_dir=tmp_path)
         assert (logits(placed) - logits(moe.cpu)).abs().max() < 3e-5
     assert len(list(tmp_path.iterdir())) == 1
-    moe.load(moe.rules(rest="cpu"), cache_dir=tmp_path)
+    moe.load(moe.rules(rest="cpu"), packed_cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -145,7 +145,7 @@ def test_floats_become_what_is_asked_for_on_both_sides(tmp_path):
     original = tiny("qwen3_moe", **SMALL, num_attention_heads=2)
     original.config.save_pretrained(tmp_path)
     save_file(apart(original.state_dict(), "bf16"), tmp_path / "model.safetensors")
-    model = load(tmp_path, None, dtype=torch.float32, devices=BLOCK, gpu_experts=2, moe_dtype="int4")
+    model = load(tmp_path, None, dtype=torch.float32, devices=BLOCK, gpu_experts=2, quantize_experts="int4")
     experts = model.model.layers[0].mlp.experts
     assert {w.qtype.name for part in (experts, experts.on_gpu) for w in part.weights.values()} == {"INT4_128"}
 
@@ -185,7 +185,7 @@ def test_a_rule_says_it_for_its_layers_and_stands_before_the_option(tmp_path):
 
 def test_packed_weights_on_disk_are_those_of_their_share(v3, tmp_path):
     for count in (3, 5, 3, 5):
-        model = v3.load(v3.rules(Experts="cpu"), gpu_experts=count, cache_dir=tmp_path)
+        model = v3.load(v3.rules(Experts="cpu"), gpu_experts=count, packed_cache_dir=tmp_path)
         assert experts_of(model).num_experts == 8 - count == experts_of(model).weights["up_proj"].matrices
         assert (logits(model) - logits(v3.cpu)).abs().max() < BOUND
     assert len(list(tmp_path.iterdir())) == 2

@@ -162,7 +162,7 @@ def test_one_word_puts_everything_but_the_routed_experts_on_a_gpu(two):
 
 
 def test_experts_and_shared_experts_go_where_they_are_sent(two):
-    found = devices(ktx.plan(*DEMO, device="cuda", moe_device="numa", shared_device="cpu"))
+    found = devices(ktx.plan(*DEMO, device="cuda", moe_device="numa", shared_expert_device="cpu"))
     assert found["model.layers.1.mlp.shared_experts.up_proj"] == found["model.layers.1.mlp.experts"] == "cpu"
     assert found["model.layers.1.mlp.gate"] == "cuda:0"
     found = devices(ktx.plan(*DEMO, moe_device="cuda:1"))

@@ -118,7 +118,7 @@ def test_a_folder_with_safetensors(floats, gguf):
 
 def test_rules_and_options_are_those_of_load(floats, tmp_path):
     (tmp_path / "rules.yaml").write_text("- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n")
-    words = {"rules": tmp_path / "rules.yaml", "weight_dtype": "int8"}
+    words = {"rules": tmp_path / "rules.yaml", "quantize": "int8"}
     model, right = loaded(floats, words=words), load(floats, None, kv_dtype="f32", **words)
     assert torch.equal(answer(model), answer(right)) and str(model.ktx.plan) == str(right.ktx.plan)
     own = inspect.signature(ktx.load).parameters
@@ -166,7 +166,7 @@ def test_attention_and_experts(floats):
 def test_a_configuration_and_its_settings_count(floats):
     config = AutoConfig.from_pretrained(floats)
     config.num_experts_per_tok = 1
-    right = load(floats, None, kv_dtype="f32", moe_experts=1)
+    right = load(floats, None, kv_dtype="f32", num_experts_per_tok=1)
     assert torch.equal(answer(loaded(floats, config=config)), answer(right))
     assert torch.equal(answer(loaded(floats, num_experts_per_tok=1)), answer(right))
     assert not torch.equal(answer(loaded(floats)), answer(right))
@@ -394,7 +394,7 @@ def test_the_name_is_imported_when_it_is_asked_for():
 @pytest.fixture(scope="module")
 def packed(floats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    load(floats, None, weight_dtype="int8").save_pretrained(folder, packed=True, progress=False)
+    load(floats, None, quantize="int8").save_pretrained(folder, packed=True, progress=False)
     return folder
 
 
@@ -410,8 +410,8 @@ def test_options_of_a_packed_folder_count(packed, floats):
     """Those that are given, and not the two words in its configuration; and nothing warns of the contrary."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = loaded(packed, words={"moe_experts": 1})
-    assert torch.equal(answer(made), answer(load(packed, None, kv_dtype="f32", moe_experts=1)))
+        made = loaded(packed, words={"num_experts_per_tok": 1})
+    assert torch.equal(answer(made), answer(load(packed, None, kv_dtype="f32", num_experts_per_tok=1)))
     assert made.ktx.kv_dtype is torch.float32 or made.ktx.kv_dtype == "f32"
     made = loaded(packed, words={"weights": floats})
     assert torch.equal(answer(made), answer(loaded(floats)))

@@ -130,7 +130,7 @@ def test_the_engine_answers_as_generate_does(pair):
     if family == "deepseek_v32":
         prompts = [prompt[:8] for prompt in prompts]  # indices of equal scores depend on how a prompt is cut
     model.ktx.tokenizer = tokenizer()
-    with model.ktx.engine(cache_lens=1024, chunk_size=32) as engine:
+    with model.ktx.engine(kv_cache_tokens=1024, chunk_size=32) as engine:
         assert type(engine.runner) is OTHERS[family][1]
         if not getattr(engine.runner, "in_chunks", True):
             with pytest.raises(UsageError, match=f"a {model.config.model_type} computes prompts in one forward"):

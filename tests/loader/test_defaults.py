@@ -80,7 +80,7 @@ def answers(model):
     steps = [model(IDS[:, i : i + 1], past_key_values=cache).logits.detach() for i in (70, 71)]
     more = model.generate(IDS[:, :12], max_new_tokens=3, do_sample=False, pad_token_id=0)
     model.ktx.tokenizer = tokenizer()
-    with model.ktx.engine(cache_lens=256, chunk_size=32) as engine:
+    with model.ktx.engine(kv_cache_tokens=256, chunk_size=32) as engine:
         drawn = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.7, seed=5, repetition_penalty=1.1)
         (*_, (_, end)) = engine.generate([IDS[0, :40].tolist()], drawn)
     assert whole.dtype == torch.float32

@@ -214,10 +214,10 @@ def test_two_models_in_one_process(qwen, tmp_path):
 
 
 def test_fewer_experts(qwen):
-    assert load(qwen[0], moe_experts=1).model.layers[0].mlp.gate.top_k == 1
+    assert load(qwen[0], num_experts_per_tok=1).model.layers[0].mlp.gate.top_k == 1
     for wrong in (0, 9):
         with pytest.raises(UsageError, match="must be 1 to 3"):
-            load(qwen[0], moe_experts=wrong)
+            load(qwen[0], num_experts_per_tok=wrong)
 
 
 def test_safetensors_folder(qwen, tmp_path):
@@ -458,7 +458,7 @@ def test_unknown_variables_are_told(qwen, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "linear", "experts"),
-    [({"weight_dtype": "int8"}, "Q8_0", "Q8_0"), ({"moe_dtype": "int4"}, "BF16", "Q4_0")],
+    [({"quantize": "int8"}, "Q8_0", "Q8_0"), ({"quantize_experts": "int4"}, "BF16", "Q4_0")],
 )
 def test_float_weights_become_integers_on_loading(tmp_path, words, linear, experts):
     """The tiny model's expert width of 96 takes groups of 32; a wide layer takes 128."""
@@ -482,8 +482,8 @@ def test_float_weights_become_integers_on_loading(tmp_path, words, linear, exper
 
 
 def test_a_type_that_cannot_be_made_is_told(tmp_path):
-    with pytest.raises(UsageError, match=r"moe_dtype 'int5'.*(int4|int8)"):
-        ktx.plan(tmp_path, moe_dtype="int5")
+    with pytest.raises(UsageError, match=r"quantize_experts 'int5'.*(int4|int8)"):
+        ktx.plan(tmp_path, quantize_experts="int5")
 
 
 def test_what_caches_keep(qwen, tmp_path):
@@ -521,7 +521,7 @@ for line in sys.stdin:  # a process each, that has its imports already
         import ktx, ktx.loader.load
         folder, cache = json.loads(line)
         ktx.loader.load.read_tokenizer = lambda *args: None
-        model, _ = ktx.load(folder, folder + "/m.gguf", progress=False, cache_dir=cache or None)
+        model, _ = ktx.load(folder, folder + "/m.gguf", progress=False, packed_cache_dir=cache or None)
         logits = model(input_ids=torch.arange(3, 40)[None]).logits
         mapped = "packed.bin" in open("/proc/self/maps").read()
         print(json.dumps({"mapped": mapped, "sum": logits.double().abs().sum().item(), "held": model.ktx.nbytes}), flush=True)
@@ -592,16 +592,16 @@ def test_mapped_weights_move_to_memory(tmp_path):
 
 def test_a_cache_folder_that_cannot_be(qwen, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cache_dir .*file.*cannot be created"):
-        load(qwen[0], cache_dir=tmp_path / "file" / "below")
+    with pytest.raises(UsageError, match="packed_cache_dir .*file.*cannot be created"):
+        load(qwen[0], packed_cache_dir=tmp_path / "file" / "below")
     with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match="0.0 GB are free on that disk"):
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        load(qwen[0], cache_dir=tmp_path)
+        load(qwen[0], packed_cache_dir=tmp_path)
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.warns(UserWarning, match="were not cached: No space left"):
-        model = load(qwen[0], cache_dir=tmp_path / "packed")
+        model = load(qwen[0], packed_cache_dir=tmp_path / "packed")
     assert logits(model).isfinite().all() and not list((tmp_path / "packed").iterdir())

@@ -123,7 +123,7 @@ def test_a_copy_has_a_handle_of_its_own(chat):
     assert len(chat.ktx.notes) == len(other.ktx.notes) - 1 and len(chat.ktx.plan) == len(other.ktx.plan) + 1
     del chat
     gc.collect()
-    with other.ktx.engine(max_batch_size=1, cache_lens=256) as engine:
+    with other.ktx.engine(max_batch_size=1, kv_cache_tokens=256) as engine:
         ((_, last),) = [event for event in engine.generate(["a b c"]) if hasattr(event[1], "reason")][-1:]
     assert last.usage["completion_tokens"] if isinstance(last.usage, dict) else last.usage
     assert torch.equal(answers(other), right)
@@ -168,14 +168,14 @@ def test_parts_of_a_model(chat, make, path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"moe_dtype": "int8"},
-        {"weight_dtype": "int4"},
+        {"quantize_experts": "int8"},
+        {"quantize": "int4"},
         {"kv_dtype": "q8_0"},
-        {"moe_experts": 2},
+        {"num_experts_per_tok": 2},
         {"defer_experts": 1},
         {"dtype": torch.bfloat16},
         {"rules": "list"},
-        {"cache_dir": "here"},
+        {"packed_cache_dir": "here"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -183,8 +183,8 @@ def test_what_a_model_was_loaded_with_holds_for_its_copies(tmp_path, options):
     if "rules" in options:
         rules = load_rules("qwen3-moe")
         options = {"rules": [ktx.Rule(name=r"^model\.layers\.0\.self_attn$", replace=None), *rules]}
-    if "cache_dir" in options:
-        options = {"cache_dir": tmp_path / "packed"}
+    if "packed_cache_dir" in options:
+        options = {"packed_cache_dir": tmp_path / "packed"}
         floats_of("qwen3_moe", tmp_path / "model", **options)  # the second one maps what this has written
     model = floats_of("qwen3_moe", tmp_path / "model", **options)
     right = answers(model)
@@ -195,7 +195,7 @@ def test_what_a_model_was_loaded_with_holds_for_its_copies(tmp_path, options):
 
 def test_mapped_weights_are_mapped_again(tmp_path):
     for _ in range(2):
-        model = floats_of("qwen3_moe", tmp_path / "model", cache_dir=tmp_path / "packed")
+        model = floats_of("qwen3_moe", tmp_path / "model", packed_cache_dir=tmp_path / "packed")
     text, files = pickle.dumps(model), sorted((tmp_path / "packed").rglob("*"))
     other = pickle.loads(text)
     assert torch.equal(answers(other), answers(model)) and sorted((tmp_path / "packed").rglob("*")) == files

@@ -95,7 +95,7 @@ def test_beside_a_model_from_gguf_and_in_an_engine(tmp_path):
     model.ktx.use_lora()
     model.ktx.tokenizer = tokenizer()
     prompt = IDS[0, :70].tolist()
-    with model.ktx.engine(max_batch_size=4, cache_lens=1024) as engine:
+    with model.ktx.engine(max_batch_size=4, kv_cache_tokens=1024) as engine:
         (plain, one, other), cached = ask(engine, [(prompt, ()), (prompt, "file"), (prompt, "folder")])
     assert one == other != plain and cached == [0, 0, 0]
 

@@ -151,7 +151,7 @@ def ask(engine, asked, new=6, **more):
 def test_requests_of_one_step_have_their_own_adapters(model, right):
     choices = [(), ("one",), "two", ("two", "one")]
     asked = [(prompt, choices[(i + j) % 4]) for j, prompt in enumerate(PROMPTS) for i in range(4)]
-    with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
+    with model.ktx.engine(max_batch_size=6, kv_cache_tokens=4096) as engine:
         found, cached = ask(engine, asked)
         again, cached_again = ask(engine, asked)
         engine.check_integrity()
@@ -166,7 +166,7 @@ def test_requests_of_one_step_have_their_own_adapters(model, right):
 def test_requests_that_name_none_have_those_in_use(model, right):
     model.ktx.use_lora("two")
     try:
-        with model.ktx.engine(max_batch_size=2, cache_lens=1024) as engine:
+        with model.ktx.engine(max_batch_size=2, kv_cache_tokens=1024) as engine:
             (ids, base), _ = ask(engine, [(PROMPTS[0], None), (PROMPTS[0], ())])
         with torch.no_grad():
             assert relative(model(input_ids=IDS).logits, right(IDS, "two")) < NEAR
@@ -192,7 +192,7 @@ def test_adapters_come_and_go_in_a_running_engine(folder, right):
     def ended():
         return next(event for event in iter(events.get, None) if isinstance(event, Finished))
 
-    with mine.ktx.engine(max_batch_size=4, cache_lens=4096) as engine:
+    with mine.ktx.engine(max_batch_size=4, kv_cache_tokens=4096) as engine:
         plain = ask(engine, [(prompt, ())])[0]
         assert engine.load_lora(folder / "one", "style") == "style"
         with pytest.raises(UsageError, match="already"):
@@ -225,7 +225,7 @@ def test_a_factor_on_a_requests_adapter(model, folder):
         (AdapterUse("half", 2.0), "one"),
     ]
     try:
-        with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
+        with model.ktx.engine(max_batch_size=6, kv_cache_tokens=4096) as engine:
             asked = [(prompt, lora) for prompt in PROMPTS[:3] for pair in pairs for lora in pair]
             found, cached = ask(engine, asked)
             base, none = ask(engine, [(PROMPTS[1], ()), (PROMPTS[1], AdapterUse("one", 0.0))])[0]
@@ -498,7 +498,7 @@ def test_forwards_beside_an_engine_are_computed_with_the_adapters_in_use(plain, 
                 if done.is_set():
                     return
 
-    with mine.ktx.engine(max_batch_size=2, cache_lens=1024, prefix_cache=False) as engine:
+    with mine.ktx.engine(max_batch_size=2, kv_cache_tokens=1024, prefix_cache=False) as engine:
         alone = [ask(engine, [(PROMPTS[2], name)], new=24)[0] for name in ("one", (), "two")]
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(forwards)
@@ -521,7 +521,7 @@ def test_names(plain):
     with pytest.raises(UsageError, match="two LoRA adapters"):
         load(plain, None, lora=[plain / "one", plain / "one"])
     mine.ktx.tokenizer = tokenizer()
-    with mine.ktx.engine(cache_lens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter named 'x'"):
+    with mine.ktx.engine(kv_cache_tokens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter named 'x'"):
         engine.submit([1], SamplingParams(), print, lora="x")
 
 

@@ -55,7 +55,7 @@ def loaded(folder, **more):
 def test_a_family_with_rules_has_none(caplog):
     with caplog.at_level(logging.INFO, "ktx.model.notes"):
         model, _ = ktx.load(demo.path(), demo.gguf(), progress=False)
-        with model.ktx.engine(cache_lens=2048, max_batch_size=1):
+        with model.ktx.engine(kv_cache_tokens=2048, max_batch_size=1):
             assert model.ktx.notes == [] and not [r for r in caplog.records if r.name == "ktx.model.notes"]
     assert ktx.plan(demo.path(), demo.gguf()).model_notes == []
 
@@ -93,15 +93,17 @@ def test_attention_of_transformers_is_told_and_an_engine_that_is_serial_for_it(q
     model = loaded(qwen, rules=EXPERTS)
     (note,) = [note for note in model.ktx.notes if note.code == "attention"]
     assert "model.layers.0.self_attn" in note.text and "serial" not in codes(model.ktx.notes)
-    with model.ktx.engine(cache_lens=512, max_batch_size=2):
+    with model.ktx.engine(kv_cache_tokens=512, max_batch_size=2):
         (note,) = [note for note in model.ktx.notes if note.code == "serial"]
         assert "one after another" in note.text and "self_attn is transformers' own" in note.text
         before = list(model.ktx.notes)
-    with model.ktx.engine(cache_lens=512, max_batch_size=2):
+    with model.ktx.engine(kv_cache_tokens=512, max_batch_size=2):
         assert model.ktx.notes == before  # once
 
 
-@pytest.mark.parametrize("options, holds", [({"cache_lens": 256}, 256), ({"cache_lens": 512, "max_context": 64}, 64)])
+@pytest.mark.parametrize(
+    "options, holds", [({"kv_cache_tokens": 256}, 256), ({"kv_cache_tokens": 512, "max_context": 64}, 64)]
+)
 def test_a_context_that_is_cut_is_told_as_long_as_it_is(qwen, caplog, options, holds):
     model = loaded(qwen)
     limit = model.config.max_position_embeddings
@@ -110,15 +112,15 @@ def test_a_context_that_is_cut_is_told_as_long_as_it_is(qwen, caplog, options, h
         (note,) = model.ktx.notes
         assert note.code == "context" and f"at most {holds} of the model's {limit} tokens" in note.text
     assert note.text in caplog.text
-    with model.ktx.engine(max_batch_size=1, cache_lens=limit):
+    with model.ktx.engine(max_batch_size=1, kv_cache_tokens=limit):
         assert model.ktx.notes == []
 
 
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"weight_dtype": "int8"}, "Linear weights should become int8, but none of them is a float matrix"),
-        ({"moe_dtype": "int4"}, "Experts weights should become int4, but none of them is a float matrix"),
+        ({"quantize": "int8"}, "Linear weights should become int8, but none of them is a float matrix"),
+        ({"quantize_experts": "int4"}, "Experts weights should become int4, but none of them is a float matrix"),
         ({"kv_dtype": "fp8"}, "kv_dtype fp8: layers on the CPU use q8_0"),
     ],
 )
@@ -129,7 +131,9 @@ def test_an_option_without_effect_is_told(qwen, options, told):
 
 
 def test_an_option_with_effect_is_not(stranger):
-    assert "flag" not in codes(ktx.plan(stranger, weight_dtype="int8", moe_dtype="int8", kv_dtype="q8_0").model_notes)
+    assert "flag" not in codes(
+        ktx.plan(stranger, quantize="int8", quantize_experts="int8", kv_dtype="q8_0").model_notes
+    )
 
 
 def test_blocks_that_a_gpu_does_not_keep_are_told(qwen, monkeypatch):
@@ -158,7 +162,7 @@ def test_what_loading_warns_of_is_a_note_too(qwen):
 
 def test_health_returns_them(qwen):
     model, words = ktx.load(qwen, qwen / "model.gguf", EXPERTS, progress=False)
-    with model.ktx.engine(cache_lens=256, max_batch_size=1) as engine, serving(engine) as (base, _):
+    with model.ktx.engine(kv_cache_tokens=256, max_batch_size=1) as engine, serving(engine) as (base, _):
         told = httpx.get(f"{base}/health").json()["notes"]
     assert told == [{"code": note.code, "text": note.text} for note in model.ktx.notes]
     assert list(dict.fromkeys(note["code"] for note in told)) == ["attention", "kept", "serial", "context"]

@@ -88,7 +88,7 @@ def test_an_adapter_computes_what_it_does_in_transformers(two, kind, tmp_path):
     expected = likeliest(theirs)
     base = ours.get_base_model()
     base.ktx.tokenizer = tokenizer()
-    with base.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
+    with base.ktx.engine(max_batch_size=1, kv_cache_tokens=512) as engine:
         events = engine.generate([PROMPT[0].tolist()], SamplingParams(max_new_tokens=8, ignore_eos=True))
         assert [event.ids for _, event in events if hasattr(event, "reason")] == [expected]
     with ours.disable_adapter():

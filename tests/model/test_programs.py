@@ -180,7 +180,7 @@ def test_attention_that_is_not_causal(two, family):
     batch = [model(input_ids=IDS[:, :18].view(2, 9), attention_mask=padded).logits for model in (mine, right)]
     assert relative(batch[0][:, 4:], batch[1][:, 4:]) < NEAR
     if family in ("llama", "deepseek_v3"):
-        with pytest.raises(UsageError, match="is_causal is False"), mine.ktx.engine(cache_lens=512) as engine:
+        with pytest.raises(UsageError, match="is_causal is False"), mine.ktx.engine(kv_cache_tokens=512) as engine:
             list(engine.generate([IDS[0, :9].tolist()]))
 
 

@@ -123,7 +123,7 @@ def test_latent_attention(tmp_path, split, quant, absorb):
     assert same(load(tmp_path / "packed", None), mine)  # few tokens take the absorbed form by any rules
 
 
-@pytest.mark.parametrize("name", ["weight_dtype", "moe_dtype"])
+@pytest.mark.parametrize("name", ["quantize", "quantize_experts"])
 @pytest.mark.parametrize("made", ["int8", "int4", "int4g64"])
 def test_types_made_while_loading(tmp_path, name, made):
     tiny("qwen3_moe", moe_intermediate_size=128).save_pretrained(tmp_path / "loaded")
@@ -296,7 +296,7 @@ def test_copies_pickles_and_stores_of_what_was_read(tmp_path):
     mine = again(of_gguf("qwen3_moe", tmp_path / "loaded"), tmp_path / "packed")
     assert same(pickle.loads(pickle.dumps(mine)), mine) and same(copy.deepcopy(mine), mine)
     for _ in range(2):  # written, then mapped
-        assert same(load(tmp_path / "packed", None, cache_dir=tmp_path / "store"), mine)
+        assert same(load(tmp_path / "packed", None, packed_cache_dir=tmp_path / "store"), mine)
     mine.save_pretrained(tmp_path / "floats")  # where nothing speaks of packed weights any more
     assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32).eval()

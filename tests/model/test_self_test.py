@@ -332,9 +332,9 @@ EXAONE = MOE | {
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8_0", "f32"])
 def test_exaone_moe_is_served(tmp_path, kv_dtype):
     tiny("exaone_moe", **EXAONE).save_pretrained(tmp_path)
-    model = load(tmp_path, None, kv_dtype=kv_dtype, weight_dtype="int8")
+    model = load(tmp_path, None, kv_dtype=kv_dtype, quantize="int8")
     model.ktx.tokenizer = tokenizer()
-    with model.ktx.engine(cache_lens=1024) as engine:
+    with model.ktx.engine(kv_cache_tokens=1024) as engine:
         assert type(engine.runner) is not SequentialRunner
         events = [
             event for _, event in engine.generate([[5, 9, 200]], SamplingParams(max_new_tokens=3, ignore_eos=True))

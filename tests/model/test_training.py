@@ -343,7 +343,7 @@ def test_an_engine_drops_nothing(tmp_path):
     for family in ("llama", "deepseek_v3"):
         _, mine = pair(tmp_path / family, family, attention_dropout=0.3)
         mine.ktx.tokenizer = tokenizer()
-        with mine.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
+        with mine.ktx.engine(max_batch_size=1, kv_cache_tokens=512) as engine:
             mine.train()
             events = [event for _, event in engine.generate([PROMPT[0].tolist()])]
         assert "an engine's forward does not support attention dropout" in str(events[-1])

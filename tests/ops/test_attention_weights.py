@@ -292,7 +292,7 @@ def test_an_engine_answers_whatever_was_chosen_and_refuses_a_function_that_reads
     prompt, once = [5, 6, 7, 8, 9, 10], SamplingParams(temperature=0, max_new_tokens=5)
 
     def answer():
-        with model.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
+        with model.ktx.engine(max_batch_size=1, kv_cache_tokens=512) as engine:
             return [event for _, event in engine.generate([prompt], once)]
 
     plain = [getattr(event, "text", None) for event in answer()]

@@ -246,7 +246,7 @@ def test_an_engine(tmp_path, monkeypatch):
     kind = class_patches.replaced_class(type(model.model.layers[0].mlp))
 
     def answer():
-        with model.ktx.engine(cache_lens=256) as engine:
+        with model.ktx.engine(kv_cache_tokens=256) as engine:
             tokens = [
                 event for _, event in engine.generate(["What is it?"], SamplingParams(max_new_tokens=12, temperature=0))
             ]

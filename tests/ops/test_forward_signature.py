@@ -154,7 +154,7 @@ def test_our_own_calls_make_transformers_warn_of_nothing(family, tmp_path, caplo
             warnings.simplefilter("error", FutureWarning)
             forward(model, [5, 6, 7], None)
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
-            with model.ktx.engine(cache_lens=1024) as engine:
+            with model.ktx.engine(kv_cache_tokens=1024) as engine:
                 assert list(engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=3)))
             with torch.inference_mode():
                 cache = KVCache(model.config)

@@ -132,7 +132,7 @@ def test_they_are_written_once_and_read_tied(pair, tmp_path, packed):
 def test_one_that_is_quantised_is_written_as_it_is(pair, tmp_path):
     original, _, again = pair
     original.save_pretrained(tmp_path / "floats")
-    mine = again(tmp_path / "floats", weight_dtype="int8")
+    mine = again(tmp_path / "floats", quantize="int8")
     mine.save_pretrained(tmp_path / "packed", packed=True)
     assert torch.equal(answers(again(tmp_path / "packed")), answers(mine))
 

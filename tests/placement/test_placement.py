@@ -116,7 +116,7 @@ def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
 
 
 def test_weights_that_are_made_on_loading_count_as_made():
-    options = {"weight_dtype": "int8", "moe_dtype": "int4"}
+    options = {"quantize": "int8", "quantize_experts": "int4"}
     found = measure_footprint(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
     model = load(ktx.demo.path(), ktx.demo.safetensors(), **options)
     assert sum(part.cpu.held_bytes for part in found.modules) == pytest.approx(held(model), rel=0.001)
@@ -340,7 +340,7 @@ def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_pa
     for stream, word in ((True, None), (False, "off")):
         made = replace(solve(v3, Budget((48 * GB,), 420 * GB)), streams_experts=stream)
         write_file(file, made, str(rule_folder() / "mla-moe.yaml"))
-        assert load_rules(file).stream_experts == word
+        assert load_rules(file).stream_experts_min_tokens == word
 
 
 def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_lines_of_the_log_name_the_request(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
     with (
-        serving(scripted(tmp_path_factory), settings=ServerSettings(hide_input=False)) as (base, _),
+        serving(scripted(tmp_path_factory), settings=ServerSettings(log_prompts=True)) as (base, _),
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         assert http.post("/v1/messages", json=BODY | {"max_tokens": 9}, headers={"x-request-id": "good"}).is_success

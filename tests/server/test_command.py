@@ -27,7 +27,7 @@ def parsed(*words):
         (["--port", "70000"], "from 0 to 65535"),
         (["--api-key", "two words"], "printable ASCII"),
         (["--api-key-file", "/nothing/here"], "cannot be read"),
-        (["--cache-lens", "8"], "at least 64"),
+        (["--kv-cache-tokens", "8"], "at least 64"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--lora-dir", "/nothing/here"], "no such folder"),
         (["--lora-dir", "/tmp", "--ray"], "replicas (--ray) share no adapters that clients load"),
@@ -54,7 +54,7 @@ def test_a_model_that_is_not_there_ends_the_server(capsys, monkeypatch):
 
 def test_bandwidth_is_measured_before_a_model_is_loaded(monkeypatch):
     served = ServerState(("demo",))
-    args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--cache-lens", "256")
+    args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--kv-cache-tokens", "256")
     with serve.make_engine(args, served) as engine:
         assert 0.1 < served.bandwidth < 10000 and engine.stats.snapshot().nbytes == 0
     monkeypatch.setattr("ktx.kernels.microbench.memory", lambda: (1 << 34, 1 << 29))
@@ -127,7 +127,7 @@ def test_the_name_that_users_of_ktransformers_know(capsys):
             [
                 "--gguf_path",
                 "/nothing",
-                "--cache_lens",
+                "--kv_cache_tokens",
                 "100",
                 "--force_think",
                 "true",

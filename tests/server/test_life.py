@@ -121,7 +121,7 @@ def test_more_than_the_queue_holds_is_told_to_come_again(tmp_path_factory):
 @pytest.mark.wall_clock
 def test_500_requests_from_16_clients_in_a_small_cache(tmp_path_factory):
     """Each hears its own prompt's end; the first word of none takes twenty times as long as the median."""
-    with serving(scripted(tmp_path_factory, pace=0.0, cache_lens=1024, max_batch_size=4)) as (base, served):
+    with serving(scripted(tmp_path_factory, pace=0.0, kv_cache_tokens=1024, max_batch_size=4)) as (base, served):
         firsts, wrong = [], []
 
         def ask(client):
@@ -236,14 +236,14 @@ def test_a_server_that_fails_to_load_says_why():
     assert served.health()[0] == 503 and "is no model" in served.load_error
 
 
-@pytest.mark.parametrize("hide", [True, False])
-def test_prompts_are_in_the_log_only_when_asked_for(tmp_path_factory, caplog, hide):
+@pytest.mark.parametrize("logged", [False, True])
+def test_prompts_are_in_the_log_only_when_asked_for(tmp_path_factory, caplog, logged):
     caplog.set_level("INFO", "ktx.server")
-    with serving(scripted(tmp_path_factory), settings=ServerSettings(hide_input=hide)) as (base, _):
+    with serving(scripted(tmp_path_factory), settings=ServerSettings(log_prompts=logged)) as (base, _):
         httpx.post(f"{base}/v1/chat/completions", json=body("greet, secretly"))
     said = [vars(record) for record in caplog.records]
-    assert any("secretly" in str(one.get("prompt")) for one in said) is not hide
+    assert any("secretly" in str(one.get("prompt")) for one in said) is logged
     answered = next(one for one in said if one["msg"] == "answered")
     assert answered["reason"] == "stop" and answered["answer_tokens"] == len("Good day, to you!")
     lines = [LogFormatter(True).format(record) for record in caplog.records]
-    assert all(json.loads(line)["logger"] for line in lines) and ("secretly" in "".join(lines)) is not hide
+    assert all(json.loads(line)["logger"] for line in lines) and ("secretly" in "".join(lines)) is logged

@@ -33,7 +33,7 @@ def engine(tmp_path_factory):
     model = load(folder, None, lora=[folder / name for name in ADAPTERS])
     model.ktx.use_lora()
     model.ktx.tokenizer = tokenizer()
-    with model.ktx.engine(max_batch_size=4, cache_lens=4096) as engine:
+    with model.ktx.engine(max_batch_size=4, kv_cache_tokens=4096) as engine:
         yield engine
 
 

@@ -68,7 +68,7 @@ def expected(root):
     model.ktx.use_lora()
     model.ktx.tokenizer = tokenizer()
     found = {}
-    with model.ktx.engine(max_batch_size=4, cache_lens=4096) as engine:
+    with model.ktx.engine(max_batch_size=4, kv_cache_tokens=4096) as engine:
         for name in (NAME, *KINDS):
             sampling = SamplingParams(max_new_tokens=300, ignore_eos=True)
             events = engine.generate([PROMPT], sampling, () if name == NAME else name)
@@ -81,7 +81,7 @@ def expected(root):
 def engine(root):
     model = load(root.parent / "model", None)
     model.ktx.tokenizer = tokenizer()
-    with model.ktx.engine(max_batch_size=8, cache_lens=8192) as engine:
+    with model.ktx.engine(max_batch_size=8, kv_cache_tokens=8192) as engine:
         yield engine
 
 

@@ -181,7 +181,7 @@ def test_a_server_that_keeps_nothing_says_so(tmp_path_factory):
             told = asked(http, "greet", store=True)
             assert told["store"] is False and http.get(f"/v1/responses/{told['id']}").status_code == 404
             body = {"model": NAME, "input": "x", "previous_response_id": told["id"]}
-            assert "--keep_responses 0" in http.post("/v1/responses", json=body).json()["error"]["message"]
+            assert "--max_stored_responses 0" in http.post("/v1/responses", json=body).json()["error"]["message"]
 
 
 def test_what_a_key_asked_no_other_finds(tmp_path_factory):

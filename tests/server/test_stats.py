@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(model):
-    with serving(model.ktx.engine(cache_lens=2048)) as (base, served):
+    with serving(model.ktx.engine(kv_cache_tokens=2048)) as (base, served):
         yield base, served
 
 
@@ -102,7 +102,7 @@ def test_every_module_with_weights_is_told(running, model):
 def test_modules_that_were_left_alone_are_told(tmp_path):
     folder = write_model(tmp_path / "m", "llama")
     kept = ktx.load(folder, folder / "model.gguf", rules=[], progress=False)[0]
-    with serving(kept.ktx.engine(cache_lens=512)) as (base, _):
+    with serving(kept.ktx.engine(kv_cache_tokens=512)) as (base, _):
         ask(base, "hello")
         told = httpx.get(f"{base}/machine").json()
         assert told["experts"] is None and told["bandwidth"]["bytes"] > 0 and told["bandwidth"]["expert_bytes"] == 0

@@ -133,7 +133,7 @@ def scripted_engine(
     """Returns an engine whose outputs follow a script."""
     vocabulary, end = len(tokenizer), tokenizer.eos_token_id
     model = ScriptedModel(vocabulary, end, context)
-    runner = ScriptedRunner(script, vocabulary, end, num_pages(options.cache_lens), seconds)
+    runner = ScriptedRunner(script, vocabulary, end, num_pages(options.kv_cache_tokens), seconds)
     return Engine(model, tokenizer, options, runner)
 
 

@@ -113,7 +113,7 @@ def leaves(engine):
     else:
         raise AssertionError
     engine.close()
-    with model.ktx.engine(cache_lens=512) as own:
+    with model.ktx.engine(kv_cache_tokens=512) as own:
         assert len(answers(own, 1)) == 1
 
 
@@ -131,7 +131,7 @@ if not cpu.ops.nodes() > 1:  # once is enough for what begins with new memory
     with threads(busy):
         found["exec"] = children(executes, 1)
         found["spawn"] = "ok" if spawned() == 0 else "failed"
-with model.ktx.engine(cache_lens=2048) as engine:
+with model.ktx.engine(kv_cache_tokens=2048) as engine:
     alone = answers(engine, 3)
     engine.reset_prefix_cache()
     with threads(lambda: answers(engine, 3) == alone or sys.exit("the engine's answers changed")):

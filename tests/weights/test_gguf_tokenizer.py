@@ -321,7 +321,7 @@ def test_an_answer_ends_there(tmp_path, own, end, folder):
     if folder:  # whose configuration names one end, and that has no tokenizer
         model.config.save_pretrained(tmp_path)
     mine, _ = ktx.load(tmp_path if folder else path, path, progress=False)
-    with mine.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
+    with mine.ktx.engine(max_batch_size=1, kv_cache_tokens=512) as engine:
         events = engine.generate([[A_]], SamplingParams(max_new_tokens=8))
         (finished,) = [event for _, event in events if isinstance(event, Finished)]
     assert (finished.ids, finished.reason) == ([B_], "stop")

@@ -196,7 +196,7 @@ def install(model: Any, requested: object = "auto") -> None:
         return
     if min_tokens is not None and not any(blocks.values()):
         reason = "no layer has its experts on the CPU and its MoE block on a GPU"
-        warnings.warn(f"stream_experts={requested}: {reason}; nothing is streamed", stacklevel=3)
+        warnings.warn(f"stream_experts_min_tokens={requested}: {reason}; nothing is streamed", stacklevel=3)
     for device, device_blocks in blocks.items():
         if device_blocks and (min_tokens is not None or not device.fake):
             _install_on(device, device_blocks, min_tokens)
@@ -224,7 +224,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -
         )
         message = f"{device}: the buffers for streaming experts need {format_bytes(needed_bytes)} that are not free"
         if min_tokens is not None:
-            raise DoesNotFit(f"{message}; place fewer modules on it, or set --stream-experts off") from None
+            raise DoesNotFit(f"{message}; place fewer modules on it, or set --stream-experts-min-tokens off") from None
         warnings.warn(f"{message}; the CPU computes the experts in prefill too", stacklevel=4)
         return
     link_gb_s = cpu_gops = 0.0

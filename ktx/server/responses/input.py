@@ -68,7 +68,7 @@ def resolve_input(
 def _missing_reason(store: ResponseStore) -> str:
     """Returns why a response or item may be missing, for an error message."""
     if not store.max_responses:
-        return "this server does not store responses (--keep_responses 0); send the full conversation"
+        return "this server does not store responses (--max_stored_responses 0); send the full conversation"
     return f"the server stores only the newest {store.max_responses} responses, until it stops, per API key"
 
 
