@@ -1,3 +1,3 @@
-"""The version of ktx; pyproject.toml reads it."""
+"""The version of ktx, which pyproject.toml repeats."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import ktx
 from ktx.utils import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ def test_an_extra_of_a_checkout(monkeypatch, tmp_path):
     [
         ('{"url": "file:///home/m%20e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"}', "/home/m e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"),
         ('{"url": "https://example.org/ktx_moe-1-cp311-abi3-linux_x86_64.whl"}', "https://example.org/ktx_moe-1-cp311-abi3-linux_x86_64.whl"),
-        (None, "dist/ktx_moe-0.1.0-cp311-abi3-linux_x86_64.whl"),
+        (None, "dist/ktx_moe-0.2.0-cp311-abi3-linux_x86_64.whl"),
     ],
 )  # fmt: skip
 def test_an_extra_of_a_wheel(monkeypatch, tmp_path, direct_url, wheel):
@@ -399,3 +400,8 @@ def test_a_build_says_nothing_of_packages_and_holds_the_data(tmp_path):
         here = {file.name for file in (ROOT / folder).iterdir() if file.is_file()}
         there = tmp_path / "lib" / folder.replace("optimize_rules", "ktx/optimize_rules")
         assert {file.name for file in there.iterdir() if file.is_file()} == here
+
+
+def test_pyproject_has_the_packages_version():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == ktx.__version__
+    assert f"\n## {ktx.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
