@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ktx.errors import UsageError
-from ktx.utils.old_names import deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 
 GPU_VARIABLE = "KTX_GPU"
 FAKE_GPU_BYTES = 80 << 30  # memory of a fake GPU

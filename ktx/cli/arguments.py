@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ktx.errors import BadFile, UsageError
-from ktx.utils.old_names import SINCE
+from ktx.utils.deprecation import SINCE
 from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 OLD_OPTIONS = {  # names of ktx 0.1, which still work for one release -> the names of today

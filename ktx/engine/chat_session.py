@@ -12,7 +12,7 @@ from ktx.engine.engine import Engine
 from ktx.engine.prompt import PromptRenderer, RenderedPrompt
 from ktx.engine.request import Event, Finished, Request, TokenEvent
 from ktx.engine.sampler import SamplingParams
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 
 
 @deprecated_members(prompt="render", answer="stream", forget="reset", prompts="renderer")

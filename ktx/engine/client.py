@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.lora import AdapterUse
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 
 # Adapters by name, or with a factor; None: the adapters in use.
 Lora = str | AdapterUse | Sequence[str | AdapterUse] | None

@@ -32,7 +32,7 @@ from ktx.hardware import memory
 from ktx.model.lora import check_memory, match_modules, read
 from ktx.model.notes import add_notes
 from ktx.ops.lora import AdapterUse, AdapterUses
-from ktx.utils.old_names import deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.weights.lora import AdapterSpec
 
 log = logging.getLogger("ktx.engine")

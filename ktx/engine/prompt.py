@@ -14,7 +14,7 @@ from ktx.chat_formats import ChatFormat, chat_format_for, ends_in_reasoning, to_
 from ktx.engine.continue_message import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, named_templates, select_template
 from ktx.errors import UsageError
-from ktx.utils.old_names import deprecated_members, old_name
+from ktx.utils.deprecation import deprecated_members, deprecated_names
 
 MAX_TEXT_CHARS = 64 << 20
 _MARK = re.compile(r"[<\[].+[>\]]")
@@ -251,5 +251,4 @@ class PromptRenderer:
         )
 
 
-def __getattr__(name: str) -> Any:
-    return old_name(__name__, name)
+__getattr__ = deprecated_names(__name__, Prompts="PromptRenderer", Rendered="RenderedPrompt")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import AdapterUses
-from ktx.utils.old_names import deprecated_members, old_name
+from ktx.utils.deprecation import deprecated_members, deprecated_names
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -154,5 +154,4 @@ class Request:
         )
 
 
-def __getattr__(name: str) -> Any:
-    return old_name(__name__, name)
+__getattr__ = deprecated_names(__name__, Piece="TokenEvent", Prompt="PromptLogprobs")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ktx.errors import UsageError
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 
 RANGES = {  # inclusive range of each parameter
     "temperature": (0.0, 100.0),

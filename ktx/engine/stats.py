@@ -13,7 +13,7 @@ from ktx.injection.inject import layer_of
 from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import experts_by_path
 from ktx.ops.weight_traffic import WeightTraffic
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 
 
 @deprecated_members(gpu_wait_seconds="gpu_wait_s")

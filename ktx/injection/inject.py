@@ -26,7 +26,7 @@ from ktx.ops.base import Context, Operator, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
 from ktx.ops.registry import on_gpu, resolve
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 from ktx.weights.accounting import UnreadTensors, summary_line, unread_tensors
 from ktx.weights.base import TensorSpec, WeightSource
 from ktx.weights.verdict import Reads

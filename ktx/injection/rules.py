@@ -25,7 +25,7 @@ from ktx.families import RULE_ALIASES, RULE_FILES
 from ktx.injection.device_map import PlacementEntry, parse_entry, parse_gpu_experts, parse_stream_experts
 from ktx.injection.ktransformers import translate
 from ktx.injection.rule import CLASS_PATH, Rule, compile_pattern
-from ktx.utils.old_names import SINCE, deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import SINCE, deprecated_arguments, deprecated_members
 
 FILE_KEYS = ("devices", "gpu_experts", "stream_experts_min_tokens", "rules")  # keys of a file that is a mapping
 OLD_FILE_KEYS = {"stream_experts": "stream_experts_min_tokens"}  # names of keys in ktx 0.1, which end with 0.3

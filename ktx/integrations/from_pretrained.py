@@ -37,7 +37,7 @@ from ktx.model.lora import AdapterArgument
 from ktx.model.self_test import SelfTest
 from ktx.ops.experts import experts_by_path
 from ktx.transformers_compat import causal_lm_class, config_dict, text_config
-from ktx.utils.old_names import deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.versions import requirement
 from ktx.weights.open import open_weights
 

@@ -29,7 +29,7 @@ from ktx.ops.linear import Linear
 from ktx.placement.memory_model import Footprint, footprint
 from ktx.placement.solver import split_evenly
 from ktx.transformers_compat import config_dict
-from ktx.utils.old_names import deprecated_arguments
+from ktx.utils.deprecation import deprecated_arguments
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
 from ktx.weights.open import open_weights

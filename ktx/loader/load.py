@@ -41,7 +41,7 @@ from ktx.ops.base import COMPUTE_DTYPES, Operator
 from ktx.ops.experts import experts_by_path
 from ktx.ops.fusion.layer_group import group_layers
 from ktx.ops.weight_traffic import module_bytes as own_sizes
-from ktx.utils.old_names import deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.lora import Adapter, AdapterSpec
 

@@ -17,7 +17,7 @@ from ktx.ops.float_views import Dequantized, Floats
 from ktx.ops.forward_signature import ForwardSignature
 from ktx.ops.packed_state import PackedState
 from ktx.quant.types import QTYPES, QType
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 from ktx.weights.base import QuantizedTensor, WeightSource
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels compute in

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.utils.old_names import deprecated_arguments, deprecated_members
+from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.spawn_pickle import for_pickle
 
 CPU = torch.device("cpu")

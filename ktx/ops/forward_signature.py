@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ktx.transformers_compat import cache_aliases, cache_name
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 
 
 @deprecated_members(joined="join")

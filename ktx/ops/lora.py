@@ -21,7 +21,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Operator
 from ktx.quant.types import QTYPES
-from ktx.utils.old_names import old_name
+from ktx.utils.deprecation import deprecated_names
 from ktx.weights.base import QuantizedTensor
 from ktx.weights.lora import LowRank
 
@@ -242,5 +242,4 @@ def add_rows(base: torch.Tensor, added: torch.Tensor, indices: slice) -> torch.T
     return base + added.to(base.dtype)
 
 
-def __getattr__(name: str) -> Any:
-    return old_name(__name__, name)
+__getattr__ = deprecated_names(__name__, Use="AdapterUse")

@@ -1,25 +1,23 @@
-"""Names of ktx 0.1, which still work for one release: of modules, and of what is in them.
+"""Modules of ktx 0.1 that moved, which still work for one release.
 
 An import of an old module gives a module whose attributes are those of the new one, under old and new names, with one
-DeprecationWarning per module and name. `deprecated_arguments` and `deprecated_members` do the same for the arguments of
-a function and for the members of a class. The command line's names are in `ktx.cli.arguments.OLD_OPTIONS`.
+DeprecationWarning per module and name. Other names that changed: `ktx.utils.deprecation`, and on the command line
+`ktx.cli.arguments.OLD_OPTIONS`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-SINCE = "since ktx 0.2; the old name ends with 0.3"
-T = TypeVar("T")
+from ktx.utils.deprecation import warn_of_name
+
 MODULES = {  # old -> new
     "ktx.compat": "ktx.transformers_compat",
     "ktx.config": "ktx.environment",
@@ -63,8 +61,6 @@ MODULES = {  # old -> new
 }
 NAMES = {  # new module -> its names before
     "ktx.cache.page_pool": {"Pages": "PagePool"},
-    "ktx.engine.request": {"Piece": "TokenEvent", "Prompt": "PromptLogprobs"},
-    "ktx.engine.prompt": {"Prompts": "PromptRenderer", "Rendered": "RenderedPrompt"},
     "ktx.engine.sampler": {"Sampling": "SamplingParams", "Choice": "SampledToken", "Chooser": "Sampler"},
     "ktx.engine.stats": {"Activity": "EngineStats", "Done": "StatsSnapshot"},
     "ktx.injection.rules": {"shipped": "shipped_rules"},
@@ -78,7 +74,6 @@ NAMES = {  # new module -> its names before
         "out_of_reach": "unreadable",
     },
     "ktx.ops.forward_signature": {"Call": "ForwardSignature"},
-    "ktx.ops.lora": {"Use": "AdapterUse"},
     "ktx.ops.packed_state": {"Stored": "PackedState"},
 }
 ELSEWHERE = {  # (old module, name) -> the module that has it now
@@ -115,7 +110,7 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Warns, and makes the module's attributes those of the new one, under their old names where these changed."""
         old, new = module.__name__, importlib.import_module(self.new)
-        _warn(old, self.new)
+        warn_of_name(old, self.new)
         if hasattr(new, "__path__"):
             module.__path__ = []
 
@@ -124,14 +119,10 @@ class _Loader(Loader):
                 return getattr(importlib.import_module(ELSEWHERE[old, name]), name)
             renamed = NAMES.get(self.new, {}).get(name)
             if renamed is not None:
-                _warn(f"{old}.{name}", f"{self.new}.{renamed}")
+                warn_of_name(f"{old}.{name}", f"{self.new}.{renamed}")
             return getattr(new, renamed or name)
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
-
-
-def _warn(old: str, new: str, stacklevel: int = 4) -> None:
-    warnings.warn(f"{old} is called {new} {SINCE}", DeprecationWarning, stacklevel=stacklevel)
 
 
 def install() -> None:
@@ -141,81 +132,3 @@ def install() -> None:
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def old_name(module: str, name: str) -> Any:
-    """For `__getattr__` of a module whose names changed: the object that `name` meant.
-
-    Raises:
-        AttributeError: the module never had such a name.
-    """
-    renamed = NAMES.get(module, {}).get(name)
-    if renamed is None:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(f"{module}.{name}", f"{module}.{renamed}")
-    return getattr(sys.modules[module], renamed)
-
-
-def deprecated_arguments(**names: str) -> Callable[[T], T]:
-    """Returns a decorator of a function or class, whose keyword arguments may then have their old names too.
-
-    Args:
-        names: the current name of each argument by its old one.
-    """
-
-    def decorate(target: Any) -> Any:
-        if isinstance(target, type):
-            target.__init__ = _accepting(target.__init__, target.__name__, names)  # type: ignore[misc]
-            return target
-        return _accepting(target, target.__name__, names)
-
-    return decorate
-
-
-def _accepting(function: Callable[..., Any], label: str, names: Mapping[str, str]) -> Callable[..., Any]:
-    """Returns the function with `names` as further names of its arguments.
-
-    Raises:
-        TypeError: at a call that has an argument under both names.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for old in [name for name in kwargs if name in names]:
-            if names[old] in kwargs:
-                raise TypeError(f"{label}() got both {old!r} and {names[old]!r}, its name {SINCE}")
-            _warn(f"{label}: the argument {old}", names[old], stacklevel=3)
-            kwargs[names[old]] = kwargs.pop(old)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def deprecated_members(**names: str) -> Callable[[T], T]:
-    """Returns a decorator of a class, whose members may then be read, called and set under their old names too.
-
-    Args:
-        names: the current name of each member by its old one.
-    """
-
-    def decorate(cls: Any) -> Any:
-        for old, new in names.items():
-            setattr(cls, old, _OldMember(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}"))
-        return cls
-
-    return decorate
-
-
-class _OldMember:
-    """Descriptor that stands for another member of its class."""
-
-    def __init__(self, old: str, new: str):
-        self.old, self.new = old, new
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        _warn(self.old, self.new, stacklevel=3)
-        return getattr(owner if instance is None else instance, self.new.rpartition(".")[2])
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        _warn(self.old, self.new, stacklevel=3)
-        setattr(instance, self.new.rpartition(".")[2], value)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ktx.quant.types import QTYPES, QType
-from ktx.utils.old_names import deprecated_members
+from ktx.utils.deprecation import deprecated_members
 from ktx.weights.verdict import Reads, Verdict
 
 EXPANDED = ".expanded"

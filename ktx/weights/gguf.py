@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile
+from ktx.utils.deprecation import deprecated_members
 from ktx.utils.fork_handlers import ForkSafeLock
-from ktx.utils.old_names import deprecated_members
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header

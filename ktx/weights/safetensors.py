@@ -21,8 +21,8 @@ import torch
 from ktx.errors import BadFile
 from ktx.quant.types import FP8_BLOCK, QTYPES, QType
 from ktx.transformers_compat import checkpoint_renaming
+from ktx.utils.deprecation import deprecated_members
 from ktx.utils.fork_handlers import ForkSafeLock
-from ktx.utils.old_names import deprecated_members
 from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
 from ktx.weights.hf_conversion import ConvertedTensor, find_converted

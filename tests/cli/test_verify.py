@@ -36,7 +36,11 @@ class Loaded:
         self.weights = folder / "model.gguf"
         self.model = load(folder, self.weights)
         self.args = argparse.Namespace(
-            model=str(folder), weights=str(self.weights), dtype="auto", quantize_experts=None, trust_remote_code=False
+            model=str(folder),
+            weights=str(self.weights),
+            quantize="auto",
+            quantize_experts=None,
+            trust_remote_code=False,
         )
 
     def compared(self):

@@ -15,7 +15,7 @@ import torch
 import ktx
 from ktx import demo
 from ktx.loader.build import OLD_ARGUMENTS
-from ktx.utils import old_names
+from ktx.utils import deprecation
 from ktx.utils.old_names import ELSEWHERE, MODULES, NAMES
 
 
@@ -41,11 +41,28 @@ def test_an_old_module_is_the_new_one(old):
 
 @pytest.mark.parametrize("new,old,now", [(new, old, now) for new, names in NAMES.items() for old, now in names.items()])
 def test_an_old_name_is_the_new_one(new, old, now):
-    modules = [name for name, moved in MODULES.items() if moved == new] or [new]
-    module = imported(modules[0])[0] if modules[0] != new else importlib.import_module(new)
+    module = imported(next(name for name, moved in MODULES.items() if moved == new))[0]
     with pytest.warns(DeprecationWarning, match=f"{old} is called .*{now}"):
-        found = getattr(module, old) if modules[0] != new else old_names.old_name(new, old)
+        found = getattr(module, old)
     assert found is getattr(importlib.import_module(new), now)
+
+
+@pytest.mark.parametrize(
+    "name,old,now",
+    [
+        ("ktx.engine.request", "Piece", "TokenEvent"),
+        ("ktx.engine.request", "Prompt", "PromptLogprobs"),
+        ("ktx.engine.prompt", "Prompts", "PromptRenderer"),
+        ("ktx.engine.prompt", "Rendered", "RenderedPrompt"),
+        ("ktx.ops.lora", "Use", "AdapterUse"),
+    ],
+)
+def test_an_old_name_in_a_module_that_stayed(name, old, now, seen):
+    module = importlib.import_module(name)
+    assert getattr(module, old) is getattr(module, now)
+    warned(seen, f"{name}.{old} is called {name}.{now}")
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'no_such_name'"):
+        module.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("old,name", ELSEWHERE)
@@ -320,7 +337,7 @@ def old_members():
             (cls, old, member.new.rpartition(".")[2])
             for cls in classes
             for old, member in vars(cls).items()
-            if isinstance(member, old_names._OldMember)
+            if isinstance(member, deprecation._OldMember)
         ),
         key=str,
     )
