@@ -156,7 +156,7 @@ class ConfigFile(argparse.Action):
             given = with_dashes(str(key.value))
             name = current_option(given, parser._option_string_actions)
             action = parser._option_string_actions.get(name)
-            if action is None or action is self or action.dest == "help":
+            if name is None or action is self or action.dest == "help":
                 close = difflib.get_close_matches(given, list(parser._option_string_actions), n=1)
                 parser.error(
                     f"{location}: unknown option {key.value!r}"
