@@ -116,9 +116,9 @@ def test_the_name_that_users_of_ktransformers_know(capsys):
         "chat-template",
         "api-key",
         "model-name",
-        "hide-input",
-        "moe-experts",
-        "cache-dir",
+        "log-prompts",
+        "num-experts-per-tok",
+        "packed-cache-dir",
     ):
         assert f"--{flag}" in said
     assert "backend" not in said  # it has no effect, so the help leaves it out
