@@ -154,9 +154,9 @@ class ConfigFile(argparse.Action):
         for key, value in node.value if node is not None else ():
             location = f"--config {values}, line {key.start_mark.line + 1}"
             given = with_dashes(str(key.value))
-            name = current_option(given, parser._option_string_actions)
+            name = current_option(given, parser._option_string_actions) or ""
             action = parser._option_string_actions.get(name)
-            if name is None or action is self or action.dest == "help":
+            if action is None or action is self or action.dest == "help":
                 close = difflib.get_close_matches(given, list(parser._option_string_actions), n=1)
                 parser.error(
                     f"{location}: unknown option {key.value!r}"
