@@ -36,11 +36,12 @@ class GGUF:
     Attributes:
         arch: `general.architecture`.
         config_keys: configuration attribute -> metadata key without the architecture prefix ("?": optional), in
-            addition to those that every family has. None: the metadata lacks part of the configuration, so the folder
+            addition to those that every family has; a file whose value differs from the configuration is refused. None: the metadata lacks part of the configuration, so the folder
             is needed.
         fixed: configuration attributes without a key, because llama.cpp's graph fixes them.
         gating: accepted values of expert_gating_func (1 softmax, 2 sigmoid, 3 softmax of the chosen experts).
         norm_topk_prob: whether routing weights are normalized, where the configuration has no norm_topk_prob.
+        interleaved_qk: the two halves of each head are interleaved in the rows of q and k (the converter's LlamaModel).
         norms_plus_one: norm weights are stored as 1 + w.
         tiled_value_heads: linear attention's value heads are ordered by their index within a key head.
     """
@@ -50,6 +51,7 @@ class GGUF:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     gating: tuple[int, ...] = (1,)
     norm_topk_prob: bool | None = None
+    interleaved_qk: bool = False
     norms_plus_one: bool = False
     tiled_value_heads: bool = False
 

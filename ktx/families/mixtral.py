@@ -16,6 +16,7 @@ FAMILIES = (
             "llama",
             config_keys={"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"},
             norm_topk_prob=True,
+            interleaved_qk=True,
         ),
         chat="mistral",
     ),

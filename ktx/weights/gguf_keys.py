@@ -144,7 +144,10 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "attention.value_length_mla": ("value width", _if_mla(lambda c: c.v_head_dim)),
     "attention.key_length_swa": ("key width of sliding-window layers", head_dim),
     "attention.value_length_swa": ("value width of sliding-window layers", head_dim),
-    "attention.scale": ("attention scale", lambda c: head_dim(c) ** -0.5),
+    "attention.scale": (
+        "attention scale",
+        lambda c: getattr(c, "attention_multiplier", None) or head_dim(c) ** -0.5,
+    ),
     "attention.causal": ("causal attention", lambda c: True),
     "rope.freq_base": ("rope theta", _theta),
     "rope.freq_base_swa": ("rope theta of sliding-window layers", _theta),
@@ -169,6 +172,13 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
+def _declared(config: Any) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+    """The keys that the declaration of the configuration's family names, each with the attribute of its value."""
+    family = gguf_of(config.model_type)
+    keys = (family.config_keys if family else None) or {}
+    return {key.removesuffix("?"): (name, _first(name)) for name, key in keys.items()}
+
+
 def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
     """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported.
 
@@ -176,17 +186,18 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[
     computation. UNCHECKED values follow from the tensors' shapes, which are checked elsewhere.
     """
     mismatches = []
+    expected_values = _declared(config) | EXPECTED
     for full_key, raw in metadata.items():
         key = full_key.removeprefix(f"{arch}.")
         if key == full_key or key in CHECKED_ELSEWHERE or key.startswith("attention.sliding_window"):
             continue
         value = scalar(raw)
         off = value in (0, "", []) or value in OFF_VALUES.get(key, ())
-        if key not in EXPECTED:
+        if key not in expected_values:
             if not off:
                 mismatches.append(f"{full_key} is {_format(value)}, which ktx does not support")
             continue
-        what, expected_of = EXPECTED[key]
+        what, expected_of = expected_values[key]
         expected = expected_of(config)
         if expected is UNCHECKED:
             continue

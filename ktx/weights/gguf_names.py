@@ -128,6 +128,10 @@ def is_known_tensor(tensor: str) -> bool:
 # ---- attention
 
 
+# Architectures whose files interleave the two halves of each head in the rows of q and k.
+INTERLEAVED_QK = frozenset(family.gguf.arch for family in FAMILIES if family.gguf and family.gguf.interleaved_qk)
+
+
 def _num_heads(names: GGUFNames, which: str) -> int:
     """The number of heads of "q", "k" or "v"."""
     config = names.config
@@ -140,14 +144,14 @@ def _head_dim(config: Any) -> int:
 
 
 def _deinterleave(rows: int, heads: int) -> torch.Tensor:
-    """The row order that undoes llama.cpp's interleaving of the two halves of each head in llama's q and k."""
+    """The row order that undoes llama.cpp's interleaving of the two halves of each head in q and k."""
     return torch.arange(rows).reshape(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
 def _make_q_k_or_v(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     """The recipe of one of a layer's q, k and v projections: its own tensor, or its rows of a fused one.
 
-    llama.cpp's converter interleaves the two halves of each head in llama's q and k; the recipe undoes that.
+    llama.cpp's converter interleaves the two halves of each head in q and k of some families; the recipe undoes that.
     """
     which, suffix = match[1], match[2]
     tensor, fused = f"{block}attn_{which}.{suffix}", f"{block}attn_qkv.{suffix}"
@@ -155,7 +159,7 @@ def _make_q_k_or_v(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe
     order: Callable[[], torch.Tensor] | None = None
     if names.has(tensor):
         rows = names.shape(tensor)[0]
-        if names.arch != "llama" or which == "v":
+        if names.arch not in INTERLEAVED_QK or which == "v":
             return names.one(tensor)
         if suffix == "bias":
             return names.one(tensor, value=lambda v: v[_deinterleave(rows, heads)])
@@ -168,7 +172,7 @@ def _make_q_k_or_v(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe
     rows = q_rows if which == "q" else kv_rows
     if suffix == "bias":
         return Recipe((Part(fused),), (rows,), value=lambda v: v[start : start + rows])
-    if names.arch == "llama" and which != "v":
+    if names.arch in INTERLEAVED_QK and which != "v":
         order = lambda: _deinterleave(rows, heads)  # noqa: E731
     return Recipe((Part(fused, slice(start, start + rows)),), (rows, names.shape(fused)[1]), order=order)
 
@@ -406,6 +410,7 @@ SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[st
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _make_experts),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _make_expert_bias),
         (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _make_correction_bias),
+        (r"(?:mlp|block_sparse_moe|feed_forward)\.router\.weight", lambda n, b, match: n.one(f"{b}ffn_gate_inp.weight")),
         (r"mlp\.shared_expert_gate\.weight", _make_shared_gate),
         (r"mlp\.gate_up_proj\.weight", _make_gate_up),
         (r"linear_attn\.dt_bias", _make_dt_bias),

@@ -221,7 +221,7 @@ def test_a_signal_ends_streams_well_formed(sig):
 
 def test_flags_by_file_and_keys_by_environment(tmp_path):
     config = tmp_path / "serve.yaml"
-    config.write_text("model_name: [one, two]\nmax_batch_size: 2\nhide_input: true\n")
+    config.write_text("model_name: [one, two]\nmax_batch_size: 2\nlog_prompts: false\n")
     with started("--config", str(config), KTX_API_KEY="k1 k2") as (process, base):
         models = httpx.get(f"{base}/v1/models", headers={"authorization": "Bearer k2"}).json()["data"]
         assert [model["id"] for model in models] == ["one", "two"]

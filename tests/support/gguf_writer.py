@@ -12,6 +12,7 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
+from ktx.families import gguf_of
 from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import QTYPES, QType
 
@@ -34,6 +35,8 @@ ARCH = {
     "qwen3": "qwen3",
     "phi3": "phi3",
 }
+# Architectures whose converter is a subclass of LlamaModel with undo_permute: rows of q and k are permuted.
+INTERLEAVED_QK = ("llama", "granite", "granitemoe")
 FALLBACK = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
@@ -81,7 +84,7 @@ class Writer:
             fuse_gate_up,
             fuse_qkv,
         )
-        self.arch = ARCH[config.model_type]
+        self.arch = ARCH.get(config.model_type) or gguf_of(config.model_type).arch
         self.w = gguf.GGUFWriter(path, self.arch)
         self.oracle: dict[str, torch.Tensor] = {}
         number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[self.arch]
@@ -127,6 +130,13 @@ class Writer:
             "attention.sliding_window": getattr(c, "sliding_window", None) if c.model_type == "phi3" else None,
             "expert_shared_feed_forward_length": getattr(c, "shared_expert_intermediate_size", None),
         }
+        scales = {  # GraniteModel.set_gguf_parameters
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        }
+        values |= {key: float(getattr(c, name)) for key, name in scales.items() if hasattr(c, name)}
         if rope.get("rope_type") == "yarn":
             values |= {
                 "rope.scaling.type": "yarn",
@@ -209,14 +219,14 @@ class Writer:
         base, suffix = (
             (hf.removesuffix(".weight"), ".weight") if hf.endswith(".weight") else (hf.removesuffix(".bias"), ".bias")
         )
-        name = self.names.get_name(base)
+        name = self.names.get_name(base) or self.names.get_name(f"{base}.layer")  # of earlier classes in transformers
         assert name, hf
         self.oracle[hf] = (self.put(name + suffix, x.float() + plus) - plus).reshape(x.shape)
 
     def qkv(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor | None:
         which, suffix = hit[1], hit[2]
         heads = self.config.num_attention_heads if which == "q" else self.config.num_key_value_heads
-        swap = self.arch == "llama" and which != "v"
+        swap = self.arch in INTERLEAVED_QK and which != "v"
         y = permuted(x, heads) if swap else x
         if self.fuse_qkv and suffix == "weight":
             self.pending[which] = y
@@ -225,7 +235,7 @@ class Writer:
                 seen = self.put(f"{block}attn_qkv.weight", torch.cat([self.pending[w] for w in "qkv"])).split(sizes)
                 for w, part in zip("qkv", seen, strict=True):
                     n = self.config.num_attention_heads if w == "q" else self.config.num_key_value_heads
-                    back = unpermuted(part, n) if self.arch == "llama" and w != "v" else part
+                    back = unpermuted(part, n) if self.arch in INTERLEAVED_QK and w != "v" else part
                     self.oracle[f"model.layers.{block[4:-1]}.self_attn.{w}_proj.weight"] = back
                 self.pending = {}
             return self.oracle.get(f"model.layers.{block[4:-1]}.self_attn.{which}_proj.weight", x)
