@@ -37,8 +37,8 @@ def qwen(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A family without a rule file, in floats."""
-    folder = tmp_path_factory.mktemp("notes") / "granitemoe"
-    tiny("granitemoe", num_local_experts=8, num_experts_per_tok=3).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("notes") / "granitemoeshared"
+    tiny("granitemoeshared", num_local_experts=8, num_experts_per_tok=3).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -68,7 +68,7 @@ def test_shipped_families_have_none(tmp_path, family):
 
 def test_a_family_without_a_rule_file_is_told(stranger, caplog):
     (note,) = [note for note in ktx.plan(stranger).model_notes if note.code == "generic"]
-    assert "no rule file for granitemoe" in note.text
+    assert "no rule file for granitemoeshared" in note.text
     with caplog.at_level(logging.WARNING, "ktx.model.notes"):
         model = loaded(stranger)
     assert note in model.ktx.notes and note.text in caplog.text
@@ -170,7 +170,7 @@ def test_health_returns_them(qwen):
 
 def test_plan_prints_them(stranger, capsys):
     assert main(["plan", "--model", str(stranger)]) == 0
-    assert "note: no rule file for granitemoe" in capsys.readouterr().out
+    assert "note: no rule file for granitemoeshared" in capsys.readouterr().out
     assert main(["plan", "--model", str(stranger), "--json"]) == 0
     assert "generic" in [note["code"] for note in json.loads(capsys.readouterr().out)["notes"]]
 
