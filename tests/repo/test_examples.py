@@ -1,4 +1,4 @@
-"""Other libraries on a loaded model: each example runs on the demo model, and gives what it gives on transformers' own with the same weights."""
+"""Each example runs on the demo model; one with another library gives what it gives on transformers' own model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ NEEDS = {
     "tracing": "nnsight",
     "bridge": "transformer_lens",
 }
+BASIC = {  # a package that the script needs, and what its output has
+    "generate": ("ktx", r"A rule file is YAML that"),
+    "custom_operator": ("ktx", r"2 operators skipped [1-9]\d* \(token, expert\) pairs\nA rule file"),
+    "stream_engine": ("ktx", r"(?s)0 ' better'.*0 finished: stop, \d+ tokens"),
+    "serve_openai_client": ("openai", r"A rule file is YAML that"),
+    "lora": ("peft", r"with the adapter: .* lamp.*\nwithout: "),
+    "plan_gpu": ("ktx", r"cpu: .* of 64\.0 GB\ncuda:0: .* of 24\.0 GB\nall -> cuda:0"),
+}
 TEXT = "A rule file is a list of"
 
 
 def example(name):
-    needed = NEEDS.get(name, "peft")
+    needed = NEEDS.get(name, BASIC.get(name, ("peft",))[0])
     pytest.importorskip(needed, reason=f"examples/{name}.py needs {needed}, which is not installed")
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -55,8 +63,12 @@ def two(folder):
 
 
 def test_every_example_is_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*NEEDS, "train_lora"}
-    assert all(len(path.read_text().splitlines()) < 60 for path in FOLDER.glob("*.py") if path.stem in NEEDS)
+    paths = {path.stem: path for path in FOLDER.glob("*.py")}
+    assert set(paths) == {*NEEDS, *BASIC, "train_lora"}
+    assert all(len(paths[name].read_text().splitlines()) < 60 for name in {*NEEDS, *BASIC})
+    assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|", (FOLDER / "README.md").read_text(), re.M)) == sorted(
+        paths
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,7 @@ def test_every_example_is_here():
         ("evaluate", r"(?s)rule file.*-\d+\.\d+ .*-\d+\.\d+ "),
         ("tracing", r"adds \d+\.\d+\nwith it: .*\nwithout: "),
         ("bridge", r"looks at .*\nwith the head: .*\nwithout: "),
+        *((name, seen) for name, (_, seen) in BASIC.items()),
     ],
 )
 def test_an_example_runs(name, seen):
@@ -75,6 +88,11 @@ def test_an_example_runs(name, seen):
     done = subprocess.run(words, capture_output=True, text=True, timeout=250, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert re.search(seen, done.stdout), done.stdout
+
+
+def test_a_plan_for_a_gpu_that_is_too_small_says_what_would_fit(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="cuda:0 needs .* are missing. It would fit with --vram 0.7G"):
+        ran("plan_gpu", ["--vram", "0.58"], monkeypatch, capsys)
 
 
 def test_a_pipeline_answers_as_on_transformers_model(two):
@@ -201,10 +219,10 @@ def ran(name, words, monkeypatch, capsys, text=None):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "beside", "elsewhere"])
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", [*NEEDS, "generate", "plan_gpu"])
 def test_an_example_takes_a_model_of_ones_own(name, kind, tmp_path, monkeypatch, capsys):
     words = own(kind, tmp_path)
-    assert ran(name, words, monkeypatch, capsys).strip("\n") or name == "pipeline"
+    assert ran(name, words, monkeypatch, capsys).strip("\n") or name in ("pipeline", "generate")
 
 
 @pytest.mark.parametrize("template", [True, False])
