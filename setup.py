@@ -126,6 +126,7 @@ setup(
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
     include_package_data=False,  # else folders of data count as packages that were forgotten: pages of warnings
     package_data={
+        "ktx": ["py.typed"],
         "ktx.optimize_rules": ["*.yaml"],
         "ktx.demo": ["*.jsonl", "*.txt", "model/*"],
         "ktx.server": ["page/*"],

@@ -396,6 +396,7 @@ def test_a_build_says_nothing_of_packages_and_holds_the_data(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "importable" not in done.stdout + done.stderr and "ignored" not in done.stdout + done.stderr
+    assert (tmp_path / "lib/ktx/py.typed").is_file()  # type checkers read the annotations of an installed ktx
     for folder in ("ktx/demo", "ktx/demo/model", "ktx/server/page", "optimize_rules"):
         here = {file.name for file in (ROOT / folder).iterdir() if file.is_file()}
         there = tmp_path / "lib" / folder.replace("optimize_rules", "ktx/optimize_rules")
