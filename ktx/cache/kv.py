@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -18,6 +18,9 @@ from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, is_recorded, refuse_gradient
 from ktx.quant.types import QTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CPU = torch.device("cpu")
 MIN_CAPACITY = 256  # positions of the first allocation; it and the following ones are whole pages (ktx.cache.page_pool)
@@ -61,7 +64,8 @@ def empty_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    return cpu.ops.empty_packed(nbytes).view(dtype).view(shape)
+    buffer: torch.Tensor = cpu.ops.empty_packed(nbytes)
+    return buffer.view(dtype).view(shape)
 
 
 def buffer_positions(positions: int) -> int:
@@ -360,7 +364,7 @@ class KVCache(Cache):
     the model's own.
     """
 
-    def __init__(self, config: Any, dtype: KVType = torch.float16):
+    def __init__(self, config: PreTrainedConfig, dtype: KVType = torch.float16):
         dtype = kv_type(dtype)
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[GrowingLayer(dtype) if type(layer) in STANDARD_LAYERS else layer for layer in stock])

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -21,6 +21,9 @@ from ktx.cache.page_pool import MAX_SNAPSHOTS, PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, refuse_gradient
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SNAPSHOT_INTERVAL_TOKENS = 4 * PAGE_TOKENS  # prompt tokens between two snapshots of recurrent states
 
@@ -288,7 +291,7 @@ class PagedCache(Cache):
         extra_layers: number of attention layers in addition to the model's, such as those for MTP.
     """
 
-    def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, extra_layers: int = 0):
+    def __init__(self, config: PreTrainedConfig, pages: int, dtype: KVType = torch.float16, extra_layers: int = 0):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: BatchMetadata | None = None
         self.states: dict[int, DynamicCache] = {}  # recurrent states by sequence

@@ -306,9 +306,10 @@ class _Reference:
         self.model.config._attn_implementation = "eager"
         self.tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         for module in self.model.modules():  # rotary tables are not in the checkpoint
-            names = [n for n, b in module.named_buffers(recurse=False) if n in module._non_persistent_buffers_set]
+            buffers = dict(module.named_buffers(recurse=False))
+            names = [name for name in buffers if name in module._non_persistent_buffers_set]
             for name in names:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                module._buffers[name] = torch.empty_like(buffers[name], device="cpu")
             if names:
                 self.model._init_weights(module)
 

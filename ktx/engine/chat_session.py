@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ktx.chat_formats import Parser, Text
 from ktx.engine.engine import Engine
@@ -62,6 +61,6 @@ class Session:
         self.engine.reset_prefix_cache()
 
 
-def _texts(events: Sequence[Any]) -> Iterator[Text]:
+def _texts(events: Sequence[object]) -> Iterator[Text]:
     """Returns the text events: without tools there are no others."""
     return (event for event in events if isinstance(event, Text))

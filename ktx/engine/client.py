@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ktx.engine.request import Event, Finished, Request
+from ktx.engine.request import Constraint, Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.lora import AdapterUse
 from ktx.utils.deprecation import deprecated_members
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Adapters by name, or with a factor; None: the adapters in use.
 Lora = str | AdapterUse | Sequence[str | AdapterUse] | None
@@ -19,14 +22,14 @@ Lora = str | AdapterUse | Sequence[str | AdapterUse] | None
 class Submitter(Protocol):
     """What clients require of an engine."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     def submit(
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
         on_event: Callable[[Event], None],
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
@@ -87,7 +90,7 @@ class RequestGroup:
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
@@ -141,7 +144,7 @@ class Listener:
         engine: Submitter,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         salt: bytes = b"",
         lora: Lora = None,
     ):

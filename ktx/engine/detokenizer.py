@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Detokenizer:
@@ -17,13 +20,15 @@ class Detokenizer:
         hidden: tokens without text.
     """
 
-    def __init__(self, tokenizer: Any, hidden: Container[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden: Container[int] = ()):
         self.tokenizer, self.hidden, self.ids = tokenizer, hidden, list[int]()
         self.start, self.emitted = 0, 0  # decoding starts at `start`; tokens before `emitted` have been emitted
 
     def _decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens exactly as they are, with special tokens and spaces."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
     def feed(self, token: int) -> str:
         """Returns the text that this token completes; empty while a character is incomplete."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,7 @@ from ktx.engine.budget import ACTIVATION_MEMORY_SHARE, MAX_ITL_MS, MAX_STEP_TOKE
 from ktx.engine.client import Listener, Lora, generate
 from ktx.engine.notes import ENGINES, engine_notes
 from ktx.engine.output_state import OutputState
-from ktx.engine.request import Event, Finished, Request
+from ktx.engine.request import Constraint, Event, Finished, Reason, Request
 from ktx.engine.runner import ForwardCancelled, ModelRunner
 from ktx.engine.runner_selection import select_runner
 from ktx.engine.sampler import SamplingParams
@@ -34,6 +34,12 @@ from ktx.model.notes import add_notes
 from ktx.ops.lora import AdapterUse, AdapterUses
 from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.weights.lora import AdapterSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ktx.cache.disk import DiskPageStore
+    from ktx.model.loaded import LoadedModel
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT_TOKENS = 1 << 15
@@ -115,7 +121,13 @@ class Engine:
         runner: computes the forwards; None: `select_runner` chooses one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Options | None = None,
+        runner: ModelRunner | None = None,
+    ):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
         pages = runner.pages if runner else num_pages(self.options.kv_cache_tokens)
         model_context = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
@@ -209,7 +221,7 @@ class Engine:
 
         return SpeculativeDecoder(MTPDrafter(self.runner), self.options.draft_tokens)
 
-    def _open_store(self) -> Any:
+    def _open_store(self) -> DiskPageStore | None:
         """Returns the prefix cache on disk, None without `prefix_cache_dir`. UsageError for models whose state is not
         in pages.
         """
@@ -258,7 +270,7 @@ class Engine:
         prompt: Sequence[int],
         sampling: SamplingParams,
         on_event: Callable[[Event], None],
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
@@ -420,7 +432,7 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams | None = None,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Listener:
@@ -620,12 +632,12 @@ class Engine:
         else:
             self._finish(self.outputs[chunks[0].request], "error", error=f"{type(error).__name__}: {error}")
 
-    def _finish(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
+    def _finish(self, output: OutputState, reason: Reason, error: str = "", client_error: bool = False) -> None:
         """Ends a request: removes it from the scheduler and sends its last event."""
         self.scheduler.remove(output.request)
         self._send_finished(output, reason, error, client_error)
 
-    def _send_finished(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
+    def _send_finished(self, output: OutputState, reason: Reason, error: str = "", client_error: bool = False) -> None:
         """Sends a request's last event, and drops unloaded adapters that no unfinished request uses any more."""
         with self.lock:
             self.outputs.pop(output.request, None)
@@ -637,7 +649,7 @@ class Engine:
             output.request.context.run(self.on_finished, finished)
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_token_ids(model: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Returns the token ids that end an output, from the generation config, the model's config and the tokenizer."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config, tokenizer):

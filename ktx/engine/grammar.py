@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from ktx.errors import UsageError
 from ktx.utils.fork_handlers import ForkSafeLock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 # of a schema; "bytes" also limits a regular expression or Lark text
 SCHEMA_LIMITS = {"bytes": 256 << 10, "depth": 64, "members": 2000}
@@ -82,7 +85,7 @@ class GrammarCompiler:
     them.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Sequence[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, stop_ids: Sequence[int]):
         self.tokenizer, self.vocabulary, self.stop_ids = tokenizer, vocabulary, sorted(stop_ids)
         self.lock = ForkSafeLock()
         self._tokenizer_tables: Any = None
@@ -99,7 +102,7 @@ class GrammarCompiler:
                     raise UsageError("this model has no end token, so no grammar can end an output")
                 try:
                     self._tokenizer_tables = from_tokenizer(
-                        self.tokenizer, self.vocabulary, eos_token=list(self.stop_ids)
+                        cast("TokenizersBackend", self.tokenizer), self.vocabulary, eos_token=list(self.stop_ids)
                     )
                 except ValueError as error:
                     raise UsageError(f"this model's tokenizer cannot follow a grammar: {error}") from error

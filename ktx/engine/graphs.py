@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -34,6 +34,9 @@ from ktx.ops.guard import Guard
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
 from ktx.transformers_compat import cache_argument
+
+if TYPE_CHECKING:
+    from ktx.model.loaded import LoadedModel
 
 log = logging.getLogger("ktx.engine")
 # The values of a row (one request's token in a captured step), in the order of the rows of `Inputs.row_values`: token
@@ -55,7 +58,7 @@ class Graph(Protocol):
 class CudaGraph:
     """A CUDA graph. It holds no tensors; host functions that it calls are released with it."""
 
-    def __init__(self, model: Any, device: torch.device, pool: Any):
+    def __init__(self, model: LoadedModel, device: torch.device, pool: Any):
         self.model, self.device, self.pool = model, device, pool
         self.graph = torch.cuda.CUDAGraph()
 
@@ -193,14 +196,15 @@ class Graphs:
     The cache has one page behind those of requests, `padding_page`.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, max_requests: int, context: int, padding_page: int):
+    def __init__(self, model: LoadedModel, cache: PagedCache, max_requests: int, context: int, padding_page: int):
         device = first_gpu(model)
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
         self.width = min(-(-context // PAGE_TOKENS), padding_page)
         self.inputs = Inputs(device, max_requests, self.width, padding_page)
         self.scratch: dict[Any, torch.Tensor] = {}
-        lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        lm_head: Any = model.get_output_embeddings()
+        embedding: Any = model.get_input_embeddings()
         self.logits = torch.empty(max_requests, lm_head.out_features, dtype=model.dtype, device=device.torch)
         self.hidden: torch.Tensor | None = None
         if not module_devices(model)[embedding].gpu:
@@ -276,24 +280,24 @@ def _with_progress(sizes: Sequence[int]) -> Iterator[int]:
     yield from track(sizes, "capturing CUDA graphs", console=Console(stderr=True), transient=True)
 
 
-def module_devices(model: Any) -> dict[torch.nn.Module, Device]:
+def module_devices(model: LoadedModel) -> dict[torch.nn.Module, Device]:
     """Returns the devices of modules, without those that a forward does not call."""
     modules, devices = dict(model.named_modules()), model.ktx.plan.devices
     return {modules[path]: device for path, device in devices.items() if path in modules}
 
 
-def first_gpu(model: Any) -> Device | None:
+def first_gpu(model: LoadedModel) -> Device | None:
     """Returns the first GPU that modules are on; None for a model on the CPU."""
     return next((device for device in model.ktx.plan.devices.values() if device.gpu), None)
 
 
-def offloaded_experts(model: Any) -> dict[torch.nn.Module, Any]:
+def offloaded_experts(model: LoadedModel) -> dict[torch.nn.Module, Any]:
     """Returns experts in CPU memory -> their offload, whose calls a graph can contain."""
-    blocks = [module for module in model.modules() if getattr(module, "offload", None) is not None]
+    blocks: list[Any] = [module for module in model.modules() if getattr(module, "offload", None) is not None]
     return {block.experts: block.offload for block in blocks}
 
 
-def unsupported_reason(model: Any) -> str:
+def unsupported_reason(model: LoadedModel) -> str:
     """Returns why decode steps of a model on a GPU cannot be captured; empty if they can."""
     gpu, devices, names = (
         first_gpu(model),
@@ -319,7 +323,7 @@ def unsupported_reason(model: Any) -> str:
     return ""
 
 
-def replay_guard(model: Any) -> Guard:
+def replay_guard(model: LoadedModel) -> Guard:
     """Returns a guard of the modules that a replay does not call: it holds as long as they are the same and have no
     hooks.
     """

@@ -113,4 +113,5 @@ class MTPDrafter:
                 )
         finally:
             self.cache.batch = None
-        return states[0]
+        first: torch.Tensor = states[0]
+        return first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from ktx.engine.request import Finished, PromptLogprobs, Reason, Request, TokenE
 from ktx.engine.sampler import SampledToken, Sampler
 from ktx.engine.scheduler import ScheduledChunk
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class OutputState:
     """The output of one request: samples its tokens, detokenizes them, checks for its end and emits its events.
@@ -19,7 +22,7 @@ class OutputState:
     A restart after a preemption does not touch it: recomputed tokens are neither sampled nor emitted again.
     """
 
-    def __init__(self, request: Request, tokenizer: Any, stop_ids: frozenset[int], context: int):
+    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], context: int):
         self.request, self.context = request, context
         self.sampler = Sampler(request.sampling, request.prompt)
         self.detokenizer = Detokenizer(tokenizer, request.sampling.hidden)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktx.chat_formats import ChatFormat, chat_format_for, ends_in_reasoning, to_template_messages
 from ktx.engine.continue_message import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, named_templates, select_template
 from ktx.errors import UsageError
 from ktx.utils.deprecation import deprecated_members, deprecated_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_TEXT_CHARS = 64 << 20
 _MARK = re.compile(r"[<\[].+[>\]]")
@@ -53,7 +56,7 @@ class PromptRenderer:
         BadFile: a template cannot render prompts.
     """
 
-    def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_type: str | None = None, template: str | None = None):
         self.tokenizer = tokenizer
         # template name -> Jinja source
         self.templates = named_templates(template or getattr(tokenizer, "chat_template", None))
@@ -202,14 +205,16 @@ class PromptRenderer:
         from jinja2.exceptions import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
                 tools=tools or None,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **template_kwargs,
             )
+            assert isinstance(text, str)  # because of tokenize=False
+            return text
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from error
 

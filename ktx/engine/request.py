@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import AdapterUses
 from ktx.utils.deprecation import deprecated_members, deprecated_names
+
+if TYPE_CHECKING:
+    import torch
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -90,6 +93,18 @@ class Finished:
 Event = PromptLogprobs | TokenEvent | Finished
 
 
+class Constraint(Protocol):
+    """The state of a grammar that an output follows, see ktx.engine.grammar.GrammarMatcher."""
+
+    ended: bool
+
+    def mask(self) -> torch.Tensor | None:
+        """Returns a mask bool [vocabulary] of the tokens that may follow; None: all tokens."""
+
+    def accept(self, token: int) -> None:
+        """Advances by a token of the output."""
+
+
 @deprecated_members(number="id", computed="num_computed", left="num_uncomputed", answered="num_output")
 @dataclass(eq=False)
 class Request:
@@ -104,7 +119,7 @@ class Request:
     sampling: SamplingParams
     on_event: Callable[[Event], None]
     salt: bytes = b""
-    constraint: Any = None  # a GrammarMatcher, see ktx.engine.grammar
+    constraint: Constraint | None = None
     lora: AdapterUses = ()  # the LoRA adapters to apply
     id: int = 0  # in the order of arrival
     cancelled: bool = False

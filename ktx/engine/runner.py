@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from ktx.ops.gpu import offload
 from ktx.ops.mla import MLA
 from ktx.placement.workspace import decode_step_bytes
 from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
+
+if TYPE_CHECKING:
+    from ktx.model.loaded import LoadedModel
 
 log = logging.getLogger("ktx.engine")
 # [rows, vocabulary]: of all tokens of an echo, of the tokens to sample from, or none
@@ -62,7 +65,7 @@ class ModelRunner:
     unsupported_reason = ""  # why steps are not captured although that was requested
     graphs: Graphs | None = None
 
-    def __init__(self, model: Any, pages: int, max_captured_requests: int = 0):
+    def __init__(self, model: LoadedModel, pages: int, max_captured_requests: int = 0):
         self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
         self.page_aligned_numerics = cpu.ops.has_bf16_tiles() or any(
             isinstance(module, MLA) for module in model.modules()
@@ -238,7 +241,7 @@ class SequentialRunner(ModelRunner):
     granularity = 4 * PAGE_TOKENS
     in_chunks = True
 
-    def __init__(self, model: Any, pages: int):
+    def __init__(self, model: LoadedModel, pages: int):
         self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
         self.recurrent = True  # a forward that began to write cannot be rolled back
         self.caches: dict[int, Any] = {}
@@ -324,7 +327,7 @@ class SequentialRunner(ModelRunner):
         return 0
 
 
-def lora_adapters(model: Any) -> Adapters:
+def lora_adapters(model: LoadedModel) -> Adapters:
     """Returns a model's LoRA adapters; none for a model that ktx did not load."""
     adapters: Adapters = getattr(getattr(model, "ktx", None), "adapters", None) or Adapters()
     return adapters
@@ -338,7 +341,7 @@ def chunk_adapters(chunks: Sequence[ScheduledChunk]) -> tuple[StepAdapters, Step
     return tokens, [(num_logits(chunk), chunk.request.lora) for chunk in chunks]
 
 
-def to_cpu(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
+def to_cpu(model: LoadedModel, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
     """Returns a model's logits on the CPU, where tokens are sampled; `copy`: always copies. Raises the error of experts
     that the GPU offloaded to the CPU, if there was one.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,12 +24,15 @@ from ktx.model.self_test import MAX_DISTANCE_HALF, CachedForward, Fault, check, 
 from ktx.ops.recurrent import Recurrent
 from ktx.utils.torch_defaults import torch_defaults
 
+if TYPE_CHECKING:
+    from ktx.model.loaded import LoadedModel
+
 log = logging.getLogger("ktx.engine")
 CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in each of three forwards
 
 
 @torch_defaults()
-def select_runner(model: Any, pages: int, captured: int = 0) -> ModelRunner:
+def select_runner(model: LoadedModel, pages: int, captured: int = 0) -> ModelRunner:
     """Returns the runner that the model's modules allow.
 
     Args:
@@ -54,7 +57,7 @@ def select_runner(model: Any, pages: int, captured: int = 0) -> ModelRunner:
     return runner
 
 
-def _make_sequential_runner(model: Any, pages: int) -> SequentialRunner:
+def _make_sequential_runner(model: LoadedModel, pages: int) -> SequentialRunner:
     """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it."""
     runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):
@@ -69,7 +72,7 @@ def _make_sequential_runner(model: Any, pages: int) -> SequentialRunner:
     )
 
 
-def _find_unsupported_layer(model: Any) -> str:
+def _find_unsupported_layer(model: LoadedModel) -> str:
     """Returns a description of a module or layer that does not use the paged cache; empty if all do."""
     for path, module in model.named_modules():
         is_attention = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +15,9 @@ from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import experts_by_path
 from ktx.ops.weight_traffic import WeightTraffic
 from ktx.utils.deprecation import deprecated_members
+
+if TYPE_CHECKING:
+    from ktx.model.loaded import LoadedModel
 
 
 @deprecated_members(gpu_wait_seconds="gpu_wait_s")
@@ -40,7 +44,7 @@ class StatsSnapshot:
 class EngineStats:
     """Counts from its creation on."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: LoadedModel):
         self.weight_traffic = WeightTraffic.of(model)
         modules = experts_by_path(model)
         layers = [layer_of(path) for path, _ in modules]

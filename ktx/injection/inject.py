@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from ktx.devices import CPU, Device, gpus, parse_device
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.hardware import format_bytes
 from ktx.injection.device_map import PlacementEntry, format_ranges
-from ktx.injection.rules import Rule, Rules, is_shipped
+from ktx.injection.rule import Rule
+from ktx.injection.rules import Rules, is_shipped
 from ktx.ops.base import Context, Operator, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
@@ -30,6 +31,9 @@ from ktx.utils.deprecation import deprecated_members
 from ktx.weights.accounting import UnreadTensors, summary_line, unread_tensors
 from ktx.weights.base import TensorSpec, WeightSource
 from ktx.weights.verdict import Reads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -258,7 +262,7 @@ def _fold_layers(plan: Plan) -> Iterator[tuple[str, Step]]:
 def inject(
     model: nn.Module,
     rules: Sequence[Rule],
-    config: Any,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     kv_dtype: torch.dtype | str | None = None,
     warn_unmatched: bool = True,
@@ -308,7 +312,7 @@ class _Injector:
         self,
         model: nn.Module,
         rules: Sequence[Rule],
-        config: Any,
+        config: PreTrainedConfig,
         dtype: torch.dtype,
         kv_dtype: torch.dtype | str | None,
     ):

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ktx.cache.kv import KVType
 from ktx.devices import gpus
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.injection.rules import Rule
+from ktx.injection.rule import Rule
 from ktx.integrations.names import NAME
 from ktx.loader import load
 from ktx.loader.build import OLD_ARGUMENTS

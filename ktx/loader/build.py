@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from ktx.environment import check_environment
 from ktx.errors import BadFile, UsageError
 from ktx.injection.device_map import PlacementEntry, merge_options, parse_stream_experts, split_layers
 from ktx.injection.inject import Plan, inject
-from ktx.injection.rules import Rule, Rules, load_rules
+from ktx.injection.rule import Rule
+from ktx.injection.rules import Rules, load_rules
 from ktx.loader.meta_model import build_meta_model, read_config, resolve_model, set_experts_per_token
 from ktx.model import notes
 from ktx.model.lora import AdapterArgument, adapter_bytes, match_modules, parse_adapters, read
@@ -36,6 +37,9 @@ from ktx.weights.open import open_weights
 from ktx.weights.packed import PackedSource, is_packed_config
 from ktx.weights.quantization import check_quantization
 from ktx.weights.safetensors import SafetensorsSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 OLD_ARGUMENTS = {  # names in ktx 0.1 of arguments of `load` -> the names of today
     "weight_dtype": "quantize",
@@ -187,8 +191,8 @@ def prepare_model(
     targets: Mapping[str, str | None],
     mtp: bool,
     placement: PlacementOptions = list,
-    config_override: Any = None,
-) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
+    config_override: PreTrainedConfig | None = None,
+) -> tuple[PreTrainedModel, Plan, WeightSource, torch.dtype]:
     """Returns the meta-device model with its operators, the plan, the weight source and the compute type.
 
     Args:
@@ -224,7 +228,7 @@ def prepare_model(
 
     def build_plan(
         rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
-    ) -> tuple[nn.Module, Plan]:
+    ) -> tuple[PreTrainedModel, Plan]:
         """Builds the meta-device model with its operators and their plan, from headers alone.
 
         It may run three times: for the bytes by which layers are split between GPUs, for the result, and once more if

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ktx.errors import UsageError
 from ktx.hardware import tune_malloc
 from ktx.injection.device_map import parse_stream_experts
 from ktx.injection.inject import Plan
-from ktx.injection.rules import Rule
+from ktx.injection.rule import Rule
 from ktx.kernels import cpu
 from ktx.loader.build import OLD_ARGUMENTS, placement_options, prepare_model, quant_targets
 from ktx.loader.load_weights import ProgressSink, init_missing_buffers, load_weights, progress_bar
@@ -45,6 +45,11 @@ from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.lora import Adapter, AdapterSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ktx.engine.engine import Engine
+
 
 def _no_model() -> None:
     """Stands in for the weak reference to the model, which can be neither copied nor pickled."""
@@ -64,7 +69,7 @@ class LoadInfo:
     threads: int
     kv_dtype: KVType = None  # type of the KV cache; None: the type that the model computes keys and values in
     model: Callable[[], Any] = field(default=_no_model, repr=False)  # weak, because the model holds this object
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that determine the model's results
     self_test: SelfTest = True  # whether an engine runs the self-test too; "engine": only the engine runs it
     notes: list[notes.Note] = field(default_factory=list)  # slow parts, and options that take no effect
@@ -79,16 +84,23 @@ class LoadInfo:
         return replace(self, model=weakref.ref(model))
 
     @deprecated_arguments(cache_lens="kv_cache_tokens")
-    def engine(self, **options: Any) -> Any:
+    def engine(self, **options: Any) -> Engine:
         """Returns an engine that serves many requests with continuous batching.
 
         Close the engine after use, or use it in a `with` statement.
 
         Args:
             options: fields of ktx.engine.engine.Options.
+
+        Raises:
+            UsageError: the model was loaded without a tokenizer.
         """
         from ktx.engine.engine import Engine, Options  # late, because loading alone needs no engine
 
+        if self.tokenizer is None:
+            raise UsageError(
+                "an engine needs a tokenizer, but the model was loaded without one: set model.ktx.tokenizer"
+            )
         return Engine(self.model(), self.tokenizer, Options(**options))
 
     @property
@@ -162,7 +174,7 @@ def load(
     self_test: SelfTest = True,
     lora: AdapterArgument | Sequence[AdapterArgument] | None = None,
     attn_implementation: str | None = None,
-    config: Any = None,
+    config: PreTrainedConfig | None = None,
     tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """Loads a transformers model with packed weights; returns the model and its tokenizer.
@@ -316,7 +328,7 @@ def load(
     return hf_model, loaded_tokenizer
 
 
-def _set_attention(model: Any, attn_implementation: str | None) -> None:
+def _set_attention(model: PreTrainedModel, attn_implementation: str | None) -> None:
     """Sets transformers' attention function. Raises UsageError for one that is unknown or not installed."""
     if attn_implementation is not None:
         try:

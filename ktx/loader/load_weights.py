@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from ktx.ops.linear import Linear
 from ktx.ops.tied import TiedLinear
 from ktx.transformers_compat import dtype_plan
 from ktx.weights.base import WeightSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_weights(
@@ -117,12 +120,13 @@ def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dty
     dtypes = dtype_plan(model, dtype)
 
     def dtype_for(name: str) -> torch.dtype:
-        return dtypes.get(name, dtype)
+        found: torch.dtype = dtypes.get(name, dtype)
+        return found
 
     return dtype_for
 
 
-def init_missing_buffers(model: Any, plan: Plan) -> None:
+def init_missing_buffers(model: PreTrainedModel, plan: Plan) -> None:
     """Computes buffers that no file holds, such as rotary tables, by transformers' initializer, on their devices.
 
     Raises:
@@ -151,7 +155,7 @@ def init_missing_buffers(model: Any, plan: Plan) -> None:
         owner = model.get_submodule(module)
         # A module that no rule replaced is tied as transformers ties it.
         if isinstance(owner, nn.Linear) and not isinstance(owner, Operator):
-            embedding = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
+            embedding: Any = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
             source = embedding.rows().values(embedding.dtype) if isinstance(embedding, Embedding) else embedding.weight
             source = source.to(plan.devices[module].torch)
             owner._parameters[name] = (
@@ -164,13 +168,13 @@ def init_missing_buffers(model: Any, plan: Plan) -> None:
         )
 
 
-def _nan_buffer(like: Any) -> torch.Tensor:
+def _nan_buffer(like: torch.Tensor) -> torch.Tensor:
     """Returns an uninitialized CPU buffer, filled with NaN if its type is floating-point."""
     buffer = torch.empty_like(like, device="cpu")
     return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
 
 
-def _has_nan(buffer: Any) -> bool:
+def _has_nan(buffer: torch.Tensor) -> bool:
     return bool(buffer.is_floating_point() and buffer.isnan().any())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from ktx.transformers_compat import config_dict, has_causal_lm, text_config
 from ktx.utils.json_file import read_object
 from ktx.weights.base import WeightSource
 from ktx.weights.gguf_files import ggufs_in, is_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(model: str | Path, weights: bool = False) -> Path:
@@ -36,7 +39,7 @@ def resolve_model(model: str | Path, weights: bool = False) -> Path:
     return hub_folder(str(model), weights)
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+def read_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Returns the transformers configuration of a folder, a hub id, a GGUF file, or a folder with only a GGUF file.
 
     Of a multimodal model it returns the text model's configuration. Kimi-K2 is read as DeepSeek-V3, whose architecture
@@ -72,8 +75,13 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
                 for key, value in config_json.items()
                 if key not in ("auto_map", "model_type", "architectures")
             }
-            return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **fields)
-        config = text_config(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+            kimi: PreTrainedConfig = AutoConfig.for_model(
+                "deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **fields
+            )
+            return kimi
+        config: PreTrainedConfig = text_config(
+            AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        )
     except Exception as error:  # transformers raises a dozen unrelated types for invalid configurations
         reason = str(error).strip().partition("\n")[0]
         raise BadFile(f"{source}: the configuration cannot be read: {reason[:300]}") from error
@@ -125,7 +133,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
     return Path(snapshot)
 
 
-def set_experts_per_token(config: Any, count: int) -> None:
+def set_experts_per_token(config: PreTrainedConfig, count: int) -> None:
     """Sets the configuration's number of experts per token. Raises UsageError if the model does not allow it."""
     trained = getattr(config, "num_experts_per_tok", None)
     if trained is None:
@@ -137,7 +145,7 @@ def set_experts_per_token(config: Any, count: int) -> None:
     config.num_experts_per_tok = count
 
 
-def build_meta_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """Returns the transformers model on the meta device.
 
     Families with a rule file use ktx's attention, whose masks are intervals; others use sdpa or eager with mask
@@ -149,15 +157,19 @@ def build_meta_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = 
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     if config.model_type in RULE_FILES:
         model.config._attn_implementation = attention.NAME
     else:  # an unknown family may read its mask elsewhere too (a sparse indexer), so the mask must be a matrix
         model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
-def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
+def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Returns the folder's tokenizer, or the GGUF file's if the folder has none.
 
     Raises BadFile if it cannot be read.
@@ -171,12 +183,15 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 
         return tokenizer_from_gguf(source.metadata, source.path)
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code
+        )
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise BadFile(f"{model}: the tokenizer cannot be read: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def set_generation_config(model: Any, folder: str | Path, source: WeightSource) -> None:
+def set_generation_config(model: PreTrainedModel, folder: str | Path, source: WeightSource) -> None:
     """Sets the model's generation configuration from generation_config.json, else from the GGUF's metadata.
 
     Without generation_config.json all end-of-sequence tokens of the GGUF are added to the model's own.

@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -28,9 +28,15 @@ from ktx.ops.linear import Linear
 from ktx.ops.weight_traffic import module_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ktx.cache.kv import KVType
+    from ktx.injection.inject import Plan
+    from ktx.model.lora import Adapters
+    from ktx.model.notes import Note
     from ktx.model.pickling import WeightFiles
+    from ktx.model.self_test import SelfTest
+    from ktx.ops.mtp import MTP
 else:
     PreTrainedModel = object
 
@@ -38,10 +44,32 @@ BERT_EMBEDDING = "embeddings.word_embeddings"
 _LOADED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class LoadedModel(PreTrainedModel):
-    """Mixin in front of a transformers class; the combined class has the name and module of that class."""
+class ModelInfo(Protocol):
+    """What an engine and a copy read of `model.ktx`, see ktx.loader.load.LoadInfo."""
 
-    ktx: Any
+    plan: Plan
+    weights: str
+    kv_dtype: KVType
+    tokenizer: PreTrainedTokenizerBase | None
+    identity: Any
+    self_test: SelfTest
+    notes: list[Note]
+    files: WeightFiles | None
+    adapters: Adapters
+
+    def for_copy(self, model: nn.Module) -> ModelInfo:
+        """Returns a copy that refers to `model`."""
+
+
+class LoadedModel(PreTrainedModel):
+    """Mixin in front of a transformers class; the combined class has the name and module of that class.
+
+    `ktx` describes how the model was loaded; `mtp` exists only if the MTP layer was loaded.
+    """
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of a subclass, where these names do not exist
+        ktx: ModelInfo  # type: ignore[assignment]
+        mtp: MTP
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the combined class by its transformers class, because it is created at run time."""

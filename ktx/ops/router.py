@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ktx.families import ROUTERS, RoutingSpec
+from ktx.families import ROUTERS
+from ktx.families.family import RoutingSpec
 from ktx.kernels import cpu
 from ktx.kernels.gradients import is_recorded
 from ktx.ops import contract

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from ktx.ops.norm import RMSNorm
 from ktx.ops.router import Router
 from ktx.quant.types import FP8_BLOCK, QTYPES, QType
 from ktx.weights.base import TensorSpec, WeightSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 GROUPS = (  # group of a module: the first pattern that matches its path
     ("routed experts", r"(?:^|\.)experts(?:\.|$)"),
@@ -170,7 +173,7 @@ def _fp8_scale_bytes(qtype: QType, shape: tuple[int, ...]) -> int:
     return 4 * prod(shape[:-2]) * blocks if qtype.name == "F8_E4M3" else 0
 
 
-def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
+def footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) -> Footprint:
     """Returns the memory footprint of a meta-device model.
 
     Args:
@@ -328,16 +331,16 @@ def activation_columns(module: nn.Module) -> int:
     if isinstance(module, Linear):
         return module.out_features
     if isinstance(module, Experts):
-        return min(module.top, module.num_experts) * (3 * module.width + module.hidden)
+        return int(min(module.top, module.num_experts) * (3 * module.width + module.hidden))
     if isinstance(module, MLA):  # absorbed queries and attention outputs
-        return module.num_heads * (2 * module.kv_lora_rank + module.v_head_dim)
+        return int(module.num_heads * (2 * module.kv_lora_rank + module.v_head_dim))
     return 0
 
 
 # ---- keys, values and states
 
 
-def _kv_pools(path: str, module: Any, config: Any) -> KVMemory:
+def _kv_pools(path: str, module: Any, config: PreTrainedConfig) -> KVMemory:
     """Returns the KV cache of an attention module: MLA's latent, or keys and values of each key/value head."""
     if isinstance(module, MLA):
         columns, expanded = (module.kv_lora_rank, module.qk_rope_head_dim), module.qk_nope_head_dim + module.v_head_dim

@@ -18,7 +18,7 @@ import torch
 from ktx.cache.kv import KVType
 from ktx.errors import UsageError
 from ktx.injection.device_map import PlacementEntry, format_ranges
-from ktx.injection.rules import Rule
+from ktx.injection.rule import Rule
 from ktx.kernels.microbench import DEFAULT_PCIE_GB_S, min_tokens_to_stream
 from ktx.ops.gpu.offload import NUM_BUFFER_SETS
 from ktx.placement import workspace

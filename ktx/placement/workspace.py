@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +28,9 @@ from ktx.placement.memory_model import (
     group_of,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MULTIPROCESSORS = 132  # of an H100; attention's workspace grows with it
 INT64_BYTES = 8  # of an expert's id
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
@@ -43,7 +46,7 @@ def activation_bytes(model: Footprint, modules: Collection[ModuleMemory], tokens
     return tokens * columns * (BF16_BYTES if gpu else F32_BYTES)
 
 
-def decode_step_bytes(model: Any) -> dict[Device, int]:
+def decode_step_bytes(model: PreTrainedModel) -> dict[Device, int]:
     """Bytes of activations per decoded token of a loaded model, by device: residuals, and those of the widest block."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():

@@ -77,7 +77,8 @@ def _fit_offset(x: Array, max_code: int) -> tuple[Array, Array]:
 
     def reconstruct(scale: Array, minimum: Array) -> Array:
         code = np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, max_code)
-        return scale[..., None] * code - minimum[..., None]
+        values: Array = scale[..., None] * code - minimum[..., None]
+        return values
 
     return _select_best(x, candidates, reconstruct)
 
@@ -92,14 +93,16 @@ def _fit_signed(x: Array, low: int, high: int) -> Array:
     candidates = [(extreme / low * (1 + step), extreme) for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
-        return scale[..., None] * np.clip(np.rint(x * _inverse(scale)[..., None]), low, high)
+        values: Array = scale[..., None] * np.clip(np.rint(x * _inverse(scale)[..., None]), low, high)
+        return values
 
     return _select_best(x, candidates, reconstruct)[0]
 
 
 def _to_codes(x: Array, scale: Array, minimum: Array, max_code: int) -> Bytes:
     """Returns the codes 0..max_code of x, given scale and minimum of each sub-block."""
-    return np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, max_code).astype(np.uint8)
+    codes: Bytes = np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, max_code).astype(np.uint8)
+    return codes
 
 
 def _quantize_k_offset(x: Array, sub_size: int, max_code: int, max_scale: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
@@ -241,7 +244,8 @@ def _fit_codebook(x: Array, codebook: Array) -> Array:
 
 def _pack_halves(codes: Bytes) -> Bytes:
     """Packs codes [..., 32] into 16 bytes: byte i holds the codes of weights i and i + 16."""
-    return codes[..., :16] | codes[..., 16:] << 4
+    packed: Bytes = codes[..., :16] | codes[..., 16:] << 4
+    return packed
 
 
 def _iq4_nl(x: Array) -> Bytes:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from ktx.quant.types import QTYPES, QType
 from ktx.utils.deprecation import deprecated_members
 from ktx.weights.verdict import Reads, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 EXPANDED = ".expanded"
 
@@ -121,7 +124,7 @@ class WeightSource(Protocol):
     def release(self, names: Iterable[str]) -> None:
         """Unmaps the parameters' pages from this process; they stay in the page cache."""
 
-    def config_mismatches(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: PreTrainedConfig) -> list[str]:
         """Mismatches between the checkpoint and `config`, one line each; empty when they agree."""
 
     def source_tensors(self, name: str) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktx.weights.base import TensorSpec
 from ktx.weights.gguf_keys import scalar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # (metadata key without the architecture prefix, configuration attributes of which the first that exists is compared,
 # description for messages)
@@ -20,7 +23,7 @@ COMPARED_KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 def gguf_mismatches(
-    metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
+    metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: PreTrainedConfig
 ) -> list[str]:
     """Mismatches between GGUF metadata and configuration, one line each; empty when they agree."""
     mismatches: list[str | None] = [
@@ -49,11 +52,11 @@ def _per_layer_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
     return [f"{key} differs from layer to layer" for key, value in varying if isinstance(value, list)]
 
 
-def _first(config: Any, attributes: tuple[str, ...]) -> Any:
+def _first(config: PreTrainedConfig, attributes: tuple[str, ...]) -> Any:
     return next((getattr(config, name) for name in attributes if getattr(config, name, None) is not None), None)
 
 
-def _layers(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+def _layers(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
     """The mismatch in the number of layers, or None. The file may count the layers of multi-token prediction or not."""
     blocks = metadata.get(f"{arch}.block_count")
     extra = metadata.get(f"{arch}.nextn_predict_layers", 0)
@@ -63,7 +66,7 @@ def _layers(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
     return f"layers: {blocks} in the file, {layers} in the configuration"
 
 
-def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
+def _vocabulary(tensors: Mapping[str, TensorSpec], config: PreTrainedConfig) -> str | None:
     """The mismatch in the size of the vocabulary, or None."""
     spec, vocabulary = tensors.get("token_embd.weight"), getattr(config, "vocab_size", None)
     if spec is None or vocabulary is None or spec.shape[0] == vocabulary:
@@ -71,7 +74,7 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
     return f"vocabulary: {spec.shape[0]} in the file, {vocabulary} in the configuration"
 
 
-def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+def _kv_heads(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
     """The mismatch in the number of key/value heads, or None. Not compared for MLA models, which cache one latent."""
     in_file = scalar(metadata.get(f"{arch}.attention.head_count_kv"))
     in_config = getattr(config, "num_key_value_heads", None)

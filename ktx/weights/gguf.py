@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from ktx.weights.gguf_keys import ROPE_TABLES, check_architecture, check_file_ty
 from ktx.weights.gguf_names import GGUFNames, Recipe, build, is_known_tensor
 from ktx.weights.verdict import Reads, Verdict, check_companion
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
 
@@ -29,7 +32,7 @@ PAGE = mmap.PAGESIZE
 class GGUFSource:
     """Reads the headers on construction; tensors are views of the mapping, so pages are loaded on first access."""
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, path: Path, config: PreTrainedConfig):
         """Raises BadFile when the file is not a model, or not one that ktx loads with this configuration."""
         self.path = str(path)
         header = read_split_header(path)
@@ -133,7 +136,7 @@ class GGUFSource:
             return Verdict("used by llama.cpp's computation but not by this model's", rejected=True)
         return Verdict()
 
-    def config_mismatches(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: PreTrainedConfig) -> list[str]:
         """Lines for each contradiction between the file's metadata and the configuration; empty when they agree."""
         from ktx.weights.check_config import gguf_mismatches
 

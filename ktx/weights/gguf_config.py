@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ktx.errors import BadFile, did_you_mean
-from ktx.families import FAMILIES, GGUF_MODEL_TYPES, Family
+from ktx.families import FAMILIES, GGUF_MODEL_TYPES
+from ktx.families.family import Family
 from ktx.weights.gguf_header import Header, architecture
 from ktx.weights.gguf_keys import check_file_type, rope_scaling, scalar
 from ktx.weights.gguf_tokenizer import eog_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # transformers' name -> metadata key without the architecture prefix; "?" marks optional keys
 COMMON = {
@@ -53,7 +57,7 @@ def _keys(family: Family) -> Mapping[str, str]:
     return (family.gguf.config_keys if family.gguf else None) or {}
 
 
-def config_from_gguf(path: Path) -> Any:
+def config_from_gguf(path: Path) -> PreTrainedConfig:
     """Builds the transformers configuration that a file's metadata describes.
 
     Raises:

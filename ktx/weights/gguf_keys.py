@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktx.errors import BadFile, did_you_mean
 from ktx.families import GGUF_MODEL_TYPES, gguf_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CHECKED_ELSEWHERE = (  # by check_config.py, or by the tensors' shapes; the last five do not affect text models
     "block_count nextn_predict_layers embedding_length attention.head_count attention.head_count_kv "
@@ -79,17 +82,17 @@ def scalar(value: Any) -> Any:
 UNCHECKED = object()  # the configuration does not determine the value; the tensors' shapes do
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The rope parameters of full attention."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _num_rotated_columns(config: Any) -> int:
+def _num_rotated_columns(config: PreTrainedConfig) -> int:
     """The number of a head's columns that rope rotates."""
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_rope_head_dim)
@@ -97,7 +100,7 @@ def _num_rotated_columns(config: Any) -> int:
     return int(head_dim(config) * factor)
 
 
-def _theta(config: Any) -> Any:
+def _theta(config: PreTrainedConfig) -> Any:
     return rope_of(config).get("rope_theta") or getattr(config, "rope_theta", None)
 
 
@@ -113,14 +116,14 @@ def _if_mla(expected: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda config: expected(config) if getattr(config, "kv_lora_rank", None) else None
 
 
-def _norm_topk_prob(config: Any) -> Any:
+def _norm_topk_prob(config: PreTrainedConfig) -> Any:
     family = gguf_of(config.model_type)
     if family and family.norm_topk_prob is not None:
         return family.norm_topk_prob
     return getattr(config, "norm_topk_prob", None)
 
 
-def _gating_functions(config: Any) -> tuple[int, ...]:
+def _gating_functions(config: PreTrainedConfig) -> tuple[int, ...]:
     """The accepted values of llama.cpp's enumeration."""
     family = gguf_of(config.model_type)
     return family.gating if family else (1,)
@@ -131,7 +134,7 @@ def _expert_groups(name: str) -> Callable[[Any], Any]:
     return lambda config: None if getattr(config, "topk_method", "") == "greedy" else getattr(config, name, None)
 
 
-def _kv_width(config: Any) -> Any:
+def _kv_width(config: PreTrainedConfig) -> Any:
     return UNCHECKED if getattr(config, "kv_lora_rank", None) else head_dim(config)
 
 
@@ -172,14 +175,14 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def _declared(config: Any) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+def _declared(config: PreTrainedConfig) -> dict[str, tuple[str, Callable[[Any], Any]]]:
     """The keys that the declaration of the configuration's family names, each with the attribute of its value."""
     family = gguf_of(config.model_type)
     keys = (family.config_keys if family else None) or {}
     return {key.removesuffix("?"): (name, _first(name)) for name, key in keys.items()}
 
 
-def key_mismatches(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
+def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
     """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported.
 
     Unknown keys are reported too unless their value means "off", because a key that ktx ignores may change the
@@ -223,7 +226,7 @@ def _format(value: Any) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)[:80]
 
 
-def _sliding_window(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
+def _sliding_window(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
     """Mismatches in the size of the sliding window, or in the layers that use it."""
     in_file = scalar(metadata.get(f"{arch}.attention.sliding_window"))
     context = metadata.get(f"{arch}.context_length")
@@ -247,7 +250,7 @@ def _sliding_window(metadata: Mapping[str, Any], arch: str, config: Any) -> list
     return []
 
 
-def _linear_layers(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
+def _linear_layers(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
     """Mismatches in which layers have linear attention: a list in the file, or full attention in every N-th layer."""
     kinds = getattr(config, "layer_types", None) or []
     listed, interval = (
@@ -280,7 +283,7 @@ def rope_scaling(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
 
 
 def rope_mismatches(
-    metadata: Mapping[str, Any], arch: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
+    metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
     """Mismatches in rope scaling, of the keys and of the tables of frequency divisors.
 
@@ -311,7 +314,7 @@ def rope_mismatches(
     return mismatches
 
 
-def _expected_scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, ...]]:
+def _expected_scaling(rope: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, tuple[Any, ...]]:
     """The accepted values of each key under rope.scaling, computed from the configuration."""
     factor = float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
@@ -336,7 +339,7 @@ def _expected_scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[A
 
 
 def _table_mismatches(
-    rope: Mapping[str, Any], config_kind: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
+    rope: Mapping[str, Any], config_kind: str, config: PreTrainedConfig, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
     """Mismatches between the file's rope tables and the configuration's rope scaling.
 
@@ -364,7 +367,7 @@ def _table_mismatches(
     return mismatches
 
 
-def _divisors(rope: Mapping[str, Any], count: int, config: Any) -> list[float]:
+def _divisors(rope: Mapping[str, Any], count: int, config: PreTrainedConfig) -> list[float]:
     """Llama 3's frequency divisors (transformers' _compute_llama3_parameters)."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     divisors = []

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +25,9 @@ from ktx.weights.base import QuantizedTensor, TensorSpec
 from ktx.weights.gguf_header import Header, architecture, parse_header
 from ktx.weights.gguf_names import GGUFNames, Recipe
 from ktx.weights.lora import MERGE_REMEDY, Adapter, AdapterFile, AdapterSpec, LowRank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 HALF = re.compile(r"(?P<of>.+)\.lora_(?P<half>[ab])")
 EMBEDDING = "token_embd.weight"
@@ -39,7 +42,7 @@ class GGUFAdapter:
     arch: str
     matrices: Mapping[str, LowRank]
 
-    def by_module(self, config: Any, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
+    def by_module(self, config: PreTrainedConfig, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
         """Maps the matrices to module paths.
 
         Args:
@@ -74,7 +77,7 @@ class GGUFAdapter:
         self._check_read(specs.keys() - read, int(config.num_hidden_layers))
         return AdapterFile(self.adapter, found, {})
 
-    def _check(self, config: Any) -> None:
+    def _check(self, config: PreTrainedConfig) -> None:
         """Raises BadFile when the adapter's architecture is not the model's."""
         path, model_type = self.adapter.path, config.model_type
         if self.arch not in GGUF_MODEL_TYPES and model_type not in {

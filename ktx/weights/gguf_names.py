@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ktx.families import FAMILIES
 from ktx.weights.base import QuantizedTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Shape = tuple[int, ...]
 
@@ -46,7 +49,7 @@ LAYER = re.compile(r"^(?:model|language_model|model\.language_model)\.layers\.(\
 class GGUFNames:
     """Builds recipes for the parameters of one configuration from the tensors of one file."""
 
-    def __init__(self, arch: str, config: Any, tensors: Tensors):
+    def __init__(self, arch: str, config: PreTrainedConfig, tensors: Tensors):
         self.arch, self.config, self.tensors = arch, config, tensors
         mtp_layers = int(getattr(config, "num_nextn_predict_layers", None) or 0)  # multi-token prediction
         self.name_map = _name_map(arch, max(1, int(config.num_hidden_layers)) + mtp_layers)
@@ -139,7 +142,7 @@ def _num_heads(names: GGUFNames, which: str) -> int:
     return heads if which == "q" else int(getattr(config, "num_key_value_heads", None) or heads)
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -197,7 +200,7 @@ def _stack_rows(names: GGUFNames, tensors: list[str]) -> Recipe | None:
 # ---- MLA
 
 
-def _mla_dims(config: Any) -> tuple[int, int, int, int]:
+def _mla_dims(config: PreTrainedConfig) -> tuple[int, int, int, int]:
     """(heads, kv_lora_rank, qk_nope_head_dim, v_head_dim)."""
     return (
         int(config.num_attention_heads),
@@ -269,7 +272,7 @@ def _make_experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe 
     return None
 
 
-def _num_experts(config: Any) -> int:
+def _num_experts(config: PreTrainedConfig) -> int:
     """The configuration's number of routed experts; 0 when it has none."""
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if getattr(config, key, None):
@@ -331,13 +334,13 @@ def _make_conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe |
     return names.one(tensor, shape=(channels, 1, kernel), order=order)
 
 
-def _value_head_order(config: Any, width: int) -> torch.Tensor:
+def _value_head_order(config: PreTrainedConfig, width: int) -> torch.Tensor:
     """The row order that groups the value heads of a tiled file (`width` rows each) by key head, as the model does."""
     keys, values = int(config.linear_num_key_heads), int(config.linear_num_value_heads)
     return torch.arange(values * width).reshape(values // keys, keys, width).transpose(0, 1).reshape(-1)
 
 
-def _qkv_order(config: Any) -> torch.Tensor:
+def _qkv_order(config: PreTrainedConfig) -> torch.Tensor:
     """Row order of a tiled q, k, v projection: queries and keys unchanged, value heads grouped by key head."""
     qk_rows = 2 * int(config.linear_num_key_heads) * int(config.linear_key_head_dim)
     return torch.cat([torch.arange(qk_rows), qk_rows + _value_head_order(config, int(config.linear_value_head_dim))])

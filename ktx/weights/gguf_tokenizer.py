@@ -8,10 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktx.errors import BadFile, did_you_mean
 from ktx.weights.pretokenizers import NOT_BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BPE, SPM = "gpt2", "llama"
@@ -195,7 +198,7 @@ def recommended_sampling(metadata: Mapping[str, Any], file: str) -> dict[str, An
     return found | {"do_sample": True} if found else {}
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
+def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> PreTrainedTokenizerBase:
     """Builds a fast tokenizer from the file's tokens, merges and chat templates.
 
     transformers renders the chat templates in its sandbox.

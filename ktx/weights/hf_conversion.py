@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ktx.transformers_compat import apply_converter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class ConvertedTensor:
         """The names of the checkpoint tensors."""
         return [name for names in self.groups.values() for name in names]
 
-    def values(self, read: Callable[[str], torch.Tensor], config: Any) -> torch.Tensor:
+    def values(self, read: Callable[[str], torch.Tensor], config: PreTrainedConfig) -> torch.Tensor:
         """Converts the tensors that `read` returns to the parameter's values."""
         tensors = {pattern: [read(name) for name in names] for pattern, names in self.groups.items()}
-        return apply_converter(self.converter, self.name, tensors, config)
+        values: torch.Tensor = apply_converter(self.converter, self.name, tensors, config)
+        return values
 
 
 def find_converted(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ktx.errors import BadFile
 from ktx.weights.base import WeightSource
@@ -12,8 +12,11 @@ from ktx.weights.gguf_files import ggufs_in, is_gguf
 from ktx.weights.packed import PackedSource, is_packed
 from ktx.weights.safetensors import SafetensorsSource
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def open_weights(path: str | Path, config: Any) -> WeightSource:
+
+def open_weights(path: str | Path, config: PreTrainedConfig) -> WeightSource:
     """Opens a checkpoint; reads headers only.
 
     Args:

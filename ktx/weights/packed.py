@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from ktx.errors import BadFile, did_you_mean
 from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, TensorSpec
 from ktx.weights.safetensors import SafetensorsSource, parse_safetensors_header, read_header_bytes, shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 METHOD = "ktx"  # quant_method in quantization_config
 VERSION = 1
@@ -40,7 +43,7 @@ def quantization_config() -> dict[str, Any]:
     return {"quant_method": METHOD, "version": VERSION}
 
 
-def is_packed_config(config: Any) -> bool:
+def is_packed_config(config: PreTrainedConfig) -> bool:
     """Whether a model's configuration is of a packed checkpoint."""
     quantization = getattr(config, "quantization_config", None)
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
 from ktx.weights.hf_conversion import ConvertedTensor, find_converted
 from ktx.weights.verdict import Reads, Verdict, check_companion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # types that modules can read
 OTHER_DTYPES = {  # the format's other types -> (elements, bytes) of a block
@@ -73,7 +76,7 @@ class SafetensorsSource:
 
     types: Collection[str] = DTYPES  # types that modules can read
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, path: Path, config: PreTrainedConfig):
         """Raises BadFile for an invalid header, a missing shard, or a tensor that is in two files."""
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
@@ -316,7 +319,7 @@ class SafetensorsSource:
                 return Verdict(reason)
         return check_companion(key, reads, self.tensors) or Verdict()
 
-    def config_mismatches(self, config: Any) -> list[str]:
+    def config_mismatches(self, config: PreTrainedConfig) -> list[str]:
         """A line if the embedding's shape contradicts the configuration; all other shapes are checked by the plan."""
         spec = self.tensors.get("model.embed_tokens.weight")
         if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):

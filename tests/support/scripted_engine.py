@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,11 @@ from ktx.engine.scheduler import ScheduledChunk, num_pages
 from ktx.errors import BadFile
 from ktx.loader.meta_model import read_tokenizer
 from ktx.model.lora import Adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ktx.model.loaded import LoadedModel
 
 ECHO_TOKENS = 64  # last prompt tokens that a request outputs where the script has no entry for it
 Script = Callable[[Sequence[int]], Sequence[int]]  # a prompt's ids -> the output's ids
@@ -94,7 +99,7 @@ class ScriptedRunner(ModelRunner):
         return 0
 
 
-def read_script(path: str | Path | None, tokenizer: Any) -> Script:
+def read_script(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> Script:
     """Reads a script.
 
     Args:
@@ -120,7 +125,7 @@ def read_script(path: str | Path | None, tokenizer: Any) -> Script:
 
     def script(prompt: Sequence[int]) -> Sequence[int]:
         """Returns the output of the first entry that matches the prompt."""
-        text = tokenizer.decode(prompt, skip_special_tokens=False)
+        text = tokenizer.decode(list(prompt), skip_special_tokens=False)
         found = next((output_ids for match, output_ids in entries if match in text), None)
         return prompt[-ECHO_TOKENS:] if found is None else found
 
@@ -128,7 +133,7 @@ def read_script(path: str | Path | None, tokenizer: Any) -> Script:
 
 
 def scripted_engine(
-    tokenizer: Any, options: Options, script: Script, seconds: float = 0.0, context: int = 1 << 15
+    tokenizer: PreTrainedTokenizerBase, options: Options, script: Script, seconds: float = 0.0, context: int = 1 << 15
 ) -> Engine:
     """Returns an engine whose outputs follow a script."""
     vocabulary, end = len(tokenizer), tokenizer.eos_token_id
