@@ -89,7 +89,7 @@ Tensor map_file_(StringHandle handle) {
 
 bool remap_huge_pages_(Tensor& mapped, int64_t begin, int64_t length) {
   STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE_PAGE) == 0 && begin + length <= mapped.numel(),
-                  "begin must be a multiple of a huge page inside the file");
+      "begin must be a multiple of a huge page inside the file");
   return remap_huge_pages(static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin, size_t(length));
 }
 
@@ -103,17 +103,18 @@ void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, in
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
   STD_TORCH_CHECK(src.scalar_type() == ScalarType::Byte && src.dim() == 2 && src.size(1) == row_bytes &&
-      src.stride(1) == 1, "src must be uint8 [rows, ", row_bytes, "] for rows of ", k, " in ", layout.name);
+          src.stride(1) == 1,
+      "src must be uint8 [rows, ", row_bytes, "] for rows of ", k, " in ", layout.name);
   STD_TORCH_CHECK(row0 >= 0 && row0 % 16 == 0 && row0 + src.size(0) <= n &&
-      (src.size(0) % 16 == 0 || row0 + src.size(0) == n), "rows ", row0, " to ", row0 + src.size(0), " of ", n,
-      " do not make whole groups of 16");
+          (src.size(0) % 16 == 0 || row0 + src.size(0) == n),
+      "rows ", row0, " to ", row0 + src.size(0), " of ", n, " do not make whole groups of 16");
   packed_data(dst, layout, 1, n, k, "dst");
   const int64_t columns = (k + 127) / 128;
   STD_TORCH_CHECK((layout.code == F8_E4M3) == scale.has_value(), layout.name,
       scale ? " takes no scale" : " needs its block scales");
   const float* scales = optional_float_data(scale, (n + 127) / 128 * columns, "scale");
   pack_rows(layout, static_cast<const uint8_t*>(src.const_data_ptr()), size_t(src.stride(0)), src.size(0), k,
-            static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
+      static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
 }
 
 // Returns rows of a packed matrix, dequantized to f32 [count, k].
@@ -135,7 +136,7 @@ Tensor quantize_rows_(const Tensor& x, int64_t code) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
       "x must be contiguous float32 [rows, k]");
   STD_TORCH_CHECK(code == INT8_128 || code == INT4_64 || code == INT4_128 || code == Q4_0 || code == Q8_0,
-                  "weights are made in INT8_128, INT4_64, INT4_128, Q4_0 and Q8_0 only, not in type ", code);
+      "weights are made in INT8_128, INT4_64, INT4_128, Q4_0 and Q8_0 only, not in type ", code);
   const Layout& layout = layout_of(code, x.size(1));
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) / layout.block * layout.bytes},
       std::make_optional(ScalarType::Byte));
@@ -193,22 +194,23 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 2 && ids.is_contiguous() &&
-      ids.size(0) == tokens, "ids must be contiguous int64 [tokens, top]");
+          ids.size(0) == tokens,
+      "ids must be contiguous int64 [tokens, top]");
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == tokens && weights.size(1) == ids.size(1),
       "weights must be float32 [tokens, top]");
   const Layout &gate_layout = layout_of(gate_code, hidden), &up_layout = layout_of(up_code, hidden),
-      &down_layout = layout_of(down_code, ff);
+               &down_layout = layout_of(down_code, ff);
   Tensor out = torch::stable::new_empty(x, {tokens, hidden});
   ExpertsCall call{x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x),
       static_cast<const int64_t*>(ids.const_data_ptr()), optional_float_data(weights, tokens * ids.size(1), "weights"),
-      tokens, ids.size(1), hidden, ff, n_experts, {&gate_layout,
-      packed_data(gate, gate_layout, n_experts, ff, hidden, "gate"),
-      optional_float_data(gate_bias, n_experts * ff, "gate_bias")},
+      tokens, ids.size(1), hidden, ff, n_experts,
+      {&gate_layout, packed_data(gate, gate_layout, n_experts, ff, hidden, "gate"),
+          optional_float_data(gate_bias, n_experts * ff, "gate_bias")},
       {&up_layout, packed_data(up, up_layout, n_experts, ff, hidden, "up"),
-      optional_float_data(up_bias, n_experts * ff, "up_bias")},
+          optional_float_data(up_bias, n_experts * ff, "up_bias")},
       {&down_layout, packed_data(down, down_layout, n_experts, hidden, ff, "down"),
-      optional_float_data(down_bias, n_experts * hidden, "down_bias")}, parse_activation(act), float(alpha),
-      float(limit), optional_stats(counts, n_experts)};
+          optional_float_data(down_bias, n_experts * hidden, "down_bias")},
+      parse_activation(act), float(alpha), float(limit), optional_stats(counts, n_experts)};
   if (tokens) experts(call);
   return out;
 }
@@ -262,9 +264,10 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("bf16_rows(int tokens, int[] ranges) -> ()");
   m.def("has_bf16_tiles() -> bool");
   m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
-  m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
-        "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit, "
-        "Tensor(a!)? counts=None) -> Tensor");
+  m.def(
+      "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, "
+      "int down_code, int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, "
+      "float alpha, float limit, Tensor(a!)? counts=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));

@@ -102,7 +102,8 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
       " queries must be the last of the ", c.keys, " keys");
   if (ranges) {
     STD_TORCH_CHECK(ranges->scalar_type() == ScalarType::Int && ranges->is_contiguous() &&
-        ranges->numel() == c.batches * c.queries * 2, "ranges must be contiguous int32 [batch, queries, 2]");
+            ranges->numel() == c.batches * c.queries * 2,
+        "ranges must be contiguous int32 [batch, queries, 2]");
     c.key_ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
   }
   if (!mask) return;
@@ -131,7 +132,7 @@ struct Ragged {
     STD_TORCH_CHECK(pages && pages->scalar_type() == ScalarType::Int && pages->dim() == 2 && pages->is_contiguous(),
         "pages must be contiguous int32 [sequences, most pages]");
     STD_TORCH_CHECK(sequences_.scalar_type() == ScalarType::Long && sequences_.dim() == 2 && sequences_.size(1) == 3 &&
-        sequences_.is_contiguous() && sequences_.size(0) == pages->size(0),
+            sequences_.is_contiguous() && sequences_.size(0) == pages->size(0),
         "sequences must be contiguous int64 [as many as pages, 3]");
     const int64_t pool_pages = pool.size(0), max_pages = pages->size(1);
     page = pool.size(pool.dim() - 2);
@@ -158,7 +159,8 @@ struct Ragged {
 // are in the pool: the kernels write there unchecked.
 inline const int64_t* checked_slots(const Optional& slots, int64_t tokens, const Tensor& pool) {
   STD_TORCH_CHECK(slots && slots->scalar_type() == ScalarType::Long && slots->is_contiguous() &&
-      slots->numel() == tokens, "slots must be ", tokens, " contiguous int64");
+          slots->numel() == tokens,
+      "slots must be ", tokens, " contiguous int64");
   const int64_t* slot_ids = static_cast<const int64_t*>(slots->const_data_ptr());
   const int64_t capacity = pool.size(0) * pool.size(pool.dim() - 2);
   for (int64_t t = 0; t < tokens; ++t)
@@ -197,14 +199,17 @@ inline RouteCall make_route_call(const std::string& scoring, const std::string& 
       "the chosen groups hold fewer than ", top_k, " experts");
   RouteCall call{};
   call.bias = bias, call.experts = experts, call.top = top_k, call.n_group = n_group, call.topk_group = topk_group,
-      call.groups = groups, call.renorm = renorm, call.scale = float(scale);
-  call.scoring = parse_enum<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID},
-      {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring");
+  call.groups = groups, call.renorm = renorm, call.scale = float(scale);
+  call.scoring = parse_enum<Scoring>(scoring,
+      {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}},
+      "scoring");
   return call;
 }
 
 inline Activation parse_activation(const std::string& name) {
-  return parse_enum<Activation>(name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU},
-      {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}}, "activation");
+  return parse_enum<Activation>(name,
+      {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2},
+          {"swiglu_oai", SWIGLU_OAI}},
+      "activation");
 }
 }  // namespace ktx

@@ -45,10 +45,11 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   AttentionCall c{};
   c.q = strided(q, "q"), c.k = strided(k, "k", /*is_cache=*/true), c.v = strided(v, "v", /*is_cache=*/true);
   c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2),
-      c.dk = q.size(3), c.dv = num_columns(v, "v");
+  c.dk = q.size(3), c.dv = num_columns(v, "v");
   STD_TORCH_CHECK(k.size(0) == (sequences ? v.size(0) : c.batches) &&
-      v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys &&
-      num_columns(k, "k") == c.dk, "k and v do not fit q and each other");
+          v.size(0) == (sequences ? k.size(0) : c.batches) && v.size(1) == c.kv_heads && v.size(2) == c.keys &&
+          num_columns(k, "k") == c.dk,
+      "k and v do not fit q and each other");
   STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads,
       " key/value heads");
   if (sinks) c.sinks = float_data(*sinks, c.heads, "sinks");
@@ -57,11 +58,12 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
     STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4,
         "q_rope and k_rope must be [batch, heads, positions, columns]");
     c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", /*is_cache=*/true),
-        c.dr = q_rope->size(3);
+    c.dr = q_rope->size(3);
     STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries,
         "q_rope does not fit q");
     STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) &&
-        k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr, "k_rope does not fit k and q_rope");
+            k_rope->size(2) == c.keys && num_columns(*k_rope, "k_rope") == c.dr,
+        "k_rope does not fit k and q_rope");
     if (k_rope->size(1) == 1) c.k_rope.head = 0;
   }
   c.scale = float(scale), c.softcap = float(softcap);
@@ -75,14 +77,14 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
       "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
   AttentionCall c{};
   c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", /*is_cache=*/true),
-      c.k_rope = strided(kpe, "kpe", /*is_cache=*/true), c.v = c.k;
+  c.k_rope = strided(kpe, "kpe", /*is_cache=*/true), c.v = c.k;
   c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2),
-      c.keys = ckv.size(1);
+  c.keys = ckv.size(1);
   c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
   STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries,
       "q_rope does not fit q_nope");
   STD_TORCH_CHECK(kpe.size(0) == ckv.size(0) && (sequences || ckv.size(0) == c.batches) && kpe.size(1) == c.keys &&
-      num_columns(ckv, "ckv") == c.dk && num_columns(kpe, "kpe") == c.dr,
+          num_columns(ckv, "ckv") == c.dk && num_columns(kpe, "kpe") == c.dr,
       "ckv and kpe do not fit the queries and each other");
   c.scale = float(scale);
   return run_attention(c, q_nope, ranges, mask, sequences, pages, ckv);
@@ -104,7 +106,8 @@ Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interle
       "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
   const int64_t rope_dim = cos.size(2), num_tables = cos.size(0);
   STD_TORCH_CHECK(rope_dim % 2 == 0 && rope_dim <= x.size(3) && cos.size(1) == x.size(2) &&
-      (num_tables == 1 || num_tables == x.size(0)), "cos does not fit x");
+          (num_tables == 1 || num_tables == x.size(0)),
+      "cos does not fit x");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const int64_t table_size = num_tables * x.size(2) * rope_dim;
   rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), rope_dim,
@@ -126,7 +129,7 @@ std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHan
   Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, std::make_optional(ScalarType::Long));
   Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
   r.logits = values, r.tokens = tokens, r.ids = static_cast<int64_t*>(ids.mutable_data_ptr()),
-      r.weights = static_cast<float*>(weights.mutable_data_ptr());
+  r.weights = static_cast<float*>(weights.mutable_data_ptr());
   route(r);
   return {ids, weights};
 }
@@ -137,7 +140,8 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
       "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
   STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions &&
-      num_columns(to, "to") == columns, "to does not fit x");
+          num_columns(to, "to") == columns,
+      "to does not fit x");
   convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", /*is_cache=*/true), x.size(0), heads, positions,
       columns);
 }
@@ -145,7 +149,8 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
 // Stores x [1][head][token][column] in the slots of a pool [page][head][position][column].
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) &&
-      num_columns(pool, "pool") == x.size(3), "x [1, heads, tokens, columns] does not fit the pool");
+          num_columns(pool, "pool") == x.size(3),
+      "x [1, heads, tokens, columns] does not fit the pool");
   const int64_t tokens = x.size(2), page = pool.size(2);
   const int64_t* slot_ids = checked_slots(slots, tokens, pool);
   const Strided from = strided(x, "x"), to = strided(pool, "pool", /*is_cache=*/true);
@@ -174,9 +179,10 @@ Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() &&
-      gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
-  const int act = parse_enum<int>(act_name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU},
-      {"relu2", RELU2}}, "activation");
+          gate.scalar_type() == up.scalar_type(),
+      "gate and up must be contiguous twins");
+  const int act = parse_enum<int>(act_name,
+      {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
   Tensor out = torch::stable::empty_like(gate);
   apply_gated_activation(act, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width,
       out.mutable_data_ptr());
@@ -185,13 +191,18 @@ Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, float softcap=0.0, "
-        "Tensor? q_rope=None, Tensor? k_rope=None, Tensor? sequences=None, Tensor? pages=None) -> Tensor");
-  m.def("mla_attention(Tensor q_nope, Tensor q_rope, Tensor ckv, Tensor kpe, Tensor? ranges, Tensor? mask, float scale, Tensor? sequences=None, Tensor? pages=None) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, "
+      "float softcap=0.0, Tensor? q_rope=None, Tensor? k_rope=None, Tensor? sequences=None, "
+      "Tensor? pages=None) -> Tensor");
+  m.def(
+      "mla_attention(Tensor q_nope, Tensor q_rope, Tensor ckv, Tensor kpe, Tensor? ranges, Tensor? mask, float scale, "
+      "Tensor? sequences=None, Tensor? pages=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one=False) -> Tensor");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor");
-  m.def("route(Tensor logits, int top_k, str scoring, Tensor? bias=None, int n_group=1, int topk_group=1, str group_mode='none', "
-        "bool renorm=False, float scale=1.0) -> (Tensor, Tensor)");
+  m.def(
+      "route(Tensor logits, int top_k, str scoring, Tensor? bias=None, int n_group=1, int topk_group=1, "
+      "str group_mode='none', bool renorm=False, float scale=1.0) -> (Tensor, Tensor)");
   m.def("store_q8_0(Tensor x, Tensor(a!) to) -> ()");
   m.def("store_slots(Tensor x, Tensor(a!) pool, Tensor slots) -> ()");
   m.def("load_q8_0(Tensor x) -> Tensor");

@@ -65,7 +65,8 @@ void set_bias(Projection& p, const Optional& bias, const char* what) {
 // Checks cos and sin of a call, f32 [batch or 1, length, rope_dim].
 RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t length, bool interleaved) {
   STD_TORCH_CHECK(cos.dim() == 3 && cos.size(1) == length && cos.size(2) % 2 == 0 &&
-      (cos.size(0) == 1 || cos.size(0) == batches), "cos does not fit x");
+          (cos.size(0) == 1 || cos.size(0) == batches),
+      "cos does not fit x");
   const int64_t count = cos.size(0) * length * cos.size(2);
   return {float_data(cos, count, "cos"), float_data(sin, count, "sin"), cos.size(2),
       cos.size(0) == 1 ? 0 : length * cos.size(2), interleaved};
@@ -75,8 +76,8 @@ RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, in
 KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns,
     const char* what) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions &&
-      num_columns(t, what) == columns, what, " must be [", batches, ", ", heads, ", at least ", positions, ", ",
-      columns, "]");
+          num_columns(t, what) == columns,
+      what, " must be [", batches, ", ", heads, ", at least ", positions, ", ", columns, "]");
   return {strided(t, what, /*is_cache=*/true)};
 }
 
@@ -87,7 +88,8 @@ struct CachePlan {
   int64_t batches, positions;  // minimum sizes of the cache tensors
   std::optional<Ragged> ragged;
   CachePlan(const Tensor& x, int64_t past, const Tensor& cache, const Optional& sequences, const Optional& pages,
-      const Optional& slots) : slots{past, x.size(1), nullptr, 0} {
+      const Optional& slots)
+      : slots{past, x.size(1), nullptr, 0} {
     batches = x.size(0), positions = past + x.size(1);
     if (!sequences) return;
     STD_TORCH_CHECK(x.size(0) == 1, "sequences on pages come as one batch, found ", x.size(0));
@@ -171,18 +173,19 @@ class MlaStep : public Step {
       : Step(sizes[0], pre_norm, eps, plus_one), rope_dim_(sizes[5]), interleaved_(interleaved) {
     MlaBlock& b = block_;
     b.hidden = sizes[0], b.heads = sizes[1], b.qk_nope_head_dim = sizes[2], b.v_head_dim = sizes[3],
-        b.kv_lora_rank = sizes[4];
+    b.kv_lora_rank = sizes[4];
     MatrixReader matrices(packed, descriptors);
     b.q_a = matrices.projection(b.hidden, "q_a_proj");
     b.q = matrices.projection(b.q_a.rows() ? b.q_a.rows() : b.hidden, "q_proj");
     b.kv_a = matrices.projection(b.hidden, "kv_a_proj");
     b.o = matrices.projection(b.heads * b.v_head_dim, "o_proj");
     STD_TORCH_CHECK(b.q.rows() == b.heads * (b.qk_nope_head_dim + rope_dim_) &&
-        b.kv_a.rows() == b.kv_lora_rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
+            b.kv_a.rows() == b.kv_lora_rank + rope_dim_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) &&
+            kv_norm,
         "the projections do not fit ", b.heads, " heads of ", b.qk_nope_head_dim, " + ", rope_dim_,
         " columns on a latent of ", b.kv_lora_rank);
     const ExpertMatrix uk = matrices.experts(b.heads, b.kv_lora_rank, b.qk_nope_head_dim, "W_UK"),
-        uv = matrices.experts(b.heads, b.v_head_dim, b.kv_lora_rank, "W_UV");
+                       uv = matrices.experts(b.heads, b.v_head_dim, b.kv_lora_rank, "W_UV");
     b.uk_layout = uk.layout, b.uk = uk.packed, b.uv_layout = uv.layout, b.uv = uv.packed;
     b.q_norm = {optional_float_data(q_norm, b.q_a.rows(), "q_norm"), float(scalars[0]), false};
     b.kv_norm = {optional_float_data(kv_norm, b.kv_lora_rank, "kv_norm"), float(scalars[1]), false};
@@ -196,7 +199,7 @@ class MlaStep : public Step {
     STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_,
         " are turned");
     b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.kv_lora_rank, "latents"),
-        b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
+    b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, mla_block);
   }
@@ -221,11 +224,11 @@ class GqaStep : public Step {
     STD_TORCH_CHECK(b.kv_heads > 0 && b.head_dim > 0, "kv_heads and columns must be positive");
     MatrixReader matrices(packed, descriptors);
     b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"),
-        b.v = matrices.projection(b.hidden, "v_proj");
+    b.v = matrices.projection(b.hidden, "v_proj");
     b.o = matrices.projection(b.q.rows(), "o_proj");
     b.heads = b.q.rows() / b.head_dim;
     STD_TORCH_CHECK(b.q.rows() % b.head_dim == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 &&
-        b.k.rows() == b.kv_heads * b.head_dim && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
+            b.k.rows() == b.kv_heads * b.head_dim && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
         "the projections do not fit ", b.kv_heads, " key/value heads of ", b.head_dim, " columns");
     set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"),
         set_bias(b.o, o_bias, "o_bias");
@@ -244,7 +247,7 @@ class GqaStep : public Step {
     const CachePlan plan = bind_call(b, call, caches[0], /*interleaved=*/false);
     STD_TORCH_CHECK(b.rotation.rope_dim <= b.head_dim, "cos is wider than a head");
     b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"),
-        b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.head_dim, "values");
+    b.values = kv_store(caches[1], plan.batches, b.kv_heads, plan.positions, b.head_dim, "values");
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.batches * b.length, b.hidden, gqa_block);
   }
@@ -266,7 +269,7 @@ class MoeStep : public Step {
     MoeBlock& b = block_;
     for (ExpertsCall* expert_call : {&b.experts, &b.shared})
       expert_call->hidden = hidden, expert_call->act = act, expert_call->alpha = float(alpha),
-          expert_call->limit = float(limit);
+      expert_call->limit = float(limit);
     if (experts) {
       b.router = matrices.projection(hidden, "router");
       STD_TORCH_CHECK(b.router.rows() == experts, "the router has ", b.router.rows(), " rows for ", experts,
@@ -276,13 +279,13 @@ class MoeStep : public Step {
       b.experts.top = route.top, b.experts.inner = ff, b.experts.experts = experts;
       b.experts.stats = optional_stats(counts, experts);
       b.experts.gate = matrices.experts(experts, ff, hidden, "gate"),
-          b.experts.up = matrices.experts(experts, ff, hidden, "up");
+      b.experts.up = matrices.experts(experts, ff, hidden, "up");
       b.experts.down = matrices.experts(experts, hidden, ff, "down");
     }
     if (shared_ff) {
       b.shared.inner = shared_ff, b.shared.top = b.shared.experts = 1;
       b.shared.gate = matrices.experts(1, shared_ff, hidden, "shared gate"),
-          b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
+      b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
       b.shared.down = matrices.experts(1, hidden, shared_ff, "shared down");
       b.shared_gate = matrices.projection(hidden, "shared_expert_gate");
       STD_TORCH_CHECK(b.shared_gate.rows() <= 1, "shared_expert_gate has more than one row");
@@ -360,8 +363,8 @@ int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   check_sizes(sizes, 6, 6);
   STD_TORCH_CHECK(scalars.size() == 3, "numbers are two epsilons and a scale");
   return registry().add([=] {
-    return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved,
-        scalars, pre_norm, eps, plus_one);
+    return std::make_shared<MlaStep>(packed, descriptors, sizes, q_norm, kv_norm, interleaved, scalars, pre_norm, eps,
+        plus_one);
   });
 }
 
@@ -371,8 +374,8 @@ int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   check_sizes(sizes, 3, 3);
   STD_TORCH_CHECK(scalars.size() == 4, "numbers are two epsilons, a scale and a cap");
   return registry().add([=] {
-    return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias,
-        o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one);
+    return std::make_shared<GqaStep>(packed, descriptors, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm,
+        norm_all, norm_plus_one, sinks, scalars, pre_norm, eps, plus_one);
   });
 }
 
@@ -381,15 +384,16 @@ int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& r
     double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,
     double eps, bool plus_one) {
   const std::string scoring = take_string(scoring_word), group_mode = take_string(group_word),
-      act = take_string(act_word);
+                    act = take_string(act_word);
   check_sizes(sizes, 4, 1);
   STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0,
       "experts have a width, or there is a layer that all tokens pass");
-  const RouteCall route = sizes[1] ? make_route_call(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group,
-      renorm, scale) : RouteCall{};
+  const RouteCall route = sizes[1]
+      ? make_route_call(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group, renorm, scale)
+      : RouteCall{};
   return registry().add([=] {
-    return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction,
-        route, parse_activation(act), alpha, limit, counts, pre_norm, eps, plus_one);
+    return std::make_shared<MoeStep>(packed, descriptors, sizes, router_bias, correction, route, parse_activation(act),
+        alpha, limit, counts, pre_norm, eps, plus_one);
   });
 }
 
@@ -408,7 +412,8 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
       step_ids.size(), " steps after ", past, " positions for ", outs.size(), " results");
   for (const Tensor& out : outs)
     STD_TORCH_CHECK(is_activation(out) && out.size(0) == x.size(0) && out.size(1) == x.size(1) &&
-        out.size(2) == x.size(2), "a result must have the shape and type of x");
+            out.size(2) == x.size(2),
+        "a result must have the shape and type of x");
   const auto steps = registry().find(step_ids);
   size_t needed_caches = 0;
   for (const auto& step : steps) {
@@ -425,7 +430,7 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
   Tensor* step_caches = caches.data();
   for (size_t i = 0; i < steps.size(); ++i) {
     float* output = (i + 1) % steps_per_out ? intermediate.data()
-        : static_cast<float*>(outs[i / steps_per_out].mutable_data_ptr());
+                                            : static_cast<float*>(outs[i / steps_per_out].mutable_data_ptr());
     steps[i]->run(call, step_caches, input, output);
     input = output, step_caches += steps[i]->num_caches();
   }
@@ -433,15 +438,25 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
-  m.def("mla_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_norm, Tensor? kv_norm, bool interleaved, float[] numbers, Tensor? before=None, float before_eps=0.0, "
-        "bool before_plus_one=False) -> int");
-  m.def("gqa_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, "
-        "bool norm_plus_one, Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
-  m.def("moe_step(Tensor[] packed, int[] about, int[] sizes, Tensor? router_bias, Tensor? correction, int top, str scoring, str group_mode, int n_group, int topk_group, bool renorm, "
-        "float scale, str act, float alpha, float limit, Tensor? counts=None, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
+  m.def(
+      "mla_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_norm, Tensor? kv_norm, bool interleaved, "
+      "float[] numbers, Tensor? before=None, float before_eps=0.0, "
+      "bool before_plus_one=False) -> int");
+  m.def(
+      "gqa_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+      "Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, bool norm_plus_one, Tensor? sinks, "
+      "float[] numbers, Tensor? before=None, float before_eps=0.0, "
+      "bool before_plus_one=False) -> int");
+  m.def(
+      "moe_step(Tensor[] packed, int[] about, int[] sizes, Tensor? router_bias, Tensor? correction, int top, "
+      "str scoring, str group_mode, int n_group, int topk_group, bool renorm, float scale, str act, float alpha, "
+      "float limit, Tensor? counts=None, Tensor? before=None, float before_eps=0.0, "
+      "bool before_plus_one=False) -> int");
   m.def("erase_step(int number) -> ()");
-  m.def("run_steps(Tensor x, Tensor(a!)[] outs, int[] steps, Tensor(b!)[] kept, int past=0, Tensor? cos=None, Tensor? sin=None, Tensor? ranges=None, Tensor? mask=None, "
-        "Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> ()");
+  m.def(
+      "run_steps(Tensor x, Tensor(a!)[] outs, int[] steps, Tensor(b!)[] kept, int past=0, Tensor? cos=None, "
+      "Tensor? sin=None, Tensor? ranges=None, Tensor? mask=None, Tensor? sequences=None, Tensor? pages=None, "
+      "Tensor? slots=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) { m.impl("erase_step", TORCH_BOX(&erase_step)); }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {

@@ -73,8 +73,8 @@ void run_linear(Random& random, const Layout& layout) {
 void run_experts(Random& random, const Layout& layout, const Layout& down) {
   const int64_t hidden = 256, inner = 768, num_experts = 5, top = 3;
   const std::vector<uint8_t> gate = random.packed(layout, num_experts, inner, hidden),
-      up = random.packed(layout, num_experts, inner, hidden),
-      down_weights = random.packed(down, num_experts, hidden, inner);
+                             up = random.packed(layout, num_experts, inner, hidden),
+                             down_weights = random.packed(down, num_experts, hidden, inner);
   for (int64_t tokens : {1, 4, 30, 200}) {
     const std::vector<float> x = random.floats(tokens * hidden), weights = random.floats(tokens * top);
     std::vector<int64_t> ids(size_t(tokens * top));
@@ -84,8 +84,8 @@ void run_experts(Random& random, const Layout& layout, const Layout& down) {
     static int64_t counters[num_experts + 2 + MAX_NODES];  // of all callers
     const ExpertStats stats{counters, counters + num_experts, counters + num_experts + 1, counters + num_experts + 2};
     experts({x.data(), out.data(), DType::F32, ids.data(), weights.data(), tokens, top, hidden, inner, num_experts,
-             {&layout, gate.data(), nullptr}, {&layout, up.data(), nullptr}, {&down, down_weights.data(), nullptr},
-             SILU, 0, 0, stats});
+        {&layout, gate.data(), nullptr}, {&layout, up.data(), nullptr}, {&down, down_weights.data(), nullptr}, SILU, 0,
+        0, stats});
   }
 }
 
@@ -110,13 +110,13 @@ void run_attention(Random& random) {
         const int64_t heads = 6, kv_heads = 2, keys = 300;
         const std::vector<float> q = random.floats(heads * queries * d);
         const std::vector<uint8_t> k = random_cache(random, type, kv_heads * keys, d),
-            v = random_cache(random, type, kv_heads * keys, d);
+                                   v = random_cache(random, type, kv_heads * keys, d);
         std::vector<float> out(size_t(heads * queries * d));
         AttentionCall c{};
         c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d}, c.k = strided_view(k, type, kv_heads, keys),
-            c.v = strided_view(v, type, kv_heads, keys);
+        c.v = strided_view(v, type, kv_heads, keys);
         c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = keys, c.dk = c.dv = d,
-            c.scale = 0.1f;
+        c.scale = 0.1f;
         c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
@@ -126,14 +126,14 @@ void run_attention(Random& random) {
         const int64_t rank = 96, rope_dim = 32;
         const std::vector<float> q = random.floats(heads * rank), q_rope = random.floats(heads * rope_dim);
         const std::vector<uint8_t> latent = random_cache(random, type, keys, rank),
-            rope = random_cache(random, type, keys, rope_dim);
+                                   rope = random_cache(random, type, keys, rope_dim);
         std::vector<float> out(size_t(heads * rank));
         AttentionCall c{};
         c.q = {q.data(), DType::F32, heads * rank, rank, rank},
-            c.q_rope = {q_rope.data(), DType::F32, heads * rope_dim, rope_dim, rope_dim};
+        c.q_rope = {q_rope.data(), DType::F32, heads * rope_dim, rope_dim, rope_dim};
         c.k = c.v = strided_view(latent, type, 1, keys), c.k_rope = strided_view(rope, type, 1, keys);
         c.batches = 1, c.heads = heads, c.kv_heads = 1, c.queries = 1, c.keys = keys, c.dk = c.dv = rank,
-            c.dr = rope_dim, c.scale = 0.1f;
+        c.dr = rope_dim, c.scale = 0.1f;
         c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
@@ -149,15 +149,15 @@ void run_ragged_attention(Random& random) {
   for (DType type : {DType::F32, DType::F16, DType::BF16, DType::Q8_0}) {
     const std::vector<float> q = random.floats(heads * queries * d);
     const std::vector<uint8_t> k = random_cache(random, type, num_pages * kv_heads * page, d),
-        v = random_cache(random, type, num_pages * kv_heads * page, d);
+                               v = random_cache(random, type, num_pages * kv_heads * page, d);
     const int64_t row = int64_t(k.size() / size_of(type)) / (num_pages * kv_heads * page);
     std::vector<float> out(size_t(heads * queries * d));
     AttentionCall c{};
     c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d};
     c.k = {k.data(), type, kv_heads * page * row, page * row, row},
-        c.v = {v.data(), type, kv_heads * page * row, page * row, row};
+    c.v = {v.data(), type, kv_heads * page * row, page * row, row};
     c.batches = 1, c.heads = heads, c.kv_heads = kv_heads, c.queries = queries, c.keys = page, c.dk = c.dv = d,
-        c.scale = 0.1f;
+    c.scale = 0.1f;
     c.sequences = sequences.data(), c.sequence_count = int64_t(sequences.size()), c.page = page;
     c.out = out.data(), c.out_type = DType::F32;
     attention(c);

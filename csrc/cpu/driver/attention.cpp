@@ -50,7 +50,7 @@ struct AttentionJob {
   const AttentionCall& c;
   const AttentionKernels& k;
   const Bf16Kernels* bf16;  // null: in f32
-  int64_t split, group;      // head blocks per KV head, and query heads per head block
+  int64_t split, group;     // head blocks per KV head, and query heads per head block
   int64_t block_tokens = 0, items = 0, partials = 0, merges = 0;
   const SequenceRun *first_run = nullptr, *last_run = nullptr;
   // [partial][BLOCK_ROWS] (x dv) of sequences with split keys
@@ -60,18 +60,22 @@ struct AttentionJob {
   // What a work item computes: query tokens [token, token + tokens) of a sequence, for the query heads of `head_block`
   // (KV head * split + block of its query heads), over the keys of `part`, or over all keys if the sequence has one
   // part.
-  struct ItemLocation { const SequenceRun* run; int64_t head_block, token, tokens, part; };
+  struct ItemLocation {
+    const SequenceRun* run;
+    int64_t head_block, token, tokens, part;
+  };
   ItemLocation locate(int64_t item) const {
-    const SequenceRun& run = *(std::upper_bound(first_run, last_run, item,
-        [](int64_t i, const SequenceRun& r) { return i < r.first_item; }) - 1);
+    const SequenceRun& run = *(std::upper_bound(first_run, last_run, item, [](int64_t i, const SequenceRun& r) {
+      return i < r.first_item;
+    }) - 1);
     const int64_t index = item - run.first_item, token = index / run.parts % run.blocks * block_tokens;
     return {&run, index / run.parts / run.blocks, token, std::min(block_tokens, run.sequence.queries - token),
         index % run.parts};
   }
 
   static const uint8_t* at(const Strided& t, int64_t batch, int64_t head, int64_t position) {
-    return static_cast<const uint8_t*>(t.data) + (batch * t.batch + head * t.head +
-        position * t.position) * int64_t(size_of(t.type));
+    return static_cast<const uint8_t*>(t.data) +
+        (batch * t.batch + head * t.head + position * t.position) * int64_t(size_of(t.type));
   }
   // Returns the keys or values from a position on. They are contiguous up to the end of the position's block of
   // BLOCK_KEYS, because a page holds whole blocks.
@@ -300,7 +304,7 @@ struct AttentionJob {
       if (more.row_max[r] == NEG_INF) continue;
       const float new_max = std::max(all.row_max[r], more.row_max[r]);
       const float scale_all = all.row_max[r] == NEG_INF ? 0 : expf(all.row_max[r] - new_max),
-          scale_more = expf(more.row_max[r] - new_max), *from = more.out + r * c.dv;
+                  scale_more = expf(more.row_max[r] - new_max), *from = more.out + r * c.dv;
       float* to = all.out + r * c.dv;
       for (int64_t i = 0; i < c.dv; ++i) to[i] = to[i] * scale_all + from[i] * scale_more;
       all.sum[r] = all.sum[r] * scale_all + more.sum[r] * scale_more, all.row_max[r] = new_max;
@@ -334,7 +338,7 @@ struct AttentionJob {
     const SequenceRun* run = first_run;
     while (run->parts == 1 || index >= run->first_merge + c.kv_heads * split * run->blocks) ++run;
     const int64_t block = index - run->first_merge, parts = run->parts, item = run->first_item + block * parts,
-        first = run->first_partial + block * parts;
+                  first = run->first_partial + block * parts;
     const SoftmaxState all = partial(first);
     for (int64_t p = 1; p < parts; ++p) merge_partials(all, partial(first + p), int(locate(item).tokens * group));
     write_output(item, all, reordered);

@@ -12,7 +12,10 @@ namespace {
 thread_local Scratch scratch;
 thread_local std::vector<LinearPart> all_parts;
 
-struct ProjectionOutput { const Projection& projection; float* y; };  // y [tokens][projection.rows()]
+struct ProjectionOutput {
+  const Projection& projection;
+  float* y;
+};  // y [tokens][projection.rows()]
 
 // Multiplies x by all projections in one call, so that x is quantized once and the pool starts once.
 void project(const float* x, int64_t tokens, int64_t k, std::initializer_list<ProjectionOutput> outputs) {
@@ -56,21 +59,24 @@ Strided dense_f32(const float* data, int64_t batch, int64_t head, int64_t positi
 
 void KVStore::write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const {
   const int64_t to = batch * storage.batch + head * storage.head + position * storage.position;
-  from_floats(row, storage.type, columns, const_cast<uint8_t*>(static_cast<const uint8_t*>(storage.data)) +
-      to * int64_t(size_of(storage.type)));
+  from_floats(row, storage.type, columns,
+      const_cast<uint8_t*>(static_cast<const uint8_t*>(storage.data)) + to * int64_t(size_of(storage.type)));
 }
 
 // Absorbed MLA: W_UK is multiplied into the queries and W_UV into the result, so attention runs on the latent itself,
 // as one KV head that all heads share, and the cache holds rank + rope_dim columns per token.
 void mla_block(const MlaBlock& b) {
   const int64_t num_tokens = b.batches * b.length, num_heads = b.heads, rope_dim = b.rotation.rope_dim,
-      q_head_dim = b.qk_nope_head_dim + rope_dim, kv_columns = b.kv_lora_rank + rope_dim;
+                q_head_dim = b.qk_nope_head_dim + rope_dim, kv_columns = b.kv_lora_rank + rope_dim;
   const int64_t q_lora_rank = b.q_a.rows();
-  scratch.reset(size_t(num_tokens) * (num_heads * (q_head_dim + rope_dim + b.qk_nope_head_dim + 3 * b.kv_lora_rank +
-      2 * b.v_head_dim) + kv_columns + b.kv_lora_rank + rope_dim + q_lora_rank) * 4 + 16 * 64);
+  scratch.reset(size_t(num_tokens) *
+          (num_heads * (q_head_dim + rope_dim + b.qk_nope_head_dim + 3 * b.kv_lora_rank + 2 * b.v_head_dim) +
+              kv_columns + b.kv_lora_rank + rope_dim + q_lora_rank) *
+          4 +
+      16 * 64);
   // Queries (through the low-rank q_a if the model has one), and [latent, k_rope] of each token.
   float *q = scratch.take<float>(num_tokens * num_heads * q_head_dim),
-      *kv = scratch.take<float>(num_tokens * kv_columns);
+        *kv = scratch.take<float>(num_tokens * kv_columns);
   if (q_lora_rank) {
     float* compressed = scratch.take<float>(num_tokens * q_lora_rank);
     project(b.x, num_tokens, b.hidden, {{b.q_a, compressed}, {b.kv_a, kv}});
@@ -81,8 +87,8 @@ void mla_block(const MlaBlock& b) {
   }
   // Norm of the latent, RoPE of keys and queries, and both into the cache.
   float *latent = scratch.take<float>(num_tokens * b.kv_lora_rank),
-      *k_rope = scratch.take<float>(num_tokens * rope_dim),
-      *q_rope = scratch.take<float>(num_tokens * num_heads * rope_dim);
+        *k_rope = scratch.take<float>(num_tokens * rope_dim),
+        *q_rope = scratch.take<float>(num_tokens * num_heads * rope_dim);
   rms_norm(kv, DType::F32, num_tokens, b.kv_lora_rank, kv_columns, b.kv_norm.weight, b.kv_norm.eps, b.kv_norm.plus_one,
       latent);
   apply_rope(b.rotation, kv, b.kv_lora_rank, b.batches, b.length, 1, kv_columns, rope_dim, k_rope);
@@ -93,8 +99,8 @@ void mla_block(const MlaBlock& b) {
   }
   // Absorbed queries: [head][token][nope] x W_UK -> [head][token][rank].
   float *q_by_head = scratch.take<float>(num_heads * num_tokens * b.qk_nope_head_dim),
-      *absorbed = scratch.take<float>(num_heads * num_tokens * b.kv_lora_rank),
-      *context = scratch.take<float>(num_tokens * num_heads * b.kv_lora_rank);
+        *absorbed = scratch.take<float>(num_heads * num_tokens * b.kv_lora_rank),
+        *context = scratch.take<float>(num_tokens * num_heads * b.kv_lora_rank);
   for (int64_t h = 0; h < num_heads; ++h)
     for (int64_t t = 0; t < num_tokens; ++t)
       std::copy_n(q + (t * num_heads + h) * q_head_dim, b.qk_nope_head_dim,
@@ -104,14 +110,14 @@ void mla_block(const MlaBlock& b) {
   // Attention over the latents: scores are absorbed . latent + q_rope . k_rope, and the values are the latents.
   AttentionCall c = b.masks;
   c.q = dense_f32(absorbed, b.length * b.kv_lora_rank, num_tokens * b.kv_lora_rank, b.kv_lora_rank),
-      c.q_rope = dense_f32(q_rope, num_heads * b.length * rope_dim, b.length * rope_dim, rope_dim);
+  c.q_rope = dense_f32(q_rope, num_heads * b.length * rope_dim, b.length * rope_dim, rope_dim);
   c.k = c.v = b.latent.storage, c.k_rope = b.rope.storage;
   c.batches = b.batches, c.heads = num_heads, c.kv_heads = 1, c.queries = b.length;
   c.dk = c.dv = b.kv_lora_rank, c.dr = rope_dim, c.out = context, c.out_type = DType::F32;
   attention(c);
   // Values of each head from its context: [head][token][rank] x W_UV; then o_proj of the concatenated heads.
   float *values = scratch.take<float>(num_heads * num_tokens * b.v_head_dim),
-      *buffer = scratch.take<float>(num_tokens * num_heads * b.v_head_dim);
+        *buffer = scratch.take<float>(num_tokens * num_heads * b.v_head_dim);
   linear_batched(transpose(context, num_tokens, num_heads, b.kv_lora_rank, absorbed), DType::F32, num_heads, num_tokens,
       *b.uv_layout, b.uv, b.v_head_dim, b.kv_lora_rank, values);
   project(transpose(values, num_heads, num_tokens, b.v_head_dim, buffer), num_tokens, num_heads * b.v_head_dim,
@@ -121,19 +127,19 @@ void mla_block(const MlaBlock& b) {
 // Attention with grouped KV heads: projections, q and k norms, RoPE, store to the cache, attention, o_proj.
 void gqa_block(const GqaBlock& b) {
   const int64_t num_tokens = b.batches * b.length, head_dim = b.head_dim, num_heads = b.heads,
-      num_kv_heads = b.kv_heads;
+                num_kv_heads = b.kv_heads;
   scratch.reset(size_t(num_tokens) * (3 * num_heads + 3 * num_kv_heads) * head_dim * 4 + 8 * 64);
   float *q = scratch.take<float>(num_tokens * num_heads * head_dim),
-      *k = scratch.take<float>(num_tokens * num_kv_heads * head_dim),
-      *v = scratch.take<float>(num_tokens * num_kv_heads * head_dim);
+        *k = scratch.take<float>(num_tokens * num_kv_heads * head_dim),
+        *v = scratch.take<float>(num_tokens * num_kv_heads * head_dim);
   project(b.x, num_tokens, b.hidden, {{b.q, q}, {b.k, k}, {b.v, v}});
   normalize(b.q_norm, q, b.norm_all ? num_tokens : num_tokens * num_heads,
       b.norm_all ? num_heads * head_dim : head_dim);
   normalize(b.k_norm, k, b.norm_all ? num_tokens : num_tokens * num_kv_heads,
       b.norm_all ? num_kv_heads * head_dim : head_dim);
   float *q_rotated = scratch.take<float>(num_tokens * num_heads * head_dim),
-      *k_rotated = scratch.take<float>(num_tokens * num_kv_heads * head_dim),
-      *context = scratch.take<float>(num_tokens * num_heads * head_dim);
+        *k_rotated = scratch.take<float>(num_tokens * num_kv_heads * head_dim),
+        *context = scratch.take<float>(num_tokens * num_heads * head_dim);
   apply_rope(b.rotation, q, 0, b.batches, b.length, num_heads, head_dim, head_dim, q_rotated);
   apply_rope(b.rotation, k, 0, b.batches, b.length, num_kv_heads, head_dim, head_dim, k_rotated);
   for (int64_t t = 0; t < num_tokens; ++t)
@@ -144,7 +150,7 @@ void gqa_block(const GqaBlock& b) {
     }
   AttentionCall c = b.masks;
   c.q = dense_f32(q_rotated, num_heads * b.length * head_dim, b.length * head_dim, head_dim), c.k = b.keys.storage,
-      c.v = b.values.storage;
+  c.v = b.values.storage;
   c.batches = b.batches, c.heads = num_heads, c.kv_heads = num_kv_heads, c.queries = b.length;
   c.dk = c.dv = head_dim, c.dr = 0, c.out = context, c.out_type = DType::F32;
   attention(c);
@@ -154,7 +160,7 @@ void gqa_block(const GqaBlock& b) {
 // out = routed experts(x) + gate * shared expert(x). A layer without experts (a plain gated MLP) is one shared expert.
 void moe_block(const MoeBlock& b) {
   const int64_t tokens = b.shared.tokens, hidden = b.shared.hidden, num_experts = b.experts.experts,
-      top = std::max<int64_t>(b.experts.top, 1);
+                top = std::max<int64_t>(b.experts.top, 1);
   scratch.reset(size_t(tokens) * (num_experts * 4 + top * 12 + hidden * 4 + 16) + 8 * 64);
   float *logits = scratch.take<float>(tokens * num_experts), *weights = scratch.take<float>(tokens * top);
   int64_t* ids = scratch.take<int64_t>(tokens * top);

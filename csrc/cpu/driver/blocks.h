@@ -12,7 +12,11 @@
 namespace ktx {
 struct Projection {  // the rows of one or more packed matrices; y and stride are set at the call
   std::vector<LinearPart> parts;
-  int64_t rows() const { int64_t n = 0; for (const LinearPart& p : parts) n += p.n; return n; }
+  int64_t rows() const {
+    int64_t n = 0;
+    for (const LinearPart& p : parts) n += p.n;
+    return n;
+  }
 };
 struct Norm {  // RMSNorm; weight null: none
   const float* weight;
@@ -43,7 +47,7 @@ struct KVStore {
   Strided storage;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };
-struct KVSlots {  // where the keys and values of the new tokens are stored
+struct KVSlots {         // where the keys and values of the new tokens are stored
   int64_t past, length;  // of every batch: cached positions, and new tokens
   const int64_t* slots;  // of a ragged call: page index * page + position in the page, per token; else null
   int64_t page;          // positions per page
@@ -53,7 +57,7 @@ struct KVSlots {  // where the keys and values of the new tokens are stored
 
 struct MlaBlock {  // see ktx/ops/mla.py, absorbed form
   const float* x;
-  float* out;  // both [batch][length][hidden]
+  float* out;                       // both [batch][length][hidden]
   int64_t batches, length, hidden;  // of a ragged call one batch, of all tokens
   KVSlots slots;
   Projection q_a, q, kv_a, o;  // q_a without parts: q takes x
@@ -86,9 +90,9 @@ struct MoeBlock {  // see ktx/ops/moe.py; without experts a plain gated layer (k
   const float* x;
   float* out;  // both [tokens][hidden]
   Projection router;
-  RouteCall route;       // its style; logits, ids and weights are made here
-  ExpertsCall experts;   // its matrices and activation; experts 0: none
-  ExpertsCall shared;    // one expert for all tokens, inner 0: none; its tokens and hidden are the block's
+  RouteCall route;      // its style; logits, ids and weights are made here
+  ExpertsCall experts;  // its matrices and activation; experts 0: none
+  ExpertsCall shared;   // one expert for all tokens, inner 0: none; its tokens and hidden are the block's
   Projection shared_gate;
 };
 void moe_block(const MoeBlock& block);

@@ -58,7 +58,7 @@ void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t st
     const float* v = as_floats(static_cast<const uint8_t*>(x) + r * stride * size, type, width, buffers.a.data());
     const float inverse = 1.0f / sqrtf(mean_square(v, width) + eps), offset = plus_one ? 1.0f : 0.0f;
     float* out = type == DType::F32 ? reinterpret_cast<float*>(static_cast<uint8_t*>(y) + r * width * size)
-        : buffers.b.data();
+                                    : buffers.b.data();
     for (int64_t i = 0; i < width; ++i) out[i] = v[i] * inverse * (weight[i] + offset);
     if (type != DType::F32) from_floats(out, type, width, static_cast<uint8_t*>(y) + r * width * size);
   });
@@ -115,7 +115,7 @@ void select_largest(const float* values, int64_t n, int64_t count, std::vector<i
   order.resize(n);
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + count, order.end(),
-                    [&](int64_t a, int64_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
+      [&](int64_t a, int64_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
 }
 
 // Group-limited routing of DeepSeek: experts outside the topk_group best groups get a choice score of -inf. The score
@@ -172,7 +172,7 @@ void apply_gated_activation(int act, const void* gate, const void* up, DType typ
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(padded);
     const uint8_t *g = static_cast<const uint8_t*>(gate) + r * stride * size,
-        *u = static_cast<const uint8_t*>(up) + r * stride * size;
+                  *u = static_cast<const uint8_t*>(up) + r * stride * size;
     const float* gf = as_floats(g, type, width, buffers.a.data());
     const float* uf = as_floats(u, type, width, buffers.b.data());
     if (gf != buffers.a.data()) std::copy(gf, gf + width, buffers.a.data());

@@ -35,8 +35,8 @@ enum class Scoring { SOFTMAX, SIGMOID, SOFTMAX_TOPK };
 enum class Groups { NONE, MAX, TOP2 };
 // Chooses `top` experts per token.
 struct RouteCall {
-  const float* logits;  // [tokens][experts]
-  const float* bias;    // [experts] or null: affects the choice of experts only
+  const float* logits;                                // [tokens][experts]
+  const float* bias;                                  // [experts] or null: affects the choice of experts only
   int64_t tokens, experts, top, n_group, topk_group;  // experts are in n_group groups, of which topk_group are eligible
   Scoring scoring;
   Groups groups;

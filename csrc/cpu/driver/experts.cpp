@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t MAX_JOB_TOKENS = 2048, MAX_EXPERT_TOKENS = 512;
 constexpr int GATE_UP_GROUPS = 4;  // row groups of gate and up per item: 64 rows are two blocks of 32 columns for down
 constexpr int64_t MAX_GEMV_TOKENS = 16;  // more tokens are a large batch: short ranges
-constexpr int64_t MAX_GEMV_RANGE = 64;  // items per pop with few tokens
+constexpr int64_t MAX_GEMV_RANGE = 64;   // items per pop with few tokens
 // Items per pop with many tokens: adjacent items write the same cache lines of a tile, so four, as long as the sums of
 // a projection fit 256 KiB.
 constexpr int64_t MAX_GEMM_RANGE = 4, MAX_SUMS = 4096;
@@ -52,7 +52,10 @@ struct RowBlocks {
   int64_t count() const { return begin[nodes()]; }
 
   // group: the item's first; last: end of the node's share of groups
-  struct Location { int64_t matrix, group, last; int node; };
+  struct Location {
+    int64_t matrix, group, last;
+    int node;
+  };
   Location locate(int64_t item) const {
     int node = 0;
     while (item >= begin[node + 1]) ++node;
@@ -82,12 +85,13 @@ struct MoEJob {
   int64_t* slot_of;     // [tokens*top] slot of each pair (-1: skipped), then [experts] counters of group_by_expert
   float* slot_weight;   // [slots]
   // experts with tokens: by descending number of tokens, and by id
-  std::vector<int64_t> &experts_by_load, &experts_by_id;
-  ActTiles gate_up_input, down_input;  // activations of all slots: input of gate/up, input of down
+  std::vector<int64_t>& experts_by_load;
+  std::vector<int64_t>& experts_by_id;
+  ActTiles gate_up_input, down_input;     // activations of all slots: input of gate/up, input of down
   RowBlocks gate_up_blocks, down_blocks;  // gate and up: one matrix per active expert; down: one matrix for all experts
-  RowView quantized;  // [tokens] rows
-  bool single_token;          // one token, each expert at most once
-  int64_t all_tiles;  // tiles of the inputs of all active experts
+  RowView quantized;                      // [tokens] rows
+  bool single_token;                      // one token, each expert at most once
+  int64_t all_tiles;                      // tiles of the inputs of all active experts
   Queue rows, tiles;
   StealingRange gate_up_queue, down_queue;
   // per NUMA node: compute time of its workers, and their number
@@ -169,8 +173,8 @@ struct MoEJob {
   const uint8_t* packed_rows(const ExpertMatrix& matrix, int64_t e, const RowBlocks& blocks,
       const RowBlocks::Location& location, int64_t columns) const {
     const int64_t first = blocks.first[location.node], node_groups = blocks.first[location.node + 1] - first;
-    return matrix.packed + (c.experts * first + e * node_groups +
-        location.group - first) * int64_t(group_bytes(*matrix.layout, columns));
+    return matrix.packed +
+        (c.experts * first + e * node_groups + location.group - first) * int64_t(group_bytes(*matrix.layout, columns));
   }
   const uint8_t* gate_up_weights(const ExpertMatrix& matrix, int64_t item) const {
     const RowBlocks::Location location = gate_up_blocks.locate(item);
@@ -217,13 +221,14 @@ struct MoEJob {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]);
     const int64_t max_rows = gate_up_queue.max_length * GATE_UP_GROUPS * 16;
     float *gate = own.take<float>(max_rows * max_tokens), *up = own.take<float>(max_rows * max_tokens),
-        *columns_buffer = own.take<float>(max_rows);
+          *columns_buffer = own.take<float>(max_rows);
     const RowView row = take_row(own, max_rows);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const ActTiles single_input = single_token ? single_token_input(own) : ActTiles{};
     const Range first_down = down_queue.peek(worker, [&](int64_t item) { return down_blocks.end_of_matrix(item); });
     const uint8_t* down_start = first_down.count && !experts_by_load.empty()
-        ? down_weights(first_down.first, experts_by_id[0]) : nullptr;
+        ? down_weights(first_down.first, experts_by_id[0])
+        : nullptr;
     gate_up_queue.for_each([&](int64_t item) { return gate_up_blocks.end_of_matrix(item); },
         [&](Range range, Range next_range) {
       const RowBlocks::Location location = gate_up_blocks.locate(range.first);
@@ -244,7 +249,7 @@ struct MoEJob {
   // written to the output. An item covers all experts, so no two workers add to one output row.
   void down_phase(Scratch& own) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]),
-        columns = down_queue.max_length * down_blocks.groups * 16;
+                  columns = down_queue.max_length * down_blocks.groups * 16;
     float* sums = own.take<float>(columns * std::max<int64_t>(max_tokens, 1));
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
@@ -258,8 +263,8 @@ struct MoEJob {
       for (size_t i = 0; i < experts_by_id.size(); ++i) {
         const int64_t e = experts_by_id[i];
         const uint8_t* next = i + 1 < experts_by_id.size() ? down_weights(range.first, experts_by_id[i + 1])
-                                                     : next_range.count
-                                                         ? down_weights(next_range.first, experts_by_id[0]) : nullptr;
+            : next_range.count                             ? down_weights(next_range.first, experts_by_id[0])
+                                                           : nullptr;
         const ActTiles in = slice(down_input, offset[e], count(e), k);
         multiply_and_bias(c.down, e, packed_rows(c.down, e, down_blocks, location, c.inner), first, groups, c.hidden,
             in, sums, work, next);
@@ -301,7 +306,7 @@ struct MoEJob {
 void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   const Kernels& k = kernels();
   const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float,
-      in_floats = c.gate.layout->is_float || c.up.layout->is_float;
+             in_floats = c.gate.layout->is_float || c.up.layout->is_float;
   const bool down_in_ints = !c.down.layout->is_float;
   const int64_t slots = tokens * c.top, num_groups = (c.hidden + 15) / 16;
   const bool is_gemm = tokens > MAX_GEMV_TOKENS;
@@ -310,18 +315,30 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
       activation_bytes(slots, c.inner, down_in_ints, !down_in_ints) + size_t(2 * c.experts + 1 + 2 * slots) * 8 +
       size_t(slots) * 4 + (in_ints ? size_t(tokens) * c.hidden * 2 : 0) + 2048);
   Scratch& s = shared_scratch;
-  MoEJob job{.c = c, .k = k, .tokens = tokens,
-              .x = static_cast<const uint8_t*>(c.x) + first * c.hidden * size_of(c.type),
-              .out = static_cast<uint8_t*>(c.out) + first * c.hidden * size_of(c.type),
-              .ids = c.ids + first * c.top, .weights = c.weights + first * c.top,
-              .offset = s.take<int64_t>(c.experts + 1), .slot_token = s.take<int64_t>(slots),
-              .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots),
-              .experts_by_load = load_order, .experts_by_id = id_order,
-              .gate_up_input = take_activations(s, slots, c.hidden, in_ints, in_floats, bf16),
-              .down_input = take_activations(s, slots, c.inner, down_in_ints, !down_in_ints, bf16),
-              .gate_up_blocks = {}, .down_blocks = {},
-              .quantized = {}, .single_token = false, .all_tiles = 0, .rows = {}, .tiles = {}, .gate_up_queue = {},
-              .down_queue = {}};
+  MoEJob job{.c = c,
+      .k = k,
+      .tokens = tokens,
+      .x = static_cast<const uint8_t*>(c.x) + first * c.hidden * size_of(c.type),
+      .out = static_cast<uint8_t*>(c.out) + first * c.hidden * size_of(c.type),
+      .ids = c.ids + first * c.top,
+      .weights = c.weights + first * c.top,
+      .offset = s.take<int64_t>(c.experts + 1),
+      .slot_token = s.take<int64_t>(slots),
+      .slot_of = s.take<int64_t>(slots + c.experts),
+      .slot_weight = s.take<float>(slots),
+      .experts_by_load = load_order,
+      .experts_by_id = id_order,
+      .gate_up_input = take_activations(s, slots, c.hidden, in_ints, in_floats, bf16),
+      .down_input = take_activations(s, slots, c.inner, down_in_ints, !down_in_ints, bf16),
+      .gate_up_blocks = {},
+      .down_blocks = {},
+      .quantized = {},
+      .single_token = false,
+      .all_tiles = 0,
+      .rows = {},
+      .tiles = {},
+      .gate_up_queue = {},
+      .down_queue = {}};
   if (job.gate_up_input.q)
     job.quantized = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)),
         s.take<int32_t>(tokens * (c.hidden / 16))};
@@ -329,7 +346,8 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   for (size_t i = 0; i < job.experts_by_load.size(); ++i) job.all_tiles += job.gate_up_tiles(i).tiles;
   job.gate_up_queue.num_workers = job.down_queue.num_workers = pool_size;
   const int64_t max_tokens = job.experts_by_load.empty() ? 0 : job.count(job.experts_by_load[0]);
-  job.gate_up_queue.max_length = !is_gemm ? MAX_GEMV_RANGE
+  job.gate_up_queue.max_length = !is_gemm
+      ? MAX_GEMV_RANGE
       : std::clamp<int64_t>(MAX_SUMS / (std::max<int64_t>(max_tokens, 1) * GATE_UP_GROUPS), 1, MAX_GEMM_RANGE);
   job.down_queue.max_length = is_gemm ? 1 : MAX_GEMV_RANGE;
   job.gate_up_blocks.partition((c.inner + 15) / 16, GATE_UP_GROUPS, int64_t(job.experts_by_load.size()));
@@ -340,7 +358,7 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   }
   job.single_token = tokens == 1 && max_tokens == 1 && !bf16;
   const int64_t gate_up_rows = job.gate_up_queue.max_length * GATE_UP_GROUPS * 16,
-      down_rows = job.down_queue.max_length * job.down_blocks.groups * 16;
+                down_rows = job.down_queue.max_length * job.down_blocks.groups * 16;
   const size_t worker_bytes = row_bytes(c.hidden) + activation_bytes(1, c.hidden, in_ints, in_floats) +
       row_bytes(gate_up_rows) + size_t(2 * gate_up_rows * max_tokens) * 4 +
       size_t(down_rows) * (max_tokens + tokens) * 4 + WORK_BYTES + 8192;

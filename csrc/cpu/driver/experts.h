@@ -21,11 +21,11 @@ struct ExpertStats {
   int64_t* of_nodes = nullptr;     // [NUMA nodes] compute nanoseconds, averaged over the node's workers
 };
 struct ExpertsCall {
-  const void* x;           // [tokens][hidden] of `type`
-  void* out;               // [tokens][hidden] of `type`
+  const void* x;  // [tokens][hidden] of `type`
+  void* out;      // [tokens][hidden] of `type`
   DType type;
-  const int64_t* ids;      // [tokens][top]; an id outside 0..experts-1 is skipped
-  const float* weights;    // [tokens][top]
+  const int64_t* ids;                           // [tokens][top]; an id outside 0..experts-1 is skipped
+  const float* weights;                         // [tokens][top]
   int64_t tokens, top, hidden, inner, experts;  // inner: rows of gate and up, columns of down
   ExpertMatrix gate, up, down;
   Activation act;

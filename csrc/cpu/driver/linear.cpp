@@ -46,7 +46,7 @@ struct MatrixShare {
   int64_t groups() const { return (n + 15) / 16; }
 };
 thread_local std::vector<MatrixShare> shares;
-thread_local std::vector<int64_t> first_item;  // of each share, and the end
+thread_local std::vector<int64_t> first_item;    // of each share, and the end
 thread_local size_t first_share[MAX_NODES + 1];  // first share of each node, and the end
 
 // Appends the rows of `matrix` that `node` holds to `shares`; nothing if the node holds none of them (matrices with few
@@ -84,9 +84,8 @@ struct LinearJob {
     for (int64_t tile; (tile = rows.take()) < sets * tiles;) {
       const int64_t first = tile / tiles * tokens;
       const ActTiles tiles_of_set = slice(all, first, tokens, kernels);
-      for_tile(tiles_of_set, int(tile % tiles), [&](int t, TileSlot at) {
-        scatter_row(tiles_of_set, at, first + t, row, buffer);
-      });
+      for_tile(tiles_of_set, int(tile % tiles),
+          [&](int t, TileSlot at) { scatter_row(tiles_of_set, at, first + t, row, buffer); });
     }
   }
   // Quantizes one row of x into slot `t` of a tile, in the forms that the weights need; `row` and `buffer` are scratch.
@@ -165,10 +164,18 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
   for (const MatrixShare& p : shares)
     first_item.push_back(first_item.back() + (p.groups() + groups_per_item - 1) / groups_per_item);
   shared_scratch.reset(activation_bytes(rows, k, ints, floats));
-  LinearJob job{.kernels = kernels(), .shares = shares, .first_item = first_item, .k = k, .type = type,
-      .x = static_cast<const uint8_t*>(x), .sets = sets, .tokens = tokens,
-      .all = take_activations(shared_scratch, rows, k, ints, floats, bf16), .groups_per_item = groups_per_item,
-      .rows = {}, .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
+  LinearJob job{.kernels = kernels(),
+      .shares = shares,
+      .first_item = first_item,
+      .k = k,
+      .type = type,
+      .x = static_cast<const uint8_t*>(x),
+      .sets = sets,
+      .tokens = tokens,
+      .all = take_activations(shared_scratch, rows, k, ints, floats, bf16),
+      .groups_per_item = groups_per_item,
+      .rows = {},
+      .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
   for (int node = 0; node < nodes(); ++node)
     job.items.set_share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
   parallel([&](int) {
@@ -196,8 +203,9 @@ void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const Li
       for (int node = 0; node < nodes(); ++node) {
         first_share[node] = shares.size();
         for (const LinearPart* p = parts; p < parts + count; ++p)
-          add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size,
-              p->stride, 0}, k, node);
+          add_share(
+              {p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0},
+              k, node);
       }
       first_share[nodes()] = shares.size();
       multiply_shares(static_cast<const uint8_t*>(x) + t * k * size, type, /*sets=*/1,
@@ -217,8 +225,8 @@ void linear(const void* x, DType type, int64_t tokens, const Layout& layout, con
 void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout,
     const uint8_t* packed, int64_t n, int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);
-  const int64_t size = int64_t(size_of(type)), matrices_per_call = tokens > MAX_CALL_TOKENS ? 1
-      : 16 * MAX_CALL_TOKENS / std::max<int64_t>(tokens, 1);
+  const int64_t size = int64_t(size_of(type)),
+                matrices_per_call = tokens > MAX_CALL_TOKENS ? 1 : 16 * MAX_CALL_TOKENS / std::max<int64_t>(tokens, 1);
   for (int64_t m = 0; m < matrices; m += matrices_per_call) {
     const int64_t count = std::min(matrices_per_call, matrices - m);
     const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size;
@@ -229,8 +237,8 @@ void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens,
     }
     shares.clear();
     for (int64_t i = 0; i < count; ++i)
-      shares.push_back({&layout, packed + (m + i) * matrix_bytes, n, nullptr, to + i * tokens * n * size, n,
-          i * tokens});
+      shares.push_back(
+          {&layout, packed + (m + i) * matrix_bytes, n, nullptr, to + i * tokens * n * size, n, i * tokens});
     for (int node = 0; node <= nodes(); ++node)
       first_share[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
     multiply_shares(from, type, count, int(tokens), k, /*bf16=*/false);

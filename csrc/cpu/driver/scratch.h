@@ -52,7 +52,7 @@ inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints,
   if (ints && !bf16) {
     t.q = s.take<int8_t>(rows * k);
     t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)),
-        t.sum32 = s.take<int32_t>(rows * (k / 32));
+    t.sum32 = s.take<int32_t>(rows * (k / 32));
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
@@ -66,9 +66,9 @@ inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& 
   ActTiles t = all;
   const int64_t k = all.k;
   t.n = n;
-  t.tiles = t.bf16 ? (n + BF16_TILE_TOKENS - 1) / BF16_TILE_TOKENS
+  t.tiles = t.bf16                         ? (n + BF16_TILE_TOKENS - 1) / BF16_TILE_TOKENS
       : n <= kernels.gemv_tokens && !all.f ? 1
-      : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
+                                           : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
     t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16),

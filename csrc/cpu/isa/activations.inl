@@ -25,8 +25,8 @@ static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
 static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
-  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t,
-          *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
+  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16,
+          *s32 = to.sum32 + at32;
   float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
 #ifdef KTX_AMX
   if (to.n > KTX_GEMV_TOKENS) {
@@ -90,7 +90,7 @@ static void write(const float* x, int64_t step, int64_t groups, DType type, void
 // Adds the results of an expert to its tokens: total [token[t]][columns] += weight[t] * sums [group][t][16 rows] for n
 // tokens. `weight`: the router's.
 static void add_weighted(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total,
-                         int64_t columns) {
+    int64_t columns) {
   for (int g = 0; g < groups; ++g, total += 16)
     for (int t = 0; t < n; ++t, sums += 16) {
       float* to = total + token[t] * columns;
@@ -118,7 +118,7 @@ AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1)))))
 // out = activation(gate) * up for n values, a multiple of 16. alpha and limit belong to SWIGLU_OAI:
 //   gate * sigmoid(alpha * gate) * (up + 1), with gate clamped from above and up from both sides by limit.
 static void gated_activation(Activation act, float alpha, float limit, const float* gate_in, const float* up_in,
-                             float* out, int64_t n) {
+    float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     F gate = loadf(gate_in + i), up = loadf(up_in + i);
     if (act == SILU) gate = mulf(gate, sigmoid(gate));

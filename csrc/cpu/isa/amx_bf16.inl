@@ -16,7 +16,7 @@ static_assert(GROUPS_AT_ONCE * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in
 // rows]. `next`: the weights multiplied next, whose start is prefetched at the end of this group.
 template <class D> struct Bf16FromInts {
   static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to,
-                          const uint8_t* next) {
+      const uint8_t* next) {
     typedef Traits<D> DTraits;
     constexpr int CENTER = D::SIGNED ? 128 : D::OFFSET;
     locate_next_span<D>(l, group, k, from + length, next, 1).fetch();
@@ -49,7 +49,7 @@ template <class D> struct Bf16FromInts {
 };
 template <class L> struct Bf16FromFloats {
   static void decode_span(const Layout&, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to,
-                          const uint8_t*) {
+      const uint8_t*) {
     for (int at = 0; at < length; at += FLOAT_SPAN) {
       const int columns = length - at < FLOAT_SPAN ? length - at : FLOAT_SPAN;
       const uint8_t* src = group + (from + at) * 16 * L::BYTES;
@@ -72,22 +72,24 @@ template <class L> struct Bf16FromFloats {
 // is the first span.
 template <int R, int TILES>
 static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_tile0, const uint32_t* x_tile1,
-                           const int* tile_tokens, bool first, float* out0, float* out1, size_t out_stride) {
+    const int* tile_tokens, bool first, float* out0, float* out1, size_t out_stride) {
   static_assert(R * TILES <= 4, "four tiles hold sums");
   // Words from one product to the next and from one group to the next, in the dequantized weights.
   constexpr int PRODUCT_WORDS = PRODUCT_COLUMNS / 2 * 16, GROUP_WORDS = SPAN / 2 * 16;
 #define KTX_EACH_SUM(X) X(0) X(1) X(2) X(3)  // sum i: of group i / N and of tile i % N
   if (first) {
-#define KTX_ZERO(i) if (i < R * TILES) tile_zero<i>();
+#define KTX_ZERO(i) \
+  if (i < R * TILES) tile_zero<i>();
     KTX_EACH_SUM(KTX_ZERO)
 #undef KTX_ZERO
   } else {
-#define KTX_LOAD(i) if (i < R * TILES) tile_load<i>((i % TILES ? out1 : out0) + i / TILES * out_stride, 64);
+#define KTX_LOAD(i) \
+  if (i < R * TILES) tile_load<i>((i % TILES ? out1 : out0) + i / TILES * out_stride, 64);
     KTX_EACH_SUM(KTX_LOAD)
 #undef KTX_LOAD
   }
-  for (int s = 0; s < products; ++s, w += PRODUCT_WORDS, x_tile0 += 16 * tile_tokens[0],
-           x_tile1 += TILES > 1 ? 16 * tile_tokens[1] : 0) {
+  for (int s = 0; s < products;
+      ++s, w += PRODUCT_WORDS, x_tile0 += 16 * tile_tokens[0], x_tile1 += TILES > 1 ? 16 * tile_tokens[1] : 0) {
 #define KTX_MULTIPLY(i)                                                                \
   if constexpr (i < R * TILES) {                                                       \
     if (i % TILES == 0) tile_load<6 + i / TILES % 2>(w + i / TILES * GROUP_WORDS, 64); \
@@ -97,7 +99,8 @@ static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_ti
     KTX_EACH_SUM(KTX_MULTIPLY)
 #undef KTX_MULTIPLY
   }
-#define KTX_STORE(i) if (i < R * TILES) tile_store<i>((i % TILES ? out1 : out0) + i / TILES * out_stride, 64);
+#define KTX_STORE(i) \
+  if (i < R * TILES) tile_store<i>((i % TILES ? out1 : out0) + i / TILES * out_stride, 64);
   KTX_EACH_SUM(KTX_STORE)
 #undef KTX_STORE
 #undef KTX_EACH_SUM
@@ -106,14 +109,14 @@ static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_ti
 // Multiplies R groups by all tiles of tokens, span by span, two tiles at a time. `span` has R spans of pairs of bf16.
 template <class W, int R>
 static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, uint32_t* span,
-                            const uint8_t* next) {
+    const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   int configured[2] = {0, 0};
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
     for (int r = 0; r < R; ++r)
       W::decode_span(l, packed + r * group_stride, x.k, from, length, span + r * SPAN / 2 * 16,
-                     next ? next + r * group_stride : nullptr);
+          next ? next + r * group_stride : nullptr);
     for (int tile = 0; tile < x.tiles; tile += 2) {
       const bool has_second = tile + 1 < x.tiles;
       const int first = x.start(tile), second = x.start(tile + 1),
@@ -126,12 +129,12 @@ static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTil
       float *out0 = out + first * 16, *out1 = out + second * 16;
       const int products = length / PRODUCT_COLUMNS;
       constexpr int GROUPS_PER_BLOCK = R < 2 ? R : 2;
-      if (!has_second) amx_bf16_block<R, 1>(span, products, x_tile0, x_tile1, tile_tokens, from == 0, out0, out1,
-                                            out_stride);
+      if (!has_second)
+        amx_bf16_block<R, 1>(span, products, x_tile0, x_tile1, tile_tokens, from == 0, out0, out1, out_stride);
       else
         for (int r = 0; r < R; r += GROUPS_PER_BLOCK)
           amx_bf16_block<GROUPS_PER_BLOCK, 2>(span + r * SPAN / 2 * 16, products, x_tile0, x_tile1, tile_tokens,
-                                              from == 0, out0 + r * out_stride, out1 + r * out_stride, out_stride);
+              from == 0, out0 + r * out_stride, out1 + r * out_stride, out_stride);
     }
   }
 }
@@ -139,14 +142,14 @@ static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTil
 // Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]; four, two or one group at a time.
 template <class W>
 static void amx_bf16_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                          uint8_t* work, const uint8_t* next) {
+    uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   uint32_t* span = reinterpret_cast<uint32_t*>(work);
   for (int g = 0, count; g < groups; g += count, packed += count * group_stride, out += count * out_stride) {
     count = groups - g >= GROUPS_AT_ONCE ? GROUPS_AT_ONCE : groups - g >= 2 ? 2 : 1;
     const uint8_t* next_weights = g + count < groups ? packed + count * group_stride : next;
     (count == GROUPS_AT_ONCE ? amx_bf16_groups<W, GROUPS_AT_ONCE>
-     : count == 2            ? amx_bf16_groups<W, 2>
+            : count == 2     ? amx_bf16_groups<W, 2>
                              : amx_bf16_groups<W, 1>)(l, packed, x, out, span, next_weights);
   }
   tiles_end();

@@ -8,7 +8,9 @@
 constexpr int TILE_TOKENS = 16;
 
 // A tile of sums in memory.
-struct TileSums { alignas(64) int32_t values[TILE_TOKENS][16]; };
+struct TileSums {
+  alignas(64) int32_t values[TILE_TOKENS][16];
+};
 // Sub-blocks are processed four at a time in a pipeline of two stages: while four are multiplied, the sums of the
 // previous four are scaled and added, because storing a tile takes longer than its products.
 constexpr int TILES_IN_FLIGHT = 4;
@@ -22,7 +24,7 @@ constexpr int TILES_IN_FLIGHT = 4;
 // token.
 template <class D, int T>
 static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales,
-                           const float* scaled_sums, float* out) {
+    const float* scaled_sums, float* out) {
 #define KTX_INIT(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
   KTX_EACH_TOKEN(KTX_INIT)
 #undef KTX_INIT
@@ -31,8 +33,7 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
   // Stage 1: multiplies sub-block s in the tile register of sums number `index`, and stores the sums in `to`.
   const auto multiply_sub_block = [&](auto index, int s, TileSums& to) __attribute__((always_inline)) {
     constexpr int SUM = decltype(index)::value, ACTIVATIONS = 4 + SUM % 2, WEIGHTS = 6 + SUM % 2;
-    tile_zero<SUM>(),
-    tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32),
+    tile_zero<SUM>(), tile_load<ACTIVATIONS>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32),
         tile_load<WEIGHTS>(span.w + s * D::SUB * 16, 64);
     tile_dot_bytes<SUM, ACTIVATIONS, WEIGHTS>(), tile_store<SUM>(to.values, 64);
   };
@@ -59,7 +60,8 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 #undef KTX_STEP
 #undef KTX_ADD_SUB_BLOCK
 #undef KTX_ACCUMULATE
-#define KTX_STORE(t) if (t < T && t < tokens) storef(out + t * 16, total##t);
+#define KTX_STORE(t) \
+  if (t < T && t < tokens) storef(out + t * 16, total##t);
   KTX_EACH_TOKEN(KTX_STORE)
 #undef KTX_STORE
 }
@@ -67,11 +69,11 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 // Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]. `work` holds one dequantized span.
 template <class D>
 static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                          uint8_t* work, const uint8_t* next) {
+    uint8_t* work, const uint8_t* next) {
   typedef GemmTraits<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
   typedef void (*Kernel)(const Span&, int, const int8_t*, int, const float*, const float*, float*);
   static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>,
-                                 amx_int8_group<S, 16>};
+      amx_int8_group<S, 16>};
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
   Span& span = *reinterpret_cast<Span*>(work);
@@ -86,8 +88,8 @@ static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, co
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
         if (tokens != configured) tiles_begin(tokens, tokens, D::SUB), configured = tokens;
         table[(tokens - 1) / 4](span, length, x.q + first * x.k + from * tokens, tokens,
-                                x.scale + first * (x.k / 32) + from / 32 * tokens,
-                                scaled_sums + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
+            x.scale + first * (x.k / 32) + from / 32 * tokens,
+            scaled_sums + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
       }
     }
   }

@@ -42,9 +42,13 @@ template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const 
     }
 }
 template <int C, int A, int B>
-AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+AI void tile_dot_bytes() {
+  dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]);
+}
 template <int C, int A, int B>
-AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+AI void tile_dot_unsigned() {
+  dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]);
+}
 
 // Returns zero for subnormals, as the instruction treats them.
 inline float flush_subnormal(float x) {

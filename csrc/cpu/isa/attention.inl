@@ -157,6 +157,9 @@ static void accumulate_values(const float* probs, const float* v, int queries, i
 
 // Returns the table of this instruction set; `bf16`: its kernels in bf16, or null.
 constexpr AttentionKernels attention_table(const Bf16Kernels* bf16) {
-  return {.convert = convert, .score = score, .online_softmax = online_softmax, .accumulate_pv = accumulate_values,
-          .bf16 = bf16};
+  return {.convert = convert,
+      .score = score,
+      .online_softmax = online_softmax,
+      .accumulate_pv = accumulate_values,
+      .bf16 = bf16};
 }

@@ -59,7 +59,7 @@ static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
 // next1 evenly between the products, because a burst would stall the loads.
 template <int L, int C>
 AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores,
-                        const uint8_t* next0, const uint8_t* next1) {
+    const uint8_t* next0, const uint8_t* next1) {
   F acc[L * C];
 #pragma GCC unroll 16
   for (int i = 0; i < L * C; ++i) acc[i] = zero();
@@ -82,13 +82,13 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
 
 // Computes scores [key][lanes*16 rows] for up to 8 keys. `scores` has space for 8; those past `keys` are undefined.
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
-                       const void* const* next) {
+    const void* const* next) {
   const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
   for (; l + 4 <= lanes; l += 4)
     for (int c = 0; c < keys; c += 4)
       score_tile_bf16<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16,
-                            next0 + c * d * 2, next1 + c * d * 2);
+          next0 + c * d * 2, next1 + c * d * 2);
   for (; l + 2 <= lanes; l += 2) score_tile_bf16<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
   for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
 }
@@ -117,8 +117,9 @@ static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentCo
           for (int l = 0; l < L; ++l) acc[l * 8 + c] = dot_pairs(acc[l * 8 + c], at + c * d, a[l]);
       }
       const bool rope = v >= conversion.dk / 32;
-      const uint8_t* next = rope ? conversion.rope + row * conversion.rope_step + (v - conversion.dk / 32) * VECTOR_BYTES<TYPE>
-                                 : conversion.k + row * conversion.k_step + v * VECTOR_BYTES<TYPE>;
+      const uint8_t* next = rope
+          ? conversion.rope + row * conversion.rope_step + (v - conversion.dk / 32) * VECTOR_BYTES<TYPE>
+          : conversion.k + row * conversion.k_step + v * VECTOR_BYTES<TYPE>;
       store(to + v * 32, load_bf16_vector<TYPE>(next));
       __builtin_prefetch(next + (rope ? conversion.rope_step : conversion.k_step) * BLOCK_KEYS, 0, 2);
     }
@@ -130,11 +131,11 @@ static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentCo
 }
 // score_latent_as for 1 or 2 lanes and the type of the cache, F16, BF16 or Q8_0 (the tables are indexed by DType).
 static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& conversion,
-                         float* scores) {
-  static void (*const one_lane[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
-      nullptr, score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
-  static void (*const two_lanes[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
-      nullptr, score_latent_as<2, DType::F16>, score_latent_as<2, DType::BF16>, score_latent_as<2, DType::Q8_0>};
+    float* scores) {
+  static void (*const one_lane[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
+      score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
+  static void (*const two_lanes[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
+      score_latent_as<2, DType::F16>, score_latent_as<2, DType::BF16>, score_latent_as<2, DType::Q8_0>};
   (lanes == 1 ? one_lane : two_lanes)[int(conversion.type)](q, k, conversion, scores);
 }
 
@@ -142,7 +143,7 @@ static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const 
 // [keys/2][lanes*16] as pairs of keys, the operand of accumulate_pv. Rescales `sum` and, of rows whose maximum has
 // changed, `out`.
 static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state,
-                                uint32_t* probs) {
+    uint32_t* probs) {
   const F min_score = setf(-1e30f);  // scores below are masked
   for (int l = 0; l < lanes; ++l) {
     const F old_max = loadf(state.row_max + l * 16);
@@ -179,7 +180,7 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
 // each chunk of 32 columns of `out` in this order (the driver undoes it once at the end); permutations that preserve
 // the order would compete with the products.
 const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15,
-                                  20, 21, 22, 23, 28, 29, 30, 31};
+    20, 21, 22, 23, 28, 29, 30, 31};
 
 // Adds two keys to R rows and C chunks of 32 columns: acc[r][c] += probability pair of row r . values of keys `even`
 // and `odd`.
@@ -201,7 +202,7 @@ AI void accumulate_key_pair(const uint32_t* probs, const uint16_t* even, const u
 // further.
 template <int R, int C>
 AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int keys,
-                                int dv, float* out) {
+    int dv, float* out) {
   F acc[R * 2 * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -219,7 +220,7 @@ AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const ui
 // The same for all rows, four at a time.
 template <int C>
 AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int rows,
-                                  int keys, int dv, float* out) {
+    int keys, int dv, float* out) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     accumulate_pv_tile_bf16<4, C>(probs + r, pair_stride, v, stride, keys, dv, out + int64_t(r) * dv);
@@ -229,7 +230,7 @@ AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const 
 
 // out [rows][dv] += probabilities . v, with the columns of each 32 in COLUMN_ORDER; dv is a multiple of 32.
 static void accumulate_pv_bf16(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys,
-                               int dv, float* out) {
+    int dv, float* out) {
   int c = 0;
   for (; c + 64 <= dv; c += 64) accumulate_pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
   for (; c < dv; c += 32) accumulate_pv_chunks_bf16<1>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);

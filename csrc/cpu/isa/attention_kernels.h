@@ -38,15 +38,15 @@ struct Bf16Kernels {
   // scores [key][lanes*16] = q . k for up to 8 keys; prefetches as many bytes of the two ranges `next` as it reads of
   // `k`
   void (*score)(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
-                const void* const* next);
+      const void* const* next);
   // scores of 8 MLA latent keys for up to 2 lanes, while 8 other keys are converted
   void (*latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);
   // scores -> pairs of probabilities [keys/2][lanes*16]; out and sum are rescaled to the new maximum
-  void (*online_softmax)(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state,
-                         uint32_t* probs);
+  void (
+      *online_softmax)(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs);
   // out [rows][dv] += probs . v, columns in column_order
-  void (*accumulate_pv)(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys,
-                        int dv, float* out);
+  void (*accumulate_pv)(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv,
+      float* out);
   const uint8_t* column_order;  // the column of each of 32 positions of `out`
 };
 

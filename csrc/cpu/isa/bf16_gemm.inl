@@ -64,8 +64,8 @@ template <int R, int T> AI void accumulate_pairs(const uint32_t* w, const uint32
 // GEMM, one tile: out [R groups, out_stride apart][T tokens][16 rows] += scale * sum over `pairs` pairs of columns of w
 // * x. Adds in the same order as bf16_gemv, so that both give the same bits.
 template <int R, int T>
-static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale,
-                           float* out, size_t out_stride) {
+static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int pair_stride, const F* scale, float* out,
+    size_t out_stride) {
   F total[R * T], second_chain[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = second_chain[i] = zero();
@@ -86,14 +86,14 @@ typedef void (*Bf16Kernel)(const uint32_t*, int, const uint32_t*, int, const F*,
 // Returns bf16_gemm_tile for 1 to 6 tokens.
 template <int R> static Bf16Kernel select_bf16_tile(int tokens) {
   static const Bf16Kernel table[] = {nullptr, bf16_gemm_tile<R, 1>, bf16_gemm_tile<R, 2>, bf16_gemm_tile<R, 3>,
-                                   bf16_gemm_tile<R, 4>, bf16_gemm_tile<R, 5>, bf16_gemm_tile<R, 6>};
+      bf16_gemm_tile<R, 4>, bf16_gemm_tile<R, 5>, bf16_gemm_tile<R, 6>};
   return table[tokens];
 }
 
 // GEMM: multiplies R groups by all tiles of tokens. `span`: buffer for FLOAT_SPAN columns of R groups as pairs.
 template <class L, int R>
 static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint32_t* span,
-                      const Prefetcher& prefetcher) {
+    const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
@@ -111,8 +111,7 @@ static void bf16_gemm(const uint8_t* packed, size_t group_stride, const ActTiles
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
         select_bf16_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2,
-                            x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16,
-                            out_stride);
+            x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
     }
   }
 }

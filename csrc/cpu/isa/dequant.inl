@@ -26,10 +26,16 @@ AI V low_nibbles(V x) { return and_(x, set8(15)); }
 AI V take_nibbles(V x, int high) { return low_nibbles(high ? shr(x, 4) : x); }
 AI V take_byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
 struct NoScales {};
-struct DecoderDefaults { static constexpr bool WITH_OFFSET = false, DECODES_PAIRS = false; };
-struct OffsetDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = false; };
+struct DecoderDefaults {
+  static constexpr bool WITH_OFFSET = false, DECODES_PAIRS = false;
+};
+struct OffsetDecoder {
+  static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = false;
+};
 // Two sub-blocks share a word of indices
-struct OffsetPairDecoder { static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = true; };
+struct OffsetPairDecoder {
+  static constexpr bool WITH_OFFSET = true, DECODES_PAIRS = true;
+};
 // An entry of a table of signed codes, with SIGNED_OFFSET added as `dot` of this instruction set expects (adding 128
 // flips the top bit).
 AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
@@ -123,7 +129,9 @@ typedef Int4<128> DINT4_128;
 // In the k-quants below, half: which 128 columns of the block; sixteen: which 16 of 32 columns.
 struct DQ2_K : DecoderDefaults {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true, 3)
-  struct BlockScales { F d, dmin; };
+  struct BlockScales {
+    F d, dmin;
+  };
   AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1)}; }
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     const V packed = take_byte(b.word(16 + s / 4), s % 4);
@@ -169,7 +177,10 @@ AI V move_bits(V word, int from, int to) { return from > to ? shr(word, from - t
 
 struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
-  struct BlockScales { F d, dmin; KScales scales; };
+  struct BlockScales {
+    F d, dmin;
+    KScales scales;
+  };
   AI static BlockScales load_scales(const Block& b) {
     return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(32), b.word(33), b.word(34)}};
   }
@@ -181,7 +192,10 @@ struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
 
 struct DQ5_K : DecoderDefaults {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
-  struct BlockScales { F d, dmin; KScales scales; };
+  struct BlockScales {
+    F d, dmin;
+    KScales scales;
+  };
   AI static BlockScales load_scales(const Block& b) {
     return {load_f16(b.narrow0), load_f16(b.narrow1), {b.word(40), b.word(41), b.word(42)}};
   }
@@ -207,14 +221,12 @@ struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs,
 };
 
 static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), offset_code(-83), offset_code(-65),
-                                         offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10),
-                                         offset_code(1), offset_code(13), offset_code(25), offset_code(38),
-                                         offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
+    offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10), offset_code(1), offset_code(13),
+    offset_code(25), offset_code(38), offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
 // Twice the e2m1 values, which makes them integers; the scale is halved.
-static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3),
-                                        offset_code(4), offset_code(6), offset_code(8), offset_code(12),
-                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3),
-                                        offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
+static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4),
+    offset_code(6), offset_code(8), offset_code(12), offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3),
+    offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
 
 struct DIQ4_NL : OffsetDecoder {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
@@ -228,7 +240,10 @@ struct DIQ4_NL : OffsetDecoder {
 
 struct DIQ4_XS : OffsetDecoder {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
   KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false, 127)
-  struct BlockScales { F d; V low, high; };
+  struct BlockScales {
+    F d;
+    V low, high;
+  };
   AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), b.word(32), load_u16(b.narrow1)}; }
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F&) {
     const V bits = or_(and_(shr(h.low, 4 * s), set(15)), shl(and_(shr(h.high, 2 * s), set(3)), 4));
@@ -342,8 +357,14 @@ AI F scale_from_half_steps(F d, V nibble, float factor) {
 // fields_of_quad(e, i): the fields of quad i, a byte each.
 // Bits above a field are left in; the tables of values repeat for that.
 #ifdef KTX_VBMI
-struct Entries { V first, second; };  // bytes in the order of the indices
-#define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; };
+struct Entries {
+  V first, second;
+};  // bytes in the order of the indices
+#define KTX_BOOK(name, entries)                                                    \
+  struct B##name {                                                                 \
+    static constexpr int N = entries;                                              \
+    static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; \
+  }
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   const TableIndices<B::N> indices(low, spread_bits<STRIDE>(more));
   return {indices.select_from(B::FIRST), indices.select_from(B::SECOND)};
@@ -353,19 +374,28 @@ AI V fields_of_octet(const Entries& e, int entry, int second) {
 }
 AI V fields_of_quad(const Entries& e, int entry) { return four_bit_fields(e.first, e.second, entry); }
 #else
-struct Entries { V pair[2]; };  // entries 0 and 1, 2 and 3
-#define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint16_t* TABLE = GRID_##name; };
+struct Entries {
+  V pair[2];
+};  // entries 0 and 1, 2 and 3
+#define KTX_BOOK(name, entries)                           \
+  struct B##name {                                        \
+    static constexpr int N = entries;                     \
+    static constexpr const uint16_t* TABLE = GRID_##name; \
+  }
 // A shift to the left, or to the right if LEFT is negative.
 template <int LEFT>
-AI V shift_left(V x) { return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT); }
+AI V shift_left(V x) {
+  return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT);
+}
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
   if (BITS) {
-    first = or_(first, or_(and_(shift_left<8>(more), set(BITS << 8)),
-                           and_(shift_left<24 - STRIDE>(more), set(BITS << 24))));
-    second = or_(second, or_(and_(shift_left<8 - 2 * STRIDE>(more), set(BITS << 8)),
-                             and_(shift_left<24 - 3 * STRIDE>(more), set(BITS << 24))));
+    first = or_(first,
+        or_(and_(shift_left<8>(more), set(BITS << 8)), and_(shift_left<24 - STRIDE>(more), set(BITS << 24))));
+    second = or_(second,
+        or_(and_(shift_left<8 - 2 * STRIDE>(more), set(BITS << 8)),
+            and_(shift_left<24 - 3 * STRIDE>(more), set(BITS << 24))));
   }
   return {{lookup<B::N>(B::TABLE, first), lookup<B::N>(B::TABLE, second)}};
 }
@@ -377,7 +407,11 @@ AI V fields_of_octet(const Entries& e, int entry, int second) {
 }
 AI V fields_of_quad(const Entries& e, int entry) { return shr16_each<0, 4>(entry_in_both_halves(e, entry)); }
 #endif
-KTX_BOOK(IQ2_XXS, 256) KTX_BOOK(IQ2_XS, 512) KTX_BOOK(IQ2_S, 1024) KTX_BOOK(IQ3_XXS, 256) KTX_BOOK(IQ3_S, 512)
+KTX_BOOK(IQ2_XXS, 256);
+KTX_BOOK(IQ2_XS, 512);
+KTX_BOOK(IQ2_S, 1024);
+KTX_BOOK(IQ3_XXS, 256);
+KTX_BOOK(IQ3_S, 512);
 
 // The signs of vector `vector` of codes as a mask: bit 4*lane + byte is set for a negative weight (transpose_signs in
 // quant/layout.cpp).
@@ -389,7 +423,9 @@ AI uint64_t load_sign_mask(const uint8_t* sign_words, int vector) {
 // The signs of an octet of which seven are stored: the number of negative weights is even, so the eighth sign is the
 // parity of the others. The bit in its place belongs to a scale or an index and is returned in `spare`, one bit for
 // each row (spread_signs in quant/layout.cpp).
-struct Signs { uint64_t first, second, spare; };  // masks of the first and second four weights
+struct Signs {
+  uint64_t first, second, spare;
+};  // masks of the first and second four weights
 AI Signs load_even_signs(const uint8_t* sign_words, int octet) {
   constexpr uint64_t LOW = 0x1111111111111111ull;
   const uint64_t first = load_sign_mask(sign_words, 2 * octet), stored = load_sign_mask(sign_words, 2 * octet + 1),
@@ -401,16 +437,14 @@ AI Signs load_even_signs(const uint8_t* sign_words, int octet) {
 
 // Tables repeat, so that bits above a field are ignored.
 static const int8_t VALUES_IQ2[16] = {offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8),
-                                      offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25),
-                                      offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0};
+    offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8),
+    offset_code(25), offset_code(43), 0};
 static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offset_code(20), offset_code(28),
-                                          offset_code(36), offset_code(44), offset_code(52), offset_code(62),
-                                          offset_code(4), offset_code(12), offset_code(20), offset_code(28),
-                                          offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
+    offset_code(36), offset_code(44), offset_code(52), offset_code(62), offset_code(4), offset_code(12),
+    offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
 static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9),
-                                        offset_code(11), offset_code(13), offset_code(15),
-                                        offset_code(1), offset_code(3), offset_code(5), offset_code(7),
-                                        offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
+    offset_code(11), offset_code(13), offset_code(15), offset_code(1), offset_code(3), offset_code(5), offset_code(7),
+    offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
 
 // Decodes four weights: half of octet `entry` of IQ2, or quad `entry` of IQ3. `minus`: mask of the negative ones.
 AI V decode_octet_half(const Entries& e, int entry, int second, uint64_t minus) {
@@ -478,7 +512,7 @@ struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whos
       for (int i = 0; i < 4; i += 2) {
         const Signs signs = load_even_signs(b.words + 64 * (16 + s), 2 * half + i / 2);
         scale_bits |= signs.spare << (2 * half + i / 2);
-        w[4 * half + i] = decode_quad(VALUES_IQ3_XXS, e, i, signs.first),
+        w[4 * half + i] = decode_quad(VALUES_IQ3_XXS, e, i, signs.first);
         w[4 * half + i + 1] = decode_quad(VALUES_IQ3_XXS, e, i + 1, signs.second);
       }
     }

@@ -113,7 +113,7 @@ static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* o
 // w [column][R groups][16 rows], x [column] x_stride apart [T tokens].
 template <int R, int T>
 static void float_gemm_tile(const float* w, int columns, const float* x, int x_stride, const F* scale, float* out,
-                            size_t out_stride) {
+    size_t out_stride) {
   F total[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = zero();
@@ -142,7 +142,7 @@ typedef void (*FloatKernel)(const float*, int, const float*, int, const F*, floa
 template <int R> static FloatKernel select_float_tile(int tokens) {
   static const FloatKernel table[] = {nullptr, float_gemm_tile<R, 1>, float_gemm_tile<R, 2>,
 #if KTX_TILE_TOKENS >= 6
-                                    float_gemm_tile<R, 3>, float_gemm_tile<R, 4>, float_gemm_tile<R, 5>, float_gemm_tile<R, 6>
+      float_gemm_tile<R, 3>, float_gemm_tile<R, 4>, float_gemm_tile<R, 5>, float_gemm_tile<R, 6>
 #endif
   };
   return table[tokens];
@@ -152,7 +152,7 @@ template <int R> static FloatKernel select_float_tile(int tokens) {
 // tile. A tile of more than FLOAT_TILE tokens is cut.
 template <class L, int R>
 static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, float* span,
-                       const Prefetcher& prefetcher) {
+    const Prefetcher& prefetcher) {
   const size_t out_stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
@@ -176,7 +176,7 @@ static void float_gemm(const uint8_t* packed, size_t group_stride, const ActTile
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
         select_float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from),
-                             x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
+            x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, out_stride);
     }
   }
 }

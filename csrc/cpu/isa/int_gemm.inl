@@ -8,13 +8,15 @@
 // cancels; part16/part32 hold d * sum(q), here `scaled_sums`, which minimums multiply.
 
 // An integer as a type, for lambdas whose argument has to be a constant.
-template <int N> struct IntConstant { static constexpr int value = N; };
+template <int N> struct IntConstant {
+  static constexpr int value = N;
+};
 
 // Returns where the fields of block b of a group are.
 AI Block locate_block(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
   const size_t plane = narrow_plane_bytes(l, k);
   return {group + b * l.narrow_bytes * 16, group + plane + b * l.narrow_bytes * 16,
-          group + l.num_narrow_fields * plane + b * size_t(l.word_count()) * 64};
+      group + l.num_narrow_fields * plane + b * size_t(l.word_count()) * 64};
 }
 
 template <class D> struct Traits {
@@ -32,8 +34,8 @@ AI void decode_unit(const typename D::BlockScales& block_scales, const Block& b,
   if constexpr (D::DECODES_PAIRS) D::decode_pair(block_scales, b, unit, w, scale);
   else
     for (int p = 0; p < Traits<D>::SUB_BLOCKS; ++p)
-      D::decode_sub_block(block_scales, b, unit * Traits<D>::SUB_BLOCKS + p, w + p * (D::SUB / 4),
-                          scale[p], minimum[p]);
+      D::decode_sub_block(block_scales, b, unit * Traits<D>::SUB_BLOCKS + p, w + p * (D::SUB / 4), scale[p],
+          minimum[p]);
 }
 
 // Returns the start of an int32 sum of products whose codes are REGISTER_OFFSET too large: -REGISTER_OFFSET * sum(q).
@@ -91,7 +93,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
           for (int i = 0; i < STEPS; ++i) {
             const int g = p * STEPS + i;
             acc.add_product(i, STEPS, D::SIGNED && !D::WITH_OFFSET ? with_offset(w[g]) : w[g],
-                            broadcast(q + (g * T + t) * 4));
+                broadcast(q + (g * T + t) * 4));
           }
           total[t] = fma(mulf(to_float(acc.total), scale[p]), broadcastf(scales + t), total[t]);
           if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(scaled_sums + p * T + t), total[t]);
@@ -128,14 +130,14 @@ static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 // the first span of `next` and its narrow fields; nothing if there is no `next`.
 template <class D>
 AI PrefetchRange locate_next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next,
-                                  int steps) {
+    int steps) {
   if (from >= k && !next) return PrefetchRange();
   const uint8_t *words = from < k ? locate_block(l, group, k, from / D::BLOCK).words
                                   : locate_block(l, next, k, 0).words,
                 *begin = from < k ? words : next;
   const int64_t columns = from < k ? k - from : k;
   return PrefetchRange(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64,
-                       steps);
+      steps);
 }
 
 // Decodes `length` columns of 16 rows, from column `from` of a group on, into bytes plus scales and minimums.
@@ -170,7 +172,7 @@ static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_
 // groups.
 template <class D, int R, int T>
 static void gemm_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
-                      const float* scaled_sums, float* out, size_t out_stride) {
+    const float* scaled_sums, float* out, size_t out_stride) {
   F total[R * T];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
@@ -228,7 +230,7 @@ typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const 
 template <class S, int R> static TileKernel select_gemm_tile(int tokens) {
   static const TileKernel table[] = {nullptr, gemm_tile<S, R, 1>, gemm_tile<S, R, 2>,
 #if KTX_TILE_TOKENS >= 6
-                                     gemm_tile<S, R, 3>, gemm_tile<S, R, 4>, gemm_tile<S, R, 5>, gemm_tile<S, R, 6>
+      gemm_tile<S, R, 3>, gemm_tile<S, R, 4>, gemm_tile<S, R, 5>, gemm_tile<S, R, 6>
 #endif
   };
   return table[tokens];
@@ -237,7 +239,7 @@ template <class S, int R> static TileKernel select_gemm_tile(int tokens) {
 // Multiplies R groups by all tiles of tokens, span by span: out [R][n tokens][16 rows].
 template <class D, int R>
 static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans,
-                 const uint8_t* next) {
+    const uint8_t* next) {
   typedef GemmTraits<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
@@ -249,7 +251,7 @@ static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, floa
     for (int r = 0; r < R; ++r) {
       decode_span<D>(l, packed + r * group_stride, x.k, from, length, spans[r]);
       ranges[r] = locate_next_span<D>(l, packed + r * group_stride, x.k, from + length,
-                                      next ? next + r * group_stride : nullptr, x.tiles);
+          next ? next + r * group_stride : nullptr, x.tiles);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
       for (PrefetchRange& range : ranges) range.fetch();
@@ -257,8 +259,7 @@ static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, floa
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
       const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
       select_gemm_tile<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at,
-                                     scaled_sums + at,
-                                out + first * 16, out_stride);
+          scaled_sums + at, out + first * 16, out_stride);
     }
   }
 }

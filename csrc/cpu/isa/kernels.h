@@ -13,9 +13,9 @@ struct Layout;
 // One quantized row of activations (a token): int8 with a scale per 32 columns, and the sums that weight types with an
 // offset or a minimum need.
 struct RowView {
-  int8_t* q;        // [k]
-  float* scale;     // [k/32]
-  int32_t* sum16;   // [k/16] sum of q
+  int8_t* q;       // [k]
+  float* scale;    // [k/32]
+  int32_t* sum16;  // [k/16] sum of q
 };
 
 // Activations of n tokens, cut into tiles of at most `tile_tokens` tokens, whose sums a GEMM holds in registers. Tile t
@@ -42,7 +42,9 @@ struct ActTiles {
 
 // Where a token is in ActTiles: the first token of its tile, the number of tokens of the tile, the index of the token
 // in the tile.
-struct TileSlot { int first, count, at; };
+struct TileSlot {
+  int first, count, at;
+};
 // Calls f(token, slot) for the tokens of a tile.
 template <class F> void for_tile(const ActTiles& x, int tile, F&& f) {
   const int first = x.start(tile), count = x.start(tile + 1) - first;
@@ -52,10 +54,10 @@ template <class F> void for_tile(const ActTiles& x, int tile, F&& f) {
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
-  int bf16_columns;      // float weights are multiplied in bf16 if k is a multiple of this; 0: never
-  bool bf16_tiles;       // supports ActTiles with `bf16` (AMX)
-  int tile_tokens;       // max tokens of a tile
-  int gemv_tokens;       // up to so many quantized tokens are one tile and take the GEMV path
+  int bf16_columns;  // float weights are multiplied in bf16 if k is a multiple of this; 0: never
+  bool bf16_tiles;   // supports ActTiles with `bf16` (AMX)
+  int tile_tokens;   // max tokens of a tile
+  int gemv_tokens;   // up to so many quantized tokens are one tile and take the GEMV path
   // Quantizes a row; x holds sixteen columns every `step` floats.
   void (*quantize)(const float* x, int64_t step, int64_t k, RowView out);
   // Copy columns from..from+length of a token to its tile; `row` and `x` hold these columns only. `scatter` takes
@@ -65,17 +67,17 @@ struct Kernels {
   // out[group][token][16] = packed rows of `groups` groups times every token; `work` has WORK_BYTES. `next`: the
   // weights that the caller multiplies next, or null; their beginning is prefetched while the end of these is used.
   void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                   uint8_t* work, const uint8_t* next);
+      uint8_t* work, const uint8_t* next);
   // Dequantizes a group to out [k][16 rows].
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);
   // Stores `groups` times sixteen values, `step` floats apart, densely as f32, f16 or bf16.
   void (*write)(const float* x, int64_t step, int64_t groups, DType type, void* out);
   // total[token[t]][columns] += weight[t] * sums[group][t][16]
   void (*add_weighted)(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total,
-                       int64_t columns);
+      int64_t columns);
   // out = act(gate) * up; n is a multiple of 16. alpha and limit: of SWIGLU_OAI.
   void (*gated_activation)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out,
-                           int64_t n);
+      int64_t n);
   // Quantizes n weights to a block of INT4_* or Q4_0 (four_bits), else of INT8_128 or Q8_0.
   void (*quantize_block)(const float* x, int n, bool four_bits, uint8_t* out);
 };
@@ -83,8 +85,8 @@ struct Kernels {
 // 256 columns as codes with scales.
 constexpr size_t WORK_BYTES = 4 * 256 * 32 + 64;
 
-extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS,
-    AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
+extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS,
+    AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // the table of picked_isa()
 
 // Multiplies one pair of AMX tiles, c [rows][16] += a [rows][bytes] * b [bytes/4][16][4]: with the instructions

@@ -9,7 +9,7 @@
 // buffer.
 template <class D>
 static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                                 uint8_t* work, const uint8_t* next) {
+    uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
   if (x.bf16) return amx_bf16_gemm<Bf16FromInts<D>>(l, packed, groups, x, out, work, next);
@@ -51,7 +51,7 @@ static void multiply_int_weights(const Layout& l, const uint8_t* packed, int gro
 // Multiplies R groups in bf16 if the weights are exact in it and the activations have pairs, else in f32.
 template <class L, int R>
 static void gemm_any_float(const uint8_t* packed, size_t group_stride, const ActTiles& x, float* out, uint8_t* work,
-                           const Prefetcher& prefetcher) {
+    const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::EXACT_IN_BF16)
     if (x.pair) return bf16_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<uint32_t*>(work), prefetcher);
@@ -72,7 +72,7 @@ AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, con
 // L: loader (float_gemm.inl). Up to FLOAT_TILE tokens in one tile take the GEMV path.
 template <class L>
 static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
-                                   uint8_t* work, const uint8_t* next) {
+    uint8_t* work, const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
 #ifdef KTX_AMX
   if constexpr (L::EXACT_IN_BF16)
@@ -145,16 +145,23 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
 // X(type) for each weight type compiled here: all of them, unless an instruction set extends another. It then defines
 // these lists with the types that gain, and KTX_BASE_KERNELS serve the others.
 #ifndef KTX_BASE_KERNELS
-#define KTX_INT_TYPES(X)                                                                                                \
-  X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0) \
-  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)                   \
+// clang-format off
+#define KTX_INT_TYPES(X)                                                                                         \
+  X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4)   \
+  X(TQ1_0) X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)   \
   X(INT4_128)
+// clang-format on
 #define KTX_FLOAT_TYPES(X) X(F32, LoadF32) X(F16, LoadF16) X(BF16, LoadBF16) X(F8_E4M3, LoadF8)
 #endif
 
 typedef void (*Multiply)(const Layout&, const uint8_t*, int, const ActTiles&, float*, uint8_t*, const uint8_t*);
 typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
-struct TypeKernels { int code; Multiply multiply; Unpack unpack; };
+struct TypeKernels {
+  int code;
+  Multiply multiply;
+  Unpack unpack;
+};
+// clang-format off
 static const TypeKernels TYPES[] = {
 #define X(name) {ktx::name, multiply_int_weights<D##name>, unpack_ints<D##name>},
     KTX_INT_TYPES(X)
@@ -163,6 +170,7 @@ static const TypeKernels TYPES[] = {
     KTX_FLOAT_TYPES(X)
 #undef X
 };
+// clang-format on
 
 // Returns the kernels for the weight type `code`.
 static TypeKernels kernels_of(int code) {
@@ -175,7 +183,7 @@ static TypeKernels kernels_of(int code) {
 #endif
 }
 static void multiply(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
-                     const uint8_t* next) {
+    const uint8_t* next) {
   kernels_of(l.code).multiply(l, packed, groups, x, out, work, next);
 }
 static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) {

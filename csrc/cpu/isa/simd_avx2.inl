@@ -1,5 +1,6 @@
 // The SIMD primitives (see simd_scalar.inl, their specification) on sixteen 32-bit lanes in two ymm registers. Included
 // inside a region whose target has AVX2, FMA and F16C; with KTX_VNNI also AVX-VNNI or AVX512-VNNI.
+// clang-format off
 struct V { __m256i a, b; };
 struct F { __m256 a, b; };
 #define KTX_V1(name, op) AI V name(V x) { return {op(x.a), op(x.b)}; }
@@ -7,6 +8,7 @@ struct F { __m256 a, b; };
 #define KTX_F2(name, op) AI F name(F x, F y) { return {op(x.a, y.a), op(x.b, y.b)}; }
 #define KTX_F3(name, op) AI F name(F x, F y, F z) { return {op(x.a, y.a, z.a), op(x.b, y.b, z.b)}; }
 #define KTX_SHIFT(name, op) AI V name(V x, int n) { return {op(x.a, n), op(x.b, n)}; }
+// clang-format on
 
 AI V load(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
@@ -16,6 +18,7 @@ AI void store(void* p, V v) {
   __m256i* q = static_cast<__m256i*>(p);
   _mm256_storeu_si256(q, v.a), _mm256_storeu_si256(q + 1, v.b);
 }
+// clang-format off
 AI V set(uint32_t x) { const __m256i v = _mm256_set1_epi32(int(x)); return {v, v}; }
 AI V set8(int x) { const __m256i v = _mm256_set1_epi8(char(x)); return {v, v}; }
 AI V broadcast(const void* p) { const __m256i v = _mm256_set1_epi32(*static_cast<const int*>(p)); return {v, v}; }
@@ -34,6 +37,7 @@ KTX_V2(sub8, _mm256_sub_epi8)
 KTX_V2(add8, _mm256_add_epi8)
 KTX_V2(equal8, _mm256_cmpeq_epi8)
 AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }
+// clang-format on
 AI V look_up16(const int8_t* table, V index) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
@@ -48,19 +52,22 @@ AI V high_words(V x) {
 }
 template <int LOW, int HIGH> AI V shr16_each(V x) {
   return {_mm256_blend_epi16(_mm256_srli_epi16(x.a, LOW), _mm256_srli_epi16(x.a, HIGH), 0xaa),
-          _mm256_blend_epi16(_mm256_srli_epi16(x.b, LOW), _mm256_srli_epi16(x.b, HIGH), 0xaa)};
+      _mm256_blend_epi16(_mm256_srli_epi16(x.b, LOW), _mm256_srli_epi16(x.b, HIGH), 0xaa)};
 }
 // table[index] of 16-bit indices; a gather reads two bytes too many.
 AI __m256i lookup256(const uint16_t* table, __m256i index) {
   const int* t = reinterpret_cast<const int*>(table);
   const __m256i low = _mm256_i32gather_epi32(t, _mm256_and_si256(index, _mm256_set1_epi32(0xffff)), 2);
-  return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16), 0xaa);
+  return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16),
+      0xaa);
 }
 template <int N>
-AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
+AI V lookup(const uint16_t* table, V index) {
+  return {lookup256(table, index.a), lookup256(table, index.b)};
+}
 AI __m256i bytes_where256(uint32_t mask) {  // byte i is 0xff if bit i of the mask is set
-  const __m256i mask_bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
-                                                                                       2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
+  const __m256i mask_bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)),
+      _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
   return _mm256_cmpeq_epi8(_mm256_and_si256(mask_bytes, bit), bit);
 }
@@ -90,6 +97,7 @@ AI V sign_extend8(V x) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(x.a, 24), 24), _mm256_srai_epi32(_mm256_slli_epi32(x.b, 24), 24)};
 }
 
+// clang-format off
 AI F setf(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
 AI F zero() { return setf(0); }
 AI F loadf(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -105,6 +113,7 @@ KTX_F3(fnma, _mm256_fnmadd_ps)
 AI V as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 AI F as_float(V x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
+// clang-format on
 AI uint32_t largest_lane(V x) {
   const __m256i m = _mm256_max_epu32(x.a, x.b);
   __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
@@ -147,9 +156,12 @@ AI void store_f16(void* p, F x) {
   _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
 }
 AI __m128i bf16_halves(__m256 x) {  // rounds to nearest even, keeps NaN
-  const __m256i bits = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)), quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  return pack_low_halves(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
+  const __m256i bits = _mm256_castps_si256(x),
+                even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)),
+                quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return pack_low_halves(_mm256_srli_epi32(
+      _mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
 }
 AI void store_bf16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
@@ -175,7 +187,7 @@ template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.
 template <bool SIGNED> AI V byte_products(V w, V x) {
   if (!SIGNED) return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)};
   return {_mm256_maddubs_epi16(_mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
-          _mm256_maddubs_epi16(_mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
+      _mm256_maddubs_epi16(_mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
 }
 // Adds the two 16-bit sums of each lane in 32 bits.
 AI V widen(V pairs) {
@@ -206,10 +218,13 @@ template <bool SIGNED, int SUMS> struct DotSum {
   AI void add_product(int step, int steps, V w, V x) {
     const V both = byte_products<SIGNED>(w, x);
     sum16 = step % SUMS ? add_words(sum16, both) : both;
-    if (step % SUMS == SUMS - 1 || step == steps - 1) total = steps <= SUMS ? add(total, widen(sum16)) : add_lanes(total, widen(sum16));
+    if (step % SUMS == SUMS - 1 || step == steps - 1)
+      total = steps <= SUMS ? add(total, widen(sum16)) : add_lanes(total, widen(sum16));
   }
 };
+// clang-format off
 #define KTX_SUMS_IN_16_BITS
+// clang-format on
 constexpr int SIGNED_OFFSET = 0;
 AI V with_offset(V weights) { return weights; }
 #endif

@@ -27,20 +27,24 @@ AI V sub8(V a, V b) { return _mm512_sub_epi8(a, b); }
 AI V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 AI V equal8(V a, V b) { return _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)); }
 AI V with_bits(V a, V b, V mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }  // a | b & mask
-AI V look_up16(const int8_t* table, V index) {  // index: bytes 0..15
+AI V look_up16(const int8_t* table, V index) {                                            // index: bytes 0..15
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
 }
 AI V low_words(V a) {  // both 16-bit halves of a lane become its lower one
-  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13)));
+  return _mm512_shuffle_epi8(a,
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13)));
 }
 AI V high_words(V a) {
-  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15)));
+  return _mm512_shuffle_epi8(a,
+      _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15)));
 }
 template <int LOW, int HIGH> AI V shr16_each(V a) { return _mm512_srlv_epi16(a, _mm512_set1_epi32(LOW | HIGH << 16)); }
 // table[index] of the 32 16-bit indices. Permutations of registers: a gather costs more than twenty cycles.
 template <int N> AI V lookup(const uint16_t* table, V index) {
   if constexpr (N == 64) return _mm512_permutex2var_epi16(load(table), index, load(table + 32));
-  else return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)), lookup<N / 2>(table + N / 2, index));
+  else
+    return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)),
+        lookup<N / 2>(table + N / 2, index));
 }
 #ifdef KTX_VBMI
 // Look-ups in byte tables (code books of dequant.inl): one permutation looks 64 indices up in 128 entries. Packing puts
@@ -54,7 +58,9 @@ template <int STRIDE> AI V spread_bits(V more) {
 // Looks 64 indices up in N entries: in both halves of the table, of which the next higher index bit selects one.
 template <int N> AI V permute(const uint8_t* table, V index, const __mmask64* bits) {
   if constexpr (N == 128) return _mm512_permutex2var_epi8(load(table), index, load(table + 64));
-  else return _mm512_mask_mov_epi8(permute<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permute<N / 2>(table + N / 2, index, bits));
+  else
+    return _mm512_mask_mov_epi8(permute<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8],
+        permute<N / 2>(table + N / 2, index, bits));
 }
 // 64 indices into tables of N entries: their low bytes, and bits 7 and up as masks, computed once for several tables.
 template <int N> struct TableIndices {
@@ -182,8 +188,10 @@ AI V duplicate_low16(V x) {  // the low halves of lanes in both halves
 // Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by`
 // and `add`.
 template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
-  const V even = _mm512_slli_epi16(codes, SHIFT), odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
-  const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add), high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
+  const V even = _mm512_slli_epi16(codes, SHIFT),
+          odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
+  const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add),
+          high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
   return with_bits(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)));
 }
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
@@ -197,8 +205,10 @@ AI void store_pairs(void* p, Pairs v) { store(p, (V)v); }
 AI V pair_neighbors_as_bf16(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }
 // Interleaves the 16-bit words of the lower and the upper 256 bits: columns one after the other become pairs.
 AI V zip_halves(V halves) {
-  return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
-                                                   0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000), halves);
+  return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009,
+                                      0x180008, 0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001,
+                                      0x100000),
+      halves);
 }
 AI V pair_as_bf16(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
   return zip_halves(pair_neighbors_as_bf16(even, odd));
@@ -227,11 +237,13 @@ constexpr E4m3Bytes E4M3_BYTES;
 
 // Four columns of 16 codes: two look-ups a byte of bf16.
 AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {
-  const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57, 41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8,
-                                  55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50, 34, 49, 33, 48, 32, 19, 3, 18, 2, 17, 1, 16, 0);
+  const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57,
+      41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8, 55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50,
+      34, 49, 33, 48, 32, 19, 3, 18, 2, 17, 1, 16, 0);
   const V codes = _mm512_permutexvar_epi8(order, load(p));
   const V low = _mm512_permutex2var_epi8(load(E4M3_BYTES.low), codes, load(E4M3_BYTES.low + 64));
-  const V high = with_bits(_mm512_permutex2var_epi8(load(E4M3_BYTES.high), codes, load(E4M3_BYTES.high + 64)), codes, set8(0x80));
+  const V high = with_bits(_mm512_permutex2var_epi8(load(E4M3_BYTES.high), codes, load(E4M3_BYTES.high + 64)), codes,
+      set8(0x80));
   a = (Pairs)_mm512_unpacklo_epi8(low, high), b = (Pairs)_mm512_unpackhi_epi8(low, high);
 }
 #endif

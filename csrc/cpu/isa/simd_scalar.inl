@@ -3,12 +3,31 @@
 // V: sixteen 32-bit lanes (or 32 words of 16 bits, or 64 bytes). F: sixteen floats. In the kernels a lane is a row of a
 // group, and its bytes are four columns.
 // A suffix gives the width of an operation: shr (32 bits), shr16, add8; f is for floats: addf, loadf.
+// clang-format off
 struct V { uint32_t v[16]; };
 struct F { float v[16]; };
 #define KTX_LANES for (int i = 0; i < 16; ++i)
-#define KTX_V2(name, expr) AI V name(V x, V y) { V r; KTX_LANES { const uint32_t a = x.v[i], b = y.v[i]; r.v[i] = expr; } return r; }
-#define KTX_F2(name, expr) AI F name(F x, F y) { F r; KTX_LANES { const float a = x.v[i], b = y.v[i]; r.v[i] = expr; } return r; }
+// clang-format on
+#define KTX_V2(name, expr)                   \
+  AI V name(V x, V y) {                      \
+    V r;                                     \
+    KTX_LANES {                              \
+      const uint32_t a = x.v[i], b = y.v[i]; \
+      r.v[i] = expr;                         \
+    }                                        \
+    return r;                                \
+  }
+#define KTX_F2(name, expr)                \
+  AI F name(F x, F y) {                   \
+    F r;                                  \
+    KTX_LANES {                           \
+      const float a = x.v[i], b = y.v[i]; \
+      r.v[i] = expr;                      \
+    }                                     \
+    return r;                             \
+  }
 
+// clang-format off
 AI V load(const void* p) { V r; __builtin_memcpy(r.v, p, 64); return r; }
 AI void store(void* p, V x) { __builtin_memcpy(p, x.v, 64); }
 AI V set(uint32_t x) { V r; KTX_LANES r.v[i] = x; return r; }
@@ -21,6 +40,7 @@ KTX_V2(add, a + b)
 KTX_V2(sub, a - b)
 KTX_V2(mul, a * b)
 KTX_V2(mul16, ((a & 0xffff) * (b & 0xffff) & 0xffff) | ((a >> 16) * (b >> 16)) << 16)
+// clang-format on
 // Applies an operation to each byte: 0 subtracts, 1 adds, 2 compares.
 AI uint32_t bytewise(uint32_t a, uint32_t b, int op) {
   uint32_t r = 0;
@@ -30,6 +50,7 @@ AI uint32_t bytewise(uint32_t a, uint32_t b, int op) {
   }
   return r;
 }
+// clang-format off
 KTX_V2(sub8, bytewise(a, b, 0))
 KTX_V2(add8, bytewise(a, b, 1))
 KTX_V2(equal8, bytewise(a, b, 2))
@@ -37,6 +58,7 @@ AI V shr(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] >> n; return r; }
 AI V shl(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] << n; return r; }
 AI V shr16(V x, int n) { V r; KTX_LANES r.v[i] = ((x.v[i] & 0xffff) >> n) | ((x.v[i] >> 16) >> n) << 16; return r; }
 AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }  // a | b & mask
+// clang-format on
 // table[x] of each byte; indices are 0 to 15.
 AI V look_up16(const int8_t* table, V x) {
   V r;
@@ -47,8 +69,10 @@ AI V look_up16(const int8_t* table, V x) {
   return r;
 }
 // Both 16-bit halves of a lane become its lower one.
+// clang-format off
 AI V low_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] & 0xffff) * 0x10001u; return r; }
 AI V high_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] >> 16) * 0x10001u; return r; }
+// clang-format on
 // Shifts the lower and the upper half of each lane by different counts.
 template <int LOW, int HIGH> AI V shr16_each(V x) {
   V r;
@@ -68,6 +92,7 @@ AI V negate_where(V w, uint64_t mask) {
 }
 // table[x & LOW] of each byte; the table repeats after LOW + 1 entries, so that VBMI, which ignores the bits above,
 // need not mask.
+// clang-format off
 template <int LOW> AI V look_up_repeated(const int8_t* table, V x) { return look_up16(table, and_(x, set8(LOW))); }
 // Nibble i in lane i.
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
@@ -96,9 +121,15 @@ AI uint32_t largest_lane(V x) { uint32_t m = x.v[0]; KTX_LANES m = x.v[i] > m ? 
 AI int32_t sum_lanes(V x) { uint32_t s = 0; KTX_LANES s += x.v[i]; return int32_t(s); }
 AI float sum_lanes(F x) { float s = 0; KTX_LANES s += x.v[i]; return s; }
 AI F to_float(V x) { F r; KTX_LANES r.v[i] = float(int32_t(x.v[i])); return r; }
+// clang-format on
 AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   V r;
-  KTX_LANES { const float y = x.v[i] + 12582912.0f; uint32_t bits; __builtin_memcpy(&bits, &y, 4); r.v[i] = bits - 0x4b400000u; }
+  KTX_LANES {
+    const float y = x.v[i] + 12582912.0f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &y, 4);
+    r.v[i] = bits - 0x4b400000u;
+  }
   return r;
 }
 // Converts the bits of an f16.
@@ -117,8 +148,10 @@ AI float f16_value(uint32_t h) {
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
+// clang-format off
 AI F f16_lanes(V x) { F r; KTX_LANES r.v[i] = f16_value(x.v[i] & 0xffff); return r; }
 AI F load_f16(const void* p) { return f16_lanes(load_u16(static_cast<const uint8_t*>(p))); }
+// clang-format on
 // Loads two columns of 16 e4m3 codes as floats that are 2^-8 of their value: an e4m3 is the upper byte of an f16 with
 // one exponent bit less, so a shift makes it an f16 whose exponent is too small by 8.
 AI void load_e4m3(const uint8_t* p, F& a, F& b) {
@@ -146,7 +179,10 @@ AI uint32_t f16_bits(float f) {
 }
 AI void store_f16(void* p, F x) {
   uint8_t* q = static_cast<uint8_t*>(p);
-  KTX_LANES { const uint32_t h = f16_bits(x.v[i]); q[2 * i] = uint8_t(h), q[2 * i + 1] = uint8_t(h >> 8); }
+  KTX_LANES {
+    const uint32_t h = f16_bits(x.v[i]);
+    q[2 * i] = uint8_t(h), q[2 * i + 1] = uint8_t(h >> 8);
+  }
 }
 AI void store_bf16(void* p, F x) {
   uint16_t h[16];
@@ -195,7 +231,8 @@ AI F dot_pairs(F acc, const void* word, Pairs b) {
   uint32_t a;
   __builtin_memcpy(&a, word, 4);
   F r;
-  KTX_LANES r.v[i] = acc.v[i] + bf16_value(a & 0xffff) * bf16_value(b.v[i] & 0xffff) + bf16_value(a >> 16) * bf16_value(b.v[i] >> 16);
+  KTX_LANES r.v[i] = acc.v[i] + bf16_value(a & 0xffff) * bf16_value(b.v[i] & 0xffff) +
+      bf16_value(a >> 16) * bf16_value(b.v[i] >> 16);
   return r;
 }
 // Loads two columns of 16 bf16, one after the other, as pairs.
@@ -207,7 +244,9 @@ AI Pairs load_column_pairs(const void* p) {
   return r;
 }
 // Pairs with `even` in the lower and `odd` in the upper halves.
+// clang-format off
 AI V pair_as_bf16(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
+// clang-format on
 // Pairs neighbors: lane i holds columns 2*i and 2*i + 1 of the 32 in first and second.
 AI V pair_neighbors_as_bf16(F first, F second) {
   V r;

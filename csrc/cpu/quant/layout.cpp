@@ -60,8 +60,8 @@ uint32_t transpose_fifth_bits(uint32_t bits) {
     return x ^ t ^ (t << by);
   };
   for (int round = 0; round < 3; ++round) {  // a perfect shuffle rotates the five index bits by one
-    bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4),
-        bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
+    bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4), bits = swap(bits, 0x0c0c0c0cu, 2),
+    bits = swap(bits, 0x22222222u, 1);
   }
   return bits;
 }
@@ -173,7 +173,7 @@ template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
         const uint32_t high_bits = high >> ((IS_IQ1_S ? 3 : 4) * i),
                        entry = (low >> (8 * i) & 255) | (high_bits & 7) << 8;
         if (!IS_IQ1_S) extra_bits[r] |= (high_bits >> 3 & 1) << (4 * unit + i);
-        quads[8 * unit + 2 * i][r] = entry_digits.quads[entry][0],
+        quads[8 * unit + 2 * i][r] = entry_digits.quads[entry][0];
         quads[8 * unit + 2 * i + 1][r] = entry_digits.quads[entry][1];
       }
     }
@@ -187,7 +187,8 @@ template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
 // Loading pays for the reordering once; the decoder would pay for it in every product.
 void reorder_bits(int code, uint8_t* words) {
   switch (code) {
-    case Q5_0: case Q5_1: transform_words(words + 64 * 4, transpose_fifth_bits); break;
+    case Q5_0:
+    case Q5_1: transform_words(words + 64 * 4, transpose_fifth_bits); break;
     case IQ1_S: expand_iq1_indices<true>(words); break;
     case IQ1_M: expand_iq1_indices<false>(words); break;
     case IQ2_XXS:
@@ -258,7 +259,7 @@ const Layout* find_layout(int code) {
 }
 
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
-               int64_t row0, const float* scale, int64_t scale_columns) {
+    int64_t row0, const float* scale, int64_t scale_columns) {
   const size_t group_stride = group_bytes(l, k);
   for (int64_t row = 0; row < rows; row += 16) {
     uint8_t* group = packed + (row0 + row) / 16 * group_stride;

@@ -11,27 +11,35 @@
 #include <cstdint>
 
 namespace ktx {
+// clang-format off
 enum Code : int {  // ids of ggml; ktx types from 1000
-  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
-  IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23, IQ1_M = 29, BF16 = 30,
-  TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, F8_E4M3 = 1000, INT8_128 = 1001, INT4_64 = 1002, INT4_128 = 1003,
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K
+  = 14, IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23, IQ1_M =
+  29, BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, F8_E4M3 = 1000, INT8_128 = 1001, INT4_64 = 1002, INT4_128 = 1003,
 };
+// clang-format on
 
-struct WordRange { int16_t offset, bytes; };  // consecutive 32-bit words of a file's block
+struct WordRange {
+  int16_t offset, bytes;
+};  // consecutive 32-bit words of a file's block
 
 // Where the fields of a block are, in the file and in a packed group. layout.cpp has one Layout for each weight type.
 struct Layout {
   int code;
   const char* name;
-  int block, bytes;           // weights and file bytes of a block
-  int narrow_bytes;           // width of a narrow field: 2 (f16), 1, or 0 when there is none
+  int block, bytes;  // weights and file bytes of a block
+  int narrow_bytes;  // width of a narrow field: 2 (f16), 1, or 0 when there is none
   int num_narrow_fields;
-  int16_t narrow_offset[2];   // of each narrow field, in the block
-  WordRange words[4];         // the other bytes, in the order in which the decoder expects them
+  int16_t narrow_offset[2];  // of each narrow field, in the block
+  WordRange words[4];        // the other bytes, in the order in which the decoder expects them
   bool is_float;
-  int extra_words = 0;        // packed words beyond those of the file's block: IQ1 grows, see expand_iq1_indices
+  int extra_words = 0;  // packed words beyond those of the file's block: IQ1 grows, see expand_iq1_indices
   // Packed 32-bit words of a block and row.
-  int word_count() const { int n = extra_words; for (const WordRange& s : words) n += s.bytes / 4; return n; }
+  int word_count() const {
+    int n = extra_words;
+    for (const WordRange& s : words) n += s.bytes / 4;
+    return n;
+  }
 };
 
 const Layout* find_layout(int code);  // nullptr when the type is unknown
@@ -57,5 +65,5 @@ inline size_t packed_bytes(const Layout& l, int64_t n, int64_t k) { return size_
 // multiple of 16) on. Rows that are missing in the last group become zero. F8_E4M3 only: `scale` f32 [rows of the
 // matrix / 128][scale_columns] is copied to each group; else null.
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
-               int64_t row0, const float* scale, int64_t scale_columns);
+    int64_t row0, const float* scale, int64_t scale_columns);
 }  // namespace ktx

@@ -33,11 +33,11 @@ bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 // from the lowest up.
 Isa detect_isa() {
   // CPUID bits, by leaf and register.
-  constexpr int OSXSAVE = 27, FMA = 12, F16C = 29;                                      // leaf 1, ecx
+  constexpr int OSXSAVE = 27, FMA = 12, F16C = 29;                                        // leaf 1, ecx
   constexpr int AVX2_BIT = 5, AVX512F = 16, AVX512DQ = 17, AVX512BW = 30, AVX512VL = 31;  // leaf 7, ebx
-  constexpr int VBMI = 1, VNNI = 11;                                                    // leaf 7, ecx
-  constexpr int AMX_BF16 = 22, AMX_TILE = 24, AMX_INT8 = 25;                            // leaf 7, edx
-  constexpr int AVX512_BF16_BIT = 5;                                                    // leaf 7.1, eax
+  constexpr int VBMI = 1, VNNI = 11;                                                      // leaf 7, ecx
+  constexpr int AMX_BF16 = 22, AMX_TILE = 24, AMX_INT8 = 25;                              // leaf 7, edx
+  constexpr int AVX512_BF16_BIT = 5;                                                      // leaf 7.1, eax
   // XCR0: registers that a context switch saves.
   constexpr uint64_t YMM_STATE = 0x06, ZMM_STATE = 0xe6, TILE_STATE = 0x60000;
   uint32_t eax, ebx, ecx, edx;

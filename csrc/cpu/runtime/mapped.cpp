@@ -27,8 +27,9 @@ Mapped map_file(const char* path) {
   struct stat info;
   const size_t size = fstat(file, &info) == 0 ? size_t(info.st_size) : 0;
   void* base = size ? mmap(nullptr, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-      : MAP_FAILED;
-  void* data = base == MAP_FAILED ? MAP_FAILED
+                    : MAP_FAILED;
+  void* data = base == MAP_FAILED
+      ? MAP_FAILED
       : mmap(align_to_huge_page(base), size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0);
   close(file);
   if (data != MAP_FAILED) return {static_cast<uint8_t*>(data), size, base};
@@ -62,7 +63,7 @@ bool remap_huge_pages(uint8_t* address, size_t length) {
 
 void populate(const void* memory, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~uintptr_t(4095),
-      end = reinterpret_cast<uintptr_t>(memory) + bytes;
+                  end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
   void* from = reinterpret_cast<void*>(begin);
   if (madvise(from, end - begin, POPULATE_READ) != 0) madvise(from, end - begin, MADV_WILLNEED);

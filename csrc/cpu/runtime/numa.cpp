@@ -91,7 +91,7 @@ void bind_to_node(void* memory, size_t bytes, int node) {
   unsigned long mask[(MAX_OS_ID + 1) / (8 * sizeof(unsigned long))] = {};
   mask[size_t(os_id) / (8 * sizeof(long))] = 1ul << (size_t(os_id) % (8 * sizeof(long)));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE_BYTES - 1),
-      end = reinterpret_cast<uintptr_t>(memory) + bytes;
+                  end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
   // some containers refuse it: first touch decides then
   syscall(SYS_mbind, begin, ((end - begin) + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), POLICY_PREFERRED, mask, MAX_OS_ID + 1,

@@ -29,7 +29,9 @@ std::vector<int64_t> pages_on(const void* memory, size_t bytes);
 
 // Work items that workers took from the share of their own node, and those stolen from another node. With a single node
 // nothing is counted.
-struct StealCounts { int64_t own, stolen; };
+struct StealCounts {
+  int64_t own, stolen;
+};
 StealCounts steal_stats();
 void record_items(bool own, int64_t count);
 }  // namespace ktx

@@ -55,10 +55,10 @@ struct Signal {
 
 // The state of a run in one word, so that each transition is one compare-exchange. A run waits only for workers that
 // have joined: waking a worker takes milliseconds on a busy machine, and a late worker finds the queues empty.
-struct State {  // of the current run
-  uint32_t run = 0;                           // run id
-  uint32_t joined : 11 = 0, arrived : 11 = 0;   // workers inside, and those at the barrier
-  uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers passed; closed: no worker may join any more
+struct State {                                 // of the current run
+  uint32_t run = 0;                            // run id
+  uint32_t joined : 11 = 0, arrived : 11 = 0;  // workers inside, and those at the barrier
+  uint32_t phase : 9 = 0, closed : 1 = 1;      // barriers passed; closed: no worker may join any more
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
@@ -99,7 +99,7 @@ std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
 
 struct Cores {
   std::vector<int> cpus;  // usable CPUs: one of each core before the siblings, nodes interleaved
-  int num_cores = 0;          // physical cores
+  int num_cores = 0;      // physical cores
 };
 // Lists the CPUs that the process may use (taskset, cgroups), one of each physical core first: hyper-thread siblings
 // share vector units and caches, so a pool no larger than `num_cores` never pins two workers to one core.
@@ -132,8 +132,9 @@ class ThreadPool {
   explicit ThreadPool(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int worker = 1; worker < size; ++worker) {
-      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of_cpu(cores[size_t(worker)])
-          : worker % nodes();
+      const int node = fake_nodes()    ? worker % nodes()
+          : worker < int(cores.size()) ? node_of_cpu(cores[size_t(worker)])
+                                       : worker % nodes();
       workers.emplace_back([this, worker, node] {
         node_of_worker = node;
         worker_loop(worker);

@@ -36,7 +36,9 @@ int current_node();  // NUMA node of the calling worker
 // that reads are long and all workers end together. Each NUMA node has a share; its workers take from it, and steal
 // from other shares when it is empty. for_each pops one range ahead, so that a worker can prefetch the weights of its
 // next range.
-struct Range { int64_t first, count; };  // count 0: the queue is empty
+struct Range {
+  int64_t first, count;
+};  // count 0: the queue is empty
 
 struct StealingRange {
   struct Share {

@@ -50,11 +50,12 @@ constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the
 #define KTX_VNNI(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_VEX_VNNI(i) "%{vex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
 #define KTX_EVEX_VNNI(i) "%{evex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
-#define KTX_MADDUBS(i) "vpmaddubsw %%ymm12, %%ymm13, %%ymm15\nvpmaddwd %%ymm14, %%ymm15, %%ymm15\nvpaddd %%ymm15, %%ymm" #i ", %%ymm" #i "\n"
+#define KTX_MADDUBS(i) \
+  "vpmaddubsw %%ymm12, %%ymm13, %%ymm15\nvpmaddwd %%ymm14, %%ymm15, %%ymm15\nvpaddd %%ymm15, %%ymm" #i ", %%ymm" #i "\n"
 #define KTX_BF16(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_FMA512(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_FMA256(i) "vfmadd231ps %%ymm13, %%ymm14, %%ymm" #i "\n"
-#define KTX_LOOP(body, ...)                                                                     \
+#define KTX_LOOP(body, ...) \
   for (int i = 0; i < ROUNDS; ++i) __asm__ volatile(body::: __VA_ARGS__)
 #define KTX_LOW "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
 
@@ -65,19 +66,25 @@ void vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VNNI), KTX_LOW, "xmm30", "xmm31");
 void bf16_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_BF16), KTX_LOW, "xmm30", "xmm31"); }
 // Registers are cleared first: leftovers may be denormal, which is a hundred times slower.
 void fma512_rounds() {
-  __asm__ volatile("vzeroall\nvpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31" : : : KTX_LOW, "xmm12", "xmm13", "xmm14", "xmm15", "xmm30", "xmm31");
+  __asm__ volatile("vzeroall\nvpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31"
+      :
+      :
+      : KTX_LOW, "xmm12", "xmm13", "xmm14", "xmm15", "xmm30", "xmm31");
   KTX_LOOP(KTX_CHAIN12(KTX_FMA512), KTX_LOW, "xmm30", "xmm31");
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-int8,amx-bf16")
 // Four accumulator tiles, three rounds: as many instructions as the chains of the other loops.
-#define KTX_TILES_OF(op) op " %%tmm6, %%tmm4, %%tmm0\n" op " %%tmm7, %%tmm4, %%tmm1\n" op " %%tmm6, %%tmm5, %%tmm2\n" op " %%tmm7, %%tmm5, %%tmm3\n"
-#define KTX_TILE_ROUNDS(op)                                                                     \
-  alignas(64) uint8_t config[64] = {1};                                                         \
-  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;                     \
-  __asm__ volatile("ldtilecfg %0" : : "m"(config));                                             \
-  for (int i = 0; i < ROUNDS; ++i) __asm__ volatile(KTX_TILES_OF(op) KTX_TILES_OF(op) KTX_TILES_OF(op) : : : "memory"); \
+#define KTX_TILES_OF(op)                                                                          \
+  op " %%tmm6, %%tmm4, %%tmm0\n" op " %%tmm7, %%tmm4, %%tmm1\n" op " %%tmm6, %%tmm5, %%tmm2\n" op \
+     " %%tmm7, %%tmm5, %%tmm3\n"
+#define KTX_TILE_ROUNDS(op)                                                              \
+  alignas(64) uint8_t config[64] = {1};                                                  \
+  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;              \
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));                                      \
+  for (int i = 0; i < ROUNDS; ++i)                                                       \
+    __asm__ volatile(KTX_TILES_OF(op) KTX_TILES_OF(op) KTX_TILES_OF(op) : : : "memory"); \
   __asm__ volatile("tilerelease")
 void tile_rounds() { KTX_TILE_ROUNDS("tdpbssd"); }
 void bf16_tile_rounds() { KTX_TILE_ROUNDS("tdpbf16ps"); }
@@ -152,9 +159,8 @@ struct FreshMemory {
 
 double probe_fresh(int threads, int mebibytes) {
   FreshMemory memory(threads, mebibytes);
-  const double elapsed_s = time_threads(threads, [&](int t) {
-    std::memset(memory.data + t * memory.bytes_per_thread, 1, memory.bytes_per_thread);
-  });
+  const double elapsed_s = time_threads(threads,
+      [&](int t) { std::memset(memory.data + t * memory.bytes_per_thread, 1, memory.bytes_per_thread); });
   return double(memory.bytes_per_thread) * threads / elapsed_s / 1e9;
 }
 
@@ -193,8 +199,9 @@ double probe_fma(int threads, double seconds) { return measure_rate(threads, sec
 
 double probe_bf16(int threads, double seconds) {
   const Isa isa = picked_isa();
-  return measure_rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32}
-      : isa == AVX512BF16 ? Loop{bf16_rounds, 64}
-      : FLOAT_LOOPS[isa]);
+  return measure_rate(threads, seconds,
+      isa == AMX              ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32}
+          : isa == AVX512BF16 ? Loop{bf16_rounds, 64}
+                              : FLOAT_LOOPS[isa]);
 }
 }  // namespace ktx
