@@ -1,1 +1,1 @@
-
+"""Operators, which replace modules of a transformers model."""

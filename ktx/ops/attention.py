@@ -331,12 +331,15 @@ class Attention(Operator):
         return new
 
     def ready(self) -> None:
+        """Builds the fused step, if this attention can be one."""
         self.block = AttentionBlock.of(self) if self.fusable and self.uses_ktx_kernel else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the replaced module returns, whatever names its arguments have."""
         return self.compute(*self.call.split(args, kwargs))
 
     def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes as `forward`, which calls the patched method; on a GPU raises UsageError."""
         if self.placement.gpu:
             return super().call_patched_class(*args, **kwargs)
         return self.compute(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
@@ -455,6 +458,7 @@ class CastingCache:
         self.cache, self.dtype = cache, dtype
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores keys and values cast to `dtype`."""
         return self.cache.update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

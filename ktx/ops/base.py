@@ -97,6 +97,7 @@ class Operator(nn.Module):
         super().__delattr__(name)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """As in torch; counts as a change of the module."""
         ChangeCounter.count += 1
         super().register_buffer(name, tensor, persistent)
 

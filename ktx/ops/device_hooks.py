@@ -233,6 +233,7 @@ class FromDevice:
         self.scope = TransferScope(placement)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Moves a module's output to the device of the enclosing module."""
         _make_current(self.scope.placement.device)
         return self.scope.to_device(output)
 

@@ -114,6 +114,7 @@ class MatrixOperator(Parametrizable):
             super().__setattr__(name, value)
 
     def offered_names(self) -> frozenset[str]:
+        """Names of the matrices that `ktx.edit` accepts."""
         return frozenset({"weight"})
 
     def repacked(self, name: str, values: torch.Tensor) -> Floats:

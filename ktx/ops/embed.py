@@ -59,15 +59,19 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return cls(ctx.path, old.num_embeddings, old.embedding_dim, old.padding_idx, ctx.dtype)
 
     def tensors(self) -> list[str]:
+        """Returns the path of the weight."""
         return [f"{self.path}.weight"]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the weight by its path."""
         return {f"{self.path}.weight": (self.num_embeddings, self.embedding_dim)}
 
     def load(self, source: WeightSource) -> None:
+        """Reads and packs the weight."""
         (self.packed,) = cached_pack(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
     def forward_parametrized(self, ids: torch.Tensor) -> torch.Tensor:
+        """Computes ids -> [..., D] with the full matrix, which a parametrization returns."""
         return F.embedding(ids, full_weight(self, "weight"), self.padding_idx)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,7 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return rows.to(self.dtype).reshape(*ids.shape, self.packed.k)
 
     def floats(self) -> dict[str, Floats]:
+        """Returns a dequantizing view of the weight [vocabulary, D]."""
         self.check_loaded()
         return {"weight": self.rows()}
 
@@ -107,10 +112,12 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return view_matrix([self.packed])
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
+        """Returns the packed weight in its type."""
         self.check_loaded()
         return {"weight": [stored.matrix(self.packed)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Packs other values of the weight."""
         self.packed = self.packed_from(as_weights(values["weight"]))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
@@ -118,10 +125,12 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return cpu.pack(weight)
 
     def types(self) -> list[QType]:
+        """The quant types of its packed weight."""
         assert self.packed is not None, f"{self.path} is not loaded"
         return [self.packed.qtype]
 
     def assign(self, packed: Any) -> None:
+        """Replaces the packed weight."""
         self.packed = packed
 
     def to_torch(self, dtype: torch.dtype | None) -> nn.Embedding:
@@ -131,5 +140,6 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
         return embedding  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of the weight, and those of one row."""
         num_bytes = 0 if self.packed is None else self.packed.nbytes
         return num_bytes, num_bytes // self.num_embeddings

@@ -7,7 +7,8 @@ Shapes: T tokens, D columns of hidden states, K selected experts per token; a pa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Experts(Parametrizable):
     remade = ("inside",)
     derived = frozenset({"wait_s", "gpu_counts", "on_gpu"})
     reads = frozenset({"weights", "biases", "gate", "settings"})
-    settings: dict[str, Any] = {}  # scalar attributes of the replaced module, see __setattr__
+    settings: Mapping[str, Any] = MappingProxyType({})  # scalar attributes of the replaced module, see __setattr__
     accepts_any_device = True
     on_gpu: Experts | None
     gpu_counts: torch.Tensor | None
@@ -149,6 +150,7 @@ class Experts(Parametrizable):
         return new
 
     def ready(self) -> None:
+        """Builds the guard of the activation function's module, if there is one."""
         self.inside = ChildrenGuard.of(self) if ACTIVATION in self._modules and self.weights else None
 
     def splittable(self, count: int) -> int:
@@ -168,6 +170,7 @@ class Experts(Parametrizable):
         self._modules.pop(ACTIVATION, None)  # the operator on a GPU does not call it
 
     def tensors(self) -> list[str]:
+        """Returns the paths of the stacked projections and of their biases."""
         names = [f"{self.path}.{name}" for name in self.projections] if self.num_experts else []
         return names + [f"{name}_bias" for name in names] if self.has_bias else names
 
@@ -452,7 +455,7 @@ class Experts(Parametrizable):
                 )
             field: Any = {CLAMP_FIELDS[name]: float(value)}
             self.gate = self.gate._replace(**field)
-            self.settings = self.settings | {name: value}
+            self.settings = {**self.settings, name: value}
 
     def _assign_packed(self, name: str, value: Any) -> None:
         """Packs a tensor assigned to a packed parameter."""
@@ -550,6 +553,7 @@ class Experts(Parametrizable):
         self._share_up_as_gate()
 
     def weight_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of all experts, and those of the experts of one token."""
         total_bytes = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)
         return total_bytes, total_bytes * min(self.top, self.total_experts) // self.total_experts
 
@@ -569,6 +573,7 @@ class Experts(Parametrizable):
         return merged
 
     def extra_repr(self) -> str:
+        """Describes the experts in the module's repr."""
         types = "/".join(w.qtype.name for w in self.weights.values()) or "not loaded"
         return f"{self.num_experts} experts, {types}, {self.gate.act}"
 

@@ -219,6 +219,7 @@ class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(ctx: Any, operator: Experts, module: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        """Computes with the packed experts and saves the inputs for backward."""
         ctx.module = module
         ctx.save_for_backward(*inputs)
         out: torch.Tensor = operator(*inputs[:3])

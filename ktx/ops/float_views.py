@@ -267,11 +267,8 @@ class Dequantized(torch.Tensor):
         if not all(type(other) in (torch.Tensor, torch.nn.Parameter) and other.dim() == 3 for other in others):
             return None
         shapes = [other.shape for other in others]
-        fits = (
-            len(shapes) == 1
-            and shapes[0] == base.shape
-            or len(shapes) == 2
-            and {len(base), *map(len, others)} == {len(base)}
+        fits = (len(shapes) == 1 and shapes[0] == base.shape) or (
+            len(shapes) == 2 and {len(base), *map(len, others)} == {len(base)}
         )
         if not fits or any(other.is_inference() or other.dtype != base.dtype for other in others):
             return None
@@ -303,6 +300,7 @@ class Dequantized(torch.Tensor):
         return array
 
     def tolist(self) -> Any:
+        """Returns the dequantized values as nested lists."""
         return self.dequantized().tolist()  # type: ignore[no-untyped-call]
 
     def untyped_storage(self) -> Any:

@@ -279,6 +279,7 @@ class ChildrenGuard:
 
     @classmethod
     def of(cls, owner: nn.Module) -> ChildrenGuard:
+        """Returns a guard of the children of `owner`."""
         return cls(owner)
 
 

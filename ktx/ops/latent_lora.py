@@ -53,6 +53,7 @@ class LatentLora(Lora):
         return sum(map(packed_bytes, shapes)) + 4 * adapter.b.numel()
 
     def pack(self, adapters: Sequence[LowRank]) -> HeadFactors:
+        """Returns the factors by head of the one adapter that kv_b_proj has."""
         (adapter,) = adapters
         return HeadFactors(adapter, self.owner)
 

@@ -62,14 +62,17 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return cls(ctx.path, old.in_features, old.out_features, old.bias is not None, ctx.dtype)
 
     def tensors(self) -> list[str]:
+        """Returns the paths of the weight, which may be another module's, and of the bias."""
         name = self.tied_to or f"{self.path}.weight"
         return [name, f"{self.path}.bias"] if self.has_bias else [name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of weight and bias by their paths."""
         shapes = {self.tensors()[0]: (self.out_features, self.in_features)}
         return shapes | ({f"{self.path}.bias": (self.out_features,)} if self.has_bias else {})
 
     def load(self, source: WeightSource) -> None:
+        """Reads and packs the weight, whose rows may have several types, and reads the bias."""
         if not self.parts:  # else this is a tied output layer, which already has the parts of the embedding
             name = self.tensors()[0]
             self.parts = cached_pack(lambda: [pack_as(part, self.quant_target) for part in source.get_parts(name)])
@@ -106,12 +109,14 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x [..., in] -> [..., out] with the packed parts, and adds the bias."""
         if len(self.parts) == 1:
             return cpu.linear(x, self.parts[0], self._bias_to_add())
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def floats(self) -> dict[str, Floats]:
+        """Returns a dequantizing view of the weight [out, in]."""
         self.check_loaded()
         return {"weight": self.rows()}
 
@@ -120,10 +125,12 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return view_matrix(self.parts)
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
+        """Returns the packed parts of the weight in their types."""
         self.check_loaded()
         return {"weight": [stored.matrix(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Packs other values of the weight."""
         self.parts = [pack_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
@@ -131,9 +138,11 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return cpu.pack(weight, to)
 
     def types(self) -> list[QType]:
+        """The quant types of its packed parts."""
         return [part.qtype for part in self.parts]
 
     def assign(self, packed: Any) -> None:
+        """Replaces the packed weight by one part."""
         self.parts = [packed]
 
     def to_torch(self, dtype: torch.dtype | None) -> nn.Linear:
@@ -148,9 +157,11 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return linear
 
     def weight_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of the weight, all of which a token reads."""
         num_bytes = sum(part.nbytes for part in self.parts)
         return num_bytes, num_bytes
 
     def extra_repr(self) -> str:
+        """Describes sizes and quant types in the module's repr."""
         types = "+".join(part.qtype.name for part in self.parts) or "not loaded"
         return f"{self.in_features} -> {self.out_features}, {types}"

@@ -159,8 +159,10 @@ class Factors:
         """Computes B A: rows x [rows, in] (an embedding: token ids [rows]) -> f32 [rows, out]."""
         if self.embedding:
             projected = self.a[x]
+        elif self.gpu:
+            projected = x.float() @ self.a
         else:
-            projected = x.float() @ self.a if self.gpu else cpu.linear(x.float(), self.a)
+            projected = cpu.linear(x.float(), self.a)
         return projected @ self.b if self.gpu else cpu.linear(projected, self.b)
 
 

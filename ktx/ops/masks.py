@@ -30,6 +30,7 @@ class Intervals(torch.Tensor):
 
     @staticmethod
     def __new__(cls, ranges: torch.Tensor, keys: int, device: torch.device | str = "cpu") -> Intervals:
+        """Creates a bool tensor [batch, 1, queries, keys] without memory from ranges int32 [batch, queries, 2]."""
         shape = (ranges.shape[0], 1, ranges.shape[1], keys)
         mask: Intervals = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         mask.ranges, mask.dense = ranges, None

@@ -134,15 +134,18 @@ class MLA(Operator):
         """Raises UsageError for options that the device does not support, before loading; the CPU supports all."""
 
     def tensors(self) -> list[str]:
+        """Returns the paths of W_UK and W_UV."""
         return [f"{self.path}.k_b_proj.weight", f"{self.path}.v_b_proj.weight"]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of W_UK [heads, rank, nope] and W_UV [heads, v, rank] by their paths."""
         heads, rank = self.num_heads, self.kv_lora_rank
         return dict(
             zip(self.tensors(), [(heads, rank, self.qk_nope_head_dim), (heads, self.v_head_dim, rank)], strict=True)
         )
 
     def load(self, source: WeightSource) -> None:
+        """Reads and packs W_UK and W_UV."""
         packed = cached_pack(lambda: self._pack(source))
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
@@ -198,6 +201,7 @@ class MLA(Operator):
         return spec is not None and spec.qtype is QTYPES["F32"]
 
     def ready(self) -> None:
+        """Builds kv_b_proj as a module, its guard, and the fused step if this attention can be one."""
         expansion = self._modules.get("kv_b_proj") or KVExpansion(self)
         self._modules["kv_b_proj"] = expansion
         self.expansion = Guard((), [expansion])
@@ -226,6 +230,7 @@ class MLA(Operator):
         return float(getattr(self, "attention_dropout", 0.0))
 
     def call_patched_class(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the replaced forward, which calls the patched method; on a GPU raises UsageError."""
         if self.placement.gpu:
             return super().call_patched_class(*args, **kwargs)
         return self.call_replaced(*self.call.split(args, kwargs))
@@ -559,6 +564,7 @@ class MLA(Operator):
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def weight_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of both forms of kv_b_proj, and those of the absorbed form, which a token reads."""
         absorbed_bytes = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
         expanded_bytes = 0 if self.w_uk is None else self.w_uk.nbytes
         return absorbed_bytes + expanded_bytes, absorbed_bytes  # a single token uses the absorbed form
@@ -645,6 +651,7 @@ class KVExpansion(nn.Module):
         return super().requires_grad_(requires_grad)
 
     def extra_repr(self) -> str:
+        """Describes the sizes in the module's repr."""
         return f"{self.in_features} -> {self.out_features}"
 
 
@@ -652,6 +659,7 @@ class DtypeRestoringCache(CastingCache):
     """Wraps a cache that stores another dtype; returns keys and values in the dtype of the update."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores keys and values, and returns all of them in the dtype of the given ones."""
         return tuple(to_floats(states).to(keys.dtype) for states in super().update(keys, values, *args, **kwargs))
 
 

@@ -154,9 +154,11 @@ class MLP(Operator):
         return new
 
     def ready(self) -> None:
+        """Builds the guard of the children and the fused steps, if this MLP can be one."""
         self.inside, self.fused, self.block = ChildrenGuard.of(self), FusedMLP.of(self), MLPBlock.of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x [..., D] -> [..., D] in the fused call, or child by child if one of them is observed."""
         if (fused := valid_fast_path(self, "fused")) is not None:
             return fused(x)
         return self.call_children(x) if children_observed(self) else self.compute(x)

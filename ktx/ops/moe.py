@@ -54,6 +54,7 @@ class MoE(Operator):
         return new
 
     def ready(self) -> None:
+        """Builds the guard of the children, and the fused step if this block can be one."""
         self.inside = ChildrenGuard.of(self)
         self.block = None if self.returns_router or self.deferral is not None else MoEBlock.of(self)
 

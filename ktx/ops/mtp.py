@@ -44,6 +44,7 @@ class MTP(nn.Module):
 
     @property
     def layer(self) -> Any:
+        """The MTP layer."""
         return next(iter(self.layers.values()))
 
     def forward(self, embeds: torch.Tensor, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -58,6 +58,7 @@ class RMSNorm(Operator):
         return if_copied(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalizes x [..., D]."""
         if x.device.type != "cpu":
             return reference.rms_norm(x, self.weight, self.epsilon, self.plus_one)
         refuse_forward_mode(x)
@@ -65,6 +66,7 @@ class RMSNorm(Operator):
         return cpu.rms_norm(x.contiguous(), weight, self.epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
+        """Describes size and epsilon in the module's repr."""
         return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 

@@ -62,6 +62,7 @@ class Router(Operator):
         return self.packed
 
     def ready(self) -> None:
+        """Packs the weight and builds the guard of the children, if there are any."""
         self.packed_weight()
         self.inside = ChildrenGuard.of(self) if self._modules else None
 

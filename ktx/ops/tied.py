@@ -58,6 +58,7 @@ class TiedLinear(Linear):
 
     @property  # type: ignore[override]
     def parts(self) -> list[Any]:
+        """The packed matrix of the embedding, packed again after its parameter was changed."""
         weight = self.shared_weight()
         if weight is not None and edits(weight) != self.packed_edits:
             self.packed_edits = edits(weight)
@@ -89,6 +90,7 @@ class TiedLinear(Linear):
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def rows(self) -> Floats:
+        """Returns a dequantizing view of the shared weight."""
         weight, view = self.shared_weight(), super().rows()
         return view if weight is None else Floats(view.shape, view.read, weight.untyped_storage().data_ptr())
 

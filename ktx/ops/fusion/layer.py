@@ -60,6 +60,7 @@ class Layer(Operator):
         return new
 
     def ready(self) -> None:
+        """Builds the fused step, if this layer can be one."""
         self.block = LayerBlock.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

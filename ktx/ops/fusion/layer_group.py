@@ -119,7 +119,7 @@ class FusedLayerGroup:
         if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._is_enabled():
             return None
         layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
-        if not first.supports(hidden_states, inputs.cache) or self.has_dropout and _is_training(layers):
+        if not first.supports(hidden_states, inputs.cache) or (self.has_dropout and _is_training(layers)):
             return None
         if not all(blocks.are_valid() for blocks in layers):
             if not self._rebuild():

@@ -131,6 +131,7 @@ class Attention(attention.Attention):
         return new
 
     def ready(self) -> None:
+        """Converts the attention sinks to f32, which the kernel reads."""
         sinks = getattr(self, "sinks", None)
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 

@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Streamer:
         self.device, self.stream = device, stream
         self.chunks = {experts: list(_split_into_chunks(experts, limit)) for experts in layers}
         chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
-        for chunk, following in zip(chunks_in_order, chunks_in_order[1:], strict=False):
+        for chunk, following in pairwise(chunks_in_order):
             chunk.next_chunk = following
         self.prefetching: ExpertChunk | None = None  # in `raw`, or being copied there
         self.resident: ExpertChunk | None = None  # the chunk of `matrices`

@@ -38,9 +38,11 @@ class Experts(experts.Experts):
         return pack_as(self._select(source.get_parts(path)), self.quant_target, pack)
 
     def ready(self) -> None:
+        """Allocates the counters of chosen experts on the GPU."""
         self.gpu_counts = torch.zeros(self.total_experts, dtype=torch.int64, device=self.placement.torch)
 
     def dequantized_matrix(self, name: str, expert: int | None) -> torch.Tensor:
+        """Raises UsageError: experts on a GPU cannot be edited."""
         raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

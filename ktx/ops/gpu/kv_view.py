@@ -233,7 +233,7 @@ def _view_of_buffers(
     keys: torch.Tensor, values: torch.Tensor, num_new: int, spec: CausalSpec, mask: torch.Tensor | None
 ) -> PagedView:
     """Views two buffers [B, heads, capacity, columns] whose last `num_new` keys per sequence are the forward's."""
-    batch, heads, capacity, _ = keys.shape
+    _, heads, capacity, _ = keys.shape
     rows = [(b * num_new, num_new, count) for b, count in enumerate(spec.keys)]
     key = keys.device, heads * capacity // PAGE_TOKENS
     cached: dict[Any, PageTables] = {}

@@ -12,4 +12,5 @@ class Layer(layer.Layer):
     """
 
     def ready(self) -> None:
+        """Builds no fused step: those are for the CPU."""
         self.block = None

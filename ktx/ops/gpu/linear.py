@@ -22,6 +22,7 @@ class Linear(linear.Linear):
     parts: list[Any]
 
     def load(self, source: WeightSource) -> None:
+        """Reads the weight and packs it on the GPU, and reads the bias."""
         if not self.parts:  # a tied output layer already has the embedding's
             pack = partial(gpu_linear.pack, device=self.placement.torch)
             self.parts = [pack_as(part, self.quant_target, pack) for part in source.get_parts(self.tensors()[0])]
@@ -37,6 +38,7 @@ class Linear(linear.Linear):
         return y if bias is None else (y.float() + bias).to(y.dtype)
 
     def rows(self) -> Floats:
+        """Returns a dequantizing view of the weight."""
         read = lambda first, last: self._floats()[first:last]  # noqa: E731
         return Floats((self.out_features, self.in_features), read, id(self.parts[0]))
 
@@ -44,4 +46,5 @@ class Linear(linear.Linear):
         return torch.cat([gpu_linear.dequantize(part, torch.float32) for part in self.parts]).cpu()
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
+        """Packs a part of the weight on the GPU, quantized to `to` if given."""
         return gpu_linear.pack(weight, to, device=self.placement.torch)

@@ -37,6 +37,7 @@ class MLA(mla.MLA):
     """
 
     def check_options(self, ctx: Context) -> None:
+        """Raises UsageError for a type of KV cache that no kernel reads."""
         self._kernels(stored_row(self.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])
 
     def _kernels(self, stored: torch.dtype) -> AttentionKernels:
@@ -48,14 +49,17 @@ class MLA(mla.MLA):
         return Shape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
 
     def load(self, source: WeightSource) -> None:
+        """Reads W_UK and W_UV and packs them on the GPU."""
         exact = self.stores_f32(source)
         halves = [mla.to_f16(source.get(name), exact) for name in self.tensors()]
         self.w_uk_t, self.w_uv = (linear.pack(weight, device=self.placement.torch) for weight in halves)
 
     def ready(self) -> None:
+        """Builds no fused step: those are for the CPU."""
         self.block = None
 
     def call_replaced(self, arguments: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Raises UsageError: on a GPU the replaced module's forward is not available."""
         raise self._unsupported_error()
 
     def _unsupported_error(self) -> UsageError:

@@ -13,6 +13,7 @@ class MLP(mlp.MLP):
     """GPU version of ktx.ops.mlp.MLP: one kernel per projection."""
 
     def ready(self) -> None:
+        """Builds the guard of the children, and no fused step: those are for the CPU."""
         self.inside = ChildrenGuard.of(self)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:

@@ -34,14 +34,17 @@ class MoE(moe.MoE):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> moe.MoE:
+        """Builds the operator; offload and streamer are installed when the model is loaded."""
         new = super().from_hf(old, ctx, **kwargs)
         new.offload = new.streamer = None
         return new
 
     def ready(self) -> None:
+        """Builds the guard of the children, and no fused step: those are for the CPU."""
         self.inside = ChildrenGuard.of(self)
 
     def children_observed(self) -> bool:
+        """Whether a module inside has a hook or was replaced; never with offloaded experts."""
         return self.offload is None and super().children_observed()
 
     @property

@@ -13,5 +13,6 @@ class RMSNorm(norm.RMSNorm):
     """GPU version of ktx.ops.norm.RMSNorm, one launch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalizes x [..., D] with the Triton kernel."""
         refuse_gpu_gradient("RMSNorm", self.weight)
         return gpu_norm.rms_norm(x, self.in_f32, self.epsilon, self.plus_one)

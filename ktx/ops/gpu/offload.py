@@ -152,6 +152,7 @@ class ExpertOffload(RecreatedOnFork):
         super().__init__()
 
     def recreate(self) -> None:
+        """Creates the buffers and the error list anew, at first and in a forked child."""
         self.all_buffers = [PinnedBuffers(self.pinned) for _ in range(NUM_BUFFER_SETS)]
         self.slots = itertools.cycle(self.all_buffers)
         self.errors: list[BaseException] = []

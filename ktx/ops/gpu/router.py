@@ -18,6 +18,7 @@ class Router(router.Router):
     correction_f32: torch.Tensor | None
 
     def ready(self) -> None:
+        """Converts weight and correction bias to f32, which the kernel reads."""
         self.weight_f32 = self.weight.detach().float().contiguous()
         self.correction_f32 = self.correction(None)
 

@@ -121,9 +121,11 @@ class CudaStream:
         self.side = torch.cuda.Stream(device)
 
     def fork(self) -> None:
+        """Makes the side stream wait for the work so far of the current stream."""
         self.side.wait_stream(torch.cuda.current_stream(self.device))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies on the side stream."""
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
         for tensor in (target, source):
@@ -131,10 +133,12 @@ class CudaStream:
                 tensor.record_stream(self.side)
 
     def call(self, function: Callable[[], None]) -> None:
+        """Calls a function on the CPU, in the order of the side stream."""
         with torch.cuda.stream(self.side):
             self.launch(self.side.cuda_stream, function)
 
     def join(self) -> None:
+        """Makes the current stream wait for the side stream."""
         torch.cuda.current_stream(self.device).wait_stream(self.side)
 
 
@@ -150,6 +154,7 @@ class ThreadStream(RecreatedOnFork):
         super().__init__()
 
     def recreate(self) -> None:
+        """Creates the queue anew, at first and in a forked child; the thread starts with the first job."""
         self.thread: threading.Thread | None = None
         self.error: list[BaseException] = []
         self.jobs: Jobs = queue.SimpleQueue()
@@ -172,6 +177,7 @@ class ThreadStream(RecreatedOnFork):
             self._put(event.synchronize)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues a copy."""
         self._put(lambda: self._copy(target, source))
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -184,6 +190,7 @@ class ThreadStream(RecreatedOnFork):
             self.side.synchronize()
 
     def call(self, function: Callable[[], None]) -> None:
+        """Queues a call of a function."""
         self._put(function)
 
     def join(self) -> None:
