@@ -1,1 +1,1 @@
-
+"""KV caches: growing, paged, on disk."""

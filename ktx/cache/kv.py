@@ -122,6 +122,7 @@ class GrowingLayer(DynamicLayer):
         layer.apply_assigned()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Allocates the buffers in the shapes of the first keys and values."""
         values = key_states if value_states is None else value_states
         self._allocate(key_states, (key_states.shape[3], values.shape[3]), key_states.dtype)
 
@@ -267,6 +268,7 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
+        """Returns the number of cached tokens."""
         return self.assigned[0].shape[2] if 0 in self.assigned else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -277,6 +279,7 @@ class GrowingLayer(DynamicLayer):
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
+        """Empties the layer; its buffers stay allocated."""
         self.length, self.assigned = 0, {}
 
     def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -286,12 +289,15 @@ class GrowingLayer(DynamicLayer):
             self.buffers, self.exported = [change(buffer) for buffer in self.buffers], False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Takes the sequences of the batch that `beam_idx` [batch] selects, as beam search does."""
         self._rearrange(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Selects the sequences `indices` of the batch."""
         self._rearrange(lambda buffer: buffer[indices].contiguous())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence of the batch."""
         self._rearrange(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
 

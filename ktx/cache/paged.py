@@ -255,15 +255,19 @@ class PagedLayer(CacheLayerMixin):
         """Does nothing: `fits` allocates the pools."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the sizes of a mask over the step's own tokens: the pages need none."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
+        """Returns 0: each sequence of a step has its own length, in the batch's metadata."""
         return 0
 
     def get_max_length(self) -> int:
+        """Returns -1: the layer has no limit of its own."""
         return -1
 
     def get_max_cache_shape(self) -> int:
+        """Returns -1: the layer has no limit of its own."""
         return -1
 
 

@@ -1,1 +1,1 @@
-
+"""The engine: scheduler, model runner, sampler and speculative decoding."""

@@ -41,9 +41,7 @@ def schema_grammar(schema: Any) -> str:
 
 def check_schema(schema: Any) -> None:
     """Raises UsageError for a schema that is too large, too deep, or has external references."""
-    members = 0
-    for depth, key, value in _walk_members(schema):
-        members += 1
+    for members, (depth, key, value) in enumerate(_walk_members(schema), 1):
         if depth > SCHEMA_LIMITS["depth"]:
             raise UsageError(f"the JSON schema is nested deeper than {SCHEMA_LIMITS['depth']} levels")
         if members > SCHEMA_LIMITS["members"]:

@@ -79,6 +79,7 @@ class CudaGraph:
                 function()
 
     def replay(self) -> None:
+        """Launches the graph on the current stream."""
         with torch.cuda.device(self.device):
             self.graph.replay()
 
@@ -89,10 +90,12 @@ class EagerReplay:
     """
 
     def capture(self, function: Callable[[], None]) -> None:
+        """Runs the function, which `replay` calls from then on."""
         function()
         self.replay = function  # type: ignore[method-assign]
 
     def replay(self) -> None:
+        """Raises RuntimeError: `capture` replaces this method."""
         raise RuntimeError("nothing was captured")
 
 
@@ -113,10 +116,11 @@ class Token:
 class Inputs:
     """Input buffers of captured steps, for up to `max_requests` requests with `width` pages each.
 
-    Rows without a request use the page `padding_page`, which belongs to no request, so that the kernels can write and read
-    there. The buffers are filled in CPU memory and transferred to the device in two copies.
+    Rows without a request use the page `padding_page`, which belongs to no request, so that the kernels can write and
+    read there. The buffers are filled in CPU memory and transferred to the device in two copies.
 
-    `row_values` is int64 [fields, max_requests], one row for each of ROW_FIELDS; `pages` is int32 [max_requests, width].
+    `row_values` is int64 [fields, max_requests], one row for each of ROW_FIELDS; `pages` is int32 [max_requests,
+    width].
     """
 
     def __init__(self, device: Device, max_requests: int, width: int, padding_page: int):

@@ -249,6 +249,7 @@ class SequentialRunner(ModelRunner):
         self.last_progress = time.monotonic()
 
     def check(self, sampling: SamplingParams) -> None:
+        """Raises UsageError for log-probabilities of a prompt that is computed in one forward."""
         if sampling.echo and not self.in_chunks:
             raise UsageError(
                 f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one forward; "
@@ -314,16 +315,20 @@ class SequentialRunner(ModelRunner):
         return logits[len(logits) - rows :]
 
     def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
+        """Returns the number of forwards, of tokens, and again of forwards, because each computes logits."""
         forwards = sum(len(self._split_chunk(chunk)) for chunk in chunks)
         return forwards, sum(chunk.count for chunk in chunks), forwards
 
     def free(self, request: Request) -> None:
+        """Frees the request's cache."""
         self.caches.pop(request.id, None)
 
     def clear(self) -> None:
+        """Frees all caches."""
         self.caches.clear()
 
     def nbytes(self) -> int:
+        """Returns 0: caches grow with their sequences."""
         return 0
 
 

@@ -1,1 +1,1 @@
-
+"""CPU kernels, their plain-torch twins and gradients."""

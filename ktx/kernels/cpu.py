@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -246,7 +247,7 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     first_groups = [ops.node_begin(groups, node) for node in range(nodes + 1)]
     ends = tuple(end * group_bytes * num_matrices for end in first_groups[1:]) if nodes > 1 else ()
     data = ops.empty_packed(matrix_bytes * num_matrices, ends)
-    for start, end in zip(first_groups, first_groups[1:], strict=False):
+    for start, end in pairwise(first_groups):
         span_bytes = (end - start) * group_bytes
         for i, matrix in enumerate(matrices):
             offset = start * group_bytes * num_matrices + i * span_bytes

@@ -11,6 +11,7 @@ torch.compile sees one node.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def _expert_row_chunks(
     groups = -(-n // GROUP_ROWS)
     group_bytes = data.numel() // (experts * groups)
     node_groups = [ops.node_begin(groups, node) for node in range(ops.nodes() + 1)]
-    for start, end in zip(node_groups, node_groups[1:], strict=False):
+    for start, end in pairwise(node_groups):
         span_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
         if not span_bytes:
             continue
@@ -286,6 +287,7 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Computes the experts with the kernel and saves what backward reads."""
         out: Tensor = ops.experts(*inputs)
         x, ids, weights, *others = inputs
         matrices, biases = others[:3], others[8:11]  # of gate, up and down
@@ -295,6 +297,7 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Returns the gradients of the hidden states and the routing weights."""
         x, ids, weights, gate, up, down, *biases = ctx.saved_tensors
         input_grads = ops.experts_backward(
             grads[0], x, ids, weights, gate, up, down, *ctx.codes_and_sizes, *biases, *ctx.activation

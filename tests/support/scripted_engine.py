@@ -61,12 +61,14 @@ class ScriptedRunner(ModelRunner):
         self.last_progress = time.monotonic()
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
+        """Waits `seconds` per token and returns the script's logits."""
         for _ in range(sum(chunk.count for chunk in chunks)):
             self._on_layer(chunks)
             time.sleep(self.seconds)
         return {chunk.request: self._make_logits(chunk) for chunk in chunks}
 
     def largest_step(self, max_tokens: int, memory_share: float = 1.0) -> int:
+        """Returns `max_tokens`: no memory is needed."""
         return max_tokens
 
     def _make_logits(self, chunk: ScheduledChunk) -> torch.Tensor:
@@ -90,12 +92,15 @@ class ScriptedRunner(ModelRunner):
         return output[index] if index < len(output) else self.end
 
     def free(self, request: Request) -> None:
+        """Frees the request's output."""
         self.answers.pop(request.id, None)
 
     def clear(self) -> None:
+        """Frees all outputs."""
         self.answers.clear()
 
     def nbytes(self) -> int:
+        """Returns 0: there is no KV cache."""
         return 0
 
 
