@@ -106,6 +106,7 @@ class Chat:
         return action(rest.strip()) is not False
 
     def do_help(self, rest: str) -> None:
+        """Lists the commands."""
         width = max(map(len, COMMANDS))
         print_note("\n".join(f"{name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
         print_note(
@@ -113,28 +114,34 @@ class Chat:
         )
 
     def do_exit(self, rest: str) -> bool:
+        """Ends the chat."""
         return False
 
     def do_clear(self, rest: str) -> None:
+        """Empties the conversation."""
         self.conversation.clear()
         print_note("the conversation is empty")
 
     def do_undo(self, rest: str) -> None:
+        """Removes the last question and its answer."""
         question = self.conversation.undo()
         print_note("nothing to undo" if question is None else f"removed: {question[:60]}")
 
     def do_retry(self, rest: str) -> None:
+        """Answers the last question again."""
         question = self.conversation.undo()
         if question is None:
             raise UsageError("there is no question to answer again")
         self.send(question)
 
     def do_system(self, rest: str) -> None:
+        """Sets the system message, or prints it."""
         if rest:
             self.conversation.system = rest
         print_note(f"system: {self.conversation.system or '(none)'}")
 
     def do_set(self, rest: str) -> None:
+        """Sets a sampling parameter, or prints all."""
         name, _, value = rest.replace("=", " ").partition(" ")
         if value:
             print_note(self.conversation.set(name, value.strip()))
@@ -143,11 +150,13 @@ class Chat:
             print_note("\n".join(f"{name} = {settings[name]}" for name in CHAT_PARAMETERS))
 
     def do_read(self, rest: str) -> None:
+        """Sends the text of a file."""
         if not rest:
             raise UsageError("/read needs a file name")
         self.send(read_text(rest))
 
     def do_save(self, rest: str) -> None:
+        """Saves the conversation to a file."""
         if not rest:
             raise UsageError("/save needs a file name")
         try:
@@ -157,15 +166,18 @@ class Chat:
         print_note(f"saved {len(self.conversation.turns)} messages to {rest}")
 
     def do_load(self, rest: str) -> None:
+        """Loads a conversation from a file."""
         if not rest:
             raise UsageError("/load needs a file name")
         print_note(f"loaded {self.conversation.load(Path(rest).expanduser())} messages")
 
     def do_fold(self, rest: str) -> None:
+        """Folds reasoning, or shows it."""
         self.printer.fold = not self.printer.fold
         print_note(f"reasoning is {'folded' if self.printer.fold else 'visible'}")
 
     def do_stats(self, rest: str) -> None:
+        """Prints the speed and tokens of the last answer."""
         last = self.conversation.last
         print_note(stats_line(last, self.engine, self.bandwidth) if last else "no answer yet")
 

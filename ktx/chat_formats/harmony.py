@@ -48,7 +48,8 @@ class Harmony:
         self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the output: reads headers through `Parser.read_call`, so that an invalid header becomes text,
+        """Yields the events of the output: reads headers through `Parser.read_call`, so that an invalid header becomes
+        text,
         and the text between them.
         """
         source, output = self.source, self.output

@@ -88,12 +88,12 @@ class Parser:
         while mark := (yield from self._read_text()):
             if mark in self.chat_format.reasoning_marks:
                 yield from self._read_reasoning(mark)
-            elif self.call_format and mark in self.call_format.ends + ("```",):
+            elif self.call_format and mark in (*self.call_format.ends, "```"):
                 if self.output.after_call_only:
                     self.output.end_mark()
                 else:
                     yield from self.output.emit(mark)
-            elif self.call_format and mark in self.call_format.sections + ("```json",):
+            elif self.call_format and mark in (*self.call_format.sections, "```json"):
                 self.output.hold_mark(mark)
             else:
                 yield from self.read_call(mark, read_bare if mark[-1] in BARE else read_marked)

@@ -78,7 +78,7 @@ def translate(rule: Rule) -> Rule:
     cls = rule.cls
     if cls and cls.startswith((PREFIX, "~")):
         cls = CLASSES.get(cls.rpartition(".")[2], cls.rpartition(".")[2])
-    if rule.replace is None and rule.kwargs or (rule.replace or "").startswith(PREFIX):
+    if (rule.replace is None and rule.kwargs) or (rule.replace or "").startswith(PREFIX):
         return _translate_class(rule, cls)
     return replace(rule, cls=cls) if cls != rule.cls else rule
 

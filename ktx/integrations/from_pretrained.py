@@ -43,9 +43,12 @@ from ktx.weights.open import open_weights
 
 if TYPE_CHECKING:
 
-    class QuantizationConfigMixin: ...
+    class QuantizationConfigMixin:
+        """transformers' class, as far as this module uses it."""
 
     class HfQuantizer:
+        """transformers' class, as far as this module uses it."""
+
         def __init__(self, quantization_config: Any, **kwargs: Any): ...
 
 else:
@@ -174,6 +177,7 @@ class KtxQuantizer(HfQuantizer):
         self.name = str(self.call["pretrained_model_name_or_path"])
 
     def is_serializable(self, **kwargs: Any) -> bool:
+        """Returns True: `save_pretrained` of a loaded model writes packed weights or floats."""
         return True
 
     def update_device_map(self, device_map: Any) -> None:
@@ -199,9 +203,11 @@ class KtxQuantizer(HfQuantizer):
         self.device = f"cuda:{device}" if isinstance(device, int) else str(device)
 
     def update_attn_implementation(self, config: Any) -> Any:
+        """Stores the configuration; transformers calls this method before it looks for a checkpoint."""
         return self._prepare(config)
 
     def update_tp_plan(self, config: Any) -> Any:  # transformers 5.17 has only this one
+        """As `update_attn_implementation`, in versions of transformers without that method."""
         return self._prepare(config)
 
     def _prepare(self, config: Any) -> Any:

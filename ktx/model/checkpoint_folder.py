@@ -46,6 +46,7 @@ class TensorSlot:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -148,10 +148,12 @@ class Footprint:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers."""
         return 1 + max((module.layer for module in self.modules if module.layer is not None), default=-1)
 
     @property
     def top_k(self) -> int:
+        """Routed experts per token."""
         return max((module.top_k for module in self.modules), default=0)
 
 

@@ -141,5 +141,5 @@ class Affinity:
         for stale in self.cached_keys.keys() - set(replicas):
             self.cached_keys.pop(stale)
         for name, request in list(self.requests.items()):
-            if request.replica not in replicas or not request.sent and now - request.since > UNSENT_TIMEOUT_S:
+            if request.replica not in replicas or (not request.sent and now - request.since > UNSENT_TIMEOUT_S):
                 self.requests.pop(name)

@@ -39,6 +39,7 @@ class ForkSafeLock(RecreatedOnFork):
     """
 
     def recreate(self) -> None:
+        """Creates an open lock, at first and in a forked child."""
         self.lock = threading.Lock()
 
     def __enter__(self) -> None:
@@ -56,9 +57,11 @@ class ForkSafeThreadPool(RecreatedOnFork, Executor):
         super().__init__()
 
     def recreate(self) -> None:
+        """Creates an empty pool, at first and in a forked child."""
         self.pool = ThreadPoolExecutor(self.count, self.name)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As ThreadPoolExecutor's."""
         return self.pool.submit(function, *args, **kwargs)
 
 

@@ -80,6 +80,7 @@ class GGUFSource:
         return TensorSpec(name, recipe.shape, largest.qtype, total_bytes, largest.file, largest.offset)
 
     def specs(self, name: str) -> list[TensorSpec]:
+        """Returns the stored tensors that the parameter is built from, in file order."""
         recipe = self.recipe(name)
         return (
             []
@@ -110,6 +111,7 @@ class GGUFSource:
         return QuantizedTensor(data, spec.qtype, spec.shape)
 
     def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the kernel to read the parameters' pages ahead."""
         self._advise(names, mmap.MADV_WILLNEED)
 
     def release(self, names: Iterable[str]) -> None:
@@ -117,9 +119,11 @@ class GGUFSource:
         self._advise(names, mmap.MADV_DONTNEED)
 
     def source_tensors(self, name: str) -> list[str]:
+        """Returns the names of the file's tensors that the parameter is built from."""
         return [spec.name for spec in self.specs(name)]
 
     def unreadable_reason(self, name: str) -> str:
+        """Returns an empty text: all types of a GGUF file can be read."""
         return ""
 
     def classify_unread(self, key: str, reads: Reads) -> Verdict:

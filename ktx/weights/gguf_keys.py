@@ -17,14 +17,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CHECKED_ELSEWHERE = (  # by check_config.py, or by the tensors' shapes; the last five do not affect text models
-    "block_count nextn_predict_layers embedding_length attention.head_count attention.head_count_kv "
-    "vocab_size context_length feed_forward_length expert_count expert_feed_forward_length "
-    "expert_shared_feed_forward_length expert_shared_count attention.q_lora_rank attention.kv_lora_rank "
-    "rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear "
-    "rope.scaling.attn_factor rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast "
-    "rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier full_attention_interval attention.recurrent_layers "
-    "rope.scaling.finetuned rope.dimension_sections tensor_data_layout attention.layer_norm_epsilon pooling_type"
-).split()
+    "block_count",
+    "nextn_predict_layers",
+    "embedding_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "vocab_size",
+    "context_length",
+    "feed_forward_length",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "expert_shared_count",
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
+    "full_attention_interval",
+    "attention.recurrent_layers",
+    "rope.scaling.finetuned",
+    "rope.dimension_sections",
+    "tensor_data_layout",
+    "attention.layer_norm_epsilon",
+    "pooling_type",
+)
 OFF_VALUES: dict[str, tuple[Any, ...]] = {  # values that mean "off", in addition to 0, False and empty
     "logit_scale": (1,),
     "residual_scale": (1,),
@@ -89,6 +113,7 @@ def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
+    """Returns the number of columns of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

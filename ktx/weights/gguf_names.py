@@ -89,6 +89,7 @@ class GGUFNames:
         return None if spec is None else Recipe((Part(tensor),), options.pop("shape", spec.shape), **options)
 
     def shape(self, tensor: str) -> Shape:
+        """Returns the shape of a tensor of the file."""
         return self.tensors[tensor].shape
 
     def has(self, *tensors: str) -> bool:

@@ -163,6 +163,7 @@ class PackedSource(SafetensorsSource):
         return super().get_parts(name)
 
     def source_tensors(self, name: str) -> list[str]:
+        """Returns the keys that the parameter is built from, with MLA's copy for prefill."""
         found = super().source_tensors(name)
         return found + [f"{key}{EXPANDED}" for key in found if f"{key}{EXPANDED}" in self.tensors]
 

@@ -144,6 +144,7 @@ class SafetensorsSource:
         return []
 
     def specs(self, name: str) -> list[TensorSpec]:
+        """Returns the stored tensors that the parameter is built from, in file order."""
         return sorted(
             (self.tensors[source] for source in self._sources(name)), key=lambda spec: (spec.file, spec.offset)
         )
@@ -212,6 +213,7 @@ class SafetensorsSource:
         return [self._from_fused(name, sources[0])]
 
     def get(self, name: str) -> QuantizedTensor:
+        """Returns the parameter as one tensor; raises BadFile when it is missing or damaged."""
         parts = self.get_parts(name)
         return concat_rows(parts, self._shape_of(name, self._sources(name)))
 
@@ -287,6 +289,7 @@ class SafetensorsSource:
                     self._map(spec.file).madvise(mmap.MADV_DONTNEED, start, length)
 
     def source_tensors(self, name: str) -> list[str]:
+        """Returns the keys that the parameter is built from, with scales that are tensors of their own."""
         sources = self._sources(name)
         return sources + [scale for source in sources if (scale := scale_name(source)) in self.tensors]
 
