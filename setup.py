@@ -37,13 +37,17 @@ FLAGS = [
 SLOWEST_FIRST = ["amx_emulated", "avx512", "scalar", "amx", "avxvnni", "avx2"]  # files of csrc/cpu/isa by compile time
 LANES_ARE_LOOPS = {"scalar", "amx_emulated"}  # -O3 takes GCC minutes for these and brings nothing
 
-# pip shows every warning of a build. torch misses NumPy, which no header needs; setuptools explains what an editable installation is.
+# pip shows every warning of a build. torch misses NumPy, which no header needs; setuptools explains what an editable
+# installation is.
 for message in ("Failed to initialize NumPy", "Editable installation"):
     warnings.filterwarnings("ignore", message=rf"\s*{message}")
 
 
 def _digest(compiler: list[str], includes: list[str]) -> str:
-    """A hash of everything that object files depend on: pip builds in a new folder each time, so objects are cached under this name."""
+    """Returns a hash of everything that object files depend on.
+
+    pip builds in a new folder each time, so objects are cached under this name.
+    """
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     found = hashlib.sha256(repr((compiler, version, FLAGS, includes)).encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
@@ -56,6 +60,7 @@ class Build(build_ext):
     """Compiles each source in a process of its own, slowest first, one per core. Caches objects in build/objects."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compiles all sources and links the extension."""
         from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = os.environ.get("CXX", "g++").split()
@@ -110,6 +115,7 @@ class Build(build_ext):
 
     @staticmethod
     def call(command: list[str]) -> None:
+        """Runs a command; ends with its text if it fails."""
         done = subprocess.run(command, cwd=ROOT)
         if done.returncode:
             sys.exit(f"ktx: this command failed (a C++20 compiler is needed, g++ 11 or newer):\n  {' '.join(command)}")

@@ -56,6 +56,7 @@ def responds(url: str) -> bool:
 
 
 def log(text: str) -> None:
+    """Prints a line to stderr at once, between pip's own."""
     print(f"PyTorch: {text}", file=sys.stderr, flush=True)
 
 
@@ -97,6 +98,7 @@ def without(lock: str, names: tuple[str, ...]) -> str:
 
 
 def installed(name: str) -> bool:
+    """Whether a package of this name is installed."""
     try:
         return bool(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:

@@ -25,7 +25,8 @@ ALWAYS_TRUE = {  # conditions that hold wherever the lock is used
     "implementation_name != 'PyPy'",
 }
 HEAD = """\
-# Exact versions of all that ktx, its extras `serve`, `modelscope` and `dev`, and the build need: Python 3.11 to 3.14, Linux, x86-64.
+# Exact versions of all that ktx, its extras `serve`, `modelscope` and `dev`, and the build need: Python 3.11 to 3.14,
+# Linux, x86-64.
 # `make chat` and `make test` install them; `make lock` renews them. torch is chosen by .ci/install_torch.py.
 """
 

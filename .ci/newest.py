@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import tomllib
 import venv
-import xml.etree.ElementTree as xml
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def broken(report: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
     """The failures of a JUnit report by file, each as test name and first line of the error; and the outcome counts."""
     failures: dict[str, list[str]] = {}
     counts = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0)
-    for case in xml.parse(report).iter("testcase"):
+    for case in ElementTree.parse(report).iter("testcase"):
         failed, skipped = case.find("failure"), case.find("skipped")
         error = case.find("error")
         bad = failed if failed is not None else error
@@ -98,7 +98,8 @@ def summary(report: Path) -> str:
     rows = [("package", "installed", "locked", ""), *others()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
-        f"Python {platform.python_version()}, torch {versions.installed_version('torch')}; versions that differ from the lock:"
+        f"Python {platform.python_version()}, torch {versions.installed_version('torch')};"
+        " versions that differ from the lock:"
     ]
     lines += [
         "  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]).rstrip()
@@ -124,6 +125,7 @@ def test(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the sub-command that the arguments name; returns the exit status."""
     if arguments[:1] == ["requirements"] and arguments[1:] in ([], ["--lift"]):
         print("\n".join(declared(lift=arguments[1:] == ["--lift"])))
         return 0

@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ktx  # noqa: E402  # before torch, whose idle threads then sleep
-import ktx.demo  # noqa: E402
+import ktx  # before torch, whose idle threads then sleep
+import ktx.demo
 
 WARMUP_TOKENS = 4  # tokens that are computed first, so that the cache's buffers exist
 

@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Server:
 def gaps_of(timing: Timing) -> list[tuple[float, float]]:
     """Returns the arrival time of each token but the first, and the seconds since the token before it."""
     times = [moment for moment, _ in timing.chunks]
-    return [(now, now - before) for before, now in zip(times, times[1:], strict=False)]
+    return [(now, now - before) for before, now in pairwise(times)]
 
 
 async def measure(bases: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,6 +134,7 @@ async def measure(bases: Sequence[tuple[str, str]], args: argparse.Namespace) ->
 
 
 def main() -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder or GGUF file")
     parser.add_argument("--weights", metavar="FILE", help="GGUF or safetensors (default: those in --model)")

@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
 PAGE_TOKENS, ROTATION_BYTES = 64, 256 << 20  # the bytes of keys that calls read before they return to the first pages
 LATENT_DIM, ROPE_DIM = 512, 64

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ktx  # noqa: E402  # before torch, whose idle threads then sleep
+import ktx  # before torch, whose idle threads then sleep
 
 PLACEMENTS = {"hybrid": {"moe_device": "cpu"}, "gpu": {"moe_device": "cuda"}}
 MAX_REL_ERROR = 2e-2  # activations are bf16, and padded batches split sums differently

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ktx  # noqa: E402  # before torch, whose idle threads then sleep
+import ktx  # before torch, whose idle threads then sleep
 
 PLACEMENTS = ("cpu", "hybrid", "gpu")
 WARMUP_TOKENS = 2  # kernels are compiled and buffers allocated
@@ -147,6 +147,7 @@ def row(line: dict[str, Any], names: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or GGUF")
     parser.add_argument("--weights", help="GGUF file or safetensors (default: the model's folder)")

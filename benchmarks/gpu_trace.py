@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ktx  # noqa: E402  # before torch, whose idle threads then sleep
+import ktx  # before torch, whose idle threads then sleep
 
 MARK = "ktx step"  # the profiler's name of the step, whose start aligns its clock with Python's
 KINDS = {"kernel": "GPU", "gpu_memcpy": "copies", "gpu_memset": "GPU"}  # the profiler's categories, as rows
@@ -79,7 +79,7 @@ def parse_events(
         if row is None or (fake_gpu and event["tid"] != mark["tid"]):
             continue
         begin = (event["ts"] - mark["ts"]) / 1e3
-        if 0 <= begin and begin * 1e3 <= mark["dur"]:
+        if begin >= 0 and begin * 1e3 <= mark["dur"]:
             rows[row].append((begin, begin + event["dur"] / 1e3))
     rows[EXPERTS] = [((begin - start) / 1e6, (end - start) / 1e6) for begin, end in experts if begin >= start]
     return Trace(mark["dur"] / 1e3, rows)
@@ -175,6 +175,7 @@ def summary(trace: Trace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or GGUF")
     parser.add_argument("--weights", help="GGUF file or safetensors (default: the model's folder)")

@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from ktx.kernels.check import relative_error  # noqa: E402
-from ktx.quant.random_blocks import random_rows  # noqa: E402
-from ktx.quant.types import QTYPES, QType  # noqa: E402
-from ktx.weights.base import QuantizedTensor  # noqa: E402
+from ktx.kernels.check import relative_error
+from ktx.quant.random_blocks import random_rows
+from ktx.quant.types import QTYPES, QType
+from ktx.weights.base import QuantizedTensor
 
 ROWS, COLUMNS, BYTES_PER_PASS = 4096, 7168, 1 << 28  # shape of a matrix; packed bytes that a pass reads
 EXPERTS, WIDTH, HIDDEN, TOP = 64, 2048, 2048, 8
@@ -149,6 +149,7 @@ def violations(line: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help=f"types to measure (default: all): {' '.join(QTYPES)}")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK_TYPES)}, and fewer token counts")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from ktx.cli.bench import run_metadata  # noqa: E402
-from ktx.hardware import default_threads  # noqa: E402
-from ktx.kernels import cpu  # noqa: E402
-from ktx.kernels.microbench import matrices, pass_bytes, peak_gops, read_bandwidth, seconds, split_matrices  # noqa: E402
-from ktx.quant.types import QTYPES, QType  # noqa: E402
+from ktx.cli.bench import run_metadata
+from ktx.hardware import default_threads
+from ktx.kernels import cpu
+from ktx.kernels.microbench import matrices, pass_bytes, peak_gops, read_bandwidth, seconds, split_matrices
+from ktx.quant.types import QTYPES, QType
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
 

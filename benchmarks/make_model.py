@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ktx.quant.random_blocks import random_rows  # noqa: E402
-from ktx.quant.types import QTYPES, QType  # noqa: E402
+from ktx.quant.random_blocks import random_rows
+from ktx.quant.types import QTYPES, QType
 
 POOL_WEIGHTS = 1 << 22  # weights in a pool; the tensors cut from it exceed the last-level cache several times
 CHUNK_BYTES = 1 << 24
@@ -56,6 +56,7 @@ class Tensor:
 
     @property
     def columns(self) -> int:
+        """Number of columns, the last dimension."""
         return self.shape[-1]
 
 
@@ -79,6 +80,7 @@ def configuration(preset: str, changes: dict[str, int | None]) -> dict[str, Any]
 
 
 def num_experts(config: dict[str, Any]) -> int:
+    """Returns the number of routed experts of a layer, whatever name the family has for it."""
     return config.get("n_routed_experts") or config["num_experts"]
 
 

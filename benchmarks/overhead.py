@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import ktx  # noqa: E402
-from ktx.cache.kv import KVCache  # noqa: E402
-from ktx.transformers_compat import cache_argument  # noqa: E402
+import ktx
+from ktx.cache.kv import KVCache
+from ktx.transformers_compat import cache_argument
 
 TINY = {
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 16, "n_routed_experts": 8,
@@ -72,6 +72,7 @@ def loop(model: Any, tokens: int) -> Callable[[], None]:
 
 
 def main() -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61, help="number of layers (default 61)")
     parser.add_argument("-n", "--tokens", type=int, default=32, help="tokens to decode (default 32)")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import make_model  # noqa: E402
+import make_model
 
 # VmHWM instead of ru_maxrss, which includes the memory of the parent process before exec.
 PLAN = """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ktx  # noqa: E402  # before torch, whose idle threads then sleep
-import ktx.demo  # noqa: E402
+import ktx  # before torch, whose idle threads then sleep
+import ktx.demo
 
 
 def main(argv: list[str] | None = None) -> int:

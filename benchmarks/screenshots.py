@@ -83,6 +83,7 @@ def save_screenshots(driver: Any, name: str, output: Path) -> None:
 
 
 def main() -> None:
+    """Starts a server of the demo model and writes the pictures of its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=Path("docs"), metavar="DIR", help="folder for the PNG files (default docs)"

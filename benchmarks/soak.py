@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import httpx  # noqa: E402
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-from soak_clients import ACTIONS, FIXED, Client, Tally  # noqa: E402
-from soak_protocols import CHAT, MODEL  # noqa: E402
+import httpx
+import numpy as np
+import psutil
+from soak_clients import ACTIONS, FIXED, Client, Tally
+from soak_protocols import CHAT, MODEL
 
 SERVER = ["--kv-cache-tokens", "3072", "--max-batch-size", "8", "--model-name", "ktx-demo"]
 # With a model this small, the prefill of a single long prompt in one step takes as long as some twenty first tokens,

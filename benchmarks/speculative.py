@@ -18,6 +18,7 @@ METHODS = (None, "prompt_lookup", "mtp")
 
 
 def main() -> None:
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is reported (default 5)")
     parser.add_argument("--new", type=int, default=64, help="max tokens of an answer (default 64)")

@@ -46,9 +46,8 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     operators = [module for module in model.modules() if isinstance(module, SkipLowWeights)]
-    print(
-        f"{len(operators)} operators skipped {sum(operator.num_skipped for operator in operators)} (token, expert) pairs"
-    )
+    num_skipped = sum(operator.num_skipped for operator in operators)
+    print(f"{len(operators)} operators skipped {num_skipped} (token, expert) pairs")
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
