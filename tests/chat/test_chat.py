@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -194,10 +195,8 @@ class Terminal:
                 return os.waitstatus_to_exitcode(status)
             ready, _, _ = select.select([self.fd], [], [], 0.1)
             if ready:
-                try:
+                with contextlib.suppress(OSError):
                     self.text += os.read(self.fd, 65536).decode(errors="replace")
-                except OSError:
-                    pass
         os.kill(self.pid, signal.SIGKILL)
         raise AssertionError(f"the chat did not end: {self.text[-1000:]}")
 

@@ -103,7 +103,7 @@ def test_listed_questions():
 def test_mtp_layer_is_kept_under_deepseeks_names():
     last = SETTINGS["num_hidden_layers"]
     with safe_open(demo.path() / "model.safetensors", "pt") as file:
-        names = {name.removeprefix(f"model.layers.{last}.") for name in file.keys() if f"layers.{last}." in name}
+        names = {name.removeprefix(f"model.layers.{last}.") for name in file.keys() if f"layers.{last}." in name}  # noqa: SIM118
         joined = file.get_slice(f"model.layers.{last}.eh_proj.weight").get_shape()
     assert {"enorm.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.experts.7.down_proj.weight"} <= names
     assert joined == [256, 512]

@@ -289,7 +289,8 @@ def test_models_have_ways_of_their_own(two, tmp_path):
     assert [set(model.offloads) for model in (first, second)] == ways
     apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
     assert len(apart.offloads) == 2  # one a device
-    assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "offloads")
+    hybrid_on_cpu = Twins(tmp_path, "deepseek_v3").cpu
+    assert not hasattr(hybrid_on_cpu, "offloads")
     offload.raise_offload_errors(hybrid_on_cpu), offload.reset_offloads(hybrid_on_cpu)
 
 

@@ -251,7 +251,7 @@ def test_a_beginning_that_is_wrong_is_fetched_again(there, tmp_path):
 def test_a_disk_that_is_too_small_is_said_before(there, here):
     there.repos["o/huge"] = Repo({"config.json": b"{}"}, claimed={"model.safetensors": 10**16})
     for more in ([], ["--dry-run"]):
-        status, out, err = here("o/huge", "--to", "m", *more)
+        status, _out, err = here("o/huge", "--to", "m", *more)
         assert status == 3 and "10000000 GB remain to be downloaded" in err and "GB are free on the disk" in err
     assert not [path for _, path, _ in there.seen if path.startswith("/far/")]
 

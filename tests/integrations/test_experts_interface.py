@@ -271,7 +271,7 @@ def test_a_type_of_weights():
 
 def test_copies_and_pickles_pack_their_own(two):
     near(two)
-    right, mine = two
+    _right, mine = two
     for twin in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
         assert packed(twin)[0] is None and torch.equal(computed(twin), computed(mine))
         with torch.no_grad():
@@ -444,7 +444,7 @@ def test_autocast(two, inside):
 
 
 def test_function_transforms_are_equal_or_an_error(two):
-    right, mine = two
+    _right, mine = two
     before = computed(mine)
     other = {name: value.detach() * 1.1 for name, value in mine.named_parameters()}
     with pytest.raises(UsageError, match="is a Tensor, ktx packs plain parameters"):
@@ -485,7 +485,7 @@ def test_threads_share_a_model(two):
 
 
 def test_back_and_forth(two):
-    right, mine = two
+    _right, mine = two
     for name in ("ktx", "eager", ktx.experts("F32"), "grouped_mm", "ktx", "batched_mm", ktx.experts("BF16"), "ktx"):
         mine.set_experts_implementation(name)
         near(two, 1e-2 if name == "ktx:BF16" else 1e-5)

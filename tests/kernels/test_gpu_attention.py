@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import itertools
+
 from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.kernels.check import relative_error
@@ -299,7 +301,7 @@ def test_units_are_shared_out_without_gaps():
         for line in work.plan(sequences_of(rows), torch.zeros(len(rows), 20, dtype=torch.int32), window).ranges:
             starts, programs = line.starts.tolist(), line.programs.tolist()
             assert programs[0][0] == 0 and max(end for _, end, _, _ in programs) == starts[-1]
-            assert all(a[1] == b[0] for a, b in zip(programs, programs[1:], strict=False))
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(programs))
             shared = [set() for _ in starts[1:]]
             for number, (begin, end, first, last) in enumerate(programs):
                 inside = [i for i in range(len(shared)) if begin < starts[i + 1] and end > starts[i]]

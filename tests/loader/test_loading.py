@@ -576,7 +576,8 @@ def test_mapped_weights_move_to_memory(tmp_path):
     start = mapped.data_ptr()
 
     def of_the_file():
-        lines = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith("w.bin")]
+        with open("/proc/self/maps") as maps:
+            lines = [line.split() for line in maps if line.rstrip().endswith("w.bin")]
         return [tuple(int(end, 16) - start for end in line[0].split("-")) for line in lines]
 
     assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]

@@ -161,7 +161,7 @@ def test_what_loading_warns_of_is_a_note_too(qwen):
 
 
 def test_health_returns_them(qwen):
-    model, words = ktx.load(qwen, qwen / "model.gguf", EXPERTS, progress=False)
+    model, _words = ktx.load(qwen, qwen / "model.gguf", EXPERTS, progress=False)
     with model.ktx.engine(kv_cache_tokens=256, max_batch_size=1) as engine, serving(engine) as (base, _):
         told = httpx.get(f"{base}/health").json()["notes"]
     assert told == [{"code": note.code, "text": note.text} for note in model.ktx.notes]

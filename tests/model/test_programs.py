@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import pytest
@@ -52,7 +53,7 @@ def answered(model, tokens=2):
     """Logits of a prompt, of tokens behind it, and of three at once."""
     cache, out = DynamicCache(config=model.config), []
     ends = [0, *range(PROMPT, PROMPT + tokens + 1), PROMPT + tokens + 3]
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in itertools.pairwise(ends):
         out.append(model(input_ids=IDS[:, first:last], **cache_argument(model, cache)).logits)
     return torch.cat(out, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def decode(model, steps=4):
     out = []
     with torch.no_grad():
         ends = [0, *range(PROMPT, PROMPT + steps + 1), PROMPT + steps + 3]
-        for first, last in zip(ends, ends[1:], strict=False):
+        for first, last in itertools.pairwise(ends):
             more = {} if cache is None else {"past_key_values": cache}
             made = model(IDS[:, first:last], use_cache=True, **more)
             cache = made.past_key_values
@@ -434,7 +435,7 @@ def test_what_cannot_be_edited_is_said(tmp_path, ask, said):
 
 def test_replaced_children_of_other_kinds(two):
     """An activation that was put in the place of another."""
-    right, mine = two
+    right, _mine = two
     for path, module in right.named_modules():
         if (
             path.endswith((".mlp", ".shared_expert", ".shared_experts"))

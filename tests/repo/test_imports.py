@@ -14,10 +14,23 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (  # lowest first; a module belongs to the longest prefix that fits
     tuple(
         f"ktx.{name}"
-        for name in (
-            "errors environment hardware devices transformers_compat utils families chat_formats hub quant"
-            " integrations.names injection.device_map injection.rule injection.rules injection.ktransformers"
-        ).split()
+        for name in [
+            "errors",
+            "environment",
+            "hardware",
+            "devices",
+            "transformers_compat",
+            "utils",
+            "families",
+            "chat_formats",
+            "hub",
+            "quant",
+            "integrations.names",
+            "injection.device_map",
+            "injection.rule",
+            "injection.rules",
+            "injection.ktransformers",
+        ]
     ),
     ("ktx.weights",),
     ("ktx.kernels",),
@@ -167,7 +180,7 @@ def test_strings_that_name_modules_are_found(tmp_path):
 
 def test_the_layout_of_the_package():
     assert len(FLOORS) <= MAX_FLOORS
-    top = "__init__ __main__ local_chat errors environment hardware devices transformers_compat".split()
+    top = ["__init__", "__main__", "local_chat", "errors", "environment", "hardware", "devices", "transformers_compat"]
     assert {path.stem for path in (ROOT / "ktx").glob("*.py")} == set(top)
 
 

@@ -21,11 +21,13 @@ BODY = {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory):
-    with serving(
-        scripted(tmp_path_factory), AccessPolicy(("first-key", "second-key"), origins=("https://chat.example",))
-    ) as (base, _):
-        with httpx.Client(base_url=base, timeout=30) as client:
-            yield client
+    with (
+        serving(
+            scripted(tmp_path_factory), AccessPolicy(("first-key", "second-key"), origins=("https://chat.example",))
+        ) as (base, _),
+        httpx.Client(base_url=base, timeout=30) as client,
+    ):
+        yield client
 
 
 def routes(client):

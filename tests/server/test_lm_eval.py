@@ -15,8 +15,8 @@ from tests.server.conftest import NAME, serving
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
-from lm_eval import simple_evaluate  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 SCORED, WRITTEN = ["ktx_choices", "ktx_heldout"], ["ktx_answers"]
 ITEMS = 20  # of each task

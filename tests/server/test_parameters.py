@@ -213,7 +213,7 @@ def test_what_ends_an_answer_is_shown_when_asked_for(special):
 
 
 def test_thinking_goes_to_the_template(special):
-    http, served, _ = special
+    http, _served, _ = special
     plain, off = (sent(http, "/tokenize", messages=HELLO, **more)["count"] for more in ({}, {"enable_thinking": False}))
     assert off > plain  # QWEN closes the block at once
     ways = [
@@ -236,7 +236,7 @@ def test_thinking_goes_to_the_template(special):
 
 
 def test_a_prompt_is_cut_from_its_beginning(special):
-    http, _, words = special
+    http, _, _words = special
     for count, usage in ((3, 3), (1000, 5), (-1, 5)):
         made = sent(http, TEXT, prompt="greet", truncate_prompt_tokens=count, max_tokens=1, echo=True)
         assert made["usage"]["prompt_tokens"] == usage and made["choices"][0]["text"].startswith("greet"[-usage:])

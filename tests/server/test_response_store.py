@@ -176,12 +176,14 @@ def test_an_answer_whose_client_left_is_not_kept(slow):
 
 
 def test_a_server_that_keeps_nothing_says_so(tmp_path_factory):
-    with serving(scripted(tmp_path_factory), settings=ServerSettings(max_stored_responses=0)) as (base, _):
-        with httpx.Client(base_url=base, timeout=30) as http:
-            told = asked(http, "greet", store=True)
-            assert told["store"] is False and http.get(f"/v1/responses/{told['id']}").status_code == 404
-            body = {"model": NAME, "input": "x", "previous_response_id": told["id"]}
-            assert "--max_stored_responses 0" in http.post("/v1/responses", json=body).json()["error"]["message"]
+    with (
+        serving(scripted(tmp_path_factory), settings=ServerSettings(max_stored_responses=0)) as (base, _),
+        httpx.Client(base_url=base, timeout=30) as http,
+    ):
+        told = asked(http, "greet", store=True)
+        assert told["store"] is False and http.get(f"/v1/responses/{told['id']}").status_code == 404
+        body = {"model": NAME, "input": "x", "previous_response_id": told["id"]}
+        assert "--max_stored_responses 0" in http.post("/v1/responses", json=body).json()["error"]["message"]
 
 
 def test_what_a_key_asked_no_other_finds(tmp_path_factory):

@@ -83,9 +83,8 @@ def test_what_has_no_turn_in_time_is_told_so_and_never_done(pool, monkeypatch):
     done = []
 
     async def check():
-        with filled(pool, 1):
-            with pytest.raises(APIError, match="busy: no thread was free for b") as busy:
-                await run_with_timeout(10, pool, "b", done.append, "b")
+        with filled(pool, 1), pytest.raises(APIError, match="busy: no thread was free for b") as busy:
+            await run_with_timeout(10, pool, "b", done.append, "b")
         assert (busy.value.status, busy.value.code, busy.value.retry) == (429, "queue_full", 1)
         assert await run_with_timeout(10, pool, "c", len, "abc") == 3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "--layers 2 --experts 8 --moe-ff 64 --hidden 256 --ff 512 --vocab 512".split()
+TINY = ["--layers", "2", "--experts", "8", "--moe-ff", "64", "--hidden", "256", "--ff", "512", "--vocab", "512"]
 
 
 def script(name: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -360,10 +361,8 @@ def test_mutated_safetensors():
         data = bytearray(raw)
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.choice(b'0123456789{}[]",:-eE\x00\xff')
-        try:
+        with contextlib.suppress(KtxError):
             parse_safetensors_header(bytes(data), "m", size)
-        except KtxError:
-            pass
 
 
 @pytest.mark.parametrize("data,words", [(b"", "truncated"), (b"\x00" * 8, "damaged"), (b"\xff" * 16, "truncated")])
