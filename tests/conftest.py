@@ -1,4 +1,6 @@
-"""During tests uninitialised memory is NaN, so an output that a kernel forgot to write fails instead of passing by luck."""
+"""During tests uninitialised memory is NaN, so an output that a kernel forgot to write fails instead of passing by
+luck.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Keys and values that a script changes in a cache, between a prompt and its first token or between tokens: what transformers makes of them, or a named error."""
+"""Keys and values that a script changes in a cache, between a prompt and its first token or between tokens: what
+transformers makes of them, or a named error.
+"""
 
 from __future__ import annotations
 

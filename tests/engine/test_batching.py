@@ -1,4 +1,6 @@
-"""The engine on real models: an answer is the same alone, beside others, in a cache too small for all, and after a failure."""
+"""The engine on real models: an answer is the same alone, beside others, in a cache too small for all, and after a
+failure.
+"""
 
 from __future__ import annotations
 

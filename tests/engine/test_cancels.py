@@ -1,4 +1,6 @@
-"""Models whose layers keep a running state: a forward that is given up, fails, or is computed again changes nobody's answer."""
+"""Models whose layers keep a running state: a forward that is given up, fails, or is computed again changes nobody's
+answer.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from ktx.engine.scheduler import Scheduler
 
 
 class World:
-    """Runs requests to their ends and keeps count of what is computed. `state` is what a recurrent layer would know, `copied` how many tokens its copies stand for."""
+    """Runs requests to their ends and keeps count of what is computed. `state` is what a recurrent layer would know,
+    `copied` how many tokens its copies stand for.
+    """
 
     def __init__(self, pages=64, max_batch=4, chunk=256, seconds=1e9, **more):
         self.state, self.copied, self.wrote, self.computed, self.steps = {}, {}, {}, 0, 0
@@ -50,7 +52,9 @@ class World:
         self.scheduler.check_integrity()
 
     def step(self, refused=None):
-        """One forward; every position must have been written, by somebody with the same beginning, before it is read. `refused` fails behind it."""
+        """One forward; every position must have been written, by somebody with the same beginning, before it is read.
+        `refused` fails behind it.
+        """
         parts = self.scheduler.schedule()
         self.steps += 1
         assert len({part.request for part in parts}) == len(parts) <= self.scheduler.max_batch
@@ -293,7 +297,9 @@ def test_salted_prompts_share_only_among_themselves():
 
 
 class Timed(World):
-    """Steps take `fixed` seconds, `each` a token more, and `deep` more for a token after each thousand others; the budget learns from them."""
+    """Steps take `fixed` seconds, `each` a token more, and `deep` more for a token after each thousand others; the
+    budget learns from them.
+    """
 
     def __init__(self, seconds=0.5, fixed=0.1, each=0.005, deep=0.0, budget=None, **more):
         super().__init__(pages=2000, **more)
@@ -388,7 +394,7 @@ def test_a_machine_too_slow_for_the_budget_computes_a_page_at_once(caplog):
         steps = world.prefill(world.add(prompt(640, 1), 1))
     assert [tokens for tokens, _, _ in steps] == [PAGE_TOKENS] * 10
     assert [record.getMessage() for record in caplog.records if "--max-itl-ms" in record.getMessage()] == [
-        "a step with 64 prompt tokens and decode tokens takes 2.3 s, more than the 0.5 s of --max-itl-ms; steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts"
+        "a step with 64 prompt tokens and decode tokens takes 2.3 s, more than the 0.5 s of --max-itl-ms; steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts"  # noqa: E501
     ]
 
 

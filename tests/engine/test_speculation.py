@@ -226,7 +226,9 @@ def test_a_drafter_that_fails_costs_nothing_but_speed(loaded):
 
 @pytest.fixture(scope="module")
 def glm(tmp_path_factory):
-    """A GLM of three layers and an MTP layer in one GGUF file, loaded; transformers' layer, and the MTP layer's other tensors."""
+    """A GLM of three layers and an MTP layer in one GGUF file, loaded; transformers' layer, and the MTP layer's other
+    tensors.
+    """
     folder = tmp_path_factory.mktemp("glm")
     whole = tiny("glm4_moe", num_hidden_layers=4)
     norm = lambda: 1 + 0.1 * torch.randn(256)  # noqa: E731

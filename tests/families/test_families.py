@@ -213,7 +213,8 @@ def test_quantised_logits(tmp_path, family, quant):
     if quant == "BF16" and not IN_BF16:
         assert (mine - theirs).abs().max() < 1e-4
         return
-    # A router turns a small error into another expert, which random weights punish: the median token must be near, and where the margin is clear the greedy token is the same.
+    # A router turns a small error into another expert, which random weights punish: the median token must be near, and
+    # where the margin is clear the greedy token is the same.
     error = per_token(mine, theirs)
     assert error < 0.03 or error < 1.5 * response_to_noise(pair.reference)
     top = theirs.topk(2, -1)[0]

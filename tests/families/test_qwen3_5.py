@@ -1,4 +1,6 @@
-"""Qwen3.5, dense and with experts, from files as llama.cpp's converter writes them: value heads tiled, norms as 1 + w."""
+"""Qwen3.5, dense and with experts, from files as llama.cpp's converter writes them: value heads tiled, norms as
+1 + w.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ MEMBERS = {
     "experts": EXPERTS,
     "three values a key": (DENSE[0], DENSE[1] | {"linear_num_value_heads": 6}),
     "a value a key": (DENSE[0], DENSE[1] | {"linear_num_value_heads": 2}),
-    "wide values": (EXPERTS[0], EXPERTS[1] | {"linear_value_head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8}),
+    "wide values": (EXPERTS[0], EXPERTS[1] | {"linear_value_head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8}),  # noqa: E501
     "tied": (DENSE[0], DENSE[1] | {"tie_word_embeddings": True}),
 }  # fmt: skip
 

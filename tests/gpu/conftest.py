@@ -21,7 +21,9 @@ def _two_gpus():
 
 @pytest.fixture(autouse=True, scope="package")
 def _wide_tiles():
-    """Triton's interpreter needs as long for a small tile as for a wide one. What the tiles of a GPU compute is for tests/kernels."""
+    """Triton's interpreter needs as long for a small tile as for a wide one. What the tiles of a GPU compute is for
+    tests/kernels.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if quant_matmul.INTERPRETED.value:
             patch.setattr(quant_matmul, "GEMV_WEIGHTS", 1 << 17)

@@ -24,7 +24,9 @@ F32 = {"dtype": torch.float32, "kv_dtype": "f32"}
 
 
 def rules(family: str, rest: str = "cuda:0", layers: Mapping[int, str] | None = None, **others: str) -> list[Rule]:
-    """The shipped rules with `rest` as everything's device, but for some layers and (by the name of their operator, `head`) `others`."""
+    """The shipped rules with `rest` as everything's device, but for some layers and (by the name of their operator,
+    `head`) `others`.
+    """
     shipped = load_rules(None, family)
     layer = "Layer" if any(rule.replace == "Layer" for rule in shipped) else None
     return [

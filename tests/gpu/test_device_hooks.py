@@ -27,7 +27,9 @@ def twins(tmp_path_factory):
 
 
 class Journeys(list):
-    """Shapes and devices of tensors that were moved. A pretended GPU's tensors lie in the CPU's memory: their modules say where they are."""
+    """Shapes and devices of tensors that were moved. A pretended GPU's tensors lie in the CPU's memory: their modules
+    say where they are.
+    """
 
     def __init__(self, really):
         super().__init__()

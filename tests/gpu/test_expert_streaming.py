@@ -1,4 +1,6 @@
-"""Experts in the CPU's memory brought to the GPU for prompts: what is computed, what is copied when, and from how many tokens on."""
+"""Experts in the CPU's memory brought to the GPU for prompts: what is computed, what is copied when, and from how many
+tokens on.
+"""
 
 from __future__ import annotations
 

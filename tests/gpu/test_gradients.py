@@ -1,4 +1,6 @@
-"""The GPU's operators have no gradient: forward says so wherever autograd would record one, and computes as ever where not."""
+"""The GPU's operators have no gradient: forward says so wherever autograd would record one, and computes as ever where
+not.
+"""
 
 from __future__ import annotations
 

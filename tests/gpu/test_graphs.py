@@ -1,4 +1,6 @@
-"""Steps of one token a request as graphs: the same answers, from static buffers alone, and what happens where there can be none."""
+"""Steps of one token a request as graphs: the same answers, from static buffers alone, and what happens where there can
+be none.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ class Steps:
 
 
 def test_requests_join_and_leave_and_prompts_are_computed_between(placed):
-    """One request alone, a second one joins in the middle, then a third: steps of one, two, and three that are padded to four."""
+    """One request alone, a second one joins in the middle, then a third: steps of one, two, and three that are padded
+    to four.
+    """
     with placed.engine() as engine:
         steps, found = Steps(engine), {}
         waiting = [1, 2]
@@ -134,7 +138,9 @@ def test_a_request_that_gave_its_pages_up_goes_on_the_same(hybrid):
 
 
 def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
-    """The model is called with the same tensors at each replay of a size, and nothing of the scheduler's is within reach."""
+    """The model is called with the same tensors at each replay of a size, and nothing of the scheduler's is within
+    reach.
+    """
     with hybrid.engine(max_batch_size=2) as engine:
         called, inside, model = {}, [False], engine.model
         forward, step = model.forward, engine.runner.graphs.step

@@ -1,4 +1,6 @@
-"""LoRA adapters on modules of a GPU: what the CPU's twin computes with them; what is not computed there is refused by name."""
+"""LoRA adapters on modules of a GPU: what the CPU's twin computes with them; what is not computed there is refused by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The state of a model whose modules are on GPUs: its names and counts are whole, values that are out of reach are refused where they are read."""
+"""The state of a model whose modules are on GPUs: its names and counts are whole, values that are out of reach are
+refused where they are read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""experts_implementation="ktx": experts of a model that transformers has loaded, by the CPU's kernels, in every family that goes by transformers' interface."""
+"""experts_implementation="ktx": experts of a model that transformers has loaded, by the CPU's kernels, in every family
+that goes by transformers' interface.
+"""
 
 from __future__ import annotations
 

@@ -344,7 +344,9 @@ def test_explicit_classes_and_pipelines(floats, gguf):
 
 @pytest.mark.parametrize("top, part, tied", TIES)
 def test_the_text_of_a_composite_model(tmp_path, top, part, tied):
-    """AutoModel hands over the text's configuration alone; what the whole says of the output layer counts as in ktx.load."""
+    """AutoModel hands over the text's configuration alone; what the whole says of the output layer counts as in
+    ktx.load.
+    """
     model = composite("qwen3_5", tmp_path, top, part, tied)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that no module reads

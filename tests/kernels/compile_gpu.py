@@ -1,4 +1,5 @@
-"""Compiles the products with packed weights for a CUDA architecture, without a device: a JSON line each with what it takes of the card.
+"""Compiles the products with packed weights for a CUDA architecture, without a device: a JSON line each with what it
+takes of the card.
 
 Usage: python tests/kernels/compile_gpu.py 90 Q4_K Q6_K   (not through the interpreter: it takes what no compiler does)
 """

@@ -1,6 +1,8 @@
-"""python compile_sm90.py [HEADS]: compiles kernels for an H100, on a machine that has none, and prints what came out as JSON.
+"""python compile_sm90.py [HEADS]: compiles kernels for an H100, on a machine that has none, and prints what came out as
+JSON.
 
-That of MLA for so many heads, or without a number the others with all that can be asked of them: the interpreter knows no types.
+That of MLA for so many heads, or without a number the others with all that can be asked of them: the interpreter knows
+no types.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Hopper(DriverBase):
 
 
 class Compiled:
-    """A kernel that is compiled where it would be launched; `found` are its name, rows, shared memory, layouts of products and copies."""
+    """A kernel that is compiled where it would be launched; `found` are its name, rows, shared memory, layouts of
+    products and copies.
+    """
 
     def __init__(self, module: Any, name: str, found: list[dict[str, Any]]):
         self.kernel, self.name, self.found = getattr(module, name), name, found

@@ -247,7 +247,9 @@ PAGE = 64
 
 
 def on_pages(keys, values):
-    """Keys and values [1, heads, positions, columns] of several sequences, scattered over two pools -> (pool, pool, pages)."""
+    """Keys and values [1, heads, positions, columns] of several sequences, scattered over two pools -> (pool, pool,
+    pages).
+    """
     need = [-(-rows.shape[2] // PAGE) for rows in keys]
     order = torch.randperm(sum(need) + 3).int()
     pages = torch.zeros(len(keys), max(need), dtype=torch.int32)

@@ -1,4 +1,6 @@
-"""The GPU's attention kernels against their twins: on a CUDA device, elsewhere in Triton's interpreter (tests/conftest.py switches it on)."""
+"""The GPU's attention kernels against their twins: on a CUDA device, elsewhere in Triton's interpreter
+(tests/conftest.py switches it on).
+"""
 
 from __future__ import annotations
 
@@ -389,7 +391,9 @@ def tables(tokens, turned):
 
 
 def same_stored(found, wanted):
-    """e4m3 numbers may be neighbours where a product fell between two; Triton's interpreter also loses the carry of some."""
+    """e4m3 numbers may be neighbours where a product fell between two; Triton's interpreter also loses the carry of
+    some.
+    """
     if found.dtype == E4M3:
         codes = [x.cpu().view(torch.uint8).int() for x in (found, wanted)]
         off = (codes[0] - codes[1]).abs()

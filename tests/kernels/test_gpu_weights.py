@@ -1,4 +1,6 @@
-"""Packed weights on a GPU: planes, decoders, linear and experts of every type. Without a CUDA device through Triton's interpreter, on small shapes."""
+"""Packed weights on a GPU: planes, decoders, linear and experts of every type. Without a CUDA device through Triton's
+interpreter, on small shapes.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +303,7 @@ def test_bad_arguments_are_told(what):
 
 
 def test_the_rest_of_ktx_needs_no_triton():
-    code = "import sys, ktx, ktx.ops.linear, ktx.ops.experts, ktx.kernels.gpu.soa_layout; sys.exit('triton' in sys.modules)"
+    code = "import sys, ktx, ktx.ops.linear, ktx.ops.experts, ktx.kernels.gpu.soa_layout; sys.exit('triton' in sys.modules)"  # noqa: E501
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

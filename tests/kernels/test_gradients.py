@@ -1,4 +1,6 @@
-"""The kernels' gradients beside autograd's through their plain-torch twins: every type, odd shapes, one token and many."""
+"""The kernels' gradients beside autograd's through their plain-torch twins: every type, odd shapes, one token
+and many.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,9 @@ def test_gated(gate):
 @pytest.mark.parametrize("groups", ["none", "max", "top2"])
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
 def test_route(scoring, groups, renorm):
-    """Of the logits, through the weights of the chosen; a bias that counts for the choice alone changes nothing else."""
+    """Of the logits, through the weights of the chosen; a bias that counts for the choice alone changes nothing
+    else.
+    """
     for bias in (None, torch.randn(16)):
         about = 3, scoring, bias, 4, 2, groups, renorm, 1.5
         mine, exact = (lambda x, o=of, a=about: o.route(x, *a)[1] for of in (cpu, reference))

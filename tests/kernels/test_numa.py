@@ -60,7 +60,7 @@ for again in range(20):  # on a busy machine one member may have to wait while t
     if out["nodes"] != 2 or out["own"] > 4 * out["stolen"]:
         break
 print(json.dumps(out))
-"""
+"""  # noqa: E501
 
 
 def run(tmp_path, numa):

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-# One core, and a team that cannot all be on it at once: whoever waits for members that have not come yet waits for the system's time slices.
+# One core, and a team that cannot all be on it at once: whoever waits for members that have not come yet waits for the
+# system's time slices.
 CROWDED = """
 import os, statistics, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

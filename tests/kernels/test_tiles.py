@@ -1,4 +1,6 @@
-"""Tile registers: the model against plain arithmetic, and the AMX kernels' text on it. The real instructions where there are some."""
+"""Tile registers: the model against plain arithmetic, and the AMX kernels' text on it. The real instructions where
+there are some.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ print(json.dumps(found))
 
 
 def test_tokens_of_a_tile_are_each_token():
-    """9 to 133 tokens fill tiles of tokens in many ways; up to 8 take the path without tiles, where they are not wide."""
+    """9 to 133 tokens fill tiles of tokens in many ways; up to 8 take the path without tiles, where they are
+    not wide.
+    """
     for name, count, error in on("amxmodel", ROWS):
         assert error < 1e-5, (name, count, error)
 

@@ -1,4 +1,6 @@
-"""Packing, linear and experts: every type, odd shapes, one token and many. Runs on the instruction set KTX_ISA picks."""
+"""Packing, linear and experts: every type, odd shapes, one token and many. Runs on the instruction set KTX_ISA
+picks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def test_linear(name, tokens):
     x = torch.randn(tokens, k)
     packed = cpu.pack(weight)
     exact = reference.linear(x.double(), weight)
-    # A row of few tokens is a small sample: the bound is on the root mean square over many, so few tokens get room for chance.
+    # A row of few tokens is a small sample: the bound is on the root mean square over many, so few tokens get room for
+    # chance.
     room = 1 if QTYPES[name].is_float or tokens * n > 800 else 2
     assert relative_error(cpu.linear(x, packed), exact) < bound(name) * room
     torch.testing.assert_close(cpu.linear(x, packed, bias), cpu.linear(x, packed) + bias, rtol=1e-5, atol=1e-5)
@@ -329,7 +332,9 @@ def test_the_same_expert_twice_and_all_tokens_on_one(tokens):
 @pytest.mark.parametrize("name", ["INT8_128", "Q8_0", "INT4_64", "INT4_128", "Q4_0"])
 @pytest.mark.parametrize("origin", ["F32", "F16", "BF16", "F8_E4M3"])
 def test_weights_are_quantised_on_the_way(name, origin):
-    """As near to the floats as the plain maker of the type comes, for each row on its own and in pieces of many rows."""
+    """As near to the floats as the plain maker of the type comes, for each row on its own and in pieces of many
+    rows.
+    """
     weight, k = random_matrix(origin, 1100, 256), 256
     values = weight.dequantize()
     packed = cpu.pack(weight, QTYPES[name])

@@ -1,4 +1,6 @@
-"""torch's defaults and modes are the caller's: a model is made and computes the same under any of them, and leaves them as they were."""
+"""torch's defaults and modes are the caller's: a model is made and computes the same under any of them, and leaves them
+as they were.
+"""
 
 from __future__ import annotations
 

@@ -81,13 +81,13 @@ def test_a_users_operator_in_a_yaml(qwen, tmp_path, monkeypatch):
     (tmp_path / "my_ops.py").write_text(
         "import torch, ktx\nfrom ktx.ops.experts import Experts\n"
         "class SkipLow(Experts):\n"
-        "    @classmethod\n    def from_hf(cls, old, ctx, threshold=0.0):\n        new = super().from_hf(old, ctx)\n        new.threshold = threshold\n        return new\n"
-        "    def forward(self, hidden, ids, weights):\n        return super().forward(hidden, torch.where(weights < self.threshold, -1, ids), weights)\n"
+        "    @classmethod\n    def from_hf(cls, old, ctx, threshold=0.0):\n        new = super().from_hf(old, ctx)\n        new.threshold = threshold\n        return new\n"  # noqa: E501
+        "    def forward(self, hidden, ids, weights):\n        return super().forward(hidden, torch.where(weights < self.threshold, -1, ids), weights)\n"  # noqa: E501
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rules = tmp_path / "mine.yaml"
     rules.write_text(
-        "- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n"
+        "- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n"  # noqa: E501
         + (ktx.injection.rules.rule_folder() / "moe.yaml").read_text()
     )
     text = rules.read_text()
@@ -527,7 +527,7 @@ for line in sys.stdin:  # a process each, that has its imports already
         print(json.dumps({"mapped": mapped, "sum": logits.double().abs().sum().item(), "held": model.ktx.nbytes}), flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-"""
+"""  # noqa: E501
     environment = os.environ | {"KTX_NUMA": numa, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", program]
     with subprocess.Popen(words, env=environment, stdin=-1, stdout=-1, text=True) as parent:

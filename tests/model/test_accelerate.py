@@ -1,4 +1,6 @@
-"""accelerate on a loaded model: hooks, dispatching, checkpoints and Accelerator as on transformers' own; what would move packed weights says so."""
+"""accelerate on a loaded model: hooks, dispatching, checkpoints and Accelerator as on transformers' own; what would
+move packed weights says so.
+"""
 
 from __future__ import annotations
 

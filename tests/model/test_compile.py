@@ -1,4 +1,6 @@
-"""torch.compile and torch.export of a loaded model: the same numbers, few breaks of the graph, no error from inside the compiler."""
+"""torch.compile and torch.export of a loaded model: the same numbers, few breaks of the graph, no error from inside the
+compiler.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.support.tiny_models import LINEAR, tiny
 
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {  # what is adapted: modules, and parameters of experts
-    "llama": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"], []),
+    "llama": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"], []),  # noqa: E501
     "mixtral": (["q_proj", "k_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     "qwen3_moe": (["q_proj", "v_proj", "lm_head"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     "deepseek_v3": (
@@ -164,13 +164,13 @@ Q = {"blk.0.attn_q.weight": ((4, 256), (256, 4))}
         (Q, {"adapter.lora.alpha": "much"}, BadFile, "alpha is 'much'"),
         ({}, {}, BadFile, "no tensor"),
         ({"blk.2.attn_q.weight": ((4, 256), (256, 4))}, {}, BadFile, "the model has 2 layers"),
-        ({"blk.0.attn_q.weight": ((4, 128), (128, 4))}, {}, BadFile, r"q_proj is \[128, 128\] in the adapter, but \[256, 256\] in the model"),
+        ({"blk.0.attn_q.weight": ((4, 128), (128, 4))}, {}, BadFile, r"q_proj is \[128, 128\] in the adapter, but \[256, 256\] in the model"),  # noqa: E501
         ({"blk.0.attn_q.weight": ((4, 256), (257, 4))}, {}, BadFile, "q_proj.weight do not match this model's shape"),
         ({"blk.0.attn_q.weight": ((4, 256), (256, 5))}, {}, BadFile, "which do not match"),
         ({"blk.0.attn_q.weight": ((2, 4, 256), (2, 256, 4))}, {}, BadFile, "shape|in the adapter"),
         ({"blk.0.attn_qkv.weight": ((4, 256), (100, 4))}, {}, BadFile, "shape|in the adapter"),
-        ({"blk.0.attn_sinks.weight": ((4, 256), (256, 4))}, {}, UsageError, "attn_sinks.weight does not match a matrix of this"),
-        ({"blk.0.ffn_gate_exps.weight": ((8, 4, 256), (8, 96, 4))}, {}, UsageError, "ffn_gate_exps.weight does not match a matrix"),
+        ({"blk.0.attn_sinks.weight": ((4, 256), (256, 4))}, {}, UsageError, "attn_sinks.weight does not match a matrix of this"),  # noqa: E501
+        ({"blk.0.ffn_gate_exps.weight": ((8, 4, 256), (8, 96, 4))}, {}, UsageError, "ffn_gate_exps.weight does not match a matrix"),  # noqa: E501
         ({"blk.0.attn_norm.weight": ((4, 256), (256, 4))}, {}, UsageError, "RMSNorm"),
         ({"blk.0.attn_q.weight": ((4, 256), (256, 4)), "blk.0.foo": ((4, 256), (256, 4))}, {}, UsageError, "blk.0.foo"),
         ({"token_embd.weight": ((322, 4), (256, 4))}, {}, BadFile, "a lookup of"),

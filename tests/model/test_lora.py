@@ -1,4 +1,6 @@
-"""LoRA adapters from files: what PEFT computes with them on transformers' own model, in forwards, and in an engine each request with its own."""
+"""LoRA adapters from files: what PEFT computes with them on transformers' own model, in forwards, and in an engine each
+request with its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What researchers do to a model, on each kind of family: a prompt and tokens behind it are as in transformers (the table of docs/research.md)."""
+"""What researchers do to a model, on each kind of family: a prompt and tokens behind it are as in transformers (the
+table of docs/research.md).
+"""
 
 from __future__ import annotations
 

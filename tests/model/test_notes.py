@@ -1,4 +1,6 @@
-"""Notes on a model: a line where it is slow or does something else than was asked, at load, in `ktx plan`, in /health; none where all is as it should be."""
+"""Notes on a model: a line where it is slow or does something else than was asked, at load, in `ktx plan`, in /health;
+none where all is as it should be.
+"""
 
 from __future__ import annotations
 

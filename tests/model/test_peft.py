@@ -1,4 +1,6 @@
-"""Adapters of PEFT on a loaded model: what they compute on transformers' own, in a prompt, in generate and in an engine."""
+"""Adapters of PEFT on a loaded model: what they compute on transformers' own, in a prompt, in generate and in an
+engine.
+"""
 
 from __future__ import annotations
 

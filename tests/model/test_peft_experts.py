@@ -1,4 +1,6 @@
-"""Adapters of PEFT on packed experts (`target_parameters`): what peft computes and trains on transformers' own stacked parameters."""
+"""Adapters of PEFT on packed experts (`target_parameters`): what peft computes and trains on transformers' own stacked
+parameters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""PEFT's other methods, its ways to switch, mix and save adapters, and trainers, on packed weights: what they compute on transformers' own model."""
+"""PEFT's other methods, its ways to switch, mix and save adapters, and trainers, on packed weights: what they compute
+on transformers' own model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Small programs as researchers write them, on odd modules, positions and settings: the numbers of transformers, or an error that names the remedy."""
+"""Small programs as researchers write them, on odd modules, positions and settings: the numbers of transformers, or an
+error that names the remedy.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,9 @@ def test_token_ids_that_there_are_not(two, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gemma2", "gpt_oss"])
 def test_attention_that_is_not_causal(two, family):
-    """As scripts make encoders of decoders: where transformers gives its kernel no mask, the module's `is_causal` counts."""
+    """As scripts make encoders of decoders: where transformers gives its kernel no mask, the module's `is_causal`
+    counts.
+    """
     right, mine = two(family)
     usual = answered(mine)
     padded = torch.ones(2, 9, dtype=torch.int64)

@@ -1,4 +1,6 @@
-"""The state of a loaded model: as tensors, as a checkpoint, in numbers; and what casts, other vocabularies and other weights make of it."""
+"""The state of a loaded model: as tensors, as a checkpoint, in numbers; and what casts, other vocabularies and other
+weights make of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A loaded model written with its packed weights as they are, and read again: the same bits, whatever types it has and whatever was done to it."""
+"""A loaded model written with its packed weights as they are, and read again: the same bits, whatever types it has and
+whatever was done to it.
+"""
 
 from __future__ import annotations
 

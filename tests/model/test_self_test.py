@@ -1,4 +1,6 @@
-"""The self-test at the end of loading: a broken model is refused by what it computes, a right one never, and nothing is left behind."""
+"""The self-test at the end of loading: a broken model is refused by what it computes, a right one never, and nothing is
+left behind.
+"""
 
 from __future__ import annotations
 

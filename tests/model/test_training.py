@@ -1,4 +1,6 @@
-"""Training a loaded model: biases, modules that are put in floats for it, what stays packed and says so, and transformers' Trainer: all as on transformers' own."""
+"""Training a loaded model: biases, modules that are put in floats for it, what stays packed and says so, and
+transformers' Trainer: all as on transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -281,7 +283,7 @@ def test_what_peft_counts_is_told(tmp_path):
     (theirs, everything), (ours, listed) = (model.get_nb_trainable_parameters() for model in made)
     assert ours == theirs and made[1].num_parameters() == everything
     assert said(mine) == [
-        f"{everything - listed:,} packed weights are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out"
+        f"{everything - listed:,} packed weights are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out"  # noqa: E501
         " of all params, model.num_parameters() counts them"
     ]
     made[1].train()

@@ -1,4 +1,6 @@
-"""Attention weights as transformers' eager attention gives them, however they are asked for, and attention functions of a user's own."""
+"""Attention weights as transformers' eager attention gives them, however they are asked for, and attention functions of
+a user's own.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_in_the_call(pair):
 
 @torch.no_grad()
 def test_by_the_implementation(pair):
-    """`set_attn_implementation("eager")`: attention modules return weights, whoever calls them; with the call's flag they are collected."""
+    """`set_attn_implementation("eager")`: attention modules return weights, whoever calls them; with the call's flag
+    they are collected.
+    """
     pair.model.set_attn_implementation("eager")
     same(*(collected(model, output_attentions=True)[0] for model in (pair.model, pair.reference)))
     seen = []
@@ -198,7 +202,9 @@ def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
 
 @torch.no_grad()
 def test_a_function_of_the_users_own(pair):
-    """Registered with transformers and chosen by name: it is given what transformers gives it, and what it returns counts."""
+    """Registered with transformers and chosen by name: it is given what transformers gives it, and what it returns
+    counts.
+    """
     heard = []
 
     def sharpened(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -272,7 +278,9 @@ def test_it_is_said_once(tmp_path, caplog):
 
 @torch.no_grad()
 def test_a_module_that_has_none_says_so(tmp_path, monkeypatch):
-    """Attention that stays transformers' own behind an operator: with its kernel there are no weights, with eager there are."""
+    """Attention that stays transformers' own behind an operator: with its kernel there are no weights, with eager there
+    are.
+    """
     from ktx.ops import attention
 
     monkeypatch.setattr(attention, "unsupported_kwargs", lambda module: ["positions"])

@@ -1,4 +1,6 @@
-"""Methods that are put on classes after a model was loaded: they count as in transformers, in a prompt and for tokens, and so does taking them back."""
+"""Methods that are put on classes after a model was loaded: they count as in transformers, in a prompt and for tokens,
+and so does taking them back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A modeling file that names or computes something otherwise is refused when the plan is made, never answered with nonsense."""
+"""A modeling file that names or computes something otherwise is refused when the plan is made, never answered with
+nonsense.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def test_a_copy_as_it_is_passes(family):
         # the arguments of a forward
         pytest.param("llama", [(rf"\b{CACHE}\b", "kv_store")], "argument 'kv_store'", id="cache-everywhere"),
         pytest.param("deepseek_v3", [(rf"\b{CACHE}\b", "kv_store")], "argument 'kv_store'", id="cache-mla"),
-        pytest.param("qwen3_next", [(r"\bcache_params\b|\bcache\b", "kv_store")], "cache in its forward", id="cache-recurrent"),
+        pytest.param("qwen3_next", [(r"\bcache_params\b|\bcache\b", "kv_store")], "cache in its forward", id="cache-recurrent"),  # noqa: E501
         pytest.param("llama", [(r"\bposition_embeddings\b", "rotary_tables")], "rotary_tables", id="tables"),
         pytest.param("llama", [(r"\battention_mask\b", "visible")], "argument 'visible'", id="mask"),
         pytest.param(
@@ -109,11 +111,11 @@ def test_a_copy_as_it_is_passes(family):
             id="residual",
         ),
         pytest.param(
-            "llama", [(r"torch\.cat\(\(-x2, x1\), dim=-1\)", "torch.cat((x2, -x1), dim=-1)")], "in another way", id="rope"
+            "llama", [(r"torch\.cat\(\(-x2, x1\), dim=-1\)", "torch.cat((x2, -x1), dim=-1)")], "in another way", id="rope"  # noqa: E501
         ),
         pytest.param(
             "llama",
-            [(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(\s*self\.config\._attn_implementation, eager_attention_forward\s*\)",
+            [(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(\s*self\.config\._attn_implementation, eager_attention_forward\s*\)",  # noqa: E501
               "eager_attention_forward")],
             "attention registry|does not compute",
             id="registry",
@@ -122,13 +124,13 @@ def test_a_copy_as_it_is_passes(family):
             "llama", [(rf"{CACHE}\.update\(key_states, value_states", f"{CACHE}.update(value_states, key_states")],
             "keys|values", id="cache-update",
         ),
-        pytest.param("llama", [(rf"({CACHE}\.update\(key_states, value_states, )self\.layer_idx", r"\g<1>0 * self.layer_idx - 1")],
+        pytest.param("llama", [(rf"({CACHE}\.update\(key_states, value_states, )self\.layer_idx", r"\g<1>0 * self.layer_idx - 1")],  # noqa: E501
                      "cache.update", id="cache-index"),
         pytest.param("deepseek_v3", [(r"\* self\.routed_scaling_factor\b", "* 2 * self.routed_scaling_factor")],
                      "weights of experts", id="router-scale"),
         pytest.param(
             "qwen3_moe",
-            [(r"return router_logits, router_scores, router_indices", "return router_logits, router_indices, router_scores")],
+            [(r"return router_logits, router_scores, router_indices", "return router_logits, router_indices, router_scores")],  # noqa: E501
             "logits, weights, ids",
             id="router-return",
         ),

@@ -34,7 +34,9 @@ def logits(model, ids=IDS, **more):
 
 
 def one_by_one(folder, count, monkeypatch):
-    """The same by a dictionary and a loop over tokens: each token's experts sorted by weight, the last ones kept for the next block."""
+    """The same by a dictionary and a loop over tokens: each token's experts sorted by weight, the last ones kept for
+    the next block.
+    """
     model = load(folder, folder / "model.gguf")
     blocks, late = [module for module in model.modules() if isinstance(module, MoE)], {}
 

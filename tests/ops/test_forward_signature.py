@@ -1,4 +1,6 @@
-"""Forwards are called as the installed transformers names things: the cache, by each name that it accepts, by position, and never by one that it warns of."""
+"""Forwards are called as the installed transformers names things: the cache, by each name that it accepts, by position,
+and never by one that it warns of.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Modules that compute in one kernel call: the same numbers as child by child, and only while the children are their own."""
+"""Modules that compute in one kernel call: the same numbers as child by child, and only while the children are their
+own.
+"""
 
 from __future__ import annotations
 

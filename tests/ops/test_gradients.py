@@ -172,7 +172,9 @@ def test_gradients_of_hidden_states_that_a_hook_asks_for(pairs, family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_hidden_states_that_require_grad_after_layers_were_computed_ahead(pairs, family):
-    """On a cache one call computes all layers; then a hook on the first one's result wants to know what the others make of it."""
+    """On a cache one call computes all layers; then a hook on the first one's result wants to know what the others make
+    of it.
+    """
     pair, found = pairs(family), []
     for model in (pair.model, pair.reference):
         cache, seen = prefix(model, DynamicCache(config=model.config), 3), []
@@ -477,7 +479,9 @@ def test_fused_calls_are_for_what_autograd_does_not_record(pairs, family, monkey
 @pytest.mark.parametrize("quant", ["Q8_0", mixed], ids=["Q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_quantised_weights(tmp_path, family, quant):
-    """Each operator's gradient is transformers' on the dequantised weights. A model's differs by what eight bits of activations do to its forward."""
+    """Each operator's gradient is transformers' on the dequantised weights. A model's differs by what eight bits of
+    activations do to its forward.
+    """
     pair = Frozen(tmp_path, family, quant)
     theirs, checked = dict(pair.reference.named_modules()), set()
     for path, module in pair.model.named_modules():

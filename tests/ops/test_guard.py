@@ -1,4 +1,6 @@
-"""What is patched, exchanged or edited on a loaded model counts, in a prompt and for each token behind it, as it does in transformers; or it is refused by name."""
+"""What is patched, exchanged or edited on a loaded model counts, in a prompt and for each token behind it, as it does
+in transformers; or it is refused by name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Hooks on every module inside attention, MLPs, routers and experts: the calls, shapes and numbers that they see in transformers, and what they change counts as it does there."""
+"""Hooks on every module inside attention, MLPs, routers and experts: the calls, shapes and numbers that they see in
+transformers, and what they change counts as it does there.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def answered(model):
 
 
 def inner(pair):
-    """Paths of the modules inside the last layer, and inside the first where that has a state. Both models have all modules."""
+    """Paths of the modules inside the last layer, and inside the first where that has a state. Both models have all
+    modules.
+    """
     mine, theirs = (dict(model.named_modules()) for model in (pair.model, pair.reference))
     last = pair.model.config.num_hidden_layers - 1
     inside = [
@@ -204,7 +208,9 @@ def test_who_only_listens_changes_no_bit(tmp_path, family):
 
 @torch.no_grad()
 def test_a_mask_that_a_hook_edits_counts(pair):
-    """Attention knocked out by a hook that writes to the mask, in place or to a copy: any code finds the mask that transformers makes."""
+    """Attention knocked out by a hook that writes to the mask, in place or to a copy: any code finds the mask that
+    transformers makes.
+    """
     pair.reference.set_attn_implementation("eager")  # sdpa leaves masks out where it can
 
     def knocked_out(mask):
@@ -231,7 +237,9 @@ def test_a_mask_that_a_hook_edits_counts(pair):
 @torch.no_grad()
 @pytest.mark.parametrize("pair", ["llama", "qwen3_moe"], indirect=True)
 def test_attention_is_rebuilt_from_its_parts(pair):
-    """As tools do that show every step of it: projections called by themselves, heads of the sizes that transformers has, and the mask."""
+    """As tools do that show every step of it: projections called by themselves, heads of the sizes that transformers
+    has, and the mask.
+    """
 
     def rebuilt(attention):
         def forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):

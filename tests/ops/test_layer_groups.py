@@ -149,7 +149,9 @@ def test_a_hook_inside_the_fifth_layer_is_called(model):
 
 @pytest.fixture(scope="module")
 def exact(model, tmp_path_factory):
-    """The model with weights in f32 where a hook on all modules has keys expanded (MLA), or a gate computed, as transformers does: activations in eight bits would be rounded otherwise."""
+    """The model with weights in f32 where a hook on all modules has keys expanded (MLA), or a gate computed, as
+    transformers does: activations in eight bits would be rounded otherwise.
+    """
     family = model.config.model_type
     if family not in ("deepseek_v2", "deepseek_v3", "qwen2_moe"):
         return model

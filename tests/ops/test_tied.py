@@ -1,4 +1,6 @@
-"""An output layer tied to an embedding that stays torch's own: both are one matrix, as in transformers, whichever is changed."""
+"""An output layer tied to an embedding that stays torch's own: both are one matrix, as in transformers, whichever is
+changed.
+"""
 
 from __future__ import annotations
 

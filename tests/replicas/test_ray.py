@@ -88,7 +88,7 @@ made.add_node(num_cpus=2, object_store_memory=100 << 20)
 print(made.address, flush=True)
 sys.stdin.read()
 made.shutdown()
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")

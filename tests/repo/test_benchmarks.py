@@ -1,4 +1,6 @@
-"""The scripts of benchmarks/ whose figures the README and the notes quote: they run on the demo model and say what they measured."""
+"""The scripts of benchmarks/ whose figures the README and the notes quote: they run on the demo model and say what they
+measured.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
 def test_a_short_soak_finds_nothing_wrong():
     """What needs a longer time is left out: growth, and every kind of work.
 
-    Of sixty first tokens one may be behind two prompts that fill the cache, thirty medians long; one that starves waits for the load's end, some hundreds.
+    Of sixty first tokens one may be behind two prompts that fill the cache, thirty medians long; one that starves waits
+    for the load's end, some hundreds.
     """
     long = ("requests preempted", "kinds")
     words = [
@@ -140,7 +143,9 @@ GOOD = {"num_preemptions_total": 3.0, "engine_restarts_total": 0.0} | dict.fromk
 
 
 def checked(soak, wrong=(), firsts=(0.1, 0.1, 0.3), statuses=None, sick=(), slope=0.5, files=9, threads=4, **metrics):
-    """The names of the checks that failed after so much went wrong; memory grows by `slope` MB for 1000 requests, from rest to rest."""
+    """The names of the checks that failed after so much went wrong; memory grows by `slope` MB for 1000 requests, from
+    rest to rest.
+    """
     tally = soak.Tally(firsts=list(firsts), wrong=list(wrong), fixed={0: "x"})
     tally.done.update(dict.fromkeys(soak.ACTIONS, 10))
     tally.statuses.update(statuses or {200: 9, 400: 1, 501: 1})
@@ -174,7 +179,9 @@ def test_a_soak_sees_each_fault(soak, broken, name):
 
 
 def test_a_soak_compares_first_tokens_with_those_around_them(soak):
-    """A machine that is slow for minutes is slow for all of them; one that waits while others do not is seen in any minute."""
+    """A machine that is slow for minutes is slow for all of them; one that waits while others do not is seen in any
+    minute.
+    """
     quick, slow = [0.1] * 1000, [1.0] * 300
     assert checked(soak, firsts=[*quick, *slow, 4.0, *slow, *quick]) == []
     for firsts in ([*quick, *slow, 21.0, *slow], [*quick, 2.1], [2.1, *quick, *slow]):

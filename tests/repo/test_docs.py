@@ -2,7 +2,8 @@
 
 A page is one sandbox: its blocks run in order in one directory. A block whose first line is a comment with a file name
 (`# my_rules.yaml`) is written to that file; other `python` blocks run in one namespace; `sh` blocks run line by line.
-MODEL and WEIGHTS name the demo model. A plain `ktx ...` or `python ...` runs in a process that has torch already. `make` targets are asked for (`make -n`), because the landing runs them for real;
+MODEL and WEIGHTS name the demo model. A plain `ktx ...` or `python ...` runs in a process that has torch already.
+`make` targets are asked for (`make -n`), because the landing runs them for real;
 commands that need gigabytes, minutes, a network or another program run as the smaller twin that SMALLER names.
 """
 
@@ -51,7 +52,7 @@ SMALLER: list[tuple[str, str]] = [
     (r"^(ktx download .*)", r"python -m tests.hub.fake \1"),
     (  # on tasks that need no network, where it is installed
         r"^(lm_eval .*)--tasks [\w,]+ (.*)",
-        rf"! command -v lm_eval || \1--tasks ktx_choices,ktx_heldout --include_path {ROOT}/tests/server/lm_eval --limit 4 \2",
+        rf"! command -v lm_eval || \1--tasks ktx_choices,ktx_heldout --include_path {ROOT}/tests/server/lm_eval --limit 4 \2",  # noqa: E501
     ),
     (  # Ray takes its time: the options alone
         r"^ktx (serve --ray .*)",
@@ -59,7 +60,7 @@ SMALLER: list[tuple[str, str]] = [
     ),
     (  # in the background, ended with the page
         r"^(ktx serve .*)",
-        r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",
+        r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",  # noqa: E501
     ),
 ]
 

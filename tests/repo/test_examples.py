@@ -199,7 +199,9 @@ def test_a_bridge_shows_and_changes_what_transformers_does(two):
 
 
 def own(kind, folder, family="qwen3_moe"):
-    """A model of somebody's own, and the words that name it: weights in the folder, elsewhere, or nothing but a GGUF file."""
+    """A model of somebody's own, and the words that name it: weights in the folder, elsewhere, or nothing but a GGUF
+    file.
+    """
     if kind == "safetensors":
         tiny(family).save_pretrained(folder / "own")
         tokenizer().save_pretrained(folder / "own")

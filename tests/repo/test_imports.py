@@ -202,7 +202,7 @@ def test_light_modules_import_no_torch(module):
 
 def test_a_wheel_holds_every_module():
     """An editable installation has them whatever setup.py says."""
-    code = "import setuptools\nfrom distutils.core import run_setup\nprint(*run_setup('setup.py', stop_after='init').packages)"
+    code = "import setuptools\nfrom distutils.core import run_setup\nprint(*run_setup('setup.py', stop_after='init').packages)"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "ktx").rglob("*.py")}

@@ -90,7 +90,7 @@ CPU = ("--no-deps", "--index-url", "{cpu}", "torch==99.0")
 @pytest.mark.parametrize(
     "words,index,driver,calls,said",
     [
-        ("torch==99.0", "cpu", False, [CPU, ("torch==99.0",)], "the CPU build from {cpu} (no NVIDIA driver found): download about 200 MB"),
+        ("torch==99.0", "cpu", False, [CPU, ("torch==99.0",)], "the CPU build from {cpu} (no NVIDIA driver found): download about 200 MB"),  # noqa: E501
         ("torch==99.0", "cpu", True, [("torch==99.0",)], "for this machine's NVIDIA driver: download about 3 GB"),
         ("torch==99.0", "mute", False, [("torch==99.0",)], "{mute} does not respond"),
         ("torch==99.0", "no page", False, [("torch==99.0",)], "does not respond"),
@@ -142,7 +142,7 @@ class Environment:
 
     def install(self, words: str, index: str) -> subprocess.CompletedProcess[str]:
         """By the script as make runs it, on a machine without a driver."""
-        code = f"import runpy, shutil, pathlib, sys; shutil.which = lambda *_: None; real = pathlib.Path.exists; pathlib.Path.exists = lambda p, **k: 'nvidia' not in str(p) and real(p, **k); sys.argv[1:] = ['--constraints', {str(self.constraints)!r}, *{words.split()!r}]; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+        code = f"import runpy, shutil, pathlib, sys; shutil.which = lambda *_: None; real = pathlib.Path.exists; pathlib.Path.exists = lambda p, **k: 'nvidia' not in str(p) and real(p, **k); sys.argv[1:] = ['--constraints', {str(self.constraints)!r}, *{words.split()!r}]; runpy.run_path({str(TOOL)!r}, run_name='__main__')"  # noqa: E501
         return subprocess.run(
             [self.python, "-c", code], env=self.variables | {"TORCH_INDEX": index}, capture_output=True, text=True
         )

@@ -19,7 +19,7 @@ REPORT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.models.test_a" name="test_worse"><error message="failed on setup: no such name">...</error></testcase>
 <testcase classname="tests.hub.test_b" name="test_left_out"><skipped message="no client"/></testcase>
 <testcase classname="tests.hub.test_b" name="test_bad"><failure message="ImportError: gone">...</failure></testcase>
-</testsuite></testsuites>"""
+</testsuite></testsuites>"""  # noqa: E501
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_an_extra_of_a_checkout(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "direct_url,wheel",
     [
-        ('{"url": "file:///home/m%20e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"}', "/home/m e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"),
+        ('{"url": "file:///home/m%20e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"}', "/home/m e/dist/ktx_moe-1-cp311-abi3-linux_x86_64.whl"),  # noqa: E501
         ('{"url": "https://example.org/ktx_moe-1-cp311-abi3-linux_x86_64.whl"}', "https://example.org/ktx_moe-1-cp311-abi3-linux_x86_64.whl"),
         (None, "dist/ktx_moe-0.2.0-cp311-abi3-linux_x86_64.whl"),
     ],
@@ -254,11 +254,12 @@ def test_a_version_outside(monkeypatch, version, said):
     assert len(found) == (said is not None)
     if said:
         assert found == [
-            f"transformers {version} is {said} than the versions ktx was tested with (5.17 to 5.23): pip install 'transformers>=5.17,<5.24'"
+            f"transformers {version} is {said} than the versions ktx was tested with (5.17 to 5.23): pip install 'transformers>=5.17,<5.24'"  # noqa: E501
         ]
 
 
-# Private names of others that ktx uses: package -> where each is found. A new minor version may drop any, so these packages' bounds end behind the
+# Private names of others that ktx uses: package -> where each is found. A new minor version may drop any, so these
+# packages' bounds end behind the
 # newest one that was tested. () makes an instance; a name after / is looked for in the module's source.
 PRIVATE = {
     "torch": [

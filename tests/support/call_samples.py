@@ -131,7 +131,7 @@ WRITINGS: dict[str, Writing] = {
     ),
     "gpt-oss": Writing(
         lambda n, name, a: (
-            f"<|start|>assistant<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{dumps(a)}<|call|>"
+            f"<|start|>assistant<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{dumps(a)}<|call|>"  # noqa: E501
         ),
         marks=("<|call|>", "<|end|>", "<|channel|>"),
         think=("<|channel|>analysis<|message|>", "<|end|>"),

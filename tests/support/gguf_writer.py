@@ -1,4 +1,6 @@
-"""Writes a tiny transformers model as GGUF the way llama.cpp's converter lays it out, and returns the weights as they can be read back. LoRA adapters of PEFT's too."""
+"""Writes a tiny transformers model as GGUF the way llama.cpp's converter lays it out, and returns the weights as they
+can be read back. LoRA adapters of PEFT's too.
+"""
 
 from __future__ import annotations
 
@@ -382,7 +384,9 @@ def write_gguf(
 
 
 class LoraWriter(Writer):
-    """An adapter as convert_lora_to_gguf.py writes it: what a model's converter does to rows of W it does to B's, what it does to columns to A's."""
+    """An adapter as convert_lora_to_gguf.py writes it: what a model's converter does to rows of W it does to B's, what
+    it does to columns to A's.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -418,7 +422,9 @@ class LoraWriter(Writer):
 
 
 def write_gguf_lora(path: Path, folder: Path, model: Any, quant: str = "F32", **keys: Any) -> None:
-    """A folder of PEFT's as one GGUF file, for the transformers model that it was made for. `keys`: of the header, None for one that is left out."""
+    """A folder of PEFT's as one GGUF file, for the transformers model that it was made for. `keys`: of the header, None
+    for one that is left out.
+    """
     config = json.loads((folder / "adapter_config.json").read_text())
     header = {gguf.Keys.Adapter.LORA_ALPHA: float(config["lora_alpha"])} | keys
     writer = LoraWriter(path, model.config, quant, False, False, False, header)

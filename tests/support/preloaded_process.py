@@ -1,6 +1,8 @@
-"""`python -m MODULE ...` or `python SCRIPT.py ...` in a process of its own that need not import torch and transformers first, which takes five seconds.
+"""`python -m MODULE ...` or `python SCRIPT.py ...` in a process of its own that need not import torch and transformers
+first, which takes five seconds.
 
-multiprocessing's forkserver has imported both, and nothing of ktx but the package, which sets what must be set before torch. What a command costs to start, and what it
+multiprocessing's forkserver has imported both, and nothing of ktx but the package, which sets what must be set before
+torch. What a command costs to start, and what it
 leaves unimported, is for tests that start Python itself.
 """
 
@@ -27,7 +29,9 @@ _context.set_forkserver_preload(PRELOADED)
 def run(
     *words: object, text: str | bytes = "", env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run([sys.executable, "-m", *words], input=text, text=True, capture_output=True, ...), without "-m" for a script."""
+    """As subprocess.run([sys.executable, "-m", *words], input=text, text=True, capture_output=True, ...), without "-m"
+    for a script.
+    """
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("in", "out", "err")]

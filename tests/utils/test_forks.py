@@ -1,4 +1,6 @@
-"""A forked child computes, whatever other threads of its parent were doing, and the parent goes on as if nothing had been."""
+"""A forked child computes, whatever other threads of its parent were doing, and the parent goes on as if nothing had
+been.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,7 @@ with model.ktx.engine(kv_cache_tokens=2048) as engine:
         found["the engine in a child"] = children(lambda: leaves(engine), 1)
 computes()
 print(json.dumps(found))
-"""
+"""  # noqa: E501
 FORKS = ("idle", "one thread", "three threads", "teams that change", "of a fork", "engine", "the engine in a child")
 
 

@@ -101,19 +101,19 @@ def in_layers(name, layers=range(2)):
 @pytest.mark.parametrize(
     "more,listed",
     [
-        (in_layers("self_attn.rotary_emb.inv_freq"), "2 {}model.layers.*.self_attn.rotary_emb.inv_freq (2), a computed table"),
+        (in_layers("self_attn.rotary_emb.inv_freq"), "2 {}model.layers.*.self_attn.rotary_emb.inv_freq (2), a computed table"),  # noqa: E501
         (in_layers("self_attn.masked_bias"), "2 {}model.layers.*.self_attn.masked_bias (2), a computed mask"),
         (in_layers("self_attn.bias"), "2 {}model.layers.*.self_attn.bias (2), a computed mask"),
         ({"model.embeddings.position_ids": ONE}, "1 {}model.embeddings.position_ids (1), computed positions"),
         (in_layers("self_attn.q_norm.weight"), "2 {}model.layers.*.self_attn.q_norm.weight (2)"),
-        (in_layers("self_attn.q_norm.bias") | in_layers("self_attn.q_norm.weight"), "4 {}model.layers.*.self_attn.q_norm.bias (2); model.layers.*.self_attn.q_norm.weight (2)"),
-        (in_layers("mlp.up_proj.weight", [2, 3]), "2 {}model.layers.2.mlp.up_proj.weight (1), after the 2 layers of the configuration; model.layers.3.mlp.up_proj.weight (1), after the 2 layers of the configuration"),
-        (in_layers("mlp.up_proj.weight_scale", [2]) | in_layers("eh_proj.weight", [2]), "2 {}model.layers.2.* (2), multi-token prediction"),
+        (in_layers("self_attn.q_norm.bias") | in_layers("self_attn.q_norm.weight"), "4 {}model.layers.*.self_attn.q_norm.bias (2); model.layers.*.self_attn.q_norm.weight (2)"),  # noqa: E501
+        (in_layers("mlp.up_proj.weight", [2, 3]), "2 {}model.layers.2.mlp.up_proj.weight (1), after the 2 layers of the configuration; model.layers.3.mlp.up_proj.weight (1), after the 2 layers of the configuration"),  # noqa: E501
+        (in_layers("mlp.up_proj.weight_scale", [2]) | in_layers("eh_proj.weight", [2]), "2 {}model.layers.2.* (2), multi-token prediction"),  # noqa: E501
         ({"mtp.layers.0.mlp.up_proj.bias": ONE, "mtp.fc.weight": ONE}, "2 {}mtp.* (2), multi-token prediction"),
-        ({"model.visual.blocks.0.attn.qkv.bias": ONE, "model.visual.blocks.1.attn.qkv.weight_scale": ONE}, "2 {}model.visual.* (2), for images, only text is supported"),
-        ({"vision_tower.a.3.weight": ONE, "vision_tower.b.weight": ONE, "multi_modal_projector.linear_1.bias": ONE}, "3 {}multi_modal_projector.linear_1.bias (1), for images, only text is supported; vision_tower.* (2), for images, only text is supported"),
-        ({"audio_tower.conv1.weight": ONE, "audio_tower.conv2.weight": ONE}, "2 {}audio_tower.* (2), for audio, only text is supported"),
-        ({"classifier.weight": ONE, "classifier.weight_scale": ONE}, "2 {}classifier.weight (1); classifier.weight_scale (1)"),
+        ({"model.visual.blocks.0.attn.qkv.bias": ONE, "model.visual.blocks.1.attn.qkv.weight_scale": ONE}, "2 {}model.visual.* (2), for images, only text is supported"),  # noqa: E501
+        ({"vision_tower.a.3.weight": ONE, "vision_tower.b.weight": ONE, "multi_modal_projector.linear_1.bias": ONE}, "3 {}multi_modal_projector.linear_1.bias (1), for images, only text is supported; vision_tower.* (2), for images, only text is supported"),  # noqa: E501
+        ({"audio_tower.conv1.weight": ONE, "audio_tower.conv2.weight": ONE}, "2 {}audio_tower.* (2), for audio, only text is supported"),  # noqa: E501
+        ({"classifier.weight": ONE, "classifier.weight_scale": ONE}, "2 {}classifier.weight (1); classifier.weight_scale (1)"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_listed_by_pattern(saved, tmp_path, more, listed, capsys):

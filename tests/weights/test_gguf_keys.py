@@ -147,11 +147,11 @@ def test_a_factor_alone_is_linear(tmp_path, keys):
         ("glm4_moe", {"expert_gating_func": 1}, "gating function: 1 in the file"),
         ("ernie4_5_moe", {"interleave_moe_layer_step": 2}, "distance between MoE layers: 2"),
         ("gpt_oss", {"attention.sliding_window": 128}, "window: 128 tokens in the file, 8 in the"),
-        ("gpt_oss", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}, "sliding window: .* in different layers"),
+        ("gpt_oss", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}, "sliding window: .* in different layers"),  # noqa: E501
         ("qwen3_5_text", {"ssm.group_count": 4}, "key heads of linear attention: 4"),
         ("qwen3_5_text", {"ssm.inner_size": 256}, "value columns of linear attention: 256"),
         ("qwen3_5_text", {"full_attention_interval": 2}, "linear attention: .* in different layers"),
-        ("qwen3_5_text", {"attention.recurrent_layers": [True, False, True, False]}, "linear attention: .* in different layers"),
+        ("qwen3_5_text", {"attention.recurrent_layers": [True, False, True, False]}, "linear attention: .* in different layers"),  # noqa: E501
         ("qwen3_next", {"rope.dimension_count": 64}, "rotated columns"),
     ],
 )  # fmt: skip
@@ -170,8 +170,8 @@ AGREEING = [
     ("qwen3_5_text", {"ssm.group_count": 2, "ssm.state_size": 32, "ssm.time_step_rank": 4, "ssm.inner_size": 128,
                       "ssm.conv_kernel": 4, "full_attention_interval": 4, "rope.dimension_sections": [3, 3, 2, 0]}),
     ("qwen3_5_text", {"attention.recurrent_layers": [True, True, True, False]}),
-    ("gpt_oss", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False], "rope.freq_base": 150000.0}),
-    ("glm4_moe", {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0, "expert_shared_count": 1,
+    ("gpt_oss", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False], "rope.freq_base": 150000.0}),  # noqa: E501
+    ("glm4_moe", {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0, "expert_shared_count": 1,  # noqa: E501
                   "expert_group_count": 2, "expert_group_used_count": 1, "leading_dense_block_count": 1}),
     ("ernie4_5_moe", {"interleave_moe_layer_step": 1, "leading_dense_block_count": 1, "expert_shared_count": 1}),
     ("minimax_m2", {"expert_gating_func": 2}),

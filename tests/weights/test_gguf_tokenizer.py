@@ -149,8 +149,8 @@ A = len(MARKS) + LETTERS.index("a")
         ({"add_eos_token": True}, [A, 2]),
         ({"add_bos_token": True, "add_eos_token": True}, [1, A, 2]),
         ({"add_sep_token": True, "seperator_token_id": 7}, [A]),  # it stands between two texts
-        *(({"pre": pre}, [1, A]) for pre in ("llama-bpe", "llama3", "llama-v3", "tekken", "falcon3", "lfm2", "pixtral", "chameleon")),
-        *(({"pre": pre}, [A]) for pre in ("qwen2", "deepseek-v3", "gpt-4o", "kimi-k2", "glm4", "dbrx", "smaug-bpe", "olmo")),
+        *(({"pre": pre}, [1, A]) for pre in ("llama-bpe", "llama3", "llama-v3", "tekken", "falcon3", "lfm2", "pixtral", "chameleon")),  # noqa: E501
+        *(({"pre": pre}, [A]) for pre in ("qwen2", "deepseek-v3", "gpt-4o", "kimi-k2", "glm4", "dbrx", "smaug-bpe", "olmo")),  # noqa: E501
         ({"pre": "llama-bpe", "add_bos_token": False}, [A]),
         ({"pre": "tekken", "add_bos_token": False, "add_eos_token": True}, [A, 2]),
         ({"pre": "qwen2", "add_eos_token": True, "eos_token_id": 5}, [A, 5]),
@@ -255,7 +255,7 @@ def test_white_space_behind_marks_of_phi_3(name, stripped):
         (MARKS, {"eot_token_id": 5, "eom_token_id": 6}, [2, 5, 6]),
         (MARKS, {"fim_pad_token_id": 4, "fim_rep_token_id": 5, "fim_sep_token_id": 6}, [2, 4, 5, 6]),
         (["<x>", "<y>", "<z>", "<|eot_id|>", "<|eom_id|>"], {}, [2, 3, 4]),
-        (["<x>", "<y>", "<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"], {}, [2, 3, 4, 5, 6]),
+        (["<x>", "<y>", "<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"], {}, [2, 3, 4, 5, 6]),  # noqa: E501
         (["<x>", "<y>", "<eos>", "<end_of_turn>", "<pad>"], {}, [2, 3]),
         (["<x>", "<y>", "<|endoftext|>", "<|end|>"], {}, [2, 3]),
         (["<x>", "<y>", "<|return|>", "<|call|>", "<|end|>"], {}, [2, 3]),  # gpt-oss: messages end, answers do not

@@ -23,7 +23,9 @@ SHA = {"main": "a" * 40, "v2": "b" * 40}
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub's with two revisions of org/name, without a network; a function that gives a revision's folder."""
+    """A cache of the hub's with two revisions of org/name, without a network; a function that gives a revision's
+    folder.
+    """
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -1,4 +1,6 @@
-"""What a checkpoint says of its quantisation: computed where every key is what we compute, refused by name otherwise."""
+"""What a checkpoint says of its quantisation: computed where every key is what we compute, refused by name
+otherwise.
+"""
 
 from __future__ import annotations
 
