@@ -14,7 +14,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-oldest test-newest test-allowed cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
+.PHONY: help chat test test-fast test-oldest test-newest test-allowed cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,15 @@ chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--m
 
 test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx512vnni|... chooses the kernels)
 	$(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
+
+# Files of every folder that take few seconds, without the tests that are marked slow.
+FAST ?= tests/cache/test_pages.py tests/chat/test_chat.py::test_usage_errors_are_one_line tests/chat_formats/test_messages.py tests/chat_formats/test_parser.py tests/cli/test_arguments.py \
+	tests/demo/test_demo.py tests/engine/test_scripted.py tests/engine/test_stats.py tests/families/test_declarations.py tests/gpu/test_placed.py \
+	tests/hub/test_file_selection.py tests/injection/test_rules.py tests/integrations/test_experts_interface.py::test_some_tokens_and_none tests/kernels/test_expert_stats.py \
+	tests/kernels/test_tiles.py tests/loader/test_defaults.py tests/model/test_notes.py tests/ops/test_forward_signature.py tests/placement \
+	tests/replicas/test_affinity.py tests/repo/test_public.py tests/server/test_auth.py tests/top tests/utils/test_old_names.py tests/weights/test_accounting.py
+test-fast: $(VENV)/.dev  ## the tests of every folder that are quick, in less than a minute
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" $(FAST)
 
 # What meets transformers: its models and configurations, caches, tokenizers and templates.
 OLDEST ?= tests/ops tests/families tests/loader tests/model/test_lora.py tests/model/test_gguf_lora.py tests/model/test_peft.py tests/model/test_peft_experts.py \

@@ -106,6 +106,7 @@ def test_one_kind_of_tests_may_be_left_out(monkeypatch):
     assert taken == [["tg32"], ["pp512"], ["pp16", "tg8"], ["pp4", "pp4@d32"]]
 
 
+@pytest.mark.slow
 def test_a_bench_without_prompts_prints_tokens_alone():
     done = preloaded_process.run("ktx", "bench", *MODEL, "-p", "0", "-n", "2", "-r", "1")
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ def test_every_listed_answer_is_right(loaded):
     assert not wrong, wrong
 
 
+@pytest.mark.slow
 def test_perplexity_is_near_the_recorded_one(loaded):
     name, model, words = loaded
     measured = evaluate.perplexity(model, words, demo.heldout().read_text(encoding="utf-8"))
@@ -82,6 +83,7 @@ def test_bf16_has_the_logits_of_transformers(stock):
         assert (ours - theirs).abs().max() < 1e-3 * theirs.std()
 
 
+@pytest.mark.slow
 def test_recorded_perplexity_is_what_transformers_measures(stock):
     measured = evaluate.perplexity(*stock, demo.heldout().read_text(encoding="utf-8"))
     assert math.isclose(measured, RECORDED, rel_tol=2e-3)

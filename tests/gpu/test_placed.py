@@ -78,6 +78,7 @@ def test_the_same_errors_as_on_the_cpu(moe):
         moe.load([Rule("self_attn$", replace="MLA", device="cuda:0", kwargs={"absorb": True})])
 
 
+@pytest.mark.slow
 def test_prompts_can_stay_absorbed(moe):
     one = [Rule("self_attn$", replace="MLA", kwargs={"absorb_for_prefill": True})]
     placed = moe.load([*one, *rules("deepseek_v3", Experts="cpu")])
@@ -104,6 +105,7 @@ def test_pretended_gpus_need_the_interpreter(moe, monkeypatch):
         moe.on()
 
 
+@pytest.mark.slow
 def test_packed_weights_are_kept_on_disk_for_what_is_on_the_cpu(moe, tmp_path):
     for _ in range(2):
         placed = moe.load(moe.rules(Experts="cpu"), packed_cache_dir=tmp_path)

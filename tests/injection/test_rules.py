@@ -126,6 +126,7 @@ def test_a_dotted_class_is_that_class_and_no_namesake():
     ).matches("x", nn.Linear)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_damaged_rule_file_is_one_line_or_rules(data):

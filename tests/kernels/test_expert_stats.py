@@ -129,6 +129,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_seconds_are_by_memory_node():
     def told(numa):
         env = os.environ | {"KTX_NUMA": numa, "PYTHONPATH": os.getcwd()}

@@ -100,6 +100,7 @@ def on(isa, code):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_type_on_the_model():
     found = on("amxmodel", "import json; from ktx.kernels.check import measure; print(json.dumps(measure()))")
     for name, errors in found["errors"].items():

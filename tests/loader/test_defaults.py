@@ -111,6 +111,7 @@ def same(found, expected):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 def test_a_loaded_model_computes_the_same(made, state):
     folder, model, expected = made
@@ -119,6 +120,7 @@ def test_a_loaded_model_computes_the_same(made, state):
     same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 def test_a_model_loaded_under_them_is_the_same_there_and_afterwards(made, state):
     folder, _, expected = made
@@ -158,6 +160,7 @@ def test_a_type_that_is_asked_for_counts(made):
         assert ktx.load(made[0], progress=False, dtype=torch.bfloat16)[0](IDS).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_everything_is_imported_under_another_default_type(tmp_path):
     """Constants of modules are made when these are imported."""
     tiny("llama").save_pretrained(tmp_path)

@@ -201,6 +201,7 @@ def test_a_librarys_deprecation_is_no_note_and_is_passed_on():
 LATE = "torch was imported before ktx: its OpenMP threads spin"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "more", "said"),
     [

@@ -105,6 +105,7 @@ def held_states(layer) -> int:
     return sum(state.nbytes for states in (layer.conv_states, layer.recurrent_states) for state in states.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset,quant", [("v2lite", "Q4_K_M"), ("v3", "Q8_0"), ("qwen3-30b", "Q4_K_M")])
 def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
     file = write(tmp_path, preset, "--quant", quant)
@@ -137,6 +138,7 @@ def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
 # ---- choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context,most", [(8 << 10, 14), (128 << 10, 24)])
 def test_deepseek_v3_beside_the_experts_fits_a_small_gpu(v3, context, most):
     made = fit(v3, Budget((most * GB,), 420 * GB, context))
@@ -261,6 +263,7 @@ def test_what_does_not_fit_says_what_would(v3):
     assert solve(v3, replace(budget, context=context + 64)).exceeded()
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_memory_a_gpu_or_a_quant(v3):
     budget = Budget((24 * GB,), 300 * GB, 8 << 10)
     ram, vram, quant = suggestions(solve(v3, budget))
@@ -309,6 +312,7 @@ def test_a_token_is_as_slow_as_its_bytes():
 # ---- the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vram", ["1.5G", "0.6G,0.6G"])
 def test_the_file_that_is_written_plans_to_the_same_placement(two, tmp_path, capsys, demo, vram):
     file = tmp_path / "placed.yaml"
@@ -320,6 +324,7 @@ def test_the_file_that_is_written_plans_to_the_same_placement(two, tmp_path, cap
     assert {step.path: step.device for step in ktx.plan(*DEMO[1::2], rules=file) if step.tensors} == made.devices
 
 
+@pytest.mark.slow
 def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
     made = fit(v3, Budget((48 * GB, 24 * GB), 420 * GB))
     write_file(tmp_path / "v3.yaml", made, str(rule_folder() / "mla-moe.yaml"))
@@ -343,6 +348,7 @@ def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_pa
         assert load_rules(file).stream_experts_min_tokens == word
 
 
+@pytest.mark.slow
 def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
     mine.write_text((rule_folder() / "mla-moe.yaml").read_text())
