@@ -51,8 +51,8 @@ VARIABLES = {
             "KTX_FUSION",
             str,
             "on",
-            "`on` (default): consecutive decoder layers are computed in one kernel call; `off`: layer by layer, with equal"
-            " results, to find out whether a problem is in the groups of layers",
+            "`on` (default): consecutive decoder layers are computed in one kernel call; `off`: layer by layer, with"
+            " equal results, to find out whether a problem is in the groups of layers",
         ),
         Variable(
             "KTX_API_KEY", str, "", "API keys of `ktx serve`, separated by spaces; `ktx bench serve` sends the first"

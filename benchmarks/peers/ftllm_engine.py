@@ -55,6 +55,7 @@ class StubModule(types.ModuleType):
 
 
 def is_importable(name: str) -> bool:
+    """Whether a module can be imported."""
     try:
         importlib.import_module(name)
     except ImportError:
@@ -63,6 +64,7 @@ def is_importable(name: str) -> bool:
 
 
 def install_stub(name: str) -> None:
+    """Makes a module importable that ftllm imports and this measurement does not use."""
     module: Any = StubModule(name)
     module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
     sys.modules[name] = module

@@ -1,8 +1,8 @@
 """kt-kernel's process for compare.py: the expert kernels of the kt-kernel wheel (0.7).
 
-It speaks the protocol of ktx.cli.bench_layer. kt-kernel's Python wrapper pins memory and needs CUDA; the classes below it do
-not. If its workers use all cores, its waiting caller takes one away from them: so each layer is also built with one
-worker fewer, and the better result counts.
+It speaks the protocol of ktx.cli.bench_layer. kt-kernel's Python wrapper pins memory and needs CUDA; the classes below
+it do not. If its workers use all cores, its waiting caller takes one away from them: so each layer is also built with
+one worker fewer, and the better result counts.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: warning: {message}", file=sys.stderr)
 
     def error(self, message: str) -> NoReturn:
+        """Exits with status 2 and the message, which also names similar options for unknown ones."""
         options = [name for name in self._option_string_actions if name.startswith("--")]
         unknown = message.partition("unrecognized arguments: ")[2].split()
         for argument in unknown:
@@ -124,6 +125,7 @@ class SubCommands(argparse._SubParsersAction):
     """Subparsers that reject options given before the subcommand's name, because argparse would lose them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Stores the command; an error for options before it, because argparse would forget them."""
         for action in parser._actions:
             if action.dest != self.dest and getattr(namespace, action.dest, action.default) != action.default:
                 parser.error(f"{action.option_strings[0]} must come after {values[0]}")

@@ -287,7 +287,7 @@ def _is_prompt(test: str, more_than: int) -> bool:
 
 
 def _both_fit(peer_bytes: int) -> tuple[bool, str]:
-    """Returns whether the peer with weights of `peer_bytes` fits in memory together with the loaded ktx, and a text that says so.
+    """Returns whether the peer with weights of `peer_bytes` fits in memory together with ktx, and a text that says so.
 
     If both fit, the engines alternate test by test and see the same conditions. Repacking moves the peer's weights, it
     does not double them.

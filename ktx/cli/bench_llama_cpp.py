@@ -46,6 +46,7 @@ class LlamaCpp:
         return bool(self.state)
 
     def model_params(self, args: argparse.Namespace) -> Any:
+        """Returns the parameters of the model: weights mapped, and repacked if `args` says so."""
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, bool(args.repack)
         return params
@@ -56,6 +57,7 @@ class LlamaCpp:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
 
     def batch(self, tokens: Any) -> Any:
+        """Returns a llama_batch of one sequence of tokens."""
         return self.lib.llama_batch_get_one(tokens, len(tokens))
 
     def decode(self, ids: list[int]) -> None:
@@ -70,6 +72,7 @@ class LlamaCpp:
         self.lib.llama_synchronize(self.state)
 
     def system_info(self) -> str:
+        """Returns the instruction sets that the library was built for and found."""
         return str(self.lib.llama_print_system_info().decode())
 
 
@@ -87,12 +90,14 @@ class IkLlamaCpp(LlamaCpp):
         self.c_library.llama_print_system_info.restype = ctypes.c_char_p
 
     def model_params(self, args: argparse.Namespace) -> Any:
+        """Returns the parameters of the model: weights mapped, and repacked if `args` says so."""
         params = self.lib.llama_model_default_params()
         params.repack_tensors, params.mla = bool(args.repack), self.lib.llama_context_default_params().mla_attn
         params.use_mmap = not args.repack  # it repacks into newly allocated memory
         return params
 
     def clear(self) -> None:
+        """Empties the KV cache."""
         self.position = 0
         self.lib.llama_kv_cache_clear(self.state)
 
@@ -103,9 +108,11 @@ class IkLlamaCpp(LlamaCpp):
         )
 
     def wait(self) -> None:
+        """Waits until the library has computed the last batch."""
         self.c_library.llama_synchronize(self.state)
 
     def system_info(self) -> str:
+        """Returns the instruction sets that the library was built for and found."""
         return str(self.c_library.llama_print_system_info().decode())
 
 

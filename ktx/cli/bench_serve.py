@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ktx.cli.arguments import flag, int_list, model_options, positive
@@ -237,7 +238,7 @@ def decode_speed(timings: list[Timing], clients: int) -> float | None:
     changes = [(timing.chunks[0][0], 1) for timing in timings] + [(timing.chunks[-1][0], -1) for timing in timings]
     num_decoding, seconds, spans = 0, 0.0, list[tuple[float, float]]()
     changes.sort()
-    for (start, change), (end, _) in zip(changes, changes[1:], strict=False):
+    for (start, change), (end, _) in pairwise(changes):
         num_decoding += change
         if num_decoding == clients and end > start:
             spans.append((start, end))

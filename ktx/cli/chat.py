@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         _use_demo_model(args, print_note)
     import ktx
 
-    model, tokenizer = ktx.load(
+    model, _ = ktx.load(
         args.model,
         args.weights,
         args.rules,

@@ -27,6 +27,7 @@ OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktx doctor`."""
     flag(parser, "--json", help="print one JSON object instead of tables")
     flag(parser, "--quick", help="skip the measurements of bandwidth and peak speed")
 

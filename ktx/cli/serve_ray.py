@@ -151,6 +151,7 @@ class EngineFactory:
         self.make, self.options = make, options
 
     def __call__(self, threads: int, state: Any) -> Any:
+        """Returns the engine of a replica with so many threads."""
         return self.make(argparse.Namespace(**{**self.options, "threads": threads}), state)
 
 

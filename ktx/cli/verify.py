@@ -452,7 +452,7 @@ def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
     return outputs[0]
 
 
-def _skip_layer() -> Any:  # noqa: N802
+def _skip_layer() -> Any:
     """Returns a decoder layer that does nothing, in the place of one that is not measured."""
     import torch
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import AdapterUses

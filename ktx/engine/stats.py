@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from ktx.injection.inject import layer_of
 from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import experts_by_path

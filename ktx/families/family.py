@@ -36,8 +36,8 @@ class GGUF:
     Attributes:
         arch: `general.architecture`.
         config_keys: configuration attribute -> metadata key without the architecture prefix ("?": optional), in
-            addition to those that every family has; a file whose value differs from the configuration is refused. None: the metadata lacks part of the configuration, so the folder
-            is needed.
+            addition to those that every family has; a file whose value differs from the configuration is refused. None:
+            the metadata lacks part of the configuration, so the folder is needed.
         fixed: configuration attributes without a key, because llama.cpp's graph fixes them.
         gating: accepted values of expert_gating_func (1 softmax, 2 sigmoid, 3 softmax of the chosen experts).
         norm_topk_prob: whether routing weights are normalized, where the configuration has no norm_topk_prob.

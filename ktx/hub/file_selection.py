@@ -62,6 +62,7 @@ class FileSelection:
 
     @property
     def files(self) -> list[File]:
+        """All files to download."""
         return self.weights + self.other_files
 
 

@@ -49,6 +49,7 @@ class ModelInfo(Protocol):
 
     plan: Plan
     weights: str
+    nbytes: int
     kv_dtype: KVType
     tokenizer: PreTrainedTokenizerBase | None
     identity: Any

@@ -414,7 +414,10 @@ SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[st
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _make_experts),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _make_expert_bias),
         (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _make_correction_bias),
-        (r"(?:mlp|block_sparse_moe|feed_forward)\.router\.weight", lambda n, b, match: n.one(f"{b}ffn_gate_inp.weight")),
+        (
+            r"(?:mlp|block_sparse_moe|feed_forward)\.router\.weight",
+            lambda n, b, match: n.one(f"{b}ffn_gate_inp.weight"),
+        ),
         (r"mlp\.shared_expert_gate\.weight", _make_shared_gate),
         (r"mlp\.gate_up_proj\.weight", _make_gate_up),
         (r"linear_attn\.dt_bias", _make_dt_bias),

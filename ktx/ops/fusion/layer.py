@@ -28,7 +28,8 @@ CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 class LayerGroup(Protocol):
     """A group of layers that starts with a layer: computes all of them and returns the first one's output, or None."""
 
-    def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None: ...
+    def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
+        """Computes hidden_states [B, S, D]; None if the layers have to be computed one by one."""
 
 
 class Layer(Operator):

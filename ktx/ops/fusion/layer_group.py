@@ -1,7 +1,7 @@
 """Fused layer groups: consecutive decoder layers in one kernel call, switched off by KTX_FUSION=off.
 
-`group_layers` is the only entry: it gives the first layer of each group a `FusedLayerGroup`. Without it, each layer runs
-its own fused steps, with equal results.
+`group_layers` is the only entry: it gives the first layer of each group a `FusedLayerGroup`. Without it, each layer
+runs its own fused steps, with equal results.
 """
 
 from __future__ import annotations

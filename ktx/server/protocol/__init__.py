@@ -14,17 +14,17 @@ from ktx.server.protocol.openai import (
 from ktx.server.protocol.responses import ResponsesRequest, ResponseTokensRequest
 
 __all__ = [
-    "MessagesRequest",
     "ChatCompletionRequest",
     "CompletionRequest",
     "CountTokensRequest",
     "DetokenizeRequest",
     "LoadAdapter",
+    "MessagesRequest",
     "OllamaChat",
     "OllamaGenerate",
     "OllamaShow",
-    "ResponsesRequest",
     "ResponseTokensRequest",
+    "ResponsesRequest",
     "TokenizeRequest",
     "UnloadAdapter",
     "parameters",

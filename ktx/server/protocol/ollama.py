@@ -83,7 +83,7 @@ class OllamaMessage(StrictModel):
 class OllamaChat(OllamaShared):
     """The body of /api/chat."""
 
-    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list, max_length=10_000)]
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
 

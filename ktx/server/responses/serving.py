@@ -150,7 +150,7 @@ def _resolve_tool_choice(
         return restrict_tools(tools, [tool.name for tool in requested.tools], requested.mode)
     choice = requested.name if isinstance(requested, ResponseChoice) else requested or "auto"
     names = [tool["function"]["name"] for tool in tools]
-    if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
+    if (choice == "required" and not names) or choice not in ("auto", "none", "required", *names):
         raise APIError(400, f"tool_choice is {choice!r}, but the tools are {names}", "tool_choice")
     return tools, choice
 
