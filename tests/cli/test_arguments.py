@@ -1,4 +1,7 @@
-"""Nothing that a user writes is ignored: what cannot be meant, or would not be read, is an error that says what was found and what there is."""
+"""The command line ignores nothing that a user writes.
+
+What cannot be meant, or would not be read, is an error that says what was found and what there is.
+"""
 
 from __future__ import annotations
 

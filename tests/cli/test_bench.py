@@ -97,7 +97,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("peer_name", ["llama.cpp", "ik_llama.cpp"])
 def test_a_long_prompt_finds_the_peers_better_ubatch(model, fake, peer_name):
-    """Each call of the made-up one takes as long as any other, so the larger is better; what is not longer than the smaller one is left to that."""
+    """The bench takes the larger ubatch for a prompt that is longer than the smaller one.
+
+    Each call of the made-up peer takes as long as any other, so the larger is better; a prompt that is not longer than
+    the smaller one is left to that.
+    """
     done = run("--model", model, "-p", "700,64", "-n", "2", "-t", "2", "-r", "1", "--peer", peer_name, "--json")
     assert done.returncode == 0, done.stderr
     engines = {
@@ -138,7 +142,8 @@ def test_the_peer_runs_in_its_better_form_for_each_test(model, fake, peer_name):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(line["test"], line["engine"]) for line in lines] == [
-        ("pp32", "ktx"), ("pp32", f"{peer_name} (repack on, -ub 512)"), ("tg3", "ktx"), ("tg3", f"{peer_name} (repack off, -ub 512)"),
+        ("pp32", "ktx"), ("pp32", f"{peer_name} (repack on, -ub 512)"),
+        ("tg3", "ktx"), ("tg3", f"{peer_name} (repack off, -ub 512)"),
     ]  # fmt: skip
     for mine, peer in (lines[:2], lines[2:]):
         assert mine["ratio"] == pytest.approx(mine["tok_s"] / peer["tok_s"])

@@ -1,4 +1,7 @@
-"""ktx bench serve: what it measures agrees with a server of known pace, errors are counted, the prompts are as long as they were asked for."""
+"""ktx bench serve measures the pace of a server of known pace.
+
+Errors are counted, and the prompts are as long as they were asked for.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def measured(capsys, *words):
 
 @pytest.mark.wall_clock
 def test_the_numbers_are_the_servers_pace(slow, capsys):
-    """A token of a prompt or an answer takes PACE; four answers side by side take four times that for each of theirs."""
+    """The server takes PACE for a token of a prompt or an answer.
+
+    Four answers side by side take four times that for each of theirs.
+    """
     words = ("--url", slow, "-c", "1,4", "--requests", 4, "--prompt-tokens", 10, "--answer-tokens", 12)
     words += ("--seed", 7)  # none of these begins like another one here
     (one, four), _ = measured(capsys, *words)
@@ -102,7 +108,10 @@ def test_figures_of_known_times():
 
 
 class Strange(BaseHTTPRequestHandler):
-    """Another maker's server: no ids, 1.5 tokens a word and one before; of its streams the second breaks off, the third tells of an error, the fourth is refused."""
+    """Another maker's server takes no ids and counts 1.5 tokens a word and one before.
+
+    Of its streams the second breaks off, the third tells of an error, the fourth is refused.
+    """
 
     seen: list[dict] = []
     protocol_version = "HTTP/1.0"

@@ -33,7 +33,12 @@ def folder(tmp_path_factory):
 @pytest.mark.wall_clock
 @pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=lambda w: w[0])
 def test_help_is_instant_and_needs_no_torch(words):
-    code = f"import sys; sys.argv = ['ktx', *{words!r}]\nfrom ktx.__main__ import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nsys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; sys.argv = ['ktx', *{words!r}]\n"
+        "from ktx.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     best = 9.0
     for _ in range(3):
         start = time.perf_counter()
@@ -138,7 +143,8 @@ def test_verify_agrees_and_notices_damage(folder, tmp_path):
     ]
     assert rows[-1]["ok"] and rows[-1]["kl_divergence"] < 0.01 and len(rows) == 4
     (tmp_path / "broken_op.py").write_text(
-        "from ktx.ops.linear import Linear\nclass Half(Linear):\n    def forward(self, x):\n        return super().forward(x) * 0.5\n"
+        "from ktx.ops.linear import Linear\n"
+        "class Half(Linear):\n    def forward(self, x):\n        return super().forward(x) * 0.5\n"
     )
     (tmp_path / "r.yaml").write_text(
         "- match: {name: 'layers.1.self_attn.o_proj'}\n  replace: {class: broken_op.Half}\n"

@@ -61,7 +61,8 @@ def test_versions_that_were_not_tested_are_named(monkeypatch, capsys):
     assert [line for line in found["warnings"] if "than the versions ktx was tested with" in line] == [
         f"transformers 9.1 is newer than the versions ktx was tested with ({versions.tested_range('transformers')}): "
         f"pip install '{versions.requirement('transformers')}'",
-        f"numpy 1.2.3 is older than the versions ktx was tested with ({versions.tested_range('numpy')}): pip install '{versions.requirement('numpy')}'",
+        f"numpy 1.2.3 is older than the versions ktx was tested with ({versions.tested_range('numpy')}): "
+        f"pip install '{versions.requirement('numpy')}'",
     ]
     doctor.show(found)
     out = capsys.readouterr().out

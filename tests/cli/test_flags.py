@@ -1,4 +1,7 @@
-"""Every truth value of every command: alone, with its opposite, with a value, with underscores, in a file of options."""
+"""Every command takes each of its truth values in every form.
+
+Alone, with its opposite, with a value, with underscores, in a file of options.
+"""
 
 from __future__ import annotations
 

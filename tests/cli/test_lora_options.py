@@ -97,7 +97,9 @@ def test_where_adapters_mean_nothing(adapter, words, told, capsys):
     assert code == 2 and told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["plan"], ["chat", "-p", "x"], ["bench"], ["verify", "--perplexity", str(ktx.demo.heldout())]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [["plan"], ["chat", "-p", "x"], ["bench"], ["verify", "--perplexity", str(ktx.demo.heldout())]]
+)
 def test_an_adapter_that_is_not_there(words, capsys):
     assert main([*words, *DEMO, "--lora", "/nothing/here"]) == 4
     assert "/nothing/here: no such file or folder" in capsys.readouterr().err

@@ -21,7 +21,10 @@ def v3(tmp_path_factory):
 
 
 def test_plan_of_671_billion_weights(tmp_path):
-    """The processor's seconds count, not the clock's, and the best of as many tries as the benchmark has: other tests may run beside this one."""
+    """The plan's time is the processor's seconds, not the clock's, in the best of as many tries as the benchmark has.
+
+    Other tests may run beside this one.
+    """
     for _ in range(plan_v3.MAX_TRIES):
         _, used, peak, text = plan_v3.measure(tmp_path)
         if used < plan_v3.MAX_CPU_S:

@@ -1,4 +1,7 @@
-"""ktx verify on mixtures of experts: a router's near tie is counted apart, wrong kernels, routers and experts are seen."""
+"""ktx verify sees wrong kernels, routers and experts in mixtures of experts.
+
+A router's near tie is counted apart.
+"""
 
 from __future__ import annotations
 

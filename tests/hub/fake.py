@@ -1,5 +1,6 @@
-"""A hub on this machine: what huggingface_hub and modelscope-hub ask for, with large files behind a redirect to another host.
+"""A hub on this machine answers what huggingface_hub and modelscope-hub ask for.
 
+Large files are behind a redirect to another host.
 `python -m tests.hub.fake COMMAND` runs a command with a hub that has the demo model under every name.
 """
 

@@ -17,19 +17,21 @@ def chosen(paths, **more):
 
 
 SAFETENSORS = (
-    "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "tf_model.h5",
-    "picture.png", "modeling_x.py", "README.md",
+    "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "pytorch_model.bin", "original/model.safetensors",
+    "consolidated.safetensors", "tf_model.h5", "picture.png", "modeling_x.py", "README.md",
 )  # fmt: skip
 GGUF = (
     "M-Q4_K_M.gguf", "M-Q8_0.gguf", "BF16/M-BF16-00002-of-00002.gguf", "BF16/M-BF16-00001-of-00002.gguf",
-    "UD-Q2_K_XL/M-UD-Q2_K_XL-00001-of-00001.gguf", "M.i1-IQ2_XXS.gguf", "mmproj-F16.gguf", "M-imatrix.gguf", "config.json",
+    "UD-Q2_K_XL/M-UD-Q2_K_XL-00001-of-00001.gguf", "M.i1-IQ2_XXS.gguf", "mmproj-F16.gguf", "M-imatrix.gguf",
+    "config.json",
 )  # fmt: skip
 
 
 def test_safetensors_come_once_and_pickles_never():
     assert chosen(SAFETENSORS) == [
-        *SAFETENSORS[1:3], "README.md", "config.json", "model.safetensors.index.json", "modeling_x.py", "tokenizer.json",
+        *SAFETENSORS[1:3],
+        "README.md", "config.json", "model.safetensors.index.json", "modeling_x.py", "tokenizer.json",
     ]  # fmt: skip
     assert [file.path for file in select_files("o/r", files(*SAFETENSORS)).pickles] == ["pytorch_model.bin"]
 

@@ -1,4 +1,7 @@
-"""A hub id given to transformers' from_pretrained with a KtxConfig: its files come as transformers fetches them, and no other."""
+"""transformers' from_pretrained takes a hub id with a KtxConfig.
+
+The id's files come as transformers fetches them, and no other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""benchmarks/peers: kt-kernel and ftllm beside ktx. Both are made up: one computes a layer with torch, slowly, the other only waits."""
+"""benchmarks/peers measures kt-kernel and ftllm beside ktx.
+
+Both are made up: one computes a layer with torch, slowly, the other only waits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from tests.support import preloaded_process
 from tests.support.random_model import script
 
 FAKE = '''
-"""kt_kernel as its engine's process uses it: pointers to row-major bf16 are read, the layer is computed in float32 and written in bf16."""
+"""kt_kernel as its engine's process uses it.
+
+Pointers to row-major bf16 are read, the layer is computed in float32 and written in bf16.
+"""
 import ctypes, sys, time
 from types import ModuleType, SimpleNamespace
 import torch
@@ -48,8 +54,10 @@ class MOE:
             from ktx.cli.bench_moe_layer import reference_output
             c, n = self.c, int(view(count, (1,), torch.int32))
             wide, narrow = (c.experts, c.width, c.hidden), (c.experts, c.hidden, c.width)
-            weights = [view(p, s, torch.bfloat16) for p, s in ((c.gate_proj, wide), (c.up_proj, wide), (c.down_proj, narrow))]
-            args = view(x, (n, c.hidden), torch.bfloat16), view(ids, (n, top), torch.int64), view(shares, (n, top), torch.float32)
+            places = (c.gate_proj, wide), (c.up_proj, wide), (c.down_proj, narrow)
+            weights = [view(p, s, torch.bfloat16) for p, s in places]
+            routing = view(ids, (n, top), torch.int64), view(shares, (n, top), torch.float32)
+            args = view(x, (n, c.hidden), torch.bfloat16), *routing
             view(out, (n, c.hidden), torch.bfloat16).copy_(reference_output(weights, *args))
         return work
 
@@ -79,7 +87,9 @@ def fetch(model, handle):
     left[handle] -= 1
     return 7 if left[handle] >= 0 else -1
 fastllm_lib = SimpleNamespace(
-    launch_response_llm_model=launch, can_fetch_response_llm_model=lambda model, handle: True, fetch_response_llm_model=fetch
+    launch_response_llm_model=launch,
+    can_fetch_response_llm_model=lambda model, handle: True,
+    fetch_response_llm_model=fetch,
 )
 set_device_map = set_cpu_threads = lambda *words: None
 '''
@@ -156,7 +166,10 @@ def test_codes_of_four_bits_are_the_weights():
 
 
 def test_the_layer_as_a_model_is_the_layer(tmp_path):
-    """What ftllm is given: transformers' own Qwen3-MoE of that folder gives the logits that its results are compared with."""
+    """transformers' own Qwen3-MoE of the folder that ftllm is given has the logits of the layer.
+
+    ftllm's results are compared with these logits.
+    """
     engine, layer = script("peers/ftllm_engine"), MoELayer(4, 2, 256, 256)
     tensors = engine.write_model(tmp_path, layer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

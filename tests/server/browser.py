@@ -20,7 +20,10 @@ STORED = "localStorage.clear(); sessionStorage.clear()"
 RECORD = """{
 window.sent = [];
 const plain = window.fetch;
-window.fetch = (path, options) => { window.sent.push([String(path), options?.body ?? ""]); return plain(path, options); };
+window.fetch = (path, options) => {
+  window.sent.push([String(path), options?.body ?? ""]);
+  return plain(path, options);
+};
 }"""
 
 

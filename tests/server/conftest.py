@@ -50,7 +50,8 @@ SCRIPT = [
     {"match": "think", "text": "<think>Let me see.</think>It is four."},
     {
         "match": "call the tool",
-        "text": 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": 2}}\n</tool_call>\n<tool_call>\n{"name": "weather", "arguments": {"city": "<b>\\"x\\"</b>"}}\n</tool_call>',
+        "text": 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": 2}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "<b>\\"x\\"</b>"}}\n</tool_call>',
     },
     {"match": "broken call", "text": 'Now <tool_call>\n{"name": "weather", "arguments": [1, 2'},
     {
@@ -66,9 +67,12 @@ SCRIPT = [
 ]
 
 QWEN = (
-    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %} write <tool_call> and </tool_call><|end|>{% endif %}"
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    " write <tool_call> and </tool_call><|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 

@@ -1,4 +1,7 @@
-"""No request stops, hangs or fools the server: wrong values for every field, hostile schemas, what schemathesis makes of our own description, and noise."""
+"""The server is not stopped, hung or fooled by any request.
+
+Requests with wrong values for every field, hostile schemas, what schemathesis makes of our own description, and noise.
+"""
 
 from __future__ import annotations
 
@@ -288,7 +291,10 @@ def test_items_of_a_conversation(http, item):
 
 
 def test_requests_of_noise(http):
-    """Five thousand, or as many as NOISE says. Good requests with parts exchanged, doubled, dropped and bytes flipped. Memory stays."""
+    """The server survives five thousand requests of noise, or as many as NOISE says, and its memory stays.
+
+    They are good requests with parts exchanged, doubled, dropped and bytes flipped.
+    """
     source = random.Random(7)
     pool = [
         *WRONG,

@@ -1,4 +1,7 @@
-"""Each place of requests that use much of what there is, with each value that does not belong there: an answer or the client's fault."""
+"""The server answers, or names the client's fault, for each wrong value in each place of a request.
+
+The requests use much of what there is; each place gets each value that does not belong there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""lm-evaluation-harness finds the same through the server as with plain transformers. Its tasks are in lm_eval/; nothing is fetched."""
+"""lm-evaluation-harness finds the same through the server as with plain transformers.
+
+Its tasks are in lm_eval/; nothing is fetched.
+"""
 
 from __future__ import annotations
 

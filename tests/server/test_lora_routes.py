@@ -63,7 +63,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(root):
-    """Greedy answers to PROMPT, of 300 tokens, by the model and by each adapter; as a server without runtime loading gives them."""
+    """Greedy answers to PROMPT, of 300 tokens, by the model and by each adapter.
+
+    A server without runtime loading gives the same.
+    """
     model = load(root.parent / "model", None, lora=[root / name for name in KINDS])
     model.ktx.use_lora()
     model.ktx.tokenizer = tokenizer()
@@ -379,7 +382,11 @@ def test_every_route_has_them(client, root):
         sampling = {} if route.startswith("/api") else {"temperature": 0}
         answers = [client.post(route, json={"model": name, **body, **sampling}) for name in (NAME, "style")]
         assert [answer.status_code for answer in answers] == [200, 200], route
-        texts = [json.dumps(answer.json().get("choices") or answer.json().get("content") or answer.json().get("output") or answer.json().get("response")) for answer in answers]  # fmt: skip
+        found = [answer.json() for answer in answers]
+        texts = [
+            json.dumps(one.get("choices") or one.get("content") or one.get("output") or one.get("response"))
+            for one in found
+        ]
         assert texts[0] != texts[1], route
     shown = client.post("/api/show", json={"model": "style"}).json()
     assert shown["details"]["parent_model"] == NAME
@@ -409,7 +416,10 @@ def test_llama_cpps_list(client, root, expected):
     half = text({"id": 1, "scale": 0.5})
     assert not expected[NAME].startswith(half) and not expected["two"].startswith(half)
     chat = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8, "temperature": 0}
-    answers = [client.post("/v1/chat/completions", json=chat | more).json()["choices"][0]["message"]["content"] for more in ({}, {"lora": [{"id": 1, "scale": 1}]}, {"model": "style"})]  # fmt: skip
+    answers = [
+        client.post("/v1/chat/completions", json=chat | more).json()["choices"][0]["message"]["content"]
+        for more in ({}, {"lora": [{"id": 1, "scale": 1}]}, {"model": "style"})
+    ]
     assert answers[1] == answers[2] != answers[0]
     for lora, words in (([{"id": 0, "scale": 1}], "id 0"), ([{"id": 7, "scale": 1}], "id 7"), ([{"id": 1}], "scale")):
         assert scaled(lora).status_code == 400 and words in scaled(lora).json()["error"]["message"]

@@ -143,7 +143,10 @@ def allowing(mode, *names):
 
 
 def test_only_allowed_tools_are_called(client):
-    """The script would say something else: the grammar leaves calls of those alone, and the prompt stays what it was."""
+    """The grammar leaves only calls of the allowed tools, and the prompt stays what it was.
+
+    The script would say something else.
+    """
     schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
     three = [other(name, parameters=schema) for name in ("first", "second", "third")]
 

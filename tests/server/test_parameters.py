@@ -1,4 +1,7 @@
-"""Parameters of other servers' clients: those with a meaning have it, those without are named in a header, the rest is refused by name."""
+"""The server gives parameters of other servers' clients their meaning.
+
+Those without a meaning are named in a header, the rest is refused by name.
+"""
 
 from __future__ import annotations
 

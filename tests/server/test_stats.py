@@ -109,7 +109,8 @@ def test_modules_that_were_left_alone_are_told(tmp_path):
         modules = {one["name"]: one for one in told["modules"]}
         assert modules["model.layers.0.self_attn.q_proj"]["operator"] == "Linear"
         assert modules["model.norm"] == {
-            "name": "model.norm", "layer": None, "operator": "LlamaRMSNorm", "device": "cpu", "types": "F32", "bytes": 1024,
+            "name": "model.norm", "layer": None, "operator": "LlamaRMSNorm", "device": "cpu", "types": "F32",
+            "bytes": 1024,
         }  # fmt: skip
         assert sum(one["bytes"] for one in told["modules"]) == kept.ktx.nbytes
 

@@ -1,4 +1,7 @@
-"""Work with a limit of time: what overruns is refused and ended, and its thread does the next work as if nothing had been."""
+"""Worker threads refuse and end work that overruns its limit of time.
+
+The thread does the next work as if nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -141,8 +144,9 @@ def test_what_cannot_be_done_is_a_problem(pool):
 
 
 ENDLESS = (  # for one message
-    "{% if messages[0].content == 'x' %}{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
-    "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    "{% if messages[0].content == 'x' %}"
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+    "{% endif %}{{ messages[0].content }}"
 )
 
 
