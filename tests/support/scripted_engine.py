@@ -27,7 +27,6 @@ from ktx.model.lora import Adapters
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ktx.model.loaded import LoadedModel
 
 ECHO_TOKENS = 64  # last prompt tokens that a request outputs where the script has no entry for it
 Script = Callable[[Sequence[int]], Sequence[int]]  # a prompt's ids -> the output's ids
