@@ -75,6 +75,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 160},
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 96,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
     "glm4_moe": {
         **MOE,
         "n_routed_experts": 8,
