@@ -275,7 +275,7 @@ def test_a_cancelled_request_leaves_nothing():
 
 
 def test_nothing_is_shared_where_sharing_is_off_or_every_logit_is_wanted():
-    for more, settings_ in (({"share": False}, {}), ({}, {"echo": True})):
+    for more, settings_ in (({"prefix_caching": False}, {}), ({}, {"echo": True})):
         world = World(**more)
         for _ in range(3):
             world.add(prompt(300), 2, **settings_)

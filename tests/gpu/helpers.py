@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ktx.families import BY_MODEL_TYPE
 from ktx.injection.rules import Rule, load_rules
 from tests.families.test_families import load
 from tests.support.gguf_writer import write_gguf
@@ -28,7 +29,7 @@ def rules(family: str, rest: str = "cuda:0", layers: Mapping[int, str] | None = 
     `head`) `others`.
     """
     shipped = load_rules(None, family)
-    layer = "Layer" if any(rule.replace == "Layer" for rule in shipped) else None
+    layer = "Layer" if BY_MODEL_TYPE[family].layers else None
     return [
         *(Rule(rf"^model\.layers\.{i}$", replace=layer, device=device) for i, device in (layers or {}).items()),
         Rule("^model$", device=rest),

@@ -68,7 +68,9 @@ def test_a_prompt_is_what_the_cpu_says(tmp_path, family):
     twins = Twins(tmp_path, family)
     model = twins.load(twins.rules(Experts="cpu"), stream_experts_min_tokens=2)
     assert (logits(model) - logits(twins.cpu)).abs().max() < BOUND
-    assert sum(sum(block.experts.counts[: block.experts.total]) for block in blocks(model)) == 0  # the CPU did nothing
+    assert (
+        sum(sum(block.experts.counts[: block.experts.total_experts]) for block in blocks(model)) == 0
+    )  # the CPU did nothing
 
 
 def looked_up(name):
@@ -110,7 +112,8 @@ def test_the_next_layers_experts_are_on_their_way_while_a_layer_computes(qwen, s
     told = stream.told
     for i, block in enumerate(blocks(streamed)):
         monkeypatch.setattr(block, "streamer", streamer)
-        monkeypatch.setattr(block, "end", lambda made, i=i, end=block.end: (told.append(i), end(made))[1])
+        end = block.finish_experts
+        monkeypatch.setattr(block, "finish_experts", lambda made, i=i, end=end: (told.append(i), end(made))[1])
     assert (logits(streamed) - logits(qwen.cpu)).abs().max() < BOUND
     copies = [[word for name in PROJECTIONS for word in ("fork", source(e, name))] for e in of]
     assert told == [*copies[0], "join", *copies[1], 0, "join", *copies[2], 1, "join", 2]
@@ -191,6 +194,6 @@ def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, mo
         _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
         experts = blocks(model)[0].experts
         copying = experts.weight_bytes()[0] / (microbench.DEFAULT_PCIE_GB_S * 1e9)
-        token = 2 * 3 * 64 * 32 * experts.top_k / (rate * 1e9)  # three matrices of each chosen expert
+        token = 2 * 3 * 64 * 32 * experts.top / (rate * 1e9)  # three matrices of each chosen expert
         wanted = least or copying / token
         assert all(block.stream_min_tokens == pytest.approx(wanted, abs=1) for block in blocks(model))

@@ -118,7 +118,7 @@ def test_requests_join_and_leave_and_prompts_are_computed_between(placed):
 
         join(0)
         deadline = time.monotonic() + 120
-        while engine.answers or waiting:
+        while engine.outputs or waiting:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         engine.check_integrity()
@@ -358,10 +358,10 @@ def test_beside_a_share_of_the_experts_and_prompts_that_bring_the_others(hybrid)
     with model.ktx.engine(max_batch_size=4, chunk_size=16, kv_cache_tokens=512) as engine:
         replayed = engine.runner.graphs
         assert block.should_stream(torch.zeros(2, 64)) and not block.should_stream(torch.zeros(1, 64))
-        before = block.experts.counts[: block.experts.total].clone()
+        before = block.experts.counts[: block.experts.total_experts].clone()
         assert [event.ids for event in answers(engine, PROMPTS, LONG)] == hybrid.expected
         assert (
             replayed is not None and replayed.replays > 0
         )  # of several requests: by the CPU, although prompts of as many tokens are not
-        assert (block.experts.counts[: block.experts.total] > before).any()
+        assert (block.experts.counts[: block.experts.total_experts] > before).any()
         engine.check_integrity()

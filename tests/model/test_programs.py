@@ -18,6 +18,7 @@ from ktx.errors import NoGradient, UsageError
 from ktx.ops.base import Operator
 from ktx.transformers_compat import cache_argument
 from tests.families.test_families import IDS, load, relative
+from tests.support.tiny_chat_model import tokenizer
 from tests.support.tiny_models import tiny
 
 FAMILIES = ["llama", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "gemma2"]
@@ -185,6 +186,7 @@ def test_attention_that_is_not_causal(two, family):
     batch = [model(input_ids=IDS[:, :18].view(2, 9), attention_mask=padded).logits for model in (mine, right)]
     assert relative(batch[0][:, 4:], batch[1][:, 4:]) < NEAR
     if family in ("llama", "deepseek_v3"):
+        mine.ktx.tokenizer = tokenizer()
         with pytest.raises(UsageError, match="is_causal is False"), mine.ktx.engine(kv_cache_tokens=512) as engine:
             list(engine.generate([IDS[0, :9].tolist()]))
 
