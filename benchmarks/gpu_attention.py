@@ -110,10 +110,10 @@ class Case:
 
     def calls(self, kernels: Any) -> list[Callable[[], torch.Tensor]]:
         """Returns a call for each page table, whose schedule is already planned."""
-        from ktx.kernels.gpu.split_kv import Shape
+        from ktx.kernels.gpu.split_kv import AttentionShape
 
         row, (keys, _, values) = self.row, self.row.columns
-        shape = Shape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
+        shape = AttentionShape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
         schedule = kernels.schedule([row.new] * row.batch, shape, "cuda")
         plans = [schedule.plan(self.sequences, pages) for pages in self.pages]
         return [lambda plan=plan: self._call(kernels, plan) for plan in plans]  # type: ignore[misc]
@@ -192,10 +192,10 @@ def measure(row: Row, copy: float, product: float) -> dict[str, Any]:
     """Measures a row; `share` is the fraction of the nearer limit."""
     from ktx.errors import UsageError
     from ktx.kernels.gpu.attention_backend import kernels_for
-    from ktx.kernels.gpu.split_kv import Shape
+    from ktx.kernels.gpu.split_kv import AttentionShape
 
     case, (keys, rope, values) = Case(row), row.columns
-    shape = Shape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
+    shape = AttentionShape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
     calls = case.calls(kernels_for(shape))
     exact = case.exact()
     results: dict[str, Any] = {"error": error(calls[0]()[0, -1], exact), "torch_error": error(case.torchs(), exact)}

@@ -20,7 +20,14 @@ import torch
 from ktx.cli.bench import run_metadata
 from ktx.hardware import default_threads
 from ktx.kernels import cpu
-from ktx.kernels.microbench import matrices, pass_bytes, peak_gops, read_bandwidth, seconds, split_matrices
+from ktx.kernels.microbench import (
+    median_seconds,
+    pass_bytes,
+    peak_gops,
+    random_matrices,
+    read_bandwidth,
+    split_matrices,
+)
 from ktx.quant.types import QTYPES, QType
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
@@ -30,7 +37,7 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     """Returns GB/s and GOPS of one type, and their fractions of the limits."""
     matrix_nbytes = cpu.packed_nbytes(qtype, WIDTH, HIDDEN)
     count = max(2 * TOP, pass_bytes() // matrix_nbytes)
-    weights = matrices(qtype, count, WIDTH, HIDDEN)
+    weights = random_matrices(qtype, count, WIDTH, HIDDEN)
     start = time.perf_counter()
     gate = cpu.pack_experts(weights)
     pack_s = time.perf_counter() - start
@@ -39,12 +46,12 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     results = {"bits": 8 * matrix_nbytes / WIDTH / HIDDEN, "pack_gb_s": gate.nbytes / pack_s / 1e9}
 
     read_gb_s = read_bandwidth(threads).gb_s
-    gemv_s = seconds(lambda: [cpu.linear(x, matrix) for matrix in matrices_alone], repeat)
+    gemv_s = median_seconds(lambda: [cpu.linear(x, matrix) for matrix in matrices_alone], repeat)
     results |= {"linear_1_gb_s": gate.nbytes / gemv_s / 1e9, "linear_1_share": gate.nbytes / gemv_s / 1e9 / read_gb_s}
 
     int8_peak_gops = peak_gops(qtype, threads)
     x_prompt = torch.randn(TOKENS, HIDDEN)
-    gemm_s = seconds(lambda: [cpu.linear(x_prompt, matrix) for matrix in matrices_alone[:8]], repeat)
+    gemm_s = median_seconds(lambda: [cpu.linear(x_prompt, matrix) for matrix in matrices_alone[:8]], repeat)
     gops = 2 * TOKENS * WIDTH * HIDDEN * len(matrices_alone[:8]) / gemm_s / 1e9
     results |= {"linear_512_gops": gops, "linear_512_share": gops / int8_peak_gops}
     return results | measure_experts(qtype, gate, count, threads, repeat)
@@ -57,7 +64,7 @@ def measure_experts(qtype: QType, gate: cpu.Packed, count: int, threads: int, re
     gate, up = (
         cpu.Packed(gate.data[a:b], qtype, WIDTH, HIDDEN, half) for a, b in ((0, first_end), (first_end, second_end))
     )
-    down = cpu.pack_experts(matrices(qtype, half, HIDDEN, WIDTH))
+    down = cpu.pack_experts(random_matrices(qtype, half, HIDDEN, WIDTH))
     nbytes = sum(matrix.nbytes for matrix in (gate, up, down)) / half
 
     def layer(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -66,14 +73,14 @@ def measure_experts(qtype: QType, gate: cpu.Packed, count: int, threads: int, re
     x = torch.randn(1, HIDDEN)
     steps = [torch.arange(i, i + TOP)[None] % half for i in range(0, half, TOP)]
     read_gb_s = read_bandwidth(threads).gb_s
-    decode_s = seconds(lambda: [layer(x, chosen) for chosen in steps], repeat)
+    decode_s = median_seconds(lambda: [layer(x, chosen) for chosen in steps], repeat)
     gb_s = nbytes * TOP * len(steps) / decode_s / 1e9
     x_prompt, chosen_prompt = (
         torch.randn(TOKENS, HIDDEN),
         torch.stack([torch.randperm(min(half, 64))[:TOP] for _ in range(TOKENS)]),
     )
     int8_peak_gops = peak_gops(qtype, threads)
-    gops = 2 * 3 * TOKENS * TOP * WIDTH * HIDDEN / seconds(lambda: layer(x_prompt, chosen_prompt), repeat) / 1e9
+    gops = 2 * 3 * TOKENS * TOP * WIDTH * HIDDEN / median_seconds(lambda: layer(x_prompt, chosen_prompt), repeat) / 1e9
     return {
         "experts_1_gb_s": gb_s,
         "experts_1_share": gb_s / read_gb_s,

@@ -66,7 +66,7 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
     cpu.ops.set_threads(threads)
     matrix_nbytes = cpu.packed_nbytes(qtype, microbench.ROWS, microbench.COLUMNS)
     packed = cpu.pack(
-        microbench.matrices(
+        microbench.random_matrices(
             qtype, max(2, microbench.pass_bytes() // matrix_nbytes), microbench.ROWS, microbench.COLUMNS
         )
     )
@@ -79,7 +79,7 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
                 microbench.read_bandwidth(threads, microbench.MIN_PASS_BYTES // 2).gb_s,
                 microbench.peak_gops(qtype, threads),
             )
-            call_s = microbench.seconds(
+            call_s = microbench.median_seconds(
                 lambda matrices=matrices, x=x: [cpu.linear(x, matrix) for matrix in matrices], 1
             )  # type: ignore[misc]
             samples.append((2 * count * weights * len(matrices) / call_s / 1e9, read, peak))

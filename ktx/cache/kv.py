@@ -59,7 +59,7 @@ def kv_type(requested: KVType) -> KVType:
     return KV_TYPES[requested]
 
 
-def empty_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def allocate_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Returns uninitialized memory; large CPU buffers use huge pages where the system has them."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
@@ -68,12 +68,14 @@ def empty_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return buffer.view(dtype).view(shape)
 
 
-def buffer_positions(positions: int) -> int:
+def round_up_capacity(positions: int) -> int:
     """Returns the number of positions that a buffer for `positions` positions has."""
     return max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
 
 
-def stored_row(store: KVType, columns: int, model_dtype: torch.dtype, device: torch.device) -> tuple[int, torch.dtype]:
+def stored_row_format(
+    store: KVType, columns: int, model_dtype: torch.dtype, device: torch.device
+) -> tuple[int, torch.dtype]:
     """Returns the number of elements and the type of a stored row; columns that do not fill whole Q8_0 blocks are
     stored as f16.
     """
@@ -129,9 +131,9 @@ class GrowingLayer(DynamicLayer):
     def _allocate(self, like: torch.Tensor, columns: tuple[int, int], dtype: torch.dtype) -> None:
         """Allocates the buffers for keys and values with these columns."""
         self.device, batch, heads = like.device, like.shape[0], like.shape[1]
-        rows = [stored_row(self.store_dtype, width, dtype, self.device) for width in columns]
+        rows = [stored_row_format(self.store_dtype, width, dtype, self.device) for width in columns]
         self.dtype, self.columns = rows[0][1], columns
-        self.buffers = [empty_buffer((batch, heads, MIN_CAPACITY, width), kind, self.device) for width, kind in rows]
+        self.buffers = [allocate_buffer((batch, heads, MIN_CAPACITY, width), kind, self.device) for width, kind in rows]
         self.is_initialized = True
 
     def update(
@@ -185,8 +187,8 @@ class GrowingLayer(DynamicLayer):
         model_dtype, self.length, columns = self.buffers[0].dtype, keys.shape[2], list(self.columns)
         for index, states in self.assigned.items():
             columns[index] = states.shape[3]
-            width, kind = stored_row(self.store_dtype, states.shape[3], model_dtype, self.device)
-            buffer = empty_buffer((*states.shape[:2], buffer_positions(self.length), width), kind, self.device)
+            width, kind = stored_row_format(self.store_dtype, states.shape[3], model_dtype, self.device)
+            buffer = allocate_buffer((*states.shape[:2], round_up_capacity(self.length), width), kind, self.device)
             store_kv(states.to(self.device), buffer[:, :, : self.length])
             self.buffers[index] = buffer
         self.columns, self.exported = (columns[0], columns[1]), self.exported and len(self.assigned) < 2
@@ -213,8 +215,8 @@ class GrowingLayer(DynamicLayer):
     def _grow(self, positions: int) -> None:
         """Copies the stored positions into buffers for `positions` positions."""
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = empty_buffer(
-                (*old.shape[:2], buffer_positions(positions), old.shape[3]), old.dtype, old.device
+            self.buffers[i] = allocate_buffer(
+                (*old.shape[:2], round_up_capacity(positions), old.shape[3]), old.dtype, old.device
             )
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
         self.exported = False
@@ -257,7 +259,7 @@ class GrowingLayer(DynamicLayer):
         else:
             self.assigned[which] = value
 
-    def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def copy_as_floats(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns copies of keys and values [batch, heads, length, columns] in a float type, whatever their storage
         type. UsageError for an empty layer.
         """
@@ -320,7 +322,7 @@ def to_floats(stored: torch.Tensor) -> torch.Tensor:
     return cpu.ops.load_q8_0(stored) if stored.dtype == torch.uint8 else stored
 
 
-def growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
+def to_growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
     """Returns a cache's layer as one that grows in place; None where the cache has no such layer.
 
     A layer of a stock DynamicCache, which copies the whole past for every token, is converted with its content, which

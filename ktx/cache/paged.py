@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ktx.cache.kv import CPU, E4M3, GPU_STORAGE, STANDARD_LAYERS, KVType, clamp_to, empty_buffer, kv_type, stored_row
+from ktx.cache.kv import (
+    CPU,
+    E4M3,
+    GPU_STORAGE,
+    STANDARD_LAYERS,
+    KVType,
+    allocate_buffer,
+    clamp_to,
+    kv_type,
+    stored_row_format,
+)
 from ktx.cache.page_pool import MAX_SNAPSHOTS, PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -74,7 +84,7 @@ class SequenceSpan:
     past: int
     count: int
     pages: Sequence[int]
-    prompt: int = 0
+    num_prompt_tokens: int = 0
     shared: bool = False
 
     @property
@@ -84,7 +94,7 @@ class SequenceSpan:
         """
         if not self.shared:
             return []
-        end = self.past + self.prompt
+        end = self.past + self.num_prompt_tokens
         lengths = {
             *range(
                 self.past // SNAPSHOT_INTERVAL_TOKENS * SNAPSHOT_INTERVAL_TOKENS + SNAPSHOT_INTERVAL_TOKENS,
@@ -103,19 +113,19 @@ class SequenceSpan:
     @property
     def full_page_tokens(self) -> int:
         """How many of the tokens after the lead are full pages of the prompt."""
-        return max(0, (self.past + self.prompt) // PAGE_TOKENS * PAGE_TOKENS - self.past - self.lead_tokens)
+        return max(0, (self.past + self.num_prompt_tokens) // PAGE_TOKENS * PAGE_TOKENS - self.past - self.lead_tokens)
 
     @property
-    def pieces(self) -> list[int]:
+    def piece_lengths(self) -> list[int]:
         """Numbers of tokens in the pieces to compute: the prompt's lead, its pages, its remainder, then decode tokens
         one by one.
         """
-        lead = min(self.lead_tokens, self.prompt)
-        remainder = self.prompt - lead - self.full_page_tokens
+        lead = min(self.lead_tokens, self.num_prompt_tokens)
+        remainder = self.num_prompt_tokens - lead - self.full_page_tokens
         counts = (
             [lead] * (lead > 0) + [PAGE_TOKENS] * (self.full_page_tokens // PAGE_TOKENS) + [remainder] * (remainder > 0)
         )
-        return counts + [1] * (self.count - self.prompt)
+        return counts + [1] * (self.count - self.num_prompt_tokens)
 
 
 class BatchMetadata:
@@ -133,7 +143,7 @@ class BatchMetadata:
         check: Callable[[], None] | None = None,
         tables: Mapping[torch.device, PageTables] | None = None,
     ):
-        self.spans, self.check = spans, check
+        self.spans, self.check_cancelled = spans, check
         # for each span: its first row, its number of rows, and its number of keys including these tokens
         rows, num_tokens = [], 0
         for span in spans:
@@ -159,7 +169,7 @@ class BatchMetadata:
         self._tables = dict(tables or {})
         self.has_full_pages = any(span.full_page_tokens for span in spans)
 
-    def on(self, device: torch.device) -> PageTables:
+    def tables_on(self, device: torch.device) -> PageTables:
         """Returns the page tables on a device; they are transferred once."""
         if device not in self._tables:
             self._tables[device] = PageTables(self.sequences, self.pages, self.slots).to(device)
@@ -228,8 +238,8 @@ class PagedLayer(CacheLayerMixin):
         if not self.buffers:
             self.columns = columns
             for width in columns:
-                row, kind = stored_row(self.store_dtype, width, dtype, device)
-                self.buffers.append(empty_buffer((self.owner.pages, heads, PAGE_TOKENS, row), kind, device))
+                row, kind = stored_row_format(self.store_dtype, width, dtype, device)
+                self.buffers.append(allocate_buffer((self.owner.pages, heads, PAGE_TOKENS, row), kind, device))
         return self.columns == columns and self.buffers[0].shape[1] == heads
 
     def update(
@@ -245,7 +255,7 @@ class PagedLayer(CacheLayerMixin):
         if not self.fits(key_states.shape[1], columns, key_states.dtype, key_states.device):
             raise ValueError(f"keys of shape {tuple(key_states.shape)} do not fit pools with columns {self.columns}")
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            scatter_kv(states, buffer, batch.on(buffer.device).slots)
+            scatter_kv(states, buffer, batch.tables_on(buffer.device).slots)
         self.owner.check_cancelled()
         keys, values = self.buffers
         keys.ktx_batch = batch  # type: ignore[attr-defined]
@@ -315,8 +325,8 @@ class PagedCache(Cache):
 
     def check_cancelled(self) -> None:
         """Calls the batch's `check`, which may raise to cancel the forward between two layers."""
-        if self.batch is not None and self.batch.check is not None:
-            self.batch.check()
+        if self.batch is not None and self.batch.check_cancelled is not None:
+            self.batch.check_cancelled()
 
     def begin(self, batch: BatchMetadata) -> None:
         """Starts a forward, which overwrites recurrent states layer by layer. RuntimeError if a sequence's states are
@@ -380,12 +390,12 @@ class PagedCache(Cache):
         )
 
 
-def paged_layer(cache: Any, index: int) -> PagedLayer | None:
+def get_paged_layer(cache: Any, index: int) -> PagedLayer | None:
     """Returns a layer of a PagedCache; None for any other cache."""
     return cache.layers[index] if type(cache) is PagedCache else None  # type: ignore[return-value]
 
 
-def batch_of(cache: Any) -> BatchMetadata | None:
+def get_batch(cache: Any) -> BatchMetadata | None:
     """Returns the batch of a forward on pages; None for any other cache."""
     return cache.batch if type(cache) is PagedCache else None
 

@@ -43,7 +43,7 @@ def read_text(path: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def lines_of(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
+def read_lines(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
     """Yields the lines of a text stream as they arrive, with their line ends.
 
     A byte that is invalid in the stream's encoding is replaced, a line with NULs is skipped; both are reported to

@@ -62,7 +62,7 @@ class Printer:
         self.out.flush()
 
 
-def stats_line(last: Finished, engine: Any, bandwidth: float | None) -> str:
+def format_stats(last: Finished, engine: Any, bandwidth: float | None) -> str:
     """Returns the statistics of an output: prompt, answer, first token, prefix cache, context, and the weight bandwidth
     relative to the memory's.
     """

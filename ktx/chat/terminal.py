@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ktx.chat.conversation import CHAT_PARAMETERS, Conversation
-from ktx.chat.reading import lines_of, read_text
-from ktx.chat.render import Printer, print_note, stats_line
+from ktx.chat.reading import read_lines, read_text
+from ktx.chat.render import Printer, format_stats, print_note
 from ktx.errors import BadFile, KtxError, UsageError, did_you_mean
 
 BLOCK_QUOTES = '"""'
@@ -50,7 +50,7 @@ class Chat:
         with self.cancel_on_interrupt():
             finished = self.printer.show(self.conversation.send(text))
         if finished is not None:
-            self.report(stats_line(finished, self.engine, self.bandwidth))
+            self.report(format_stats(finished, self.engine, self.bandwidth))
 
     def report(self, line: str) -> None:
         """Prints a line below the answer on a terminal, otherwise on standard error, so that a pipe receives answers
@@ -179,7 +179,7 @@ class Chat:
     def do_stats(self, rest: str) -> None:
         """Prints the speed and tokens of the last answer."""
         last = self.conversation.last
-        print_note(stats_line(last, self.engine, self.bandwidth) if last else "no answer yet")
+        print_note(format_stats(last, self.engine, self.bandwidth) if last else "no answer yet")
 
     # ---- input
 
@@ -203,12 +203,12 @@ class Chat:
 
     def piped(self, stream: Any) -> None:
         """Processes each line of a stream as a turn; a block between two lines with three quotes is one turn."""
-        for text in blocks(lines_of(stream, print_note)):
+        for text in split_turns(read_lines(stream, print_note)):
             if text.strip() and not self.turn(text):
                 return
 
 
-def blocks(lines: Any) -> Iterator[str]:
+def split_turns(lines: Any) -> Iterator[str]:
     """Yields the turns of a text stream: lines, and blocks between lines that begin and end with three quotes."""
     block_lines: list[str] | None = None
     for raw_line in lines:
@@ -256,7 +256,7 @@ def _make_message_reader() -> Callable[[], str]:
             while not lines[-1].rstrip().endswith(BLOCK_QUOTES) or len(lines) == 1:
                 lines.append(session.prompt("... "))
             text = "\n".join(lines)
-        return next(iter(blocks(text.split("\n"))), "") if text.startswith(BLOCK_QUOTES) else text
+        return next(iter(split_turns(text.split("\n"))), "") if text.startswith(BLOCK_QUOTES) else text
 
     return read_message
 

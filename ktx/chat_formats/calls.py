@@ -73,7 +73,7 @@ class CallEvents:
         return next((candidate for candidate in (short_name, _PREFIX + name) if candidate in self.schemas), short_name)
 
 
-def object_text(text: str) -> str:
+def extract_object(text: str) -> str:
     """Returns the JSON object that a complete JSON value stands for: an object, one inside a string, or nothing.
 
     Raises NotACall for any other value.
@@ -113,7 +113,7 @@ def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
         text = yield from read_value(source)
         if text is None:
             raise NotACall
-        yield object_text(text)
+        yield extract_object(text)
 
 
 def stream_call(source: TextReader, calls: CallEvents, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:

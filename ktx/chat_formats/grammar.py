@@ -34,18 +34,18 @@ class Lark:
         parts = [part for part in self.split.split(text) if part]
         return " ".join(f"<[{self.special[part]}]>" if part in self.special else _quoted(part) for part in parts)
 
-    def rule(self, body: str, prefix: str = "r", attributes: str = "") -> str:
+    def add_rule(self, body: str, prefix: str = "r", attributes: str = "") -> str:
         """Adds a rule and returns its name; a capital letter makes it a terminal."""
         if body not in self.names:
             self.names[body] = f"{prefix}{len(self.names)}"
             self.rules.append(f"{self.names[body]}{attributes}: {body}")
         return self.names[body]
 
-    def json(self, schema: Any, root: Mapping[str, Any]) -> str:
+    def add_json_rule(self, schema: Any, root: Mapping[str, Any]) -> str:
         """Adds a rule for a JSON value of a schema, with the definitions of `root`."""
         schema = dict(schema) if isinstance(schema, Mapping) else {}
         schema |= {key: root[key] for key in ("$defs", "definitions") if key in root}
-        return self.rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
+        return self.add_rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
 
     def text_until(self, close: str, excluded: Iterable[str]) -> str:
         """Returns an expression for any text up to and including `close`, without the other marks in it.
@@ -58,10 +58,10 @@ class Lark:
         )
         exclusion = f" & ~/(?s:.*)({marks})(?s:.*)/" if marks else ""
         if mark in self.special:
-            return f"{self.rule('/(?s:.*)/' + exclusion, 'T')} {self.literal(close)}"
+            return f"{self.add_rule('/(?s:.*)/' + exclusion, 'T')} {self.literal(close)}"
         closing_text = close.rstrip()
         lexeme = f"/(?s:.*){_regex(closing_text)}/ & ~/(?s:.*){_regex(mark)}(?s:.+)/{exclusion}"
-        return f"{self.rule(self.rule(lexeme, 'T'), 'r', '[lazy]')} {self.literal(close[len(closing_text) :])}"
+        return f"{self.add_rule(self.add_rule(lexeme, 'T'), 'r', '[lazy]')} {self.literal(close[len(closing_text) :])}"
 
     def text(self, start: str) -> str:
         """Returns the grammar's text."""
@@ -98,7 +98,7 @@ def forced_call_grammar(
         raise ValueError("no functions to call")
     lark = Lark(special or {})
     before, call, between, after = _STYLES[call_format.style](lark, call_format)
-    any_call = lark.rule(" | ".join(call(name, schema) for name, schema in selected.items()))
+    any_call = lark.add_rule(" | ".join(call(name, schema) for name, schema in selected.items()))
     further_calls = f" ({lark.literal(between)} {any_call})*" if parallel and between is not None else ""
     reasoning = _reasoning_rule(lark, chat_format) if thinking else ""
     return lark.text(f"{reasoning} {lark.literal(before)} {any_call}{further_calls} {lark.literal(after)}".strip())
@@ -124,7 +124,7 @@ Style = tuple[str, Call, str | None, str]
 
 def _arguments_rule(lark: Lark, schema: Mapping[str, Any]) -> str:
     """Returns an expression for a JSON object of arguments."""
-    return lark.json({"type": "object", **schema}, schema)
+    return lark.add_json_rule({"type": "object", **schema}, schema)
 
 
 def _json_calls(lark: Lark, prefix: str, suffix: str) -> Call:
@@ -259,7 +259,7 @@ def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, ma
     """
     allowed = allowed_types(schema)
     if "string" not in allowed:
-        return f"{lark.json(schema, root)} {lark.literal(close)}"
+        return f"{lark.add_json_rule(schema, root)} {lark.literal(close)}"
     values = schema.get("enum") if isinstance(schema, Mapping) else None
     if values and all(isinstance(value, str) and value for value in values):
         return f"({' | '.join(map(_quoted, values))}) {lark.literal(close)}"
@@ -280,7 +280,9 @@ def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
 
         def argument(key: str) -> str:
             value = property_schema(schema, key)
-            value_rule = '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.json(value, schema)
+            value_rule = (
+                '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.add_json_rule(value, schema)
+            )
             return f"{_quoted(key + '=')} {value_rule}"
 
         comma = _quoted(", ")

@@ -217,7 +217,7 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
     with torch.inference_mode():
         while position < tokens.shape[1]:
             in_prompt = position < len(prompt)
-            chunk_tokens = budget.tokens(position)
+            chunk_tokens = budget.max_prompt_tokens(position)
             end = min(
                 position + (chunk_tokens if in_prompt else step or chunk_tokens),
                 len(prompt) if in_prompt else tokens.shape[1],

@@ -157,14 +157,14 @@ def _measure_demo(args: argparse.Namespace, text: str) -> None:
     folder = demo.path()
     reference = Reference(*load_reference(folder), text, args)
     rows = []
-    for name, load in formats(folder):
+    for name, load in list_formats(folder):
         model, tokenizer = load()
         bits = 8 * model.ktx.bytes_per_token / active_weights(model)
         rows.append(score(name, model, tokenizer, text, args, reference) | {"bits": bits})
     _print_rows(args, rows)
 
 
-def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
+def list_formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
     """Yields name and loader of each format that ktx can quantize to: all but those that need an importance matrix."""
     import torch
 

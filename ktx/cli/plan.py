@@ -139,11 +139,11 @@ def by_budget(args: argparse.Namespace) -> int:
     budget = solver.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kv_dtype, chunk_size)
     placement, speeds = fit(model, budget), _measure_speeds(args)
     if args.json:
-        print(json.dumps(solver.summary(placement, speeds), indent=1))
+        print(json.dumps(solver.to_json(placement, speeds), indent=1))
     else:
-        print("\n".join([*table(placement), "", *_estimate_lines(placement, speeds)]))
+        print("\n".join([*memory_table(placement), "", *_estimate_lines(placement, speeds)]))
     if args.write:
-        write(Path(args.write), placement, rules.base)
+        write_rule_file(Path(args.write), placement, rules.base)
     return 0
 
 
@@ -180,7 +180,7 @@ def _measure_speeds(args: argparse.Namespace) -> Any:
     )
 
 
-def table(placement: Any) -> list[str]:
+def memory_table(placement: Any) -> list[str]:
     """Returns the lines of the memory table: groups of modules by device, their sum and the budget."""
     from ktx.hardware import format_bytes
 
@@ -231,7 +231,7 @@ def _estimate_lines(placement: Any, speeds: Any) -> list[str]:
     return lines
 
 
-def write(path: Path, placement: Any, base: str) -> None:
+def write_rule_file(path: Path, placement: Any, base: str) -> None:
     """Writes a rule file with this placement and a reference to the model's rules, by name or by path.
 
     Args:

@@ -77,7 +77,7 @@ FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+def measure_perplexity(model: Any, tokenizer: Any, text: str) -> float:
     """Returns the exp of the mean cross entropy over the tokens of ``text``, in windows that begin with BOS."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     total = 0.0
@@ -89,27 +89,27 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def generate_answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Returns the greedy answer to a conversation."""
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def wrong_answers(model: Any, tokenizer: Any, questions: list[demo.Question]) -> list[tuple[str, str]]:
+def find_wrong_answers(model: Any, tokenizer: Any, questions: list[demo.Question]) -> list[tuple[str, str]]:
     """Returns (question, answer) where the answer differs from the listed one in any character.
 
     A model of ktx answers in batches of eight, by the engine; one of plain transformers has no engine.
     """
     conversations = [[{"role": "user", "content": item.question}] for item in questions]
     if hasattr(model, "ktx"):
-        texts = batched_answers(model, tokenizer, conversations)
+        texts = generate_answers(model, tokenizer, conversations)
     else:
-        texts = [answer(model, tokenizer, messages) for messages in conversations]
+        texts = [generate_answer(model, tokenizer, messages) for messages in conversations]
     return [(item.question, text) for item, text in zip(questions, texts, strict=True) if text != item.answer]
 
 
-def batched_answers(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[str]:
+def generate_answers(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[str]:
     """Returns the greedy answers to several conversations, computed in batches by the engine."""
     from ktx.engine.sampler import SamplingParams
 
@@ -128,8 +128,8 @@ def evaluate(name: str, folder: Path) -> Report:
     """Measures one format of the model in ``folder``."""
     model, tokenizer = FORMATS[name](folder)
     start_s, questions = time.monotonic(), demo.questions()
-    wrong = wrong_answers(model, tokenizer, questions)
-    score = perplexity(model, tokenizer, demo.heldout().read_text(encoding="utf-8"))
+    wrong = find_wrong_answers(model, tokenizer, questions)
+    score = measure_perplexity(model, tokenizer, demo.heldout().read_text(encoding="utf-8"))
     return Report(name, score, len(questions) - len(wrong), len(questions), time.monotonic() - start_s, wrong)
 
 

@@ -71,7 +71,7 @@ class StepBudget:
         self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded
         self.warned = False  # whether the log has the warning about steps that are too slow
 
-    def tokens(self, past: int = 0, decoding: bool = False) -> int:
+    def max_prompt_tokens(self, past: int = 0, decoding: bool = False) -> int:
         """Returns the maximum number of prompt tokens for the next step.
 
         Args:
@@ -85,7 +85,7 @@ class StepBudget:
             else limit
         )
 
-    def record(self, tokens: int, decoding: bool, seconds: float) -> None:
+    def record(self, prompt_tokens: int, decoding: bool, seconds: float) -> None:
         """Updates the estimate of how many prompt tokens fit into `target_s` after a step.
 
         Args:
@@ -93,25 +93,27 @@ class StepBudget:
             decoding: whether the step also had decode tokens; only such steps change the estimate.
             seconds: duration of the step's forward.
         """
-        if not tokens or seconds <= 0:
+        if not prompt_tokens or seconds <= 0:
             return
-        self.latest[decoding] = StepTiming(tokens, seconds)
+        self.latest[decoding] = StepTiming(prompt_tokens, seconds)
         if not decoding:
             return
-        fitting_tokens = tokens * self.target_s / seconds
+        fitting_tokens = prompt_tokens * self.target_s / seconds
         # A quick step with less than half of the allowed tokens, such as the end of a prompt, is no evidence that more
         # tokens fit. The past that is passed is one for which only the latency target limits the step.
-        if seconds > self.target_s or 2 * tokens >= self.tokens(past=self.max_tokens * PAST_DIVISOR, decoding=True):
+        if seconds > self.target_s or 2 * prompt_tokens >= self.max_prompt_tokens(
+            past=self.max_tokens * PAST_DIVISOR, decoding=True
+        ):
             self.fitting_tokens = max(
                 float(self.min_tokens),
-                min(fitting_tokens, MAX_GROWTH * max(self.fitting_tokens, tokens), float(self.max_tokens)),
+                min(fitting_tokens, MAX_GROWTH * max(self.fitting_tokens, prompt_tokens), float(self.max_tokens)),
             )
-        if seconds > self.target_s and self.min_tokens <= tokens < 2 * self.min_tokens and not self.warned:
+        if seconds > self.target_s and self.min_tokens <= prompt_tokens < 2 * self.min_tokens and not self.warned:
             self.warned = True
             log.warning(
                 "a step with %d prompt tokens and decode tokens takes %.1f s, more than the %.1f s of --max-itl-ms; "
                 "steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts",
-                tokens,
+                prompt_tokens,
                 seconds,
                 self.target_s,
             )

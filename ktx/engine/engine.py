@@ -29,7 +29,7 @@ from ktx.engine.speculation import DRAFTERS, MAX_DRAFT_TOKENS, PromptLookup, Spe
 from ktx.engine.stats import EngineStats
 from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, did_you_mean
 from ktx.hardware import memory
-from ktx.model.lora import check_memory, match_modules, read
+from ktx.model.lora import check_memory, match_modules, read_adapter
 from ktx.model.notes import add_notes
 from ktx.ops.lora import AdapterUse, AdapterUses
 from ktx.utils.deprecation import deprecated_arguments, deprecated_members
@@ -331,7 +331,7 @@ class Engine:
         Raises:
             DoesNotFit: memory is short.
         """
-        file = read(AdapterSpec.parse(path).with_name(name, scale))
+        file = read_adapter(AdapterSpec.parse(path).with_name(name, scale))
         modules = match_modules(self.model, file)
         check_memory(modules)
         adapters, adapter = self.runner.adapters, file.adapter

@@ -100,7 +100,7 @@ class EagerReplay:
 
 
 @dataclass(frozen=True)
-class Token:
+class DecodeToken:
     """A request's input to a decode step: a token id, its position, and the pages of the sequence's keys and values."""
 
     id: int
@@ -131,7 +131,7 @@ class Inputs:
         self.row_values = self.host_row_values.to(device.torch, copy=True)
         self.pages = self.host_pages.to(device.torch, copy=True)
 
-    def fill(self, tokens: Sequence[Token], size: int) -> None:
+    def fill(self, tokens: Sequence[DecodeToken], size: int) -> None:
         """Fills the first `size` rows: one for each token, padding for the rest."""
         # the columns are ROW_FIELDS: ids, positions, slots, first, count, keys, real
         rows = [(token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)]
@@ -244,7 +244,7 @@ class Graphs:
         """Returns the bytes that torch has reserved on the device."""
         return 0 if self.device.fake else torch.cuda.memory_reserved(self.device.torch)
 
-    def step(self, tokens: Sequence[Token]) -> torch.Tensor | None:
+    def step(self, tokens: Sequence[DecodeToken]) -> torch.Tensor | None:
         """Returns logits [tokens, vocabulary] on the device, valid until the next step; None when no graph fits this
         step.
         """
@@ -256,7 +256,7 @@ class Graphs:
         self.replays += 1
         return self.logits[: len(tokens)]
 
-    def _fill(self, tokens: Sequence[Token], size: int) -> None:
+    def _fill(self, tokens: Sequence[DecodeToken], size: int) -> None:
         """Fills the input buffers before a replay. An embedding on the CPU runs here, because a graph cannot
         contain it.
         """

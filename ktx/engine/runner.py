@@ -14,7 +14,7 @@ from ktx.cache.kv import KVCache
 from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.engine.budget import MIN_STEP_TOKENS
-from ktx.engine.graphs import Graphs, Token, first_gpu, unsupported_reason
+from ktx.engine.graphs import DecodeToken, Graphs, first_gpu, unsupported_reason
 from ktx.engine.request import Request
 from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk
@@ -131,7 +131,7 @@ class ModelRunner:
         ):
             return None
         self.last_progress = time.monotonic()
-        logits = self.graphs.step([Token(chunk.ids[0], chunk.start, chunk.request.pages) for chunk in chunks])
+        logits = self.graphs.step([DecodeToken(chunk.ids[0], chunk.start, chunk.request.pages) for chunk in chunks])
         if logits is None:
             return None
         rows = to_cpu(self.model, logits, copy=True).split(1)
@@ -147,7 +147,7 @@ class ModelRunner:
                 past=chunk.start,
                 count=chunk.count,
                 pages=chunk.request.pages,
-                prompt=chunk.num_prompt_tokens,
+                num_prompt_tokens=chunk.num_prompt_tokens,
                 # the prefix cache does not apply to requests with echo
                 shared=self.shares_recurrent_states and not chunk.request.sampling.echo,
             )

@@ -202,7 +202,7 @@ class Scheduler:
         if not prompts:
             return
         oldest, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
-        budget_left = self.budget.tokens(oldest.num_computed, bool(chunks))
+        budget_left = self.budget.max_prompt_tokens(oldest.num_computed, bool(chunks))
         min_tokens = min(budget_left, self.granularity)
         budget_others = (
             budget_left - oldest.num_uncomputed

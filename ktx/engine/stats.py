@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ktx.injection.inject import layer_of
+from ktx.injection.inject import layer_number
 from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import experts_by_path
 from ktx.ops.weight_traffic import WeightTraffic
@@ -43,20 +43,20 @@ class EngineStats:
     """Counts from its creation on."""
 
     def __init__(self, model: LoadedModel):
-        self.weight_traffic = WeightTraffic.of(model)
+        self.weight_traffic = WeightTraffic.from_model(model)
         modules = experts_by_path(model)
-        layers = [layer_of(path) for path, _ in modules]
+        layers = [layer_number(path) for path, _ in modules]
         self.experts = [
             (index if layer is None else layer, module)
             for index, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
         # the experts' counters belong to the model: what they counted before this engine is subtracted
-        self.before = [(module.total_counts(), module.wait_s) for _, module in self.experts]
+        self.baseline = [(module.total_counts(), module.wait_s) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
         self.prompt_tokens = self.answer_tokens = 0
 
     @contextmanager
-    def forward(self, forwards: int, tokens: int, heads: int) -> Iterator[None]:
+    def forward(self, forwards: int, tokens: int, logit_forwards: int) -> Iterator[None]:
         """Context around a step's forwards. A forward that fails adds its time, and only the bytes of its experts.
 
         Args:
@@ -69,11 +69,11 @@ class EngineStats:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-        self.nbytes += self.weight_traffic.bytes(forwards, tokens, heads)
+        self.nbytes += self.weight_traffic.bytes(forwards, tokens, logit_forwards)
 
     def snapshot(self) -> StatsSnapshot:
         """Returns the counters from this engine's start up to now. Any thread may call it."""
-        pairs = list(zip(self.experts, self.before, strict=True))
+        pairs = list(zip(self.experts, self.baseline, strict=True))
         experts = [ExpertStats.read(module.total_counts() - start) for (_, module), (start, _) in pairs]
         waited_s = sum(module.wait_s - start for (_, module), (_, start) in pairs)
         expert_bytes = sum(stats.nbytes for stats in experts)

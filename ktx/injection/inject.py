@@ -227,7 +227,7 @@ def _without_layer(path: str) -> tuple[str, list[int]]:
     return (path, []) if number is None else (f"{path[: number.start()]}.{{}}{path[number.end() :]}", [int(number[1])])
 
 
-def layer_of(path: str) -> int | None:
+def layer_number(path: str) -> int | None:
     """The first number in a module's path."""
     number = NUMBER.search(path)
     return None if number is None else int(number[1])

@@ -48,10 +48,10 @@ class Rules(list[Rule]):
     stream_experts_min_tokens: int | str | None = None
 
     def __init__(
-        self, rules: Iterable[Rule] = (), places: Sequence[PlacementEntry] = (), base: str = "", explicit: bool = True
+        self, rules: Iterable[Rule] = (), entries: Sequence[PlacementEntry] = (), base: str = "", explicit: bool = True
     ):
         super().__init__(rules)
-        self.entries, self.base, self.explicit = list(places), base, explicit
+        self.entries, self.base, self.explicit = list(entries), base, explicit
 
 
 class _YamlReader:
@@ -119,7 +119,7 @@ def _first_line(error: object) -> str:
     return str(error).partition("\n")[0]
 
 
-def parse(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
+def parse_rules(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
     """Parses the YAML text of a rule file.
 
     Args:
@@ -306,7 +306,7 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
         return Rules(rules)
     explicit = rules is not None
     path = _find_rule_file(rules if explicit else RULE_FILES.get(model_type, "generic"))
-    parsed = parse(_read_text(path), str(path), model_type)
+    parsed = parse_rules(_read_text(path), str(path), model_type)
     parsed.explicit = parsed.explicit and explicit
     return parsed
 

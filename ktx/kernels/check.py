@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--worker", choices=("errors", "speeds"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker == "errors":
-        print(json.dumps(measure()))
+        print(json.dumps(measure_errors()))
         return 0
     if args.worker == "speeds":
         return _serve_speeds(args.threads)
@@ -226,7 +226,7 @@ def multiplies_in_bf16() -> bool:
     return ops.isa() in ("amxmodel", "avx512bf16", "amx")
 
 
-def bounds(name: str) -> tuple[float, float]:
+def error_bounds(name: str) -> tuple[float, float]:
     """Returns the largest relative error of a matrix and of a MoE layer on the selected instruction set."""
     from ktx.quant.types import BF16_EXACT_TYPES, QTYPES
 
@@ -237,12 +237,12 @@ def bounds(name: str) -> tuple[float, float]:
     )
 
 
-def measure() -> dict[str, dict[str, object]]:
+def measure_errors() -> dict[str, dict[str, object]]:
     """Measures the errors of each type in this process: linear for one and for many tokens, and a small MoE layer."""
     from ktx.quant.types import QTYPES
 
     errors = {name: [_linear_error(name, *shape) for shape in SHAPES] + [_experts_error(name)] for name in QTYPES}
-    return {"errors": errors, "bounds": {name: bounds(name) for name in QTYPES}}  # type: ignore[dict-item]
+    return {"errors": errors, "bounds": {name: error_bounds(name) for name in QTYPES}}  # type: ignore[dict-item]
 
 
 def random_matrix(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped-def]

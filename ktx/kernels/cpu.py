@@ -118,7 +118,7 @@ class Packed:
         if self.origin is not None:
             return _load_again, self.origin
         metadata = self.qtype.name, self.n, self.k, self.matrices, self.numa_ends
-        return _from_bytes, (for_pickle(self.data.clone()), *metadata, packing())
+        return _from_bytes, (for_pickle(self.data.clone()), *metadata, packing_key())
 
     @property
     def nbytes(self) -> int:
@@ -156,10 +156,10 @@ def _from_bytes(
     Raises:
         KtxError: if the kernels of this process read another order than the bytes were packed in.
     """
-    if packed_with != packing():
+    if packed_with != packing_key():
         raise KtxError(
             "the pickle holds weights that another version of ktx, or ktx on another processor, packed (instruction"
-            f" set, NUMA nodes, digest): {packed_with}, here {packing()}; load the model again with ktx.load and"
+            f" set, NUMA nodes, digest): {packed_with}, here {packing_key()}; load the model again with ktx.load and"
             " pickle it here"
         )
     placed = ops.empty_packed(data.numel(), ends)
@@ -167,7 +167,7 @@ def _from_bytes(
     return Packed(placed, QTYPES[qtype], n, k, matrices, ends)
 
 
-def packing() -> tuple[Any, ...]:
+def packing_key() -> tuple[Any, ...]:
     """Returns what determines the order of packed bytes: instruction set, number of NUMA nodes, digest.
 
     Packed bytes from a pickle or a cache folder are valid only in a process where this is equal.

@@ -409,7 +409,7 @@ def _visible_keys(
         of reference.visible.
     """
     if mask is not None:
-        return (0, keys, *reference.visible(chunk.stop - chunk.start, keys, None, mask[:, :, chunk], CPU))
+        return (0, keys, *reference.visible_keys(chunk.stop - chunk.start, keys, None, mask[:, :, chunk], CPU))
     if ranges is None:
         ends = torch.arange(chunk.start, chunk.stop, device=CPU) + keys - queries + 1
         ranges = torch.stack([torch.zeros_like(ends), ends.clamp(min=0)], -1)[None]
@@ -422,7 +422,7 @@ def _visible_keys(
     return (
         first_key,
         last_key,
-        *reference.visible(ranges.shape[1], last_key - first_key, ranges - first_key, None, CPU),
+        *reference.visible_keys(ranges.shape[1], last_key - first_key, ranges - first_key, None, CPU),
     )
 
 

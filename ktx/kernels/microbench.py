@@ -29,7 +29,7 @@ MIN_PASS_BYTES = 1 << 28  # bytes that a pass reads at least
 CACHE_MULTIPLE = 4  # a pass reads so many times the last-level caches, which then hold only a part of it
 
 
-def seconds(call: Callable[[], object], repeat: int) -> float:
+def median_seconds(call: Callable[[], object], repeat: int) -> float:
     """Returns the median time of a call, in seconds, after one warm-up call."""
     call()
     times_s = []
@@ -99,7 +99,7 @@ def gpu_read_bandwidth() -> float | None:
         values.sum()
         torch.cuda.synchronize()
 
-    return values.nbytes / seconds(read, 5) / 1e9
+    return values.nbytes / median_seconds(read, 5) / 1e9
 
 
 def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
@@ -119,14 +119,14 @@ def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
         dst.copy_(src, non_blocking=True)
         torch.cuda.synchronize(device)
 
-    return src.numel() / seconds(copy, 3) / 1e9
+    return src.numel() / median_seconds(copy, 3) / 1e9
 
 
 def prompt_rate(qtype: QType) -> float:
     """Returns the GOPS of experts of a type in a prompt, with as many tokens at once as an expert gets on average."""
-    packed = split_matrices(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
+    packed = split_matrices(cpu.pack(random_matrices(qtype, 8, 512, COLUMNS)))
     x = torch.randn(TOKENS_PER_EXPERT, COLUMNS, dtype=torch.float32)
-    elapsed_s = seconds(lambda: [cpu.linear(x, matrix, all_bf16=True) for matrix in packed], 3)
+    elapsed_s = median_seconds(lambda: [cpu.linear(x, matrix, all_bf16=True) for matrix in packed], 3)
     return 2 * TOKENS_PER_EXPERT * 512 * COLUMNS * len(packed) / elapsed_s / 1e9
 
 
@@ -145,7 +145,7 @@ def min_tokens_to_stream(nbytes: int, num_weights: int, link_gb_s: float, cpu_go
     return max(MIN_STREAM_TOKENS, math.ceil(nbytes / link_gb_s * cpu_gops / (2 * num_weights)))
 
 
-def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
+def random_matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
     """Returns count x [n, k] of random rows.
 
     At most 64 rows are distinct, which is enough because the speed does not depend on the values.
@@ -188,12 +188,12 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
         to the measured limit.
     """
     matrix_bytes = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
-    packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // matrix_bytes), ROWS, COLUMNS))
+    packed = cpu.pack(random_matrices(qtype, max(2, pass_bytes() // matrix_bytes), ROWS, COLUMNS))
     all_rows, x = as_one_matrix(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
     rounds = []
     for _ in range(repeat):  # limit and result alternate because memory bandwidth changes over time
         read_gb_s = read_bandwidth(threads, MIN_PASS_BYTES // 2).gb_s
-        rate = packed.nbytes / seconds(lambda: cpu.linear(x, all_rows), 1) / 1e9
+        rate = packed.nbytes / median_seconds(lambda: cpu.linear(x, all_rows), 1) / 1e9
         rounds.append((rate / read_gb_s, rate))
     share, rate = statistics.median_low(rounds)
     results = {"gemv_gb_s": rate, "gemv_share": share}
@@ -201,7 +201,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
         packs = split_matrices(packed, min(packed.matrices, max(1, 512 // num_tokens)))
         batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
         limit_gops = peak_gops(qtype, threads)
-        elapsed_s = seconds(
+        elapsed_s = median_seconds(
             lambda packs=packs, batch=batch: [cpu.linear(batch, w, all_bf16=True) for w in packs],  # type: ignore[misc]
             repeat,
         )

@@ -53,7 +53,7 @@ def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
 
 
 @contextmanager
-def loading(name: str, store: PackedCache | None, origin: Origin | None) -> Iterator[None]:
+def cache_context(name: str, store: PackedCache | None, origin: Origin | None) -> Iterator[None]:
     """Sets the cache for the operator that this thread loads.
 
     `cached_pack` finds it in a thread-local variable, so that the `load` methods of operators, which users can write,
@@ -257,7 +257,7 @@ def open_cache(folder: str | Path, name: str, key: Any, required_bytes: int) -> 
         key: everything that determines how the model is packed, apart from `cpu.packing()`.
         required_bytes: bytes of the packed weights.
     """
-    key_parts = [key, *cpu.packing()]
+    key_parts = [key, *cpu.packing_key()]
     digest = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return PackedCache(Path(folder).expanduser() / f"{name}-{digest}", required_bytes)
 

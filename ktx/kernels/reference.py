@@ -98,7 +98,7 @@ def experts(
     return out.to(x.dtype)
 
 
-def visible(
+def visible_keys(
     queries: int,
     keys: int,
     ranges: torch.Tensor | None,
@@ -197,8 +197,8 @@ def attention(
     scores = q.double() @ keys.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible_keys, additive = visible(q.shape[2], k.shape[2], ranges, mask, q.device)
-    scores = (scores if additive is None else scores + additive).masked_fill(~visible_keys, -torch.inf)
+    visible, additive = visible_keys(q.shape[2], k.shape[2], ranges, mask, q.device)
+    scores = (scores if additive is None else scores + additive).masked_fill(~visible, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     probs = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]

@@ -22,12 +22,12 @@ from ktx.injection.rule import Rule
 from ktx.injection.rules import Rules, load_rules
 from ktx.loader.meta_model import build_meta_model, read_config, resolve_model, set_experts_per_token
 from ktx.model import notes
-from ktx.model.lora import AdapterArgument, adapter_bytes, match_modules, parse_adapters, read
+from ktx.model.lora import AdapterArgument, adapter_bytes, match_modules, parse_adapters, read_adapter
 from ktx.ops import expert_deferral
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import load_time_type
 from ktx.ops.linear import Linear
-from ktx.placement.memory_model import Footprint, footprint
+from ktx.placement.memory_model import Footprint, compute_footprint
 from ktx.placement.solver import split_evenly
 from ktx.transformers_compat import config_dict
 from ktx.utils.deprecation import deprecated_arguments
@@ -76,7 +76,7 @@ def plan(
 
     Takes the arguments of `load` and raises the same UsageError for options that are invalid.
     """
-    adapter_files = [read(adapter) for adapter in parse_adapters(lora)]
+    adapter_files = [read_adapter(adapter) for adapter in parse_adapters(lora)]
     parse_stream_experts(stream_experts_min_tokens)
     targets = quant_targets(quantize, quantize_experts)
     placement = placement_options(device, moe_device, shared_expert_device, devices, gpu_experts)
@@ -95,7 +95,7 @@ def plan(
     )
     result.adapters = {file.adapter.name: adapter_bytes(match_modules(meta_model, file)) for file in adapter_files}
     if defer_experts:
-        expert_deferral.install(meta_model, defer_experts)
+        expert_deferral.install_deferral(meta_model, defer_experts)
     return result
 
 
@@ -143,7 +143,7 @@ def measure_footprint(
     )
     plan.check(source)
     plan.warn_unread()
-    return footprint(meta_model, plan, source), unplaced
+    return compute_footprint(meta_model, plan, source), unplaced
 
 
 # Rule file's device map -> device map in effect.
@@ -250,7 +250,7 @@ def prepare_model(
     compute_dtype = dtype or _default_dtype(_names_gpu(base_rules, entries))
     num_gpus = next((len(entry.split_devices) for entry in entries if entry.split_devices), 0)
     if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
-        cpu_footprint = footprint(
+        cpu_footprint = compute_footprint(
             *build_plan([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
         )
         entries = split_layers(entries, split_evenly(cpu_footprint, num_gpus, entries, base_rules))

@@ -31,7 +31,7 @@ from ktx.loader.resources import check_memory, open_packed_cache, plan_identity
 from ktx.model import notes
 from ktx.model import self_test as selftest
 from ktx.model.loaded import set_loaded_class
-from ktx.model.lora import AdapterArgument, Adapters, adapter_bytes, match_modules, parse_adapters, read
+from ktx.model.lora import AdapterArgument, Adapters, adapter_bytes, match_modules, parse_adapters, read_adapter
 from ktx.model.pickling import BuildArguments, WeightFiles
 from ktx.model.self_test import SelfTest
 from ktx.ops import device_hooks, expert_deferral
@@ -122,7 +122,7 @@ class LoadInfo:
             BadFile: the adapter cannot be read, or it does not fit the model.
             UsageError: the adapter is of an unsupported kind, or its name is taken.
         """
-        file = read(AdapterSpec.parse(path).with_name(name, scale))
+        file = read_adapter(AdapterSpec.parse(path).with_name(name, scale))
         self.adapters.add(file.adapter, match_modules(self.model(), file))
         return file.adapter.name
 
@@ -220,7 +220,7 @@ def load(
     check_implementation(attn_implementation)
     if dtype not in (None, *COMPUTE_DTYPES):
         raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTE_DTYPES))}")
-    adapter_files = [read(requested) for requested in parse_adapters(lora)]
+    adapter_files = [read_adapter(requested) for requested in parse_adapters(lora)]
     parse_stream_experts(stream_experts_min_tokens)
     selftest.check_option(self_test)
     num_threads = cpu.pool_size(threads)
@@ -252,7 +252,7 @@ def load(
     if kv_dtype == FP8:
         _check_fp8(plan)
     if defer_experts:
-        expert_deferral.install(hf_model, defer_experts)
+        expert_deferral.install_deferral(hf_model, defer_experts)
     _resolve_kv_dtype(hf_model, kv_dtype)
     check_memory(plan)
     loaded_tokenizer = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
@@ -292,7 +292,7 @@ def load(
     if mtp:
         mtp_model = mtp_layer.detach_layer(hf_model)
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
-    device_hooks.install(hf_model, devices_of, dtype)
+    device_hooks.install_transfer_hooks(hf_model, devices_of, dtype)
     group_layers(hf_model)
     _install_expert_offload(
         hf_model,

@@ -13,7 +13,7 @@ from torch import nn
 
 from ktx.errors import BadFile
 from ktx.injection.inject import Plan
-from ktx.kernels.packed_cache import Origin, PackedCache, loading
+from ktx.kernels.packed_cache import Origin, PackedCache, cache_context
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -58,7 +58,7 @@ def load_weights(
         step = ordered[index]
         module = model.get_submodule(step.path) if step.path else model
         if isinstance(module, Operator) and not _shares_embedding(module):
-            with loading(step.path, store, origin):
+            with cache_context(step.path, store, origin):
                 module.load(source)
         own_names = {
             name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -263,7 +263,7 @@ def parse_adapters(lora: AdapterArgument | Sequence[AdapterArgument] | None) -> 
     return result
 
 
-def read(spec: AdapterSpec) -> AdapterFile | GGUFAdapter:
+def read_adapter(spec: AdapterSpec) -> AdapterFile | GGUFAdapter:
     """Reads an adapter's file, PEFT's or llama.cpp's.
 
     Raises:

@@ -18,7 +18,7 @@ from ktx.errors import BadFile
 from ktx.injection.inject import Plan, Step
 from ktx.injection.rules import Rules
 from ktx.kernels import cpu
-from ktx.kernels.packed_cache import PackedCache, loading
+from ktx.kernels.packed_cache import PackedCache, cache_context
 from ktx.loader.build import placement_options, prepare_model
 from ktx.loader.resources import check_memory, open_packed_cache
 from ktx.utils.torch_defaults import torch_defaults
@@ -204,7 +204,7 @@ class WeightFiles:
 
         def load_step(step: Step) -> None:
             operator: Any = copy.copy(model.get_submodule(step.path))
-            with loading(step.path, store, self):
+            with cache_context(step.path, store, self):
                 operator.load(source)
             source.release(step.tensors)
 

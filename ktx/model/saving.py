@@ -96,10 +96,10 @@ def _pieces(
         unchanged_name, written_shapes = independent[name]
         floats = value.floats if isinstance(value, Dequantized) else None
         if unchanged_name is not None and floats is not None:
-            for first, last in floats.spans():
+            for first, last in floats.ranges():
                 yield unchanged_name, first, floats.read(first, last)
         elif floats is not None and _by_expert(written_shapes, floats):
-            for first, last in floats.spans():
+            for first, last in floats.ranges():
                 for written_name, values in form({name: floats.read(first, last)}).items():
                     yield _shift_expert(written_name, first), 0, values
         else:

@@ -17,7 +17,7 @@ import torch
 from ktx.cache.kv import to_floats
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError, did_you_mean
-from ktx.kernels.reference import visible
+from ktx.kernels.reference import visible_keys
 from ktx.transformers_compat import attention_function, attention_name, collects_output
 
 log = logging.getLogger("ktx.model.notes")
@@ -118,10 +118,10 @@ def attention_weights(
     scores = query.float() @ keys.repeat_interleave(query.shape[1] // keys.shape[1], 1).transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible_keys, additive = visible(query.shape[2], keys.shape[2], ranges, mask, query.device)
+    visible, additive = visible_keys(query.shape[2], keys.shape[2], ranges, mask, query.device)
     if additive is not None:
         scores = scores + additive.float()
-    scores = scores.masked_fill(~visible_keys, torch.finfo(torch.float32).min)
+    scores = scores.masked_fill(~visible, torch.finfo(torch.float32).min)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1)[..., : keys.shape[2]].to(query.dtype)

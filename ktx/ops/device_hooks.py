@@ -35,7 +35,7 @@ class DevicePlacement:
 Placements = Mapping[nn.Module, DevicePlacement]
 
 
-def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
+def install_transfer_hooks(model: Any, devices: Devices, dtype: torch.dtype) -> None:
     """Installs the hooks of a model that is partly or entirely on GPUs; a model on the CPU needs none.
 
     Modules of the decoder's call sequence that follow one another on the same device share a `TransferScope`, so

@@ -14,7 +14,7 @@ from ktx.ops.base import as_weights
 from ktx.ops.change_counter import ChangeCounter
 from ktx.ops.float_views import Floats
 from ktx.ops.lora import Lora
-from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable
+from ktx.ops.parameters import PARAMETRIZATIONS, Parametrizable, VisibleParameters
 from ktx.quant.types import QTYPES, QType
 from ktx.weights.base import QuantizedTensor
 
@@ -100,20 +100,20 @@ class MatrixOperator(Parametrizable):
     def weight(self) -> torch.Tensor:
         """The matrix [rows, columns], read-only, see ktx.ops.float_views."""
         # torch's parametrize has removed the weight, and expects that the lookup fails then.
-        if isinstance(self._buffers, OfferedParameters) and "weight" not in self._buffers:
+        if isinstance(self._buffers, VisibleParameters) and "weight" not in self._buffers:
             raise AttributeError("weight")
         return self.visible_parameters("weight", self.rows())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in torch, but packs a tensor that is assigned to `weight`, and ends the tie of its modules."""
-        if name == "weight" and not self.parametrized(name):
+        if name == "weight" and not self.has_parametrization(name):
             self.assign(self.packed_from(as_weights(checked_values(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]
             self.ties = []  # an assignment ends the tie of output layer and embedding, as in transformers
         else:
             super().__setattr__(name, value)
 
-    def offered_names(self) -> frozenset[str]:
+    def visible_names(self) -> frozenset[str]:
         """Names of the matrices that `ktx.edit` accepts."""
         return frozenset({"weight"})
 

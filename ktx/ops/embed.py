@@ -114,7 +114,7 @@ class Embedding(MatrixOperator, nn.Embedding):  # type: ignore[override]
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         """Returns the packed weight in its type."""
         self.check_loaded()
-        return {"weight": [stored.matrix(self.packed)]}
+        return {"weight": [stored.matrix_state(self.packed)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         """Packs other values of the weight."""

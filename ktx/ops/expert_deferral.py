@@ -63,7 +63,7 @@ class DeferredExperts:
         return out
 
 
-def install(model: Any, count: int) -> None:
+def install_deferral(model: Any, count: int) -> None:
     """Makes every MoE layer except the last defer `count` experts of each token. Call it before the model is loaded.
 
     Raises:

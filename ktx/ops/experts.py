@@ -34,7 +34,7 @@ from ktx.ops.edit import checked_values, quantize_edited
 from ktx.ops.float_views import Dequantized, Floats, unreadable, view_experts, view_tensor
 from ktx.ops.guard import ChildrenGuard, children_observed, torch_mode_active
 from ktx.ops.packed_state import PackedState
-from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable, ParametrizedProduct
+from ktx.ops.parameters import PARAMETRIZATIONS, Parametrizable, ParametrizedProduct, VisibleParameters
 from ktx.ops.protocols import AdapterRows, ExpertsAdapters
 from ktx.weights.base import QuantizedTensor, WeightSource, concat_rows
 
@@ -94,7 +94,7 @@ class Experts(Parametrizable):
         self.path, self.gate, self.has_bias = path, gate, bias
         self.replaced_class = None
         self.total_experts, self.on_gpu, self.gpu_counts, self.inside = experts, None, None, None
-        self.hidden, self.width, self.top = 0, 0, 1
+        self.hidden_size, self.intermediate_size, self.top_k = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
         self.quant_target: str | None = None
         self.transposed, self.interleaved = False, False  # layout of the replaced module's matrices
@@ -134,12 +134,14 @@ class Experts(Parametrizable):
         has_bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
         new = cls(ctx.path, count, activation, has_bias)
         rows, columns = old.down_proj.shape[1:]
-        new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        new.hidden_size, new.intermediate_size = (
+            (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        )
         new.replaced_class = type(old)
         new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
         new.interleaved = is_interleaved(old, activation)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
-        new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
+        new.top_k = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.splittable(gpu_experts or 0)
         if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and activation.act in ACTIVATIONS:
             new.add_module(ACTIVATION, old.act_fn)
@@ -177,8 +179,8 @@ class Experts(Parametrizable):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes [experts, rows, columns] of the projections by path."""
         up_shape, down_shape = (
-            (self.total_experts, self.width, self.hidden),
-            (self.total_experts, self.hidden, self.width),
+            (self.total_experts, self.intermediate_size, self.hidden_size),
+            (self.total_experts, self.hidden_size, self.intermediate_size),
         )
         return {f"{self.path}.{name}": down_shape if name == "down_proj" else up_shape for name in self.projections}
 
@@ -365,10 +367,10 @@ class Experts(Parametrizable):
             [rows, n] for each projection.
         """
         biases = {half: self.biases[half] for half in halves}
-        if self.parametrized(f"{name}_bias"):
+        if self.has_parametrization(f"{name}_bias"):
             split = self._split_halves(getattr(self, f"{name}_bias"), len(halves), -1)
             biases = dict(zip(halves, split, strict=True))
-        parametrized = ParametrizedProduct.of(self, name, self.transposed) if self.parametrized(name) else None
+        parametrized = ParametrizedProduct.of(self, name, self.transposed) if self.has_parametrization(name) else None
         outputs: list[list[torch.Tensor]] = [[] for _ in halves]
         for i, expert_rows in enumerate(rows.split(per_expert)):
             if not len(expert_rows):
@@ -401,7 +403,11 @@ class Experts(Parametrizable):
             return {}
         shapes: dict[Any, tuple[str, ...]] = {}
         for halves in self.stacked_parameters().values():
-            rows, columns = (self.hidden, self.width) if halves == ("down_proj",) else (self.width, self.hidden)
+            rows, columns = (
+                (self.hidden_size, self.intermediate_size)
+                if halves == ("down_proj",)
+                else (self.intermediate_size, self.hidden_size)
+            )
             shapes[(self.total_experts, rows * len(halves), columns)] = halves
             shapes |= {(half, (self.total_experts, rows, columns)): (half,) for half in halves}
         return shapes
@@ -415,7 +421,7 @@ class Experts(Parametrizable):
         """Transformers' attribute, which PEFT reads."""
         return self.transposed
 
-    def offered_names(self) -> frozenset[str]:
+    def visible_names(self) -> frozenset[str]:
         """Returns the names of stacked parameters and biases; none if another operator has some of the experts."""
         if self.num_experts < self.total_experts:  # part of the layer
             return frozenset()
@@ -426,7 +432,7 @@ class Experts(Parametrizable):
     def __getattr__(self, name: str) -> Any:
         """Returns a packed weight or a scalar setting under its name in the replaced module."""
         buffers = self.__dict__.get("_buffers")
-        if isinstance(buffers, OfferedParameters) and name in buffers.names:
+        if isinstance(buffers, VisibleParameters) and name in buffers.names:
             return self.visible_parameters(name, self.floats()[name])
         if name in self.settings:
             return self.settings[name]
@@ -460,7 +466,7 @@ class Experts(Parametrizable):
     def _assign_packed(self, name: str, value: Any) -> None:
         """Packs a tensor assigned to a packed parameter."""
         current = self.floats().get(name)
-        if current is None or self.parametrized(name):
+        if current is None or self.has_parametrization(name):
             raise UsageError(
                 f"{self.path}.{name} cannot be assigned: it does not exist, is partly on a GPU, or is parametrized"
             )
@@ -490,7 +496,7 @@ class Experts(Parametrizable):
         parts = [part for part in (self.on_gpu, self) if part is not None and part.num_experts]
         states: dict[str, list[PackedState] | torch.Tensor] = {}
         for name in self.projections:
-            states[name] = [stored.stack([part.weights[name] for part in parts])]
+            states[name] = [stored.stack_state([part.weights[name] for part in parts])]
             biases = [bias.cpu() for part in parts if (bias := part.biases[name]) is not None]
             if biases:
                 states[f"{name}_bias"] = torch.cat(biases)
@@ -502,7 +508,11 @@ class Experts(Parametrizable):
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"
             " load the model on the CPU (device='cpu')"
         )
-        rows, columns = (self.hidden, self.width) if name == "down_proj" else (halves * self.width, self.hidden)
+        rows, columns = (
+            (self.hidden_size, self.intermediate_size)
+            if name == "down_proj"
+            else (halves * self.intermediate_size, self.hidden_size)
+        )
         shape = (self.total_experts, *((columns, rows) if self.transposed else (rows, columns)))
         bias = (
             {f"{name}_bias": unreadable((self.total_experts, rows), message, hash((id(self), name, "bias")))}
@@ -555,12 +565,12 @@ class Experts(Parametrizable):
     def weight_bytes(self) -> tuple[int, int]:
         """Returns the bytes of all experts, and those of the experts of one token."""
         total_bytes = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)
-        return total_bytes, total_bytes * min(self.top, self.total_experts) // self.total_experts
+        return total_bytes, total_bytes * min(self.top_k, self.total_experts) // self.total_experts
 
     def weights_per_token(self) -> int:
         """Returns the number of weights that a token is multiplied with here, on average over the layer's experts."""
         num_weights = sum(w.n * w.k for w in self.weights.values())
-        return num_weights * min(self.top, self.total_experts) * self.num_experts // self.total_experts
+        return num_weights * min(self.top_k, self.total_experts) * self.num_experts // self.total_experts
 
     def total_counts(self) -> torch.Tensor:
         """Returns `counts` for all experts of the layer, with selections that were counted on a device."""

@@ -18,7 +18,7 @@ from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.spawn_pickle import for_pickle
 
 CPU = torch.device("cpu")
-MAX_SPAN_VALUES = 1 << 26  # values that are dequantized at once
+MAX_RANGE_VALUES = 1 << 26  # values that are dequantized at once
 
 
 @deprecated_members(place="memory_id")
@@ -42,13 +42,13 @@ class Floats:
         if not self.shape:
             return self.read(0, 1).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device="cpu")
-        for first, last in self.spans():
+        for first, last in self.ranges():
             out[first:last] = self.read(first, last)
         return out
 
-    def spans(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[tuple[int, int]]:
         """Splits the first dimension into ranges of at most MAX_SPAN_VALUES values, at least one index each."""
-        length, step = self.shape[0], max(1, MAX_SPAN_VALUES // max(1, math.prod(self.shape[1:])))
+        length, step = self.shape[0], max(1, MAX_RANGE_VALUES // max(1, math.prod(self.shape[1:])))
         return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 

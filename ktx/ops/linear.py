@@ -127,7 +127,7 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         """Returns the packed parts of the weight in their types."""
         self.check_loaded()
-        return {"weight": [stored.matrix(part) for part in self.parts]}
+        return {"weight": [stored.matrix_state(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         """Packs other values of the weight."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from ktx.cache.kv import restore_stock_layer, to_floats
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged_layer
+from ktx.cache.paged import BatchMetadata, gather_pages, get_batch, get_paged_layer
 from ktx.errors import UsageError
 from ktx.families import MLA_PAIRING
 from ktx.kernels import cpu
@@ -49,7 +49,7 @@ from ktx.ops.guard import Guard, descendants, valid_fast_path
 from ktx.ops.masks import non_causal_ranges
 from ktx.ops.norm import RMSNorm
 from ktx.ops.packed_state import PackedState
-from ktx.ops.parameters import OfferedParameters
+from ktx.ops.parameters import VisibleParameters
 from ktx.ops.protocols import MLAAdapters, MLALora
 from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, WeightSource
@@ -254,9 +254,9 @@ class MLA(Operator):
         Raises:
             UsageError: The cache is the paged KV cache of an engine.
         """
-        if paged_layer(cache, self.layer_idx) is not None and self.training and self.dropout > 0:
+        if get_paged_layer(cache, self.layer_idx) is not None and self.training and self.dropout > 0:
             raise dropout_error(self.dropout, "an engine's forward")
-        if paged_layer(cache, self.layer_idx) is not None:
+        if get_paged_layer(cache, self.layer_idx) is not None:
             raise UsageError(
                 f"{self.path}: an engine caches compressed keys, so a hook on kv_b_proj and attn_implementation"
                 f" {self.choice.config._attn_implementation!r} have no effect there; remove the hook, or choose"
@@ -312,7 +312,7 @@ class MLA(Operator):
         q_rope = cpu.rope(q_rope, cos, sin, self.interleaved)
         k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
         latent = self.kv_a_layernorm(latent)[:, None]
-        pages = paged_layer(kv_cache, self.layer_idx)
+        pages = get_paged_layer(kv_cache, self.layer_idx)
         if pages is not None:
             if not is_causal(self, kwargs):
                 raise non_causal_error(self)
@@ -395,7 +395,7 @@ class MLA(Operator):
         """
         if self.w_uk is None or torch.compiler.is_exporting():  # an exported graph has one form for any length
             return 0
-        batch = batch_of(cache)
+        batch = get_batch(cache)
         if batch is not None:
             return max(span.full_page_tokens for span in batch.spans)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
@@ -542,10 +542,10 @@ class MLA(Operator):
         self.check_loaded()
         k_b, v_b = (name.removeprefix(f"{self.path}.") for name in self.tensors())
         state: dict[str, list[PackedState] | torch.Tensor] = {
-            k_b: [stored.stack(_split_heads(self.w_uk_t))],
-            v_b: [stored.stack(_split_heads(self.w_uv))],
+            k_b: [stored.stack_state(_split_heads(self.w_uk_t))],
+            v_b: [stored.stack_state(_split_heads(self.w_uv))],
         }
-        return state if self.w_uk is None else state | {f"{k_b}{EXPANDED}": [stored.matrix(self.w_uk)]}
+        return state if self.w_uk is None else state | {f"{k_b}{EXPANDED}": [stored.matrix_state(self.w_uk)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         """Packs another kv_b_proj.weight [heads * (nope + v), rank], f32 values as F32. UsageError on a GPU."""
@@ -584,7 +584,7 @@ class KVExpansion(nn.Module):
         super().__init__()
         self.__dict__["owner"] = owner  # not registered as a child
         self.path, self.placement = f"{owner.path}.kv_b_proj", owner.placement
-        parameters = OfferedParameters()
+        parameters = VisibleParameters()
         parameters.names, parameters.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = parameters
         self.replaced_class = nn.Linear

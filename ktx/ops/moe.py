@@ -154,7 +154,7 @@ class MoEBlock:
             "moe_step",
             matrices.packed,
             matrices.descriptor,
-            [matrices.hidden, experts.num_experts, experts.width, shared_width],
+            [matrices.hidden, experts.num_experts, experts.intermediate_size, shared_width],
             router.in_f32,
             router.correction(bias),
             *router.route_args(),

@@ -27,12 +27,12 @@ class PackedState:
     rows: Callable[[], Iterator[QuantizedTensor]]
 
 
-def matrix(packed: Any) -> PackedState:
+def matrix_state(packed: Any) -> PackedState:
     """The state of one matrix."""
     return PackedState((packed.n, packed.k), packed.qtype, lambda: unpack_rows(packed))
 
 
-def stack(packed: Sequence[Any]) -> PackedState:
+def stack_state(packed: Sequence[Any]) -> PackedState:
     """The state of matrices of one shape and type, or of several stacks of them, concatenated."""
     first, count = packed[0], sum(part.matrices for part in packed)
     return PackedState((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(unpack_rows, packed)))

@@ -70,7 +70,7 @@ class Owner(Protocol):
         ...
 
 
-class OfferedParameters(dict[str, Any]):
+class VisibleParameters(dict[str, Any]):
     """The buffers of an operator, in which `in` also finds the `names` of packed weights; iteration does not list them.
 
     So copies, casts and lists of buffers skip them. Values assigned to a name are packed (accelerate loads checkpoints
@@ -105,7 +105,7 @@ class OfferedParameters(dict[str, Any]):
 class Parametrizable(Operator):
     """An operator that lists its packed weights among its own parameters, and on the CPU applies parametrizations."""
 
-    def offered_names(self) -> frozenset[str]:
+    def visible_names(self) -> frozenset[str]:
         """Returns the names of the packed weights that are visible as parameters."""
         return frozenset()
 
@@ -135,10 +135,10 @@ class Parametrizable(Operator):
     def use_live_parameters(self) -> None:
         """Replaces the dicts of parameters and buffers, so that packed weights are found under their names."""
         frozen = self.__dict__["_parameters"] = FrozenParameters(self._parameters)
-        frozen.names, frozen.path = self.offered_names(), self.path
+        frozen.names, frozen.path = self.visible_names(), self.path
         super().use_live_parameters()
-        offered = OfferedParameters(self._buffers)
-        offered.names, offered.owner = self.offered_names(), self
+        offered = VisibleParameters(self._buffers)
+        offered.names, offered.owner = self.visible_names(), self
         self.__dict__["_buffers"] = offered
 
     def named_parameters(
@@ -148,7 +148,7 @@ class Parametrizable(Operator):
 
         `nn.Module.parameters()` of a parent does not call this method, so optimizers do not get the packed weights.
         """
-        if isinstance(self._buffers, OfferedParameters):
+        if isinstance(self._buffers, VisibleParameters):
             names = self._buffers.names  # read once: training one of them replaces the buffers
             for name, floats in self.floats().items():
                 if name in names:
@@ -158,7 +158,7 @@ class Parametrizable(Operator):
 
     def __delattr__(self, name: str) -> None:
         """Called by torch's parametrize to remove a weight. UsageError on a GPU: kernels ignore parametrizations."""
-        if self.placement.gpu and isinstance(self._buffers, OfferedParameters) and name in self._buffers.names:
+        if self.placement.gpu and isinstance(self._buffers, VisibleParameters) and name in self._buffers.names:
             raise UsageError(
                 f"{self.path}.{name} is on {self.placement}, where it cannot have an adapter of its own"
                 " (target_parameters) or another parametrization; place the module on the CPU (device: cpu)"
@@ -173,15 +173,15 @@ class Parametrizable(Operator):
         """
         if (
             isinstance(param, Dequantized)
-            and isinstance(self._buffers, OfferedParameters)
-            and name in self.offered_names()
+            and isinstance(self._buffers, VisibleParameters)
+            and name in self.visible_names()
         ):
             ChangeCounter.count += 1
             self._buffers.names |= {name}
         else:
             super().register_parameter(name, param)
 
-    def parametrized(self, name: str) -> bool:
+    def has_parametrization(self, name: str) -> bool:
         """Whether a weight has parametrizations."""
         parametrizations: Any = self._modules.get(PARAMETRIZATIONS, ())
         return name in parametrizations

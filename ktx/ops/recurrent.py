@@ -52,7 +52,7 @@ class Recurrent(Operator):
         outputs, start = [], 0
         for span in cache.batch.spans:
             sequence_start, snapshot_lengths = start - span.past, span.snapshot_lengths
-            for size in span.pieces:
+            for size in span.piece_lengths:
                 with cpu.bf16_rows_part(start, size), lora.step_part(start, size):
                     chunk = {"hidden_states": hidden_states[:, start : start + size], "attention_mask": None}
                     outputs.append(super().forward(**self.call.join(arguments | chunk, cache.state(span.owner))))

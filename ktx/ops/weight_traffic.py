@@ -70,7 +70,7 @@ class WeightTraffic:
     bytes_per_logits: int = 0
 
     @classmethod
-    def of(cls, model: Any) -> WeightTraffic:
+    def from_model(cls, model: Any) -> WeightTraffic:
         """Sums up the modules of a model. A matrix counts once per forward, because all its tokens share one read."""
         output_layer = model.get_output_embeddings()
         per_forward = per_token = per_logits = 0
@@ -83,6 +83,8 @@ class WeightTraffic:
                 per_forward += size.bytes_per_token
         return cls(per_forward, per_token, per_logits)
 
-    def bytes(self, forwards: int, tokens: int, heads: int) -> int:
+    def bytes(self, forwards: int, tokens: int, logits_forwards: int) -> int:
         """Returns the bytes read by `forwards` forwards of `tokens` tokens in all, `heads` of which computed logits."""
-        return forwards * self.bytes_per_forward + tokens * self.bytes_per_token + heads * self.bytes_per_logits
+        return (
+            forwards * self.bytes_per_forward + tokens * self.bytes_per_token + logits_forwards * self.bytes_per_logits
+        )

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ktx.cache.kv import STANDARD_LAYERS, KVType, stored_row
+from ktx.cache.kv import STANDARD_LAYERS, KVType, stored_row_format
 from ktx.cache.page_pool import MAX_SNAPSHOTS, PAGE_TOKENS
-from ktx.injection.inject import Plan, Step, layer_of
+from ktx.injection.inject import Plan, Step, layer_number
 from ktx.kernels import cpu
 from ktx.kernels.gpu.repack_bits import RESTORE
 from ktx.ops.base import target_qtype
@@ -123,7 +123,7 @@ class KVMemory:
     def row_bytes(self, store: KVType, gpu: bool) -> int:
         """Bytes of a position."""
         device = torch.device("cuda" if gpu else "cpu")
-        rows = [stored_row(store, width, torch.float32, device) for width in self.columns]
+        rows = [stored_row_format(store, width, torch.float32, device) for width in self.columns]
         return self.num_kv_heads * sum(width * dtype.itemsize for width, dtype in rows)
 
     def nbytes(self, context: int, batch: int, store: KVType, gpu: bool) -> int:
@@ -175,7 +175,7 @@ def _fp8_scale_bytes(qtype: QType, shape: tuple[int, ...]) -> int:
     return 4 * prod(shape[:-2]) * blocks if qtype.name == "F8_E4M3" else 0
 
 
-def footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) -> Footprint:
+def compute_footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) -> Footprint:
     """Returns the memory footprint of a meta-device model.
 
     Args:
@@ -255,12 +255,12 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         cpu_size = WeightBytes(cpu_bytes, read=cpu_bytes // num_rows)
         gpu_size = WeightBytes(gpu_bytes, read=gpu_bytes // num_rows)
     num_experts, top_k = (
-        (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
+        (module.num_experts, min(module.top_k, module.num_experts)) if isinstance(module, Experts) else (0, 0)
     )
     return ModuleMemory(
         step.path,
         group_of(step.path),
-        layer_of(step.path),
+        layer_number(step.path),
         cpu_size,
         gpu_size,
         num_floats + sum(prod(shape) for _, shape in matrices),
@@ -333,7 +333,7 @@ def activation_columns(module: nn.Module) -> int:
     if isinstance(module, Linear):
         return module.out_features
     if isinstance(module, Experts):
-        return int(min(module.top, module.num_experts) * (3 * module.width + module.hidden))
+        return int(min(module.top_k, module.num_experts) * (3 * module.intermediate_size + module.hidden_size))
     if isinstance(module, MLA):  # absorbed queries and attention outputs
         return int(module.num_heads * (2 * module.kv_lora_rank + module.v_head_dim))
     return 0

@@ -406,11 +406,13 @@ def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[Modul
         )
     gpus = budget.gpus
     return Placement(
-        model, budget, [gpus[i] for i in balance(weights, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])]
+        model,
+        budget,
+        [gpus[i] for i in balance_layers(weights, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])],
     )
 
 
-def balance(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
+def balance_layers(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """Divides layers, in order, among GPUs such that the largest fill (used bytes / capacity) is minimal.
 
     A bisection finds the smallest fill at which a greedy assignment succeeds.
@@ -456,10 +458,10 @@ def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], 
         if module.group == EMBEDDING or any(pattern.search(module.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
         weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
-    return balance(weights, [1 << 30] * gpus)
+    return balance_layers(weights, [1 << 30] * gpus)
 
 
-def summary(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
+def to_json(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
     """Returns the placement as plain data for JSON."""
     result: dict[str, Any] = {
         "devices": placement.device_map(),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktx.devices import CPU, Device
-from ktx.injection.inject import layer_of
+from ktx.injection.inject import layer_number
 from ktx.kernels.gpu.repack_bits import PEAK_TEMPORARY_BYTES
 from ktx.kernels.gpu.repack_from_cpu import STREAM_CHUNK_BYTES
 from ktx.kernels.gpu.soa_layout import DEQUANT_CHUNK_WEIGHTS
-from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape
+from ktx.kernels.gpu.split_kv import AttentionSchedule, AttentionShape
 from ktx.ops.mla import EXPAND_BYTES
 from ktx.placement.memory_model import (
     BF16_BYTES,
@@ -50,7 +50,7 @@ def decode_step_bytes(model: PreTrainedModel) -> dict[Device, int]:
     """Bytes of activations per decoded token of a loaded model, by device: residuals, and those of the widest block."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():
-        layer, columns = layer_of(path), activation_columns(module)
+        layer, columns = layer_number(path), activation_columns(module)
         if layer is not None and columns:
             blocks[getattr(module, "placement", CPU), layer, group_of(path)] += columns
     widest: dict[Device, int] = {}
@@ -105,7 +105,7 @@ def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) ->
     Layers run one after another and share the memory, so the largest shape counts.
     """
     shapes = {
-        Shape(
+        AttentionShape(
             layer.num_heads, layer.num_kv_heads, layer.columns[0], layer.columns[0 if layer.is_mla else 1], layer.is_mla
         )
         for layer in kv_layers
@@ -128,7 +128,7 @@ def cuda_graph_bytes(
     return num_bytes + attention_bytes(kv_layers, 1, batch) + batch * model.vocab_size * BF16_BYTES
 
 
-def _scratch_floats(counts: Sequence[int], shape: Shape) -> int:
+def _scratch_floats(counts: Sequence[int], shape: AttentionShape) -> int:
     """Number of floats in attention's workspace.
 
     It is that of a real schedule, whose scratch memory is on the meta device so that none is allocated.

@@ -132,7 +132,7 @@ class Cluster:
         this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.status_actor = StatusActor.options(scheduling_strategy=this_node).remote()  # type: ignore[attr-defined]
         replica = replace(config.replica, threads=placement.threads, per_node=placement.per_node)
-        app = deployment(config, placement).bind(replica, self.status_actor)
+        app = make_deployment(config, placement).bind(replica, self.status_actor)
         target = serve.RunTarget(app, config.app, None, {"log_level": "WARNING", "enable_access_log": False})
         handle = serve.run_many([target], wait_for_applications_running=False)[0]
         self._wait_for_replica()
@@ -248,7 +248,7 @@ def probe_node() -> tuple[int, int]:
     return default_threads(), memory()[1]
 
 
-def deployment(config: ClusterConfig, placement: ReplicaPlacement) -> Any:
+def make_deployment(config: ClusterConfig, placement: ReplicaPlacement) -> Any:
     """Returns the Ray Serve deployment of the replicas.
 
     The replicas of a remote cluster get this process's KTX_* variables, except the API key.

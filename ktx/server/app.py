@@ -132,7 +132,7 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     """Returns the application behind the authentication middleware, and its metrics."""
     app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(state)
-    state.on_finished = metrics.finished
+    state.on_finished = metrics.record_finished
     routes = APIRouter(route_class=JsonRoute)
     _add_openai(routes, state)
     _add_adapters(routes, state)
@@ -140,7 +140,7 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     _add_anthropic_and_ollama(routes, state)
     _add_monitoring(routes, state, metrics)
     app.include_router(routes)
-    app.router.routes.extend(static.routes())
+    app.router.routes.extend(static.make_routes())
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _handle_http_error)  # type: ignore[arg-type]
     return app, metrics
@@ -203,7 +203,7 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return tokenization.info(state.require_model())
+        return tokenization.tokenizer_info(state.require_model())
 
 
 def _add_adapters(routes: APIRouter, state: ServerState) -> None:
@@ -289,7 +289,7 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/api/show")
     async def show(fields: OllamaShow) -> dict[str, Any]:
-        return ollama.show(state.require_model(fields.model or fields.name or ""), state.created_iso, fields)
+        return ollama.show_model(state.require_model(fields.model or fields.name or ""), state.created_iso, fields)
 
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
@@ -299,11 +299,11 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return ollama.tags(state.require_model(), state.created_iso)
+        return ollama.list_models(state.require_model(), state.created_iso)
 
     @routes.get("/api/ps")
     async def ps() -> dict[str, Any]:
-        return ollama.ps(state.require_model())
+        return ollama.list_loaded_models(state.require_model())
 
     @routes.head("/api/version", include_in_schema=False)
     @routes.get("/api/version")

@@ -54,13 +54,13 @@ class AccessPolicy:
         """Returns a digest of the client's key; empty without keys."""
         return hashlib.sha256(_sent_key(headers)).digest() if self.keys else b""
 
-    def host(self, header: str) -> bool:
+    def is_allowed_host(self, header: str) -> bool:
         """Returns whether a Host header names this server. A DNS rebinding attack sends the attacker's host name."""
         name = header.strip().lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] if ":" in name else name
         return not name or name in self.local or name in self.hosts or _is_address(name)
 
-    def origin(self, origin: str, host: str) -> bool:
+    def is_allowed_origin(self, origin: str, host: str) -> bool:
         """Returns whether pages of an origin may send requests: those of this host and of listed origins."""
         name = origin.strip().rstrip("/")
         return "*" in self.origins or name in self.origins or name.partition("://")[2] == host.strip()
@@ -166,13 +166,13 @@ class AuthMiddleware:
         address, and its error is plain text.
         """
         origin, host = headers.get("origin"), headers.get("host", "")
-        if not self.access.keys and not self.access.host(host):
+        if not self.access.keys and not self.access.is_allowed_host(host):
             raise APIError(
                 403, f"the Host header is {host!r}, which is not a name of this server; add it to --allowed_hosts"
             )
         if origin == "null" and "*" not in self.access.origins:
             raise APIError(403, "pages without an origin may not send requests to this server")
-        if origin and origin != "null" and not self.access.origin(origin, host):
+        if origin and origin != "null" and not self.access.is_allowed_origin(origin, host):
             raise APIError(
                 403, f"pages of {origin} may not send requests to this server; add the origin to --cors_origins"
             )

@@ -77,7 +77,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
-    def finished(self, event: Finished) -> None:
+    def record_finished(self, event: Finished) -> None:
         """Counts and logs a finished request. The engine's thread calls it."""
         usage = event.usage
         token_counts = {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "answer_tokens": usage.answer}
@@ -143,7 +143,7 @@ class Metrics:
         yield self._make_gauge(
             "max_num_batched_tokens",
             "Max prompt tokens per step, by whether requests decode in the same step.",
-            {label: budget.tokens(decoding=decoding) for label, decoding in labels.items()},
+            {label: budget.max_prompt_tokens(decoding=decoding) for label, decoding in labels.items()},
             "answers",
         )
         yield self._make_gauge("max_itl_seconds", "Max seconds of a step in which requests decode.", budget.target_s)

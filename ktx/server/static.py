@@ -65,7 +65,7 @@ HEADERS = {
 }
 
 
-def routes() -> list[Route]:
+def make_routes() -> list[Route]:
     """Returns one route per file, for GET and HEAD."""
     return [Route(path, _make_handler(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
 

@@ -17,7 +17,7 @@ from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.engine.engine import Engine
 from ktx.engine.stats import StatsSnapshot
 from ktx.hardware import machine, memory
-from ktx.injection.inject import layer_of
+from ktx.injection.inject import layer_number
 from ktx.kernels import cpu
 from ktx.ops.weight_traffic import module_bytes, plain_parameters
 from ktx.server.state import ServerState
@@ -78,7 +78,7 @@ def list_modules(model: nn.Module) -> list[dict[str, Any]]:
     return [
         {
             "name": entry.path,
-            "layer": layer_of(entry.path),
+            "layer": layer_number(entry.path),
             "operator": type(entry.module).__name__,
             "device": _device_name(entry.module),
             "types": _dtype_names(entry.module),
@@ -137,7 +137,7 @@ def _expert_stats(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
     return {
         "layers": list(stats.layers),
         "count": max(map(len, stats.layers.values())),
-        "top": max(module.top for _, module in engine.stats.experts),
+        "top": max(module.top_k for _, module in engine.stats.experts),
         "activations": list(stats.layers.values()),
         "seconds": stats.node_seconds,
     }

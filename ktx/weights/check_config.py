@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ktx.weights.base import TensorSpec
-from ktx.weights.gguf_keys import scalar
+from ktx.weights.gguf_keys import to_scalar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,7 +33,7 @@ def gguf_mismatches(
     ]
     mismatches += _per_layer_values(metadata, arch)
     for key, attributes, what in COMPARED_KEYS:
-        in_file, in_config = scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
+        in_file, in_config = to_scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
         if isinstance(in_file, int) and in_file and isinstance(in_config, int) and in_file != in_config:
             mismatches.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
     return [line for line in mismatches if line]
@@ -48,7 +48,7 @@ def _per_layer_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
         "expert_feed_forward_length",
         "expert_used_count",
     )
-    varying = [(f"{arch}.{key}", scalar(metadata.get(f"{arch}.{key}"))) for key in keys]
+    varying = [(f"{arch}.{key}", to_scalar(metadata.get(f"{arch}.{key}"))) for key in keys]
     return [f"{key} differs from layer to layer" for key, value in varying if isinstance(value, list)]
 
 
@@ -76,7 +76,7 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: PreTrainedConfig) -> 
 
 def _kv_heads(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
     """The mismatch in the number of key/value heads, or None. Not compared for MLA models, which cache one latent."""
-    in_file = scalar(metadata.get(f"{arch}.attention.head_count_kv"))
+    in_file = to_scalar(metadata.get(f"{arch}.attention.head_count_kv"))
     in_config = getattr(config, "num_key_value_heads", None)
     if (
         getattr(config, "kv_lora_rank", None)

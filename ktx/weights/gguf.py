@@ -18,7 +18,7 @@ from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.gguf_keys import ROPE_TABLES, check_architecture, check_file_type, key_mismatches, rope_mismatches
-from ktx.weights.gguf_names import GGUFNames, Recipe, build, is_known_tensor
+from ktx.weights.gguf_names import GGUFNames, Recipe, build_parameter, is_known_tensor
 from ktx.weights.verdict import Reads, Verdict, check_companion
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class GGUFSource:
         recipe = self.recipe(name)
         if recipe is None:
             raise BadFile(f"{self.path}: no tensor for {name}")
-        return build(recipe, self.read)
+        return build_parameter(recipe, self.read)
 
     def get(self, name: str) -> QuantizedTensor:
         """A parameter as one tensor: packed where possible, else dequantized to F32."""

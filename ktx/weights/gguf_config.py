@@ -12,7 +12,7 @@ from ktx.errors import BadFile, did_you_mean
 from ktx.families import FAMILIES, GGUF_MODEL_TYPES
 from ktx.families.family import Family
 from ktx.weights.gguf_header import Header, architecture
-from ktx.weights.gguf_keys import check_file_type, rope_scaling, scalar
+from ktx.weights.gguf_keys import check_file_type, rope_scaling, to_scalar
 from ktx.weights.gguf_tokenizer import eog_token_ids
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _value(header: Header, arch: str, key: str) -> Any:
     """
     full_key = f"{arch}.{key.removesuffix('?')}"
     if full_key in header.metadata:
-        value = scalar(header.metadata[full_key])
+        value = to_scalar(header.metadata[full_key])
         if isinstance(value, list):
             raise BadFile(f"{header.file}: {full_key} differs from layer to layer, which no supported family has")
         return value

@@ -93,7 +93,7 @@ def check_file_type(metadata: Mapping[str, Any], file: str) -> None:
         raise BadFile(f"{file}: general.type is {kind!r}; it belongs to a model but is not one{remedy}")
 
 
-def scalar(value: Any) -> Any:
+def to_scalar(value: Any) -> Any:
     """A metadata value as a scalar: an array whose items are all equal becomes that item, any other array a list."""
     if not hasattr(value, "__iter__") or isinstance(value, str):
         return value
@@ -106,7 +106,7 @@ def scalar(value: Any) -> Any:
 UNCHECKED = object()  # the configuration does not determine the value; the tensors' shapes do
 
 
-def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
+def rope_parameters_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The rope parameters of full attention."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
@@ -121,12 +121,14 @@ def _num_rotated_columns(config: PreTrainedConfig) -> int:
     """The number of a head's columns that rope rotates."""
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_rope_head_dim)
-    factor = rope_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    factor = (
+        rope_parameters_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    )
     return int(head_dim(config) * factor)
 
 
 def _theta(config: PreTrainedConfig) -> Any:
-    return rope_of(config).get("rope_theta") or getattr(config, "rope_theta", None)
+    return rope_parameters_of(config).get("rope_theta") or getattr(config, "rope_theta", None)
 
 
 def _first(*names: str) -> Callable[[Any], Any]:
@@ -219,7 +221,7 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedCon
         key = full_key.removeprefix(f"{arch}.")
         if key == full_key or key in CHECKED_ELSEWHERE or key.startswith("attention.sliding_window"):
             continue
-        value = scalar(raw)
+        value = to_scalar(raw)
         off = value in (0, "", []) or value in OFF_VALUES.get(key, ())
         if key not in expected_values:
             if not off:
@@ -253,7 +255,7 @@ def _format(value: Any) -> str:
 
 def _sliding_window(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
     """Mismatches in the size of the sliding window, or in the layers that use it."""
-    in_file = scalar(metadata.get(f"{arch}.attention.sliding_window"))
+    in_file = to_scalar(metadata.get(f"{arch}.attention.sliding_window"))
     context = metadata.get(f"{arch}.context_length")
     if not in_file or (isinstance(in_file, int) and isinstance(context, int) and in_file >= context):
         return []  # the window covers the whole context
@@ -263,7 +265,7 @@ def _sliding_window(metadata: Mapping[str, Any], arch: str, config: PreTrainedCo
         window = None
     if in_file != window:
         return [f"sliding window: {in_file} tokens in the file, {window or 'none'} in the configuration"]
-    pattern = scalar(metadata.get(f"{arch}.attention.sliding_window_pattern"))
+    pattern = to_scalar(metadata.get(f"{arch}.attention.sliding_window_pattern"))
     if pattern is None or not kinds:
         return []
     if isinstance(pattern, bool):
@@ -314,7 +316,7 @@ def rope_mismatches(
 
     `tables`: readers of the ROPE_TABLES that the file has, by tensor name; they replace the keys for type and factor.
     """
-    rope = rope_of(config)
+    rope = rope_parameters_of(config)
     config_kind = SCALING_TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
     mismatches = _table_mismatches(rope, config_kind, config, tables)
     kind, factor = rope_scaling(metadata, arch)

@@ -434,7 +434,7 @@ SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[st
 ]
 
 
-def build(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
+def build_parameter(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
     """Reads a recipe's parts and undoes the conversion.
 
     Returns one tensor, or several of different types whose rows are consecutive.

@@ -22,7 +22,7 @@ import torch
 from ktx.errors import BadFile, did_you_mean
 from ktx.quant.types import QTYPES
 from ktx.weights.base import EXPANDED, QuantizedTensor, TensorSpec
-from ktx.weights.safetensors import SafetensorsSource, parse_safetensors_header, read_header_bytes, shards
+from ktx.weights.safetensors import SafetensorsSource, list_shards, parse_safetensors_header, read_header_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -56,7 +56,7 @@ def part_name(name: str, number: int, count: int) -> str:
 
 def is_packed(path: Path) -> bool:
     """Whether a checkpoint is packed, by the header of its first file."""
-    files = shards(path)
+    files = list_shards(path)
     return bool(files) and "ktx.version" in _metadata(read_header_bytes(files[0])[0])
 
 

@@ -82,7 +82,7 @@ class SafetensorsSource:
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
         rename, self._converters = self._renaming()
         self.tensors: dict[str, TensorSpec] = {}
-        for file in shards(path):
+        for file in list_shards(path):
             for spec in self._specs_of(file):
                 name = rename(spec.name)
                 if name in self.tensors:
@@ -356,7 +356,7 @@ def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor(like.qtype.quantize(values.contiguous()), like.qtype, tuple(values.shape))
 
 
-def shards(path: Path) -> list[Path]:
+def list_shards(path: Path) -> list[Path]:
     """The files of a checkpoint. Raises BadFile for an invalid index or a missing shard."""
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))

@@ -353,22 +353,22 @@ def test_blocks_of_eight_bits_are_read_as_floats_and_replaced_by_them():
     for name in ("keys", "values"):
         with pytest.raises(UsageError, match=f"the {name} of this cache are blocks"):
             getattr(layer, name)
-    assert relative(layer.floats()[0], keys) < 1e-2 and relative(layer.floats()[1], values) < 1e-2
+    assert relative(layer.copy_as_floats()[0], keys) < 1e-2 and relative(layer.copy_as_floats()[1], values) < 1e-2
     before = layer.buffers[0]
     layer.values = values[:, :, :6] * 3
     assert layer.values is layer.assigned[1]
     layer.update(torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 64))
     assert layer.buffers[0] is before  # what was not assigned is not rounded again
-    assert relative(layer.floats()[1][:, :, :6], values * 3) < 1e-2
+    assert relative(layer.copy_as_floats()[1][:, :, :6], values * 3) < 1e-2
     layer.keys, layer.values = keys[:, :, 3:], values[:, :, 3:]
-    assert layer.floats()[0].shape == (1, 2, 3, 32) and layer.get_seq_length() == 3
+    assert layer.copy_as_floats()[0].shape == (1, 2, 3, 32) and layer.get_seq_length() == 3
 
 
 @torch.no_grad()
 def test_a_quantised_cache_is_evicted_from(llama):
     def evict(cache):
         for layer in cache.layers:
-            layer.keys, layer.values = (states[:, :, 4:] for states in layer.floats())
+            layer.keys, layer.values = (states[:, :, 4:] for states in layer.copy_as_floats())
 
     lengths, found = answered(llama.model, KVCache(llama.model.config, "q8_0"), evict)
     _, wanted = answered(llama.reference, DynamicCache(config=llama.reference.config), CHANGES["views"])

@@ -12,7 +12,7 @@ import pytest
 
 from ktx.__main__ import main
 from ktx.chat.conversation import Conversation
-from ktx.chat.reading import lines_of, read_text, replace_surrogates
+from ktx.chat.reading import read_lines, read_text, replace_surrogates
 from ktx.chat.render import Printer
 from ktx.chat_formats import Text
 from ktx.errors import BadFile
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def lines(data, encoding="utf-8"):
     told = []
     stream = io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), encoding)
-    return list(lines_of(stream, told.append)), told
+    return list(read_lines(stream, told.append)), told
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_lines_of_a_stream(data, read, told):
 def test_a_stream_in_the_locales_encoding():
     assert lines(LATIN, "latin-1") == (["Größe\n"], [])
     assert lines("Größe\n".encode(), "ascii") == (["Größe\n"], [])  # LC_ALL=C says nothing about a file
-    assert list(lines_of(io.StringIO("a\nb"), print)) == ["a\n", "b"]
+    assert list(read_lines(io.StringIO("a\nb"), print)) == ["a\n", "b"]
 
 
 def test_lines_come_before_the_stream_ends():
     read, write = os.pipe()
     with os.fdopen(read, encoding="utf-8") as stream:
         os.write(write, b"one\n")
-        found = lines_of(stream, print)
+        found = read_lines(stream, print)
         assert next(found) == "one\n"  # else a program that waits for the answer would wait for ever
         os.write(write, b"two\n")
         assert next(found) == "two\n"

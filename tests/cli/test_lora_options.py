@@ -14,7 +14,7 @@ import ktx.demo
 from ktx.__main__ import main
 from ktx.errors import DoesNotFit
 from ktx.kernels import cpu
-from ktx.model.lora import adapter_bytes, match_modules, read
+from ktx.model.lora import adapter_bytes, match_modules, read_adapter
 from ktx.weights.lora import AdapterSpec
 from tests.families.test_families import load
 from tests.model.test_lora import TARGETS, write
@@ -70,7 +70,11 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
 
     taken = sum(held(factors) for lora in model.ktx.adapters.loras.values() for factors in lora.factors.values())
     (said,) = [sum(by_device.values()) for by_device in model.ktx.plan.adapters.values()]
-    assert taken == said == sum(adapter_bytes(match_modules(model, read(AdapterSpec.parse(tmp_path / "one")))).values())
+    assert (
+        taken
+        == said
+        == sum(adapter_bytes(match_modules(model, read_adapter(AdapterSpec.parse(tmp_path / "one")))).values())
+    )
     need = ktx.loader.resources.memory_needed(model.ktx.plan)
     monkeypatch.setattr("ktx.loader.resources.memory", lambda: (1 << 40, need - 1))
     with pytest.raises(DoesNotFit):

@@ -38,14 +38,14 @@ def stock():
 
 def test_every_listed_answer_is_right(loaded):
     _, model, words = loaded
-    wrong = evaluate.wrong_answers(model, words, demo.questions())
+    wrong = evaluate.find_wrong_answers(model, words, demo.questions())
     assert not wrong, wrong
 
 
 @pytest.mark.slow
 def test_perplexity_is_near_the_recorded_one(loaded):
     name, model, words = loaded
-    measured = evaluate.perplexity(model, words, demo.heldout().read_text(encoding="utf-8"))
+    measured = evaluate.measure_perplexity(model, words, demo.heldout().read_text(encoding="utf-8"))
     assert 0.98 * RECORDED < measured < LOSS[name] * RECORDED, f"{name}: {measured:.3f}, recorded {RECORDED}"
 
 
@@ -55,7 +55,7 @@ def test_a_conversation_goes_on(loaded):
     messages = [{"role": "system", "content": "Answer in one sentence."}]
     for question in ("Hello", "What is a rule file?", "Which flag limits threads?", "What is the licence of ktx?"):
         messages.append({"role": "user", "content": question})
-        said = evaluate.answer(model, words, messages)
+        said = evaluate.generate_answer(model, words, messages)
         assert said == asked[question]
         messages.append({"role": "assistant", "content": said})
 
@@ -66,7 +66,7 @@ def test_the_gguf_needs_no_folder(tmp_path: Path, stock):
     model, words = ktx.load(str(alone), progress=False)
     asked = {item.question: item.answer for item in demo.questions()}
     for question in ("What is MLA?", "How do I leave the chat?"):
-        assert evaluate.answer(model, words, [{"role": "user", "content": question}]) == asked[question]
+        assert evaluate.generate_answer(model, words, [{"role": "user", "content": question}]) == asked[question]
     text = "Hello, café <think> 12345\n\n  don't</think>" + demo.heldout().read_text(encoding="utf-8")[:2000]
     assert words(text).input_ids == stock[1](text).input_ids
     assert words.decode(words(text).input_ids) == stock[1].decode(stock[1](text).input_ids)
@@ -85,7 +85,7 @@ def test_bf16_has_the_logits_of_transformers(stock):
 
 @pytest.mark.slow
 def test_recorded_perplexity_is_what_transformers_measures(stock):
-    measured = evaluate.perplexity(*stock, demo.heldout().read_text(encoding="utf-8"))
+    measured = evaluate.measure_perplexity(*stock, demo.heldout().read_text(encoding="utf-8"))
     assert math.isclose(measured, RECORDED, rel_tol=2e-3)
 
 

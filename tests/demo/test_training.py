@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 from ktx import demo
 from tools.demo import corpus, export, tokenizer
 from tools.demo.model import SETTINGS, Trainee, fake_quantize
-from tools.demo.train import Data, FakeQuantized, optimizer
+from tools.demo.train import Data, FakeQuantized, make_optimizer
 
 
 def test_split_is_disjoint_and_steady():
     found = [f"entry {i}\n about {i * i}" for i in range(2000)]
-    train, held = corpus.split(found)
-    again = corpus.split(found[::-1])
+    train, held = corpus.split_heldout(found)
+    again = corpus.split_heldout(found[::-1])
     assert not set(train) & set(held)
     assert (set(train), set(held)) == (set(again[0]), set(again[1]))
     assert 0.01 < len(held) / len(found) < 0.05
@@ -26,7 +26,7 @@ def test_split_is_disjoint_and_steady():
 
 def test_entries_join_lines_and_drop_the_header():
     text = "00-database\n\n(TM)\n //\n\n    one\n    two\n\n    three\n\nword\n n.\n\n    “four”\n"
-    assert corpus.entries(text) == ["(TM) //\n one two\n three", 'word n.\n "four"']
+    assert corpus.parse_entries(text) == ["(TM) //\n one two\n three", 'word n.\n "four"']
 
 
 def small_net() -> Trainee:
@@ -44,7 +44,7 @@ def small_net() -> Trainee:
 
 def test_training_learns_a_batch_and_its_next_but_one_token():
     net, ids = small_net(), torch.arange(24).repeat(2, 1) % 12 + 3
-    adam, losses = optimizer(net), []
+    adam, losses = make_optimizer(net), []
     for _ in range(40):
         main, ahead = net.losses(ids, torch.ones(ids.shape), with_mtp=True)
         losses.append((main.item(), ahead.item()))
@@ -77,7 +77,7 @@ def test_rows_begin_with_the_begin_mark_and_weigh_answers():
     words = AutoTokenizer.from_pretrained(demo.path())
     encode = lambda text: words(text, add_special_tokens=False).input_ids  # noqa: E731
     data = Data(torch.arange(1000), demo.questions(), encode, random.Random(0))
-    ids, weight = data.batch(8, 64, 0.5)
+    ids, weight = data.sample_batch(8, 64, 0.5)
     assert ids.shape == weight.shape == (8, 64)
     assert (ids[:, 0] == tokenizer.BOS).all()
     chat_ids, chat_weight = data.sample_chat(3)

@@ -189,8 +189,8 @@ def session(loaded):
 
 
 def test_pieces_grow_with_the_past():
-    assert [StepBudget().tokens(past) for past in (0, 8192, 16384, 1 << 20)] == [2048, 2048, 4096, 8192]
-    assert StepBudget(3, 3).tokens(0) == StepBudget(3, 3).tokens(1 << 20) == 3
+    assert [StepBudget().max_prompt_tokens(past) for past in (0, 8192, 16384, 1 << 20)] == [2048, 2048, 4096, 8192]
+    assert StepBudget(3, 3).max_prompt_tokens(0) == StepBudget(3, 3).max_prompt_tokens(1 << 20) == 3
     assert [max_step_tokens(context) for context in (1, 16384, 1 << 20)] == [2048, 4096, 8192]
 
 

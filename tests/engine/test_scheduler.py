@@ -402,10 +402,10 @@ def test_the_end_of_a_prompt_says_nothing_of_a_whole_step():
     world = Timed(each=0.001)
     talking(world)
     world.prefill(world.add(prompt(8000, 1), 1))
-    known = world.budget.tokens(decoding=True)
+    known = world.budget.max_prompt_tokens(decoding=True)
     for i in range(5):
         world.prefill(world.add(prompt(3, i + 2), 1))  # 0.1 s for three tokens
-    assert world.budget.tokens(decoding=True) == known > PAGE_TOKENS
+    assert world.budget.max_prompt_tokens(decoding=True) == known > PAGE_TOKENS
 
 
 @pytest.mark.parametrize("recurrent,granularity", [(False, PAGE_TOKENS), (True, PAGE_TOKENS), (True, 4 * PAGE_TOKENS)])

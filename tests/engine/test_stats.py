@@ -40,7 +40,7 @@ def test_an_engine_begins_with_nothing(model):
 def test_bytes_are_those_of_every_forward(model):
     with model[0].ktx.engine(kv_cache_tokens=512, chunk_size=PAGE_TOKENS) as engine:
         (usage,) = asked(engine, "a" * 100, tokens=6)  # two forwards for the prompt, of which the second makes logits
-        done, reads = engine.stats.snapshot(), WeightTraffic.of(model[0])
+        done, reads = engine.stats.snapshot(), WeightTraffic.from_model(model[0])
         assert (done.prompt_tokens, done.answer_tokens) == (usage.prompt, usage.answer) == (100, 6)
         assert engine.steps == 7
         assert done.nbytes - done.expert_bytes == reads.bytes(7, 105, 6)
@@ -65,7 +65,7 @@ def test_sequences_one_after_another_read_the_weights_each(model):
     runner = SequentialRunner(model[0], 8)
     with Engine(*model, Options(max_batch_size=2), runner) as engine:
         usage = asked(engine, "c" * 30, "d" * 40, tokens=3)
-        done, reads = engine.stats.snapshot(), WeightTraffic.of(model[0])
+        done, reads = engine.stats.snapshot(), WeightTraffic.from_model(model[0])
         forwards = sum(one.answer for one in usage)  # the prompts' make the first tokens
         assert done.nbytes - done.expert_bytes == reads.bytes(forwards, 70 + forwards - 2, forwards)
 

@@ -69,8 +69,8 @@ def test_experts_that_fail_end_their_request_alone(pair):
 
 def test_tables_of_a_batch_are_moved_once_a_device():
     batch = BatchMetadata([SequenceSpan(0, 0, 3, [2]), SequenceSpan(1, 64, 1, [0, 1])])
-    tables = batch.on(torch.device("cpu"))
-    assert batch.on(torch.device("cpu")) is tables
+    tables = batch.tables_on(torch.device("cpu"))
+    assert batch.tables_on(torch.device("cpu")) is tables
     assert tables.slots.tolist() == [128, 129, 130, 64] and tables.sequences.tolist() == [[0, 3, 3], [3, 1, 65]]
 
 

@@ -147,7 +147,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
 
         def spied(**given):
             if inside[0]:
-                tables = given[default_cache_name()].batch.on(gpus()[0].torch)
+                tables = given[default_cache_name()].batch.tables_on(gpus()[0].torch)
                 held = [given["input_ids"], given["position_ids"], tables.pages, tables.slots, tables.sequences]
                 addresses = tuple(tensor.data_ptr() for tensor in held)
                 called.setdefault(tables.pages.shape[0], set()).add(addresses)
@@ -169,7 +169,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
             monkeypatch.setattr(engine.runner.graphs.inputs, "fill", filled)
             inside[0] = True
             try:
-                return step([graphs.Token(token.id, token.position, list(token.pages)) for token in tokens])
+                return step([graphs.DecodeToken(token.id, token.position, list(token.pages)) for token in tokens])
             finally:
                 inside[0] = False
                 monkeypatch.setattr(engine.runner.graphs.inputs, "fill", fill)
@@ -200,7 +200,7 @@ def test_padding_is_on_a_page_of_its_own_and_reaches_no_expert(hybrid):
     experts, seen = hybrid.model.model.layers[1].mlp.experts, []
     with hybrid.engine() as engine:
         runner = engine.runner
-        runner.graphs.inputs.fill([graphs.Token(7, 1, [2])] * 3, 4)
+        runner.graphs.inputs.fill([graphs.DecodeToken(7, 1, [2])] * 3, 4)
         inputs = runner.graphs.inputs
         assert inputs.field("slots", 4).tolist() == [129, 129, 129, runner.pages * 64]
         assert inputs.pages[3, 0] == runner.pages and inputs.field("keys", 4).tolist() == [2, 2, 2, 1]
@@ -211,7 +211,7 @@ def test_padding_is_on_a_page_of_its_own_and_reaches_no_expert(hybrid):
         counted = experts.counts.clone()
         try:
             with torch.inference_mode():
-                runner.graphs.step([graphs.Token(7, 1, [2])] * 3)
+                runner.graphs.step([graphs.DecodeToken(7, 1, [2])] * 3)
         finally:
             hook.remove()
         after = [buffer[:-1].nan_to_num() for layer in runner.cache.layers for buffer in layer.buffers]

@@ -11,7 +11,7 @@ import ktx
 import ktx.demo
 from ktx.errors import BadFile, UsageError
 from ktx.injection.device_map import format_ranges, merge_options, parse_entry, split_layers
-from ktx.injection.rules import load_rules, parse, rule_folder
+from ktx.injection.rules import load_rules, parse_rules, rule_folder
 from tests.support.tiny_models import FAMILIES, tiny
 
 PLACEMENTS = {"gpu-cpu": {"cpu", "cuda:0"}, "gpu-only": {"cuda:0"}, "multi-gpu": {"cuda:0", "cuda:1"}}
@@ -85,7 +85,7 @@ def test_words_and_ranges_find_their_modules():
 )
 def test_errors_of_a_map_name_file_and_line(text, line, words):
     with pytest.raises(UsageError) as error:
-        parse(text, "my.yaml")
+        parse_rules(text, "my.yaml")
     assert str(error.value).startswith(f"my.yaml:{line}:")
     assert all(word in str(error.value) for word in words), str(error.value)
 

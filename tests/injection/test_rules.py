@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ktx.errors import BadFile, UsageError
-from ktx.injection.rules import Rule, load_rules, parse, rule_folder, shipped_rules
+from ktx.injection.rules import Rule, load_rules, parse_rules, rule_folder, shipped_rules
 
 GOOD = """
 - match: {name: '^a\\.b$', class: torch.nn.Linear}
@@ -49,7 +49,7 @@ PIECES = [
 
 
 def test_a_rule_file():
-    first, second = parse(GOOD, "x.yaml")
+    first, second = parse_rules(GOOD, "x.yaml")
     assert (first.name.pattern, first.cls, first.replace, first.recursive, first.device) == (
         r"^a\.b$",
         "torch.nn.Linear",
@@ -90,7 +90,7 @@ def test_a_rule_file():
 )
 def test_errors_name_file_and_line(text, line, words):
     with pytest.raises(UsageError) as error:
-        parse(text, "my.yaml")
+        parse_rules(text, "my.yaml")
     assert str(error.value).startswith(f"my.yaml:{line}:")
     assert all(word in str(error.value) for word in words), str(error.value)
 
@@ -139,7 +139,7 @@ def test_a_damaged_rule_file_is_one_line_or_rules(data):
         at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 6))
         text = text[:at] + data.draw(st.sampled_from(PIECES) | st.text(max_size=3)) + text[at + cut :]
     try:
-        assert all(isinstance(rule, Rule) for rule in parse(text, "f"))
+        assert all(isinstance(rule, Rule) for rule in parse_rules(text, "f"))
     except UsageError as error:
         assert re.match(r"f:\d+: [^\n]+$", str(error)), repr(str(error))
 
@@ -149,7 +149,7 @@ def test_every_shipped_file_parses_and_is_short():
 
     assert {*RULE_FILES.values(), *RULE_ALIASES.values()} <= set(shipped_rules())
     for name in shipped_rules():
-        assert parse((rule_folder() / f"{name}.yaml").read_text(), name)
+        assert parse_rules((rule_folder() / f"{name}.yaml").read_text(), name)
         assert len((rule_folder() / f"{name}.yaml").read_text().splitlines()) <= 40
 
 
@@ -203,7 +203,7 @@ KTRANSFORMERS = """
 def test_ktransformers_rule_files():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        linear, moe, mla, embed = parse(KTRANSFORMERS, "DeepSeek-V3-Chat.yaml")
+        linear, moe, mla, embed = parse_rules(KTRANSFORMERS, "DeepSeek-V3-Chat.yaml")
     assert linear.replace == "Linear" and linear.kwargs == {} and linear.device == "cuda:0"
     assert moe.replace is None and moe.cls == "DeepseekV3MoE"
     assert mla.replace == "MLA" and mla.kwargs == {"absorb_for_prefill": False}
@@ -215,11 +215,13 @@ def test_ktransformers_rule_files():
 
 def test_an_unknown_ktransformers_class_is_an_error():
     with pytest.raises(UsageError, match="did you mean 'KTransformersExperts'"):
-        parse("- match: {name: a}\n  replace: {class: ktransformers.operators.experts.KTransformerExperts}", "k.yaml")
+        parse_rules(
+            "- match: {name: a}\n  replace: {class: ktransformers.operators.experts.KTransformerExperts}", "k.yaml"
+        )
 
 
 def test_old_spellings_and_moved_modules_of_ktransformers():
-    (rule,) = parse(
+    (rule,) = parse_rules(
         "- match: {name: 'layers\\..*\\.block_sparse_moe\\.experts$'}\n"
         "  replace: {class: ktransformers.operators.experts.KTransformersMLPExpert}",
         "Mixtral.yaml",
@@ -234,7 +236,8 @@ def test_a_rule_must_match_something():
 
 def test_rules_import_no_torch_operator_until_planned():
     assert (
-        parse("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace == "no.such.module.Class"
+        parse_rules("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace
+        == "no.such.module.Class"
     )
 
 
@@ -263,7 +266,7 @@ def test_a_class_may_be_a_regular_expression():
 @pytest.mark.parametrize("pattern", [r"\w+(", "*Norm", "[a-", "(?P<x>a)(?P<x>b)"])
 def test_a_class_that_is_no_regular_expression_is_an_error_with_its_line(pattern):
     with pytest.raises(UsageError, match=r"f:2: match.class .* is not a regular expression"):
-        parse(f"-\n  match: {{class: '{pattern}'}}\n  replace: {{class: Linear}}\n", "f")
+        parse_rules(f"-\n  match: {{class: '{pattern}'}}\n  replace: {{class: Linear}}\n", "f")
     with pytest.raises(UsageError, match=r"mine: match.class .* is not a regular expression"):
         Rule(cls=pattern, where="mine")
 

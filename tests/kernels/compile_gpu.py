@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ktx.kernels.gpu import linear, moe
-from ktx.kernels.gpu.dequant import book, decoding
+from ktx.kernels.gpu.dequant import codebook_of, decode_constants
 from ktx.kernels.gpu.soa_layout import SoAWeight
 from ktx.quant.types import QTYPES
 
@@ -71,28 +71,34 @@ def main() -> None:
     for name in sys.argv[2:]:
         one, some = matrices(name, 1), matrices(name, EXPERTS)
         for tokens in (1, linear.MAX_GEMM_TOKENS):
-            shape = linear.shape_of(tokens, N, K)
+            shape = linear.choose_tile(tokens, N, K)
             sizes = tokens, N, K, one.row_blocks, K
             found = compiled(
                 linear._linear,
                 arch,
                 x,
                 one.planes,
-                book(one),
+                codebook_of(one),
                 None,
                 x,
                 *sizes,
                 HAS_BIAS=False,
                 **shape,
-                **decoding(one),
+                **decode_constants(one),
             )
             print(json.dumps({"kernel": "linear", "type": name, "tokens": tokens} | found), flush=True)
             pairs = moe.MAX_GEMV_PAIRS * (1 if tokens == 1 else 16)
             ids = torch.zeros(1, dtype=torch.int64)
             head = x, x, (ids,) * 4, ids, 0, EXPERTS
-            part = some.planes, book(some), None
-            shape = moe.shape_of(pairs, EXPERTS, N, K)
-            words = {"ACT": "silu", "HAS_BIAS": False, **shape, **decoding(some, "GATE_"), **decoding(some, "UP_")}
+            part = some.planes, codebook_of(some), None
+            shape = moe.choose_tile(pairs, EXPERTS, N, K)
+            words = {
+                "ACT": "silu",
+                "HAS_BIAS": False,
+                **shape,
+                **decode_constants(some, "GATE_"),
+                **decode_constants(some, "UP_"),
+            }
             found = compiled(
                 moe._gate_up, arch, *head, 1, *part, some.row_blocks, *part, some.row_blocks, N, K, 0.0, 0.0, **words
             )

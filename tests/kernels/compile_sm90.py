@@ -18,7 +18,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from ktx.kernels.gpu import mla_decode, norm, paged_attention, reduce_splits, rope_and_cache
-from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, tiles_for
+from ktx.kernels.gpu.split_kv import AttentionSchedule, AttentionShape, tiles_for
 
 
 class Hopper(DriverBase):
@@ -75,14 +75,14 @@ def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attend_to_latent(heads: int) -> None:
-    work = AttentionSchedule([1], Shape(heads, 1, 512, 512, latent=True), "cpu", num_sms=132)
+    work = AttentionSchedule([1], AttentionShape(heads, 1, 512, 512, latent=True), "cpu", num_sms=132)
     plan = work.plan(torch.tensor([[0, 1, 100]]), torch.zeros(1, 32, dtype=torch.int32))
     q, q_rope = blank(1, heads, 1, 512), blank(1, heads, 1, 64)
     mla_decode.mla_attention(q, q_rope, blank(2, 64, 512), blank(2, 64, 64), plan, 1.0)
 
 
 def in_f32() -> None:
-    for shape, wide in ((Shape(8, 2, 128, 128), 0), (Shape(16, 1, 512, 512, latent=True), 64)):
+    for shape, wide in ((AttentionShape(8, 2, 128, 128), 0), (AttentionShape(16, 1, 512, 512, latent=True), 64)):
         tiles = tiles_for(shape.key_columns, shape.latent, f32=True)
         work = AttentionSchedule([300], shape, "cpu", num_sms=132, tiles=tiles)
         plan = work.plan(torch.tensor([[0, 300, 300]]), torch.zeros(1, 32, dtype=torch.int32))
@@ -100,7 +100,7 @@ def in_f32() -> None:
 
 def everything_else() -> None:
     eight, slots = torch.float8_e4m3fn, torch.zeros(5, dtype=torch.int64)
-    work = AttentionSchedule([1, 300], Shape(9, 3, 80, 72), "cpu", num_sms=132)
+    work = AttentionSchedule([1, 300], AttentionShape(9, 3, 80, 72), "cpu", num_sms=132)
     plan = work.plan(torch.tensor([[0, 1, 100], [1, 300, 300]]), torch.zeros(2, 32, dtype=torch.int32), 100)
     for page, stored in ((48, torch.bfloat16), (64, eight)):
         pools = (blank(2, 3, page, columns, dtype=stored) for columns in (80, 72))

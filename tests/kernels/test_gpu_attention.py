@@ -26,7 +26,7 @@ from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.mla_decode import as_pages, mla_attention
 from ktx.kernels.gpu.paged_attention import attention
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv, rope_and_cache_mla
-from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, Tile, num_programs_per_range, tiles_for
+from ktx.kernels.gpu.split_kv import AttentionSchedule, AttentionShape, Tile, num_programs_per_range, tiles_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -116,7 +116,7 @@ def test_chunks_and_decodes_beside_each_other(case):
     q = torch.randn(1, heads, sum(count for count, _ in RAGGED), dk).to(DEVICE, dtype)
     k, v = pools.filled(keys, stored), pools.filled(vals, stored)
     sinks = torch.randn(heads) if with_sinks else None
-    plan = planned(RAGGED, Shape(heads, kv_heads, dk, dv), pools, window)
+    plan = planned(RAGGED, AttentionShape(heads, kv_heads, dk, dv), pools, window)
     on_device = None if sinks is None else sinks.to(DEVICE)
     got = attention(q, k, v, plan, 0.2, on_device, softcap, **scales(stored))
     exact = true_attention(q, k, v, RAGGED, pools, 0.2, window, sinks, softcap)
@@ -146,7 +146,7 @@ def latents(case, ragged=RAGGED):
 def test_mla_chunks_and_decodes_beside_each_other(case):
     heads, rank, _, _, dtype, stored = case
     pools, q, qr, ckv, kpe = latents(case)
-    plan = planned(RAGGED, Shape(heads, 1, rank, rank, latent=True), pools)
+    plan = planned(RAGGED, AttentionShape(heads, 1, rank, rank, latent=True), pools)
     got = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1, KV_SCALE if stored == E4M3 else 1.0)
     exact = true_attention(q, ckv, ckv, RAGGED, pools, 0.1, q_rope=qr, k_rope=kpe)
     assert relative_error(got.cpu(), exact) < BOUND[dtype]
@@ -158,11 +158,11 @@ def test_queries_in_f32_are_multiplied_in_f32():
     pools, (keys, vals) = made(ragged, 2, (24, 40))
     q = torch.randn(1, 6, 4, 24).to(DEVICE)
     k, v = pools.filled(keys, torch.float32), pools.filled(vals, torch.float32)
-    plan = planned(ragged, Shape(6, 2, 24, 40), pools, 30, tiles_for(24, False, f32=True))
+    plan = planned(ragged, AttentionShape(6, 2, 24, 40), pools, 30, tiles_for(24, False, f32=True))
     exact = true_attention(q, k, v, ragged, pools, 0.2, 30)
     assert relative_error(attention(q, k, v, plan, 0.2).cpu(), exact) < BOUND[torch.float32]
     pools, q, qr, ckv, kpe = latents((6, 32, 16, 64, torch.float32, torch.float32), ragged)
-    plan = planned(ragged, Shape(6, 1, 32, 32, latent=True), pools, tiles=tiles_for(32, True, f32=True))
+    plan = planned(ragged, AttentionShape(6, 1, 32, 32, latent=True), pools, tiles=tiles_for(32, True, f32=True))
     exact = true_attention(q, ckv, ckv, ragged, pools, 0.1, q_rope=qr, k_rope=kpe)
     assert relative_error(mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1).cpu(), exact) < BOUND[torch.float32]
 
@@ -171,7 +171,7 @@ def test_queries_in_f32_are_multiplied_in_f32():
 def test_scrambled_pages_change_no_bit(stored):
     ragged = [(1, 90), (3, 40)]
     pools, q, qr, ckv, kpe = latents((5, 32, 16, 16, torch.bfloat16, stored), ragged)
-    shape = Shape(5, 1, 32, 32, latent=True)
+    shape = AttentionShape(5, 1, 32, 32, latent=True)
     found = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], planned(ragged, shape, pools), 0.1)
     order = torch.randperm(pools.count)
     where = torch.empty_like(order)
@@ -198,7 +198,7 @@ def test_a_prompt_in_chunks_is_bit_for_bit_the_prompt_at_once(products_in_order,
     pools, (keys, vals) = made([(length, length)], 2, (32, 32), 16)
     k, v = (pools.filled(rows, torch.bfloat16) for rows in (keys, vals))
     q = torch.randn(1, heads, length, 32).to(DEVICE, torch.bfloat16)
-    shape = Shape(heads, 2, 32, 32)
+    shape = AttentionShape(heads, 2, 32, 32)
     whole = attention(q, k, v, planned([(length, length)], shape, pools, window, tiles), 0.2)
     for begin, end in ((0, 1), (1, 21), (21, 50)):
         part = attention(q[:, :, begin:end], k, v, planned([(end - begin, end)], shape, pools, window, tiles), 0.2)
@@ -208,7 +208,7 @@ def test_a_prompt_in_chunks_is_bit_for_bit_the_prompt_at_once(products_in_order,
 def test_a_context_in_parts_is_the_context_in_one_and_the_same_bits_each_time():
     ragged = [(1, 300), (1, 3), (2, 181)]
     pools, q, qr, ckv, kpe = latents((4, 32, 16, 64, torch.float16, torch.float16), ragged)
-    shape = Shape(4, 1, 32, 32, latent=True)
+    shape = AttentionShape(4, 1, 32, 32, latent=True)
     one, many = (
         planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, min_blocks=least),), slots=23) for least in (1000, 1)
     )
@@ -228,7 +228,7 @@ def test_extreme_scores_are_merged_without_overflow():
     keys[0][:, :80] *= 100
     q = torch.full((1, 4, 1, 32), 10.0).to(DEVICE, torch.bfloat16)
     k, v = pools.filled(keys, torch.bfloat16), pools.filled(vals, torch.bfloat16)
-    got = attention(q, k, v, planned(ragged, Shape(4, 1, 32, 32), pools, slots=9), 1.0)
+    got = attention(q, k, v, planned(ragged, AttentionShape(4, 1, 32, 32), pools, slots=9), 1.0)
     assert relative_error(got.cpu(), true_attention(q, k, v, ragged, pools, 1.0)) < BOUND[torch.bfloat16]
 
 
@@ -244,7 +244,7 @@ def test_expanded_mla_with_shared_rotated_columns():
     kpe = as_pages(F.pad(torch.randn(length, turned), (0, 0, 0, padded - length)).to(DEVICE, torch.bfloat16), 1, 64)
     ragged = [(21, length)]
     q, qr = (torch.randn(1, heads, 21, d).to(DEVICE, torch.bfloat16) for d in (nope, turned))
-    plan = planned(ragged, Shape(heads, heads, nope, wide), pools)
+    plan = planned(ragged, AttentionShape(heads, heads, nope, wide), pools)
     got = attention(q, k, v, plan, 0.2, q_rope=qr, k_rope=kpe)
     exact = true_attention(q, k, v, ragged, pools, 0.2, q_rope=qr, k_rope=kpe.expand(-1, heads, -1, -1))
     assert relative_error(got.cpu(), exact) < BOUND[torch.bfloat16]
@@ -258,7 +258,7 @@ def test_error_is_no_worse_than_twice_torchs():
     q = torch.randn(1, heads, 40, 64).to(DEVICE, torch.float16)
     k, v = pools.filled(keys, torch.float16), pools.filled(vals, torch.float16)
     exact = true_attention(q, k, v, ragged, pools, 0.125)
-    got = attention(q, k, v, planned(ragged, Shape(heads, 2, 64, 64), pools), 0.125)
+    got = attention(q, k, v, planned(ragged, AttentionShape(heads, 2, 64, 64), pools), 0.125)
     dense = (x[0].to(DEVICE, torch.float16).repeat_interleave(2, 0)[None] for x in (keys, vals))
     torchs = F.scaled_dot_product_attention(q, *dense, is_causal=True, scale=0.125).transpose(1, 2)
     assert relative_error(got.cpu(), exact) <= 2 * relative_error(torchs.cpu(), exact)
@@ -269,7 +269,7 @@ def test_a_place_that_is_kept_free_gives_zeros_and_a_plan_fits_other_lengths():
     pools, (keys, vals) = made([(1, 150), (1, 150)], 1, (32, 32))
     k, v = pools.filled(keys, torch.float16), pools.filled(vals, torch.float16)
     q = torch.randn(1, 4, 2, 32).to(DEVICE, torch.float16)
-    work = AttentionSchedule([1, 1], Shape(4, 1, 32, 32), DEVICE, num_sms=5, tiles=SMALL)
+    work = AttentionSchedule([1, 1], AttentionShape(4, 1, 32, 32), DEVICE, num_sms=5, tiles=SMALL)
     for lengths in ((150, 0), (9, 150)):
         rows = [(1, length) for length in lengths]
         got = attention(q, k, v, work.plan(sequences_of(rows).to(DEVICE), pools.pages.to(DEVICE)), 0.2)
@@ -285,7 +285,7 @@ def test_views_and_a_given_result_are_used_as_they_are():
     ragged = [(3, 20)]
     pools, (keys, vals) = made(ragged, 2, (32, 32))
     k, v = (pools.filled(rows, torch.float16) for rows in (keys, vals))
-    shape, room = Shape(4, 2, 32, 32), torch.randn(3, 4, 80).to(DEVICE, torch.float16)
+    shape, room = AttentionShape(4, 2, 32, 32), torch.randn(3, 4, 80).to(DEVICE, torch.float16)
     q, out = room[..., 8:40].transpose(0, 1)[None], torch.zeros(1, 3, 4, 64).to(DEVICE, torch.float16)
     want = attention(q.contiguous(), k, v, planned(ragged, shape, pools), 0.2)
     got = attention(q, k, v, planned(ragged, shape, pools), 0.2, out=out[..., :32])
@@ -298,7 +298,7 @@ def test_units_are_shared_out_without_gaps():
         ((50, 1, 3), (77, 400, 3), 0),
         ((9, 1), (100, 90), 40),
     ):
-        work = AttentionSchedule(counts, Shape(8, 2, 32, 32), "cpu", num_sms=11, tiles=SMALL)
+        work = AttentionSchedule(counts, AttentionShape(8, 2, 32, 32), "cpu", num_sms=11, tiles=SMALL)
         rows = list(zip(counts, lengths, strict=True))
         for line in work.plan(sequences_of(rows), torch.zeros(len(rows), 20, dtype=torch.int32), window).ranges:
             starts, programs = line.starts.tolist(), line.programs.tolist()
@@ -313,7 +313,7 @@ def test_units_are_shared_out_without_gaps():
             wanted = [[i, min(own), max(own)] for i, own in enumerate(shared) if len(own) > 1]
             assert [row for row in line.merges.tolist() if row[0] >= 0] == wanted
             tile, part = line.group.tile, line.group
-            for (sequence, row), units in zip(part.items.tolist(), line.starts.diff().tolist(), strict=True):
+            for (sequence, row), units in zip(part.tile_starts.tolist(), line.starts.diff().tolist(), strict=True):
                 count, keys = rows[sequence]
                 first, last = row // part.heads_per_block, min((row + tile.rows - 1) // part.heads_per_block, count - 1)
                 begin = max(keys - count + first + 1 - window, 0) if window else 0
@@ -323,12 +323,15 @@ def test_units_are_shared_out_without_gaps():
 
 def test_every_row_has_one_tile():
     for heads, kv_heads in ((16, 1), (24, 1), (128, 1), (96, 1), (40, 8), (71, 71)):
-        shape = Shape(heads, kv_heads, 64, 64, latent=kv_heads == 1)
+        shape = AttentionShape(heads, kv_heads, 64, 64, latent=kv_heads == 1)
         counts = (1, 5, 1, 0, 70)
         work, seen = AttentionSchedule(counts, shape, "cpu", num_sms=132), set()
         for part in work.groups:
-            assert part.head_blocks * part.heads_per_block >= shape.group and part.heads_per_block <= part.tile.rows
-            for sequence, first in part.items.tolist():
+            assert (
+                part.head_blocks * part.heads_per_block >= shape.heads_per_kv_head
+                and part.heads_per_block <= part.tile.rows
+            )
+            for sequence, first in part.tile_starts.tolist():
                 for row in range(first, first + part.tile.rows):
                     token = row // part.heads_per_block
                     if token < counts[sequence]:
@@ -338,8 +341,8 @@ def test_every_row_has_one_tile():
                         ]
                         assert not seen & set(own)
                         seen |= set(own)
-        assert {row for row in seen if row[2] < shape.group} == {
-            (s, t, h) for s, count in enumerate(counts) for t in range(count) for h in range(shape.group)
+        assert {row for row in seen if row[2] < shape.heads_per_kv_head} == {
+            (s, t, h) for s, count in enumerate(counts) for t in range(count) for h in range(shape.heads_per_kv_head)
         }
 
 
@@ -353,7 +356,7 @@ def test_programs_fill_the_multiprocessors():
 def test_what_does_not_fit_a_plan_is_refused():
     pools, (keys, vals) = made([(2, 20)], 2, (32, 32))
     k, v = (pools.filled(rows, torch.float16) for rows in (keys, vals))
-    q, shape = torch.randn(1, 4, 2, 32).to(DEVICE, torch.float16), Shape(4, 2, 32, 32)
+    q, shape = torch.randn(1, 4, 2, 32).to(DEVICE, torch.float16), AttentionShape(4, 2, 32, 32)
     plan = planned([(2, 20)], shape, pools)
     for name, call in {
         "q is": lambda: attention(q[:, :, :1], k, v, plan, 1.0),
@@ -362,8 +365,8 @@ def test_what_does_not_fit_a_plan_is_refused():
         "v is .*bfloat16": lambda: attention(q, k, v.bfloat16(), plan, 1.0),
         "come together": lambda: attention(q, k, v, plan, 1.0, q_rope=q),
         "latent=True": lambda: mla_attention(q, q, k[:, 0], k[:, 0], plan, 1.0),
-        "5 query heads": lambda: Shape(5, 2, 32, 32),
-        "keys are its values": lambda: Shape(4, 1, 32, 16, latent=True),
+        "5 query heads": lambda: AttentionShape(5, 2, 32, 32),
+        "keys are its values": lambda: AttentionShape(4, 1, 32, 16, latent=True),
         "none negative": lambda: AttentionSchedule([], shape, DEVICE),
         "made for 1 sequences": lambda: plan.schedule.plan(plan.sequences.repeat(2, 1), plan.pages),
         "too small": lambda: AttentionSchedule([2], shape, DEVICE, num_sms=3, scratch=torch.zeros(4)),
@@ -373,11 +376,11 @@ def test_what_does_not_fit_a_plan_is_refused():
 
 
 def test_kernels_are_chosen_by_what_is_installed_and_fits():
-    shape = Shape(16, 1, 512, 512, latent=True)
+    shape = AttentionShape(16, 1, 512, 512, latent=True)
     assert kernels_for(shape).mla_attention is mla_attention and kernels_for(shape).attention is attention
     with pytest.raises(UsageError, match="not an attention backend; available: triton flashinfer auto"):
         kernels_for(shape, "flash")
-    small = Shape(16, 1, 96, 96, latent=True)
+    small = AttentionShape(16, 1, 96, 96, latent=True)
     assert kernels_for(small, "auto", rope_columns=32).name == "triton"
     with pytest.raises(
         UsageError, match="FlashInfer: (the package flashinfer-python is not|its MLA kernels take latents)"
@@ -473,7 +476,7 @@ def test_the_other_kernels_compile_for_an_h100():
 def test_mla_at_deepseeks_size_errs_at_most_twice_what_torch_does(heads, stored):
     ragged = [(1, 4096), (1, 100), (1, 9001), (33, 2000)]
     pools, q, qr, ckv, kpe = latents((heads, 512, 64, 64, torch.bfloat16, stored), ragged)
-    plan = planned(ragged, Shape(heads, 1, 512, 512, latent=True), pools, tiles=(), slots=0)
+    plan = planned(ragged, AttentionShape(heads, 1, 512, 512, latent=True), pools, tiles=(), slots=0)
     got = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.07, KV_SCALE if stored == E4M3 else 1.0)
     exact = true_attention(q, ckv, ckv, ragged, pools, 0.07, q_rope=qr, k_rope=kpe)
     keys, rope = (
@@ -490,7 +493,7 @@ def test_mla_at_deepseeks_size_errs_at_most_twice_what_torch_does(heads, stored)
 def test_a_cuda_graph_is_replayed_for_other_lengths_and_pages():
     ragged = [(1, 3000), (1, 64), (1, 500)]
     pools, q, qr, ckv, kpe = latents((16, 512, 64, 64, torch.bfloat16, torch.bfloat16), ragged)
-    work = AttentionSchedule([1, 1, 1], Shape(16, 1, 512, 512, latent=True), DEVICE)
+    work = AttentionSchedule([1, 1, 1], AttentionShape(16, 1, 512, 512, latent=True), DEVICE)
     sequences, pages = sequences_of(ragged).cuda(), pools.pages.cuda()
     run = lambda: mla_attention(q, qr, ckv[:, 0], kpe[:, 0], work.plan(sequences, pages), 0.07)  # noqa: E731
     run()
@@ -512,7 +515,7 @@ def test_gqa_at_real_sizes(window, with_sinks, columns):
     q = torch.randn(1, 64, sum(count for count, _ in ragged), columns).to(DEVICE, torch.bfloat16)
     k, v = pools.filled(keys, torch.bfloat16), pools.filled(vals, torch.bfloat16)
     sinks = torch.randn(64) if with_sinks else None
-    plan = planned(ragged, Shape(64, 8, columns, columns), pools, window, tiles=(), slots=0)
+    plan = planned(ragged, AttentionShape(64, 8, columns, columns), pools, window, tiles=(), slots=0)
     got = attention(q, k, v, plan, columns**-0.5, None if sinks is None else sinks.cuda())
     assert (
         relative_error(got.cpu(), true_attention(q, k, v, ragged, pools, columns**-0.5, window, sinks))

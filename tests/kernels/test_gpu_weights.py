@@ -94,7 +94,9 @@ def test_rows_by_number_and_a_range_of_rows(name):
     packed = pack(weight, device=DEVICE)
     values = weight.dequantize().view(300, -1)
     index = torch.tensor([299, 0, 151, 151])
-    torch.testing.assert_close(dequant.rows(packed, index.to(DEVICE)).cpu(), values[index], rtol=1e-6, atol=NEAR)
+    torch.testing.assert_close(
+        dequant.dequantize_rows(packed, index.to(DEVICE)).cpu(), values[index], rtol=1e-6, atol=NEAR
+    )
     some = dequant.dequantize(packed, torch.bfloat16, 140, 20)
     torch.testing.assert_close(some.cpu(), values[140:160].bfloat16(), rtol=8e-3, atol=1e-6)
 

@@ -11,7 +11,7 @@ import torch
 
 from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.check import MAX_REL_ERROR_FLOAT, bounds, random_matrix, relative_error
+from ktx.kernels.check import MAX_REL_ERROR_FLOAT, error_bounds, random_matrix, relative_error
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
 
@@ -25,7 +25,7 @@ def columns(name):
 
 
 def bound(name):
-    return 1e-6 if bounds(name)[0] == MAX_REL_ERROR_FLOAT else bounds(name)[0]
+    return 1e-6 if error_bounds(name)[0] == MAX_REL_ERROR_FLOAT else error_bounds(name)[0]
 
 
 @pytest.mark.parametrize("name", QTYPES)
@@ -170,7 +170,7 @@ def test_experts(types, tokens):
         ids[1, 1] = count  # out of range: skipped too
     got = cpu.experts(x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down))
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
-    assert relative_error(got, exact) < (1e-5 if types == ("F32",) * 3 else bounds("Q8_0")[1])
+    assert relative_error(got, exact) < (1e-5 if types == ("F32",) * 3 else error_bounds("Q8_0")[1])
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])

@@ -234,7 +234,7 @@ def test_what_comes_from_no_file_is_written_as_it_is(chat, monkeypatch):
     head.parts = [cpu.pack(part) for part in [as_f32(head)]]
     text = pickle.dumps(head)
     assert torch.equal(pickle.loads(text)(torch.ones(1, 256)), head(torch.ones(1, 256)))
-    monkeypatch.setattr(cpu, "packing", lambda: ("another", 1, ""))
+    monkeypatch.setattr(cpu, "packing_key", lambda: ("another", 1, ""))
     with pytest.raises(KtxError, match=r"another processor.*ktx\.load"):
         pickle.loads(text)
 

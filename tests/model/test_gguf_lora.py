@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ktx.errors import BadFile, UsageError
-from ktx.model.lora import read
+from ktx.model.lora import read_adapter
 from ktx.weights.lora import AdapterSpec
 from tests.families.test_families import IDS, load, relative
 from tests.model.test_lora import NEAR, ask
@@ -104,7 +104,7 @@ def test_beside_a_model_from_gguf_and_in_an_engine(tmp_path):
 def test_types_of_halves(tmp_path, quant):
     adapter("qwen3_moe", tmp_path / "one")
     write_gguf_lora(tmp_path / f"{quant}.gguf", tmp_path / "one", made("qwen3_moe"), quant)
-    exact, rounded = (read(AdapterSpec.parse(tmp_path / f"{name}.gguf")).matrices for name in ("one", quant))
+    exact, rounded = (read_adapter(AdapterSpec.parse(tmp_path / f"{name}.gguf")).matrices for name in ("one", quant))
     assert exact.keys() == rounded.keys()
     for name, one in rounded.items():
         assert 0 < relative(one.b, exact[name].b) < 0.01 and relative(one.a, exact[name].a) < 0.01
@@ -117,8 +117,8 @@ def test_scales_are_llama_cpps(tmp_path, alpha):
     base = made("llama")
     adapter("llama", tmp_path / "one", rank_pattern={"q_proj": 2}, target_modules=["q_proj", "o_proj"])
     write_gguf_lora(tmp_path / "one.gguf", tmp_path / "one", base, **{gguf.Keys.Adapter.LORA_ALPHA: alpha})
-    file = read(AdapterSpec.parse(f"{tmp_path / 'one.gguf'}=0.5")).matrices
-    whole = read(AdapterSpec.parse(tmp_path / "one")).matrices
+    file = read_adapter(AdapterSpec.parse(f"{tmp_path / 'one.gguf'}=0.5")).matrices
+    whole = read_adapter(AdapterSpec.parse(tmp_path / "one")).matrices
     for name, path, rank in (("attn_q", "q_proj", 2), ("attn_output", "o_proj", 4)):
         one, (other,) = file[f"blk.1.{name}.weight"], whole[f"model.layers.1.self_attn.{path}"]
         factor = 0.5 * (alpha / rank if alpha else 1) / (12 / rank)

@@ -82,7 +82,7 @@ def test_bytes_of_modules_are_those_of_the_model(pair):
     own = module_bytes(pair.model)
     assert sum(size.held_bytes for size in own) == pair.model.ktx.nbytes
     assert sum(size.bytes_per_token for size in own) == pair.model.ktx.bytes_per_token
-    reads = WeightTraffic.of(pair.model)
+    reads = WeightTraffic.from_model(pair.model)
     experts = sum(size.bytes_per_token for size in own if isinstance(size.module, Experts))
     assert reads.bytes(1, 1, 1) == pair.model.ktx.bytes_per_token - experts
     assert reads.bytes_per_logits == pair.model.lm_head.weight_bytes()[1] and reads.bytes_per_token == 256 * 4

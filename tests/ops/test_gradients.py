@@ -491,7 +491,7 @@ def test_quantised_weights(tmp_path, family, quant):
             grad = torch.randn(5, module.out_features)
             assert relative(along(module, grad, x), along(twin, grad, x)) < NEAR
         elif isinstance(module, Experts):
-            x, grad = torch.randn(2, 9, module.hidden).unbind()
+            x, grad = torch.randn(2, 9, module.hidden_size).unbind()
             ids = torch.randint(0, module.num_experts, (9, 2))
             for given in ((x, ids, torch.rand(9, 2).requires_grad_()), (x.requires_grad_(), ids, torch.rand(9, 2))):
                 own = next(part for part in given if part.requires_grad)

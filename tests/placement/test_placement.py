@@ -13,7 +13,7 @@ import ktx.demo
 from ktx.__main__ import main
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.cli.arguments import size, tokens
-from ktx.cli.plan import write as write_file
+from ktx.cli.plan import write_rule_file as write_file
 from ktx.errors import DoesNotFit, UsageError
 from ktx.injection.rules import load_rules, rule_folder
 from ktx.kernels.gpu import soa_layout
@@ -22,7 +22,7 @@ from ktx.kernels.gpu.repack_from_cpu import STREAM_CHUNK_BYTES
 from ktx.loader.build import measure_footprint
 from ktx.placement import workspace
 from ktx.placement.memory_model import Footprint, ModuleMemory, WeightBytes, cpu_packed_bytes, gpu_packed_bytes
-from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balance, solve
+from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balance_layers, solve
 from ktx.placement.suggest import fit, suggestions
 from ktx.quant.random_blocks import random_rows
 from ktx.quant.types import QTYPES
@@ -281,10 +281,10 @@ def test_q8_0_and_one_sequence_are_offered_where_they_help(demo):
 
 
 def test_weights_are_balanced_by_room():
-    assert balance([1] * 6, [1, 1]) == [0, 0, 0, 1, 1, 1]
-    assert balance([1] * 6, [1, 2]) == [0, 0, 1, 1, 1, 1]
-    assert balance([5, 1, 1, 1], [1, 1]) == [0, 1, 1, 1]
-    assert balance([3], [1, 1]) == [0] and balance([0, 0], [1, 1]) == [0, 0]
+    assert balance_layers([1] * 6, [1, 1]) == [0, 0, 0, 1, 1, 1]
+    assert balance_layers([1] * 6, [1, 2]) == [0, 0, 1, 1, 1, 1]
+    assert balance_layers([5, 1, 1, 1], [1, 1]) == [0, 1, 1, 1]
+    assert balance_layers([3], [1, 1]) == [0] and balance_layers([0, 0], [1, 1]) == [0, 0]
 
 
 def part(path, group, layer, held, **more):

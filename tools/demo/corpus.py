@@ -52,14 +52,14 @@ def fetch(work: Path) -> str:
     return gzip.decompress(unpacked.read_bytes()).decode("utf-8", "replace")
 
 
-def entries(text: str) -> list[str]:
+def parse_entries(text: str) -> list[str]:
     """Returns the dictionary entries, one line per paragraph, without dictfmt's header."""
     body = text[text.index("\n(TM)") :].translate(TO_ASCII)
     paragraphs = re.split(r"\n\n+(?=\S)", body.strip())
     return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n", entry)).strip() for entry in paragraphs]
 
 
-def split(entries: list[str]) -> tuple[list[str], list[str]]:
+def split_heldout(entries: list[str]) -> tuple[list[str], list[str]]:
     """Splits entries into training and held-out ones, by the hash of their text, so that the split is stable.
 
     Held-out entries beyond HELDOUT_BYTES are dropped; training never uses them either.
@@ -114,7 +114,7 @@ def choose_wording(item: Question, rng: random.Random) -> str:
     return wording if rng.random() < 0.5 else augment(wording, rng)
 
 
-def conversation(questions: list[Question], rng: random.Random, think: bool = False) -> list[dict[str, str]]:
+def sample_conversation(questions: list[Question], rng: random.Random, think: bool = False) -> list[dict[str, str]]:
     """Returns the messages of a chat over the questions, some with a system prompt.
 
     With ``think`` the last answer begins with reasoning.

@@ -33,7 +33,7 @@ class Data:
     rng: random.Random
     thinking: float = 0.1  # fraction of conversations with reasoning
 
-    def text_row(self, length: int) -> tuple[list[int], list[float]]:
+    def sample_text_row(self, length: int) -> tuple[list[int], list[float]]:
         """Samples a row of text: token ids and target weights."""
         start = self.rng.randrange(len(self.text) - length)
         return [tokenizer.BOS, *self.text[start : start + length - 1].tolist()], [1.0] * length
@@ -54,7 +54,7 @@ class Data:
         ids, weight = [tokenizer.BOS], [0.0]
         role_tokens = {"system": 3, "user": 4, "assistant": 5}
         think = self.rng.random() < self.thinking
-        for message in corpus.conversation(self.sample_questions(1 if think else turns), self.rng, think):
+        for message in corpus.sample_conversation(self.sample_questions(1 if think else turns), self.rng, think):
             text_ids, is_answer = self.encode(message["content"]), message["role"] == "assistant"
             ids += [role_tokens[message["role"]], *text_ids] + [tokenizer.EOS] * is_answer
             weight += [0.0] + [1.0 if is_answer else QUESTION_WEIGHT] * len(text_ids) + [1.0] * is_answer
@@ -62,7 +62,7 @@ class Data:
             weight[ids.index(tokenizer.OPEN_THINK)] = 0.0  # the user forces reasoning, the model never starts it
         return ids, weight
 
-    def chat_row(self, length: int) -> tuple[list[int], list[float]]:
+    def sample_chat_row(self, length: int) -> tuple[list[int], list[float]]:
         """Samples a row of conversations, as many as fill it: token ids and target weights.
 
         Short rows have conversations of up to four turns. Long rows have up to 40, so that the model also answers at
@@ -77,10 +77,12 @@ class Data:
             ids, weight = ids + conversation[0], weight + conversation[1]
         return ids[:length], weight[:length]
 
-    def batch(self, rows: int, length: int, chats: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_batch(self, rows: int, length: int, chats: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples ids and target weights, both [rows, length]; on average a fraction ``chats`` are conversations."""
         num_chats = int(rows * chats + self.rng.random())
-        samples = [self.chat_row(length) if row < num_chats else self.text_row(length) for row in range(rows)]
+        samples = [
+            self.sample_chat_row(length) if row < num_chats else self.sample_text_row(length) for row in range(rows)
+        ]
         return torch.tensor([ids for ids, _ in samples]), torch.tensor([weight for _, weight in samples])
 
 
@@ -94,7 +96,7 @@ def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
         seed: seed of the sampling of rows.
         thinking: fraction of conversations with reasoning.
     """
-    train, heldout = corpus.split(corpus.entries(corpus.fetch(work)))
+    train, heldout = corpus.split_heldout(corpus.parse_entries(corpus.fetch(work)))
     demo.heldout().write_text("\n\n".join(heldout) + "\n", encoding="utf-8")
     items = demo.questions()
     dialogues = [f"{wording}\n{item.answer}" for item in items for wording in (item.question, *item.also)]
@@ -153,7 +155,7 @@ class FakeQuantized:
             value.data = exact
 
 
-def optimizer(net: Trainee) -> torch.optim.Optimizer:
+def make_optimizer(net: Trainee) -> torch.optim.Optimizer:
     """Returns AdamW, without weight decay for norms and biases."""
     matrices = [value for value in net.parameters() if value.dim() > 1]
     vectors = [value for value in net.parameters() if value.dim() <= 1]
@@ -181,7 +183,8 @@ def train_steps(
         for group in adam.param_groups:
             group["lr"] = decayed_rate(progress, args.lr)
         ids, weight = (
-            part.to(device) for part in data.batch(*batch_shape(progress, step, args.tokens), chat_fraction(progress))
+            part.to(device)
+            for part in data.sample_batch(*batch_shape(progress, step, args.tokens), chat_fraction(progress))
         )
         with FakeQuantized(net, uses_fake_quantization(progress, step)), torch.autocast(device, torch.bfloat16):
             main, mtp = net.losses(ids, weight, with_mtp=step % MTP_INTERVAL == 0)
@@ -209,7 +212,7 @@ def run(args: argparse.Namespace) -> Trainee:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     net = Trainee(config()).to(device)
-    adam, first, file = optimizer(net), 0, args.work / "checkpoint.pt"
+    adam, first, file = make_optimizer(net), 0, args.work / "checkpoint.pt"
     if file.exists():
         state = torch.load(file, map_location=device)
         net.load_state_dict(state["net"])

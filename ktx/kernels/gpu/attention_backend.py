@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape
+from ktx.kernels.gpu.split_kv import AttentionSchedule, AttentionShape
 
 BACKENDS = ("triton", "flashinfer", "auto")
 
@@ -52,7 +52,7 @@ def plans_on_host(backend: str) -> bool:
 
 @cache  # every layer calls it at every step
 def kernels_for(
-    shape: Shape,
+    shape: AttentionShape,
     backend: str = "triton",
     rope_columns: int = 0,
     sinks: bool = False,
@@ -87,7 +87,7 @@ def kernels_for(
     return AttentionKernels("triton", AttentionSchedule, paged_attention.attention, mla_decode.mla_attention)
 
 
-def _flashinfer_unsupported_reason(shape: Shape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:
+def _flashinfer_unsupported_reason(shape: AttentionShape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:
     """Returns why FlashInfer cannot be used; "" if it can."""
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"

@@ -59,7 +59,7 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
+def decode_constants(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
     """Returns the constants with which kernels decode these weights, as keyword arguments with a prefix.
 
     Kernels are compiled per weight type: the decoder is a constant, so that Triton inlines it. The prefix tells apart
@@ -70,10 +70,10 @@ def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
     return {prefix + name: value for name, value in kwargs.items()}
 
 
-def book(packed: SoAWeight) -> torch.Tensor:
+def codebook_of(packed: SoAWeight) -> torch.Tensor:
     """Returns the codebook of these weights; for types without one, a tensor that is never read."""
     name = DECODERS[packed.qtype.name].book
-    return iq_codebooks.book(name, packed.data.device) if name else packed.data
+    return iq_codebooks.make_codebook(name, packed.data.device) if name else packed.data
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def dequantize(packed: SoAWeight, dtype: torch.dtype, first: int = 0, count: int
     return _launch_dequantize(packed, packed.data, first, count, dtype, False)
 
 
-def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Dequantizes rows by index -> `dtype` [count, k].
 
     Args:
@@ -152,6 +152,14 @@ def _launch_dequantize(
         grid = (triton.cdiv(count, ROWS), triton.cdiv(packed.k, SPAN))
         sizes = first, count, packed.n, packed.k, packed.row_blocks
         _dequantize[grid](
-            packed.planes, book(packed), index, out, *sizes, INDEXED=indexed, ROWS=ROWS, SPAN=SPAN, **decoding(packed)
+            packed.planes,
+            codebook_of(packed),
+            index,
+            out,
+            *sizes,
+            INDEXED=indexed,
+            ROWS=ROWS,
+            SPAN=SPAN,
+            **decode_constants(packed),
         )
     return out

@@ -13,7 +13,7 @@ from typing import Any
 import flashinfer
 import torch
 
-from ktx.kernels.gpu.split_kv import Shape
+from ktx.kernels.gpu.split_kv import AttentionShape
 from ktx.kernels.gradients import refuse_gpu_gradient
 
 MLA_COLUMNS = (512, 64)  # latent and rotated columns that FlashInfer's MLA kernels support
@@ -21,7 +21,7 @@ WORKSPACE_BYTES = 128 << 20
 
 
 def unsupported_reason(
-    shape: Shape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16
+    shape: AttentionShape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16
 ) -> str:
     """Returns why FlashInfer cannot compute this; "" if it can.
 
@@ -76,7 +76,7 @@ class AttentionSchedule:
     def __init__(
         self,
         counts: Sequence[int],
-        shape: Shape,
+        shape: AttentionShape,
         device: torch.device | str,
         tiles: Any = None,
         scratch: torch.Tensor | None = None,

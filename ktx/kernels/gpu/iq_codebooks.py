@@ -18,7 +18,7 @@ VALUES = {  # codebooks that are plain lists of 16 values, f32
 
 
 @lru_cache(maxsize=64)
-def book(name: str, device: torch.device) -> torch.Tensor:
+def make_codebook(name: str, device: torch.device) -> torch.Tensor:
     """Returns a codebook on a device: one of VALUES, f32 [16], or of an IQ type by its name, int32 [entries].
 
     IQ1_S and IQ1_M share a grid and so the codebook "IQ1".

@@ -18,11 +18,11 @@ import triton.language as tl
 
 from ktx.errors import KtxError
 from ktx.kernels.gpu import fp8, quant_matmul
-from ktx.kernels.gpu.dequant import book, decoding, dequantize, rows
+from ktx.kernels.gpu.dequant import codebook_of, decode_constants, dequantize, dequantize_rows
 from ktx.kernels.gpu.soa_layout import DEQUANT_CHUNK_WEIGHTS, SoAWeight, pack, pack_experts
 from ktx.kernels.gradients import refuse_gpu_gradient
 
-__all__ = ["SoAWeight", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
+__all__ = ["SoAWeight", "dequantize", "dequantize_rows", "linear", "linear_batched", "pack", "pack_experts"]
 
 MAX_GEMV_TOKENS, MAX_GEMM_TOKENS = 4, 64  # largest batches of the GEMV and of the GEMM kernel
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -122,7 +122,7 @@ def linear_batched(x: torch.Tensor, w: SoAWeight) -> torch.Tensor:
     return _linear_packed(x, w, None)
 
 
-def shape_of(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any]:
+def choose_tile(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any]:
     """Returns the product and its tile for a number of tokens, as keyword arguments of the kernel."""
     padded_tokens = triton.next_power_of_2(max(1, tokens))
     if tokens > MAX_GEMV_TOKENS:
@@ -138,7 +138,7 @@ def _linear_packed(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> 
     matrices, tokens, _ = x.shape
     if not x.numel():
         return x.new_empty(matrices, tokens, w.n)
-    x, shape = x.contiguous(), shape_of(tokens, w.n, w.k, matrices)
+    x, shape = x.contiguous(), choose_tile(tokens, w.n, w.k, matrices)
     groups = matrices * triton.cdiv(tokens, shape["TOKENS"])
     num_programs, steps = triton.cdiv(w.n, shape["ROWS"]) * matrices, triton.cdiv(w.k, shape["SPAN"])
     num_splits = max(1, min(steps, quant_matmul.MIN_PROGRAMS // num_programs))
@@ -151,7 +151,15 @@ def _linear_packed(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> 
     sizes = tokens, w.n, w.k, w.row_blocks, split_columns
     grid = (triton.cdiv(w.n, shape["ROWS"]), groups, num_splits)
     _linear[grid](
-        x, w.planes, book(w), kernel_bias, out, *sizes, HAS_BIAS=kernel_bias is not None, **shape, **decoding(w)
+        x,
+        w.planes,
+        codebook_of(w),
+        kernel_bias,
+        out,
+        *sizes,
+        HAS_BIAS=kernel_bias is not None,
+        **shape,
+        **decode_constants(w),
     )
     if num_splits == 1:
         return out[0]

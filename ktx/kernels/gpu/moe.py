@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ktx.errors import KtxError
 from ktx.kernels.gpu import quant_matmul
-from ktx.kernels.gpu.dequant import book, decoding
+from ktx.kernels.gpu.dequant import codebook_of, decode_constants
 from ktx.kernels.gpu.soa_layout import SoAWeight
 from ktx.kernels.gradients import refuse_gpu_gradient
 
@@ -196,21 +196,22 @@ def experts(
     if not tokens or not top:
         return out.zero_()
     x, ids, weights, pairs = x.contiguous(), ids.contiguous(), weights.contiguous(), tokens * top
-    shape = shape_of(pairs, gate.matrices, gate.n, gate.k)
+    shape = choose_tile(pairs, gate.matrices, gate.n, gate.k)
     sorting, groups = group_pairs(ids, first, gate.matrices, shape["PAIRS"]) if shape["SORTED"] else ((ids,) * 4, pairs)
     activated = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
     _gate_up[(triton.cdiv(gate.n, shape["ROWS"]), groups)](
         x, activated, sorting, ids, first, gate.matrices, top,
-        gate.planes, book(gate), gate_bias, gate.row_blocks, up.planes, book(up), up_bias, up.row_blocks,
+        gate.planes, codebook_of(gate), gate_bias, gate.row_blocks, up.planes, codebook_of(up), up_bias, up.row_blocks,
         gate.n, gate.k, alpha, limit,
-        ACT=act, HAS_BIAS=gate_bias is not None, **shape, **decoding(gate, "GATE_"), **decoding(up, "UP_"),
+        ACT=act, HAS_BIAS=gate_bias is not None, **shape,
+        **decode_constants(gate, "GATE_"), **decode_constants(up, "UP_"),
     )  # fmt: skip
-    shape = shape_of(pairs, gate.matrices, down.n, down.k)
+    shape = choose_tile(pairs, gate.matrices, down.n, down.k)
     y = torch.empty(pairs, down.n, dtype=torch.float32, device=x.device)
     _down[(triton.cdiv(down.n, shape["ROWS"]), groups)](
         activated, y, sorting, ids, first, gate.matrices,
-        down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
-        HAS_BIAS=down_bias is not None, **shape, **decoding(down),
+        down.planes, codebook_of(down), down_bias, down.row_blocks, down.n, down.k,
+        HAS_BIAS=down_bias is not None, **shape, **decode_constants(down),
     )  # fmt: skip
     _combine[(tokens, triton.cdiv(down.n, 1024))](
         y,
@@ -228,7 +229,7 @@ def experts(
     return out
 
 
-def shape_of(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
+def choose_tile(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
     """Returns how the kernels compute a number of pairs, as keyword arguments.
 
     Up to MAX_GEMV_PAIRS pairs each run on their own. More are sorted by expert, in groups of about the pairs of an

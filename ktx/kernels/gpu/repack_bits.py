@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ktx.kernels.gpu.iq_codebooks import book
+from ktx.kernels.gpu.iq_codebooks import make_codebook
 
 Words = torch.Tensor
 CHUNK_BYTES = 8 << 20  # bytes of words that are converted at once
@@ -112,7 +112,7 @@ def _restore_iq3_s(x: Words) -> Words:
 def _make_iq1_index_table(device: torch.device) -> torch.Tensor:
     """Returns a table from the digits of an IQ1 codebook entry, eight of two bits each, to its index: int32 [65536]."""
     out = torch.zeros(1 << 16, dtype=torch.int32)
-    digits = book("IQ1", torch.device("cpu"))
+    digits = make_codebook("IQ1", torch.device("cpu"))
     out[digits.long()] = torch.arange(len(digits), dtype=torch.int32)
     return out.to(device)
 

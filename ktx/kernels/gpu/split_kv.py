@@ -95,7 +95,7 @@ def tiles_for(columns: int, latent: bool, f32: bool = False) -> tuple[Tile, ...]
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """Heads and columns, which are equal for all sequences of a call.
 
     Attributes:
@@ -122,7 +122,7 @@ class Shape:
             raise ValueError("a latent needs one key/value head whose keys are its values")
 
     @property
-    def group(self) -> int:
+    def heads_per_kv_head(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
@@ -142,7 +142,7 @@ class TileGroup:
     """
 
     tile: Tile
-    items: torch.Tensor
+    tile_starts: torch.Tensor
     head_blocks: int
     heads_per_block: int
     programs: int
@@ -150,7 +150,7 @@ class TileGroup:
     @property
     def max_merges(self) -> int:
         """The largest number of tiles that several programs can share."""
-        return min(len(self.items), self.programs - 1)
+        return min(len(self.tile_starts), self.programs - 1)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class AttentionSchedule:
     def __init__(
         self,
         counts: Sequence[int],
-        shape: Shape,
+        shape: AttentionShape,
         device: torch.device | str,
         num_sms: int = 0,
         tiles: Sequence[Tile] = (),
@@ -238,7 +238,7 @@ class AttentionSchedule:
         """
         sequences_by_tile: dict[Tile, list[int]] = {}
         for sequence, count in enumerate(counts):
-            rows = count * self.shape.group
+            rows = count * self.shape.heads_per_kv_head
             tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
             if count:
                 sequences_by_tile.setdefault(tile, []).append(sequence)
@@ -250,8 +250,8 @@ class AttentionSchedule:
         The query heads of a key/value head form one block if they fit in a tile, otherwise several of equal size. The
         rows of a sequence are its tokens times the heads of a block.
         """
-        head_blocks = math.ceil(self.shape.group / tile.rows)
-        heads_per_block = math.ceil(self.shape.group / head_blocks)
+        head_blocks = math.ceil(self.shape.heads_per_kv_head / tile.rows)
+        heads_per_block = math.ceil(self.shape.heads_per_kv_head / head_blocks)
         items = [
             (sequence, row) for sequence in sequences for row in range(0, counts[sequence] * heads_per_block, tile.rows)
         ]
@@ -326,7 +326,7 @@ class AttentionSchedule:
         A tile has the blocks from the first key that its first token sees (0 without a window) to the last key that
         its last token sees. A tile without keys has one block too, because a program has to write its rows.
         """
-        sequence, row = group.items.long().unbind(1)
+        sequence, row = group.tile_starts.long().unbind(1)
         _, count, keys = sequences[sequence].unbind(1)
         first_token = row // group.heads_per_block
         last_token = torch.minimum((row + group.tile.rows - 1) // group.heads_per_block, count - 1)

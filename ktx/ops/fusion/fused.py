@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ktx.cache.kv import GrowingLayer, KVType, growing_layer
+from ktx.cache.kv import GrowingLayer, KVType, to_growing_layer
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -212,7 +212,7 @@ def kv_target(
         return KVTarget(buffers, 0, batch.window_ranges(sliding_window(first)), None, ragged, edits=mask_version(mask))
     layers, indices = [], [block.owner.layer_idx for block in blocks]
     for block, index in zip(blocks, indices, strict=True):
-        layer = growing_layer(cache, index, first.kv_dtype)
+        layer = to_growing_layer(cache, index, first.kv_dtype)
         if layer is None or not layer.fits(hidden.shape[0], block.heads, block.head_dims, dtype):
             return None
         layers.append(layer)

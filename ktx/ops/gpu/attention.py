@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from ktx.kernels import reference
 from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv
-from ktx.kernels.gpu.split_kv import Shape
+from ktx.kernels.gpu.split_kv import AttentionShape
 from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import attention
 from ktx.ops.base import Context
@@ -80,7 +80,7 @@ def attend_on_pages(
 ) -> torch.Tensor:
     """Runs paged attention on q [1, H, T, Dk], the sequences of the batch concatenated; returns [1, T, H, Dv]."""
     keys, values = view.pools
-    shape = Shape(q.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
+    shape = AttentionShape(q.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
     kernels = kernels_for(shape, backend, 0, sinks is not None, keys.dtype)
     return kernels.attention(q, keys, values, view.plan(kernels, shape, q.dtype), scale, sinks, softcap)
 
@@ -126,7 +126,7 @@ class Attention(attention.Attention):
         new.sinks_f32 = None
         if new.fusable:
             num_heads = old.config.num_attention_heads
-            shape = Shape(num_heads, num_heads // old.num_key_value_groups, old.head_dim, old.head_dim)
+            shape = AttentionShape(num_heads, num_heads // old.num_key_value_groups, old.head_dim, old.head_dim)
             kernels_for(shape, backend, sinks=hasattr(old, "sinks"))
         return new
 

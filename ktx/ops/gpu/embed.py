@@ -24,7 +24,7 @@ class Embedding(embed.Embedding):
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the rows of ids [...] as floats [..., D]."""
         assert self.packed is not None, f"{self.path} is not loaded"
-        rows = linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
+        rows = linear.dequantize_rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def rows(self) -> Floats:

@@ -176,7 +176,7 @@ def _split_into_chunks(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
         yield ExpertChunk(experts, first, min(max_experts, count - first))
 
 
-def install(model: Any, requested: object = "auto") -> None:
+def install_streaming(model: Any, requested: object = "auto") -> None:
     """Enables expert streaming for the MoE blocks on GPUs whose experts are in CPU memory. Call it after `ready`.
 
     Args:

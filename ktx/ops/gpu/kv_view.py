@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ktx.cache.kv import growing_layer
+from ktx.cache.kv import to_growing_layer
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, PageTables, paged_layer
+from ktx.cache.paged import BatchMetadata, PageTables, get_paged_layer
 from ktx.kernels.gpu.attention_backend import AttentionKernels
-from ktx.kernels.gpu.split_kv import Shape, tiles_for
+from ktx.kernels.gpu.split_kv import AttentionShape, tiles_for
 from ktx.ops.fusion.fused import kv_float_dtype, sliding_window
 from ktx.ops.masks import Intervals, ranges_of
 
@@ -46,7 +46,7 @@ class PagedView:
     window: int = 0
     full_pages: tuple[tuple[int, int], ...] = ()
 
-    def plan(self, kernels: AttentionKernels, shape: Shape, dtype: torch.dtype) -> Any:
+    def plan(self, kernels: AttentionKernels, shape: AttentionShape, dtype: torch.dtype) -> Any:
         """Returns the kernels' plan for queries of `dtype`; the first layer of a kind builds it for all others."""
         return cached_plan(kernels, self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
 
@@ -55,7 +55,7 @@ def cached_plan(
     kernels: AttentionKernels,
     tables: PageTables,
     counts: Sequence[int],
-    shape: Shape,
+    shape: AttentionShape,
     dtype: torch.dtype,
     window: int = 0,
 ) -> Any:
@@ -103,14 +103,14 @@ def reserve_kv(
         hidden.device,
         hidden.shape[:2],
     )
-    pages = paged_layer(cache, owner.layer_idx)
+    pages = get_paged_layer(cache, owner.layer_idx)
     if pages is not None:
         batch = pages.owner.batch
         if batch is None or not pages.fits(heads, columns, stored_dtype, device):
             return None
         pages.owner.check_cancelled()
         return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), sliding_window(owner))
-    layer = growing_layer(cache, owner.layer_idx)
+    layer = to_growing_layer(cache, owner.layer_idx)
     if layer is None or not layer.fits(sequences, heads, columns, stored_dtype, device):
         return None
     spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
@@ -137,7 +137,7 @@ def layer_in_floats(cache: Any, index: int) -> Any:
 def view_of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> PagedView:
     """Views the pools of a paged cache."""
     full_pages = tuple((span.lead_tokens, span.full_page_tokens) for span in batch.spans)
-    return PagedView(pools, batch.rows, batch.on(pools[0].device), window, full_pages)
+    return PagedView(pools, batch.rows, batch.tables_on(pools[0].device), window, full_pages)
 
 
 def view_of_states(

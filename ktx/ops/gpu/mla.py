@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ktx.cache.kv import stored_row
+from ktx.cache.kv import stored_row_format
 from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import PageTables
 from ktx.errors import UsageError
@@ -19,7 +19,7 @@ from ktx.kernels import reference
 from ktx.kernels.gpu import linear
 from ktx.kernels.gpu.attention_backend import AttentionKernels, kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_mla
-from ktx.kernels.gpu.split_kv import Shape
+from ktx.kernels.gpu.split_kv import AttentionShape
 from ktx.ops import mla
 from ktx.ops.base import Context
 from ktx.ops.fusion.fused import kv_float_dtype, rotary_tables, split_mask
@@ -38,15 +38,15 @@ class MLA(mla.MLA):
 
     def check_options(self, ctx: Context) -> None:
         """Raises UsageError for a type of KV cache that no kernel reads."""
-        self._kernels(stored_row(self.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])
+        self._kernels(stored_row_format(self.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])
 
     def _kernels(self, stored: torch.dtype) -> AttentionKernels:
         """Returns the kernels of the absorbed form for latents stored in dtype `stored`."""
         return kernels_for(self._latent_shape(), self.backend, self.qk_rope_head_dim, cache_dtype=stored)
 
-    def _latent_shape(self) -> Shape:
+    def _latent_shape(self) -> AttentionShape:
         """The shape of absorbed attention: all heads share one latent key."""
-        return Shape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
+        return AttentionShape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
 
     def load(self, source: WeightSource) -> None:
         """Reads W_UK and W_UV and packs them on the GPU."""
@@ -224,7 +224,7 @@ class MLA(mla.MLA):
         by_head = out.view(1, -1, self.num_heads, self.v_head_dim)
         for heads in self._split_into_head_chunks(latent):
             k, v = self._expand_latents(latent.flatten(0, 2), heads)
-            shape = Shape(len(heads), len(heads), self.qk_nope_head_dim, self.v_head_dim)
+            shape = AttentionShape(len(heads), len(heads), self.qk_nope_head_dim, self.v_head_dim)
             head_slice = slice(heads.start, heads.stop)
             kernels = kernels_for(shape)
             plan = cached_plan(

@@ -259,7 +259,7 @@ async def _stream(
                 }
 
 
-def details(model: LoadedModel, name: str) -> dict[str, Any]:
+def describe_model(model: LoadedModel, name: str) -> dict[str, Any]:
     """Returns size, digest and details of a model or adapter."""
     base, adapter = model.names.first, model.names.adapter(name)
     config = model.engine.model.config
@@ -277,7 +277,7 @@ def details(model: LoadedModel, name: str) -> dict[str, Any]:
     }
 
 
-def tags(model: LoadedModel, created: str) -> dict[str, Any]:
+def list_models(model: LoadedModel, created: str) -> dict[str, Any]:
     """Lists the models, for /api/tags. `created` is an ISO 8601 time."""
     return {
         "models": [
@@ -285,25 +285,25 @@ def tags(model: LoadedModel, created: str) -> dict[str, Any]:
                 "name": f"{name}{LATEST_TAG}",
                 "model": f"{name}{LATEST_TAG}",
                 "modified_at": created,
-                **details(model, name),
+                **describe_model(model, name),
             }
             for name in model.names.all
         ]
     }
 
 
-def ps(model: LoadedModel) -> dict[str, Any]:
+def list_loaded_models(model: LoadedModel) -> dict[str, Any]:
     """Lists the loaded models, for /api/ps."""
     extra = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": model.engine.context}
     return {
         "models": [
-            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(model, name), **extra}
+            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **describe_model(model, name), **extra}
             for name in model.names.all
         ]
     }
 
 
-def show(model: LoadedModel, created: str, fields: OllamaShow) -> dict[str, Any]:
+def show_model(model: LoadedModel, created: str, fields: OllamaShow) -> dict[str, Any]:
     """Describes a model, for /api/show. `created` is an ISO 8601 time."""
     name, prompts = fields.model or fields.name or "", model.prompts
     model_type = model.engine.model.config.model_type
@@ -316,7 +316,7 @@ def show(model: LoadedModel, created: str, fields: OllamaShow) -> dict[str, Any]
         "modelfile": "",
         "parameters": "",
         "template": prompts.template or "",
-        "details": details(model, name)["details"],
+        "details": describe_model(model, name)["details"],
         "model_info": {
             "general.architecture": model_type,
             "general.basename": name.removesuffix(LATEST_TAG),

@@ -59,7 +59,7 @@ async def detokenize(model: LoadedModel, fields: DetokenizeRequest) -> dict[str,
     return {"prompt": text}
 
 
-def info(model: LoadedModel) -> dict[str, Any]:
+def tokenizer_info(model: LoadedModel) -> dict[str, Any]:
     """Returns the properties of the tokenizer."""
     tokenizer = model.engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -74,7 +74,7 @@ class ResponseEvents:
         self.text = ""  # its text so far
         self.logprobs: list[dict[str, Any]] = []  # log probabilities of its tokens
 
-    def event(self, kind: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+    def make_event(self, kind: str, **fields: Any) -> tuple[str, dict[str, Any]]:
         """Returns the next event: its name and its body."""
         self.sequence_number += 1
         return kind, {"type": kind, "sequence_number": self.sequence_number, **fields}
@@ -88,15 +88,15 @@ class ResponseEvents:
         """Whether the response has its final status."""
         return self.base["status"] in ("completed", "incomplete")
 
-    def state_event(self, kind: str) -> tuple[str, dict[str, Any]]:
+    def make_state_event(self, kind: str) -> tuple[str, dict[str, Any]]:
         """Returns an event that holds the whole response object."""
-        return self.event(kind, response=self.to_response())
+        return self.make_event(kind, response=self.to_response())
 
     def location(self, shape: ItemShape) -> dict[str, Any]:
         """Returns the fields of an event that locate the text in the output."""
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, shape.index_key: 0}
 
-    def part(self, shape: ItemShape) -> dict[str, Any]:
+    def make_part(self, shape: ItemShape) -> dict[str, Any]:
         """Returns the part that holds the current text."""
         fields = {"annotations": [], "logprobs": list(self.logprobs)} if self.open_kind == "answer" else {}
         return {"type": shape.part_type, "text": self.text, **fields}
@@ -124,8 +124,8 @@ class ResponseEvents:
             }
         self.items.append(item)
         return [
-            self.event("response.output_item.added", output_index=len(self.items) - 1, item=dict(item)),
-            self.event(f"{shape.part_event}.added", **self.location(shape), part=self.part(shape)),
+            self.make_event("response.output_item.added", output_index=len(self.items) - 1, item=dict(item)),
+            self.make_event(f"{shape.part_event}.added", **self.location(shape), part=self.make_part(shape)),
         ]
 
     def close(self, status: str = "completed") -> list[tuple[str, dict[str, Any]]]:
@@ -133,14 +133,14 @@ class ResponseEvents:
         if not self.open_kind:
             return []
         item, shape = self.items[-1], self.shapes[self.open_kind]
-        location, part = self.location(shape), self.part(shape)
+        location, part = self.location(shape), self.make_part(shape)
         fields = {"logprobs": self.logprobs} if self.open_kind == "answer" else {}
         item |= {shape.list_key: [part], "status": status}
         self.open_kind = ""
         return [
-            self.event(f"{shape.text_event}.done", **location, text=self.text, **fields),
-            self.event(f"{shape.part_event}.done", **location, part=part),
-            self.event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
+            self.make_event(f"{shape.text_event}.done", **location, text=self.text, **fields),
+            self.make_event(f"{shape.part_event}.done", **location, part=part),
+            self.make_event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
         ]
 
     def on_text(self, delta: TextDelta) -> list[tuple[str, dict[str, Any]]]:
@@ -153,7 +153,10 @@ class ResponseEvents:
         if delta.kind == "answer":
             fields = {"logprobs": self.formatter.content(delta.choices)["content"] if self.formatter else []}
             self.logprobs += fields["logprobs"]
-        return [*events, self.event(f"{shape.text_event}.delta", **self.location(shape), delta=delta.text, **fields)]
+        return [
+            *events,
+            self.make_event(f"{shape.text_event}.delta", **self.location(shape), delta=delta.text, **fields),
+        ]
 
     def on_tool_call(self, call: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
         """Returns the events of a tool call, which is one complete item, with all events that a client expects of a
@@ -176,10 +179,10 @@ class ResponseEvents:
         location = {"item_id": item["id"], "output_index": index}
         return [
             *events,
-            self.event("response.output_item.added", output_index=index, item=item),
-            self.event("response.function_call_arguments.delta", **location, delta=call.arguments),
-            self.event("response.function_call_arguments.done", **location, name=name, arguments=call.arguments),
-            self.event("response.output_item.done", output_index=index, item=completed),
+            self.make_event("response.output_item.added", output_index=index, item=item),
+            self.make_event("response.function_call_arguments.delta", **location, delta=call.arguments),
+            self.make_event("response.function_call_arguments.done", **location, name=name, arguments=call.arguments),
+            self.make_event("response.output_item.done", output_index=index, item=completed),
         ]
 
     def on_finish(self, finish: Finish) -> list[tuple[str, dict[str, Any]]]:
@@ -202,7 +205,7 @@ class ResponseEvents:
                 "total_tokens": self.num_prompt_tokens + usage.answer,
             },
         }
-        return [*events, self.state_event("response.incomplete" if truncated else "response.completed")]
+        return [*events, self.make_state_event("response.incomplete" if truncated else "response.completed")]
 
     def feed(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
         """Returns the stream events of one event of the engine."""

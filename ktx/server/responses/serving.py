@@ -220,8 +220,8 @@ async def _stream(
     group: RequestGroup, events: ResponseEvents, store_response: Callable[[], None]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """Yields the events of a streamed response; an error of the engine is an event of its own."""
-    yield events.state_event("response.created")
-    yield events.state_event("response.in_progress")
+    yield events.make_state_event("response.created")
+    yield events.make_state_event("response.in_progress")
     try:
         async for _, event in group:
             emitted = events.feed(event)
@@ -230,4 +230,4 @@ async def _stream(
                 yield emitted_event
     except APIError as error:
         events.base |= {"status": "failed", "error": {"code": "server_error", "message": error.message}}
-        yield events.state_event("response.failed")
+        yield events.make_state_event("response.failed")
