@@ -162,8 +162,8 @@ def attention(
         q: [B, H, S, Dk].
         k: [B, Hkv, T, Dk], also as Q8_0 blocks. Each key/value head serves H / Hkv query heads.
         v: [B, Hkv, T, Dv], also as Q8_0 blocks.
-        ranges: int [B, S, 2], see `visible`.
-        mask: see `visible`.
+        ranges: int [B, S, 2], see `visible_keys`.
+        mask: see `visible_keys`.
         scale: factor of the scores.
         sinks: f32 [H], one more logit in the softmax of each head, without a value (gpt-oss).
         softcap: c, which replaces scores s by c * tanh(s / c); 0 for none.
@@ -183,10 +183,10 @@ def attention(
             span = slice(first, first + queries)
             rope_keys = None if k_rope is None else gather_pages(k_rope, page_table, keys)
             rope_queries = None if q_rope is None else q_rope[:, :, span]
-            visible_keys = None if ranges is None else ranges[:, span]
+            span_ranges = None if ranges is None else ranges[:, span]
             cached = gather_pages(k, page_table, keys), gather_pages(v, page_table, keys)
             out[:, span] = attention(
-                q[:, :, span], *cached, visible_keys, None, scale, sinks, softcap, rope_queries, rope_keys
+                q[:, :, span], *cached, span_ranges, None, scale, sinks, softcap, rope_queries, rope_keys
             )
         return out
     k, v, k_rope = from_q8_0(k), from_q8_0(v), None if k_rope is None else from_q8_0(k_rope)
