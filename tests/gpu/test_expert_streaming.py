@@ -194,6 +194,6 @@ def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, mo
         _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
         experts = blocks(model)[0].experts
         copying = experts.weight_bytes()[0] / (microbench.DEFAULT_PCIE_GB_S * 1e9)
-        token = 2 * 3 * 64 * 32 * experts.top / (rate * 1e9)  # three matrices of each chosen expert
+        token = 2 * 3 * 64 * 32 * experts.top_k / (rate * 1e9)  # three matrices of each chosen expert
         wanted = least or copying / token
         assert all(block.stream_min_tokens == pytest.approx(wanted, abs=1) for block in blocks(model))
