@@ -341,7 +341,7 @@ def _install_expert_offload(model: nn.Module, plan: Plan, requested: int | str |
     """Installs offloading and streaming of the CPU's experts for blocks on GPUs; without a GPU does nothing."""
     if any(device.gpu for device in plan.devices.values()):  # without a GPU Triton may not be installed
         importlib.import_module("ktx.ops.gpu.moe").install_offload(model)
-        importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
+        importlib.import_module("ktx.ops.gpu.expert_streaming").install_streaming(model, requested)
 
 
 def _resolve_kv_dtype(model: nn.Module, requested: KVType) -> KVType:

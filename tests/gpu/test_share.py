@@ -77,7 +77,7 @@ def test_the_self_test_sees_both_sides(v3, monkeypatch):
 
 
 def test_either_side_may_be_empty(twins):
-    total = experts_of(twins.cpu).total
+    total = experts_of(twins.cpu).total_experts
     none, all_of_them = (twins.load(twins.rules(Experts="cpu"), gpu_experts=count) for count in (0, total))
     assert experts_of(none).on_gpu is None and experts_of(all_of_them).weights == {}
     for model in (none, all_of_them):
@@ -128,7 +128,7 @@ def apart(state, kind):
 def bytes_are_held_once(model, on_cpu) -> bool:
     """Whether each side holds its experts and no others, and the plan says so."""
     experts, alone = model.model.layers[0].mlp.experts, on_cpu.model.layers[0].mlp.experts
-    count, total = experts.on_gpu.num_experts, experts.total
+    count, total = experts.on_gpu.num_experts, experts.total_experts
     steps = {step.path: step for step in model.ktx.plan}
     here, there = (steps[f"model.layers.0.mlp.experts{part}"] for part in ("", ".on_gpu"))
     shapes = [(w.qtype, (count, w.n, w.k)) for w in alone.weights.values()]
@@ -136,7 +136,7 @@ def bytes_are_held_once(model, on_cpu) -> bool:
         experts.weight_bytes()[0] * total == alone.weight_bytes()[0] * (total - count)
         and experts.on_gpu.weight_bytes()[0] == gpu_packed_bytes(shapes)
         and (here.fraction, there.fraction, there.device) == (1 - there.fraction, Fraction(count, total), "cuda:0")
-        and here.memory_bytes + there.memory_bytes_bytes
+        and here.memory_bytes + there.memory_bytes
         == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory_bytes
     )
 

@@ -102,7 +102,7 @@ def test_pieces_and_types(tmp_path, family, monkeypatch):
     original, mine = of_floats(family, tmp_path / "loaded")
     mine.save_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     asked = []
-    monkeypatch.setattr(float_views, "MAX_SPAN_VALUES", 1 << 13)
+    monkeypatch.setattr(float_views, "MAX_RANGE_VALUES", 1 << 13)
     read = float_views.Floats.values
     monkeypatch.setattr(
         float_views.Floats, "values", lambda self, dtype: (asked.append(self.shape), read(self, dtype))[1]
