@@ -249,7 +249,7 @@ def test_the_cpus_waiting_for_the_device_is_counted_from_layer_to_layer_of_a_for
 
     class Layer:
         def __init__(self, number):
-            self.path, self.waited = f"model.layers.{number}.mlp.experts", 0.0
+            self.path, self.wait_s = f"model.layers.{number}.mlp.experts", 0.0
 
         def __call__(self, *given):
             return twice(*given)
@@ -259,7 +259,7 @@ def test_the_cpus_waiting_for_the_device_is_counted_from_layer_to_layer_of_a_for
         for layer in layers:
             time.sleep(0.02)
             way.result(way.submit(layer, *states(2)))
-    assert layers[0].waited == 0 and all(0.03 < layer.waited < 2 for layer in layers[1:])
+    assert layers[0].wait_s == 0 and all(0.03 < layer.wait_s < 2 for layer in layers[1:])
 
 
 def fail(*args):
