@@ -15,7 +15,7 @@ import json, sys, time, torch
 from ktx.kernels import cpu
 from ktx.kernels.blocks import unpack_rows
 from ktx.kernels.check import random_matrix
-from ktx.kernels.microbench import as_one_matrix, matrices
+from ktx.kernels.microbench import as_one_matrix, random_matrices
 from ktx.quant.types import QTYPES
 
 def stack(name, count, n, k):
@@ -49,7 +49,7 @@ large = [cpu.pack_experts(weight) for _ in range(2)]
 out["memory"], out["packed"] = held() - before, sum(p.nbytes for p in large)
 out["pages"] = cpu.ops.pages_on(large[0].data)
 x = torch.randn(1, 1024)
-one = as_one_matrix(cpu.pack(matrices(QTYPES["Q4_0"], 4, 1 << 15, 1024)))
+one = as_one_matrix(cpu.pack(random_matrices(QTYPES["Q4_0"], 4, 1 << 15, 1024)))
 for again in range(20):  # on a busy machine one member may have to wait while the other helps it out
     time.sleep(0.1 * again)
     own, stolen = cpu.ops.steal_stats()
