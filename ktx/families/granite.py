@@ -1,14 +1,16 @@
-"""Granite's mixtures of experts: embeddings, residuals, attention and logits are multiplied by scales."""
+"""Granite's mixtures of experts: embeddings, residuals, attention and logits are multiplied by scales.
+
+Routers stay transformers' own, because what they return changed between 5.17 and 5.24.
+"""
 
 from __future__ import annotations
 
-from ktx.families.family import GGUF, Family, RoutingSpec
+from ktx.families.family import GGUF, Family
 
 FAMILIES = (
     Family(
         model_types=("granitemoe",),
         rules="moe",
-        routers={"GraniteMoeTopKRouter": RoutingSpec("softmax_topk", own_dtype=True)},
         gguf=GGUF(
             "granitemoe",
             config_keys={
