@@ -52,7 +52,6 @@ BY_HAND = {
     "ktx.demo.evaluate": None,
     "ktx.kernels.check": None,
 }  # entry points over everything
-OLD_NAMES = "ktx.utils.old_names"  # its tables name every module; it imports one when a user imports its old name
 ONE_FILE = {
     "prompt_toolkit": "ktx/chat/",
     "llguidance": "ktx/engine/grammar.py",
@@ -147,8 +146,7 @@ def names_in_strings(path: Path) -> set[str]:
 def test_no_imports_form_a_circle():
     """Late, type-only and string imports count."""
     graph = {
-        name: ((imports(path) & FILES.keys()) | (names_in_strings(path) if name != OLD_NAMES else set()))
-        - {name, *_parents(name)}
+        name: ((imports(path) & FILES.keys()) | names_in_strings(path)) - {name, *_parents(name)}
         for name, path in FILES.items()
     }
     done: set[str] = set()
