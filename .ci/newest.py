@@ -1,10 +1,10 @@
 """Tests ktx with dependency versions other than the locked ones.
 
 `python .ci/newest.py requirements [--lift]` prints the requirements of pyproject.toml, including the extras `serve`,
-`modelscope` and `dev` but not torch, one per line; with --lift without upper bounds. `python .ci/newest.py over DIR`
-creates an environment on top of this Python's, in which pip can install other versions that take precedence.
-`python .ci/newest.py test ARGUMENTS` runs pytest with these arguments, then prints the failures and the versions that
-differ from the lock.
+`modelscope` and `dev`, one per line; with --lift without upper bounds. For torch it prints the installed version.
+`python .ci/newest.py over DIR` creates an environment on top of this Python's, in which pip can install other versions
+that take precedence. `python .ci/newest.py test ARGUMENTS` runs pytest with these arguments, then prints the failures
+and the versions that differ from the lock.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ MAX_LISTED_FAILURES = 20  # per file
 
 
 def declared(lift: bool) -> list[str]:
-    """The requirements of pyproject.toml without torch; without upper bounds when `lift` is true."""
+    """The requirements of pyproject.toml; without upper bounds when `lift` is true.
+
+    torch is pinned to the installed version, because an eager upgrade of what requires it (accelerate, peft) would
+    install PyPI's newest build, gigabytes of CUDA.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
     # CUDA builds of torch require an exact version of triton.
     torch_pins_triton = "triton" in " ".join(importlib.metadata.requires("torch") or [])
     excluded = (f"{versions.DISTRIBUTION}[", "torch>", *(["triton>"] if torch_pins_triton else []))
     lines = [line for line in lines if not line.startswith(excluded)]
-    return [re.sub(r",<[^;]*", "", line) for line in lines] if lift else lines
+    lines = [re.sub(r",<[^;]*", "", line) for line in lines] if lift else lines
+    return [*lines, f"torch=={importlib.metadata.version('torch')}"]
 
 
 def over(folder: Path) -> None:
