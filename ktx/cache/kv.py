@@ -194,11 +194,17 @@ class GrowingLayer(DynamicLayer):
         self.columns, self.exported = (columns[0], columns[1]), self.exported and len(self.assigned) < 2
         self.assigned = {}
 
-    def fits(
+    def prepare_buffers(
         self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
     ) -> bool:
-        """Whether keys and values of this shape can be appended; an empty layer allocates its buffers for them on
+        """Prepares `buffers` for a fused caller, which writes keys and values into them itself.
+
+        First stores tensors that a script assigned to `keys` or `values`; an empty layer allocates its buffers on
         `device`.
+
+        Returns:
+            Whether batch, heads and `columns` (the widths of keys and values) are those of the stored ones; if not, the
+            caller takes the unfused path.
         """
         if self.assigned:
             self.apply_assigned()

@@ -68,7 +68,8 @@ class SequenceSpan:
     """The tokens of one sequence in a forward.
 
     An operator with one form for prompts and one for decoding (MLA), or whose sums depend on how tokens are split into
-    chunks (recurrent layers), uses `full_page_tokens` and `pieces`, which do not depend on what else is in the batch.
+    chunks (recurrent layers), uses `full_page_tokens` and `piece_lengths`, which do not depend on what else is in the
+    batch.
 
     Args:
         owner: identifies the sequence.
@@ -233,8 +234,14 @@ class PagedLayer(CacheLayerMixin):
         if not self.buffers:
             self.store_dtype = GPU_STORAGE.get(self.store_dtype, self.store_dtype)
 
-    def fits(self, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU) -> bool:
-        """Whether keys and values of this shape can be stored; the first ones allocate the pools on `device`."""
+    def prepare_buffers(
+        self, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
+    ) -> bool:
+        """Allocates the pools on `device` if they are not; `update` and fused callers then write into them.
+
+        Returns:
+            Whether heads and `columns` (the widths of keys and values) are those of the pools.
+        """
         if not self.buffers:
             self.columns = columns
             for width in columns:
@@ -252,7 +259,7 @@ class PagedLayer(CacheLayerMixin):
         if batch is None or key_states.shape[0] != 1 or key_states.shape[2] != batch.tokens:
             raise ValueError(f"keys of shape {tuple(key_states.shape)} do not match the current batch")
         columns = key_states.shape[3], value_states.shape[3]
-        if not self.fits(key_states.shape[1], columns, key_states.dtype, key_states.device):
+        if not self.prepare_buffers(key_states.shape[1], columns, key_states.dtype, key_states.device):
             raise ValueError(f"keys of shape {tuple(key_states.shape)} do not fit pools with columns {self.columns}")
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             scatter_kv(states, buffer, batch.tables_on(buffer.device).slots)
@@ -262,7 +269,7 @@ class PagedLayer(CacheLayerMixin):
         return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Does nothing: `fits` allocates the pools."""
+        """Does nothing: `prepare_buffers` allocates the pools."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the sizes of a mask over the step's own tokens: the pages need none."""

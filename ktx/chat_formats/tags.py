@@ -27,10 +27,12 @@ class TagCall:
         self.schema = calls.schemas.get(calls.resolve_name(name))
         self.open_mark = call_format.pair_key[0] or call_format.tag_parameter[0]
         self.close_mark = call_format.pair_value[1] or call_format.tag_parameter[1]
+        self.key_end = call_format.pair_key[1] or ">"  # ends a key
+        self.value_open = call_format.pair_value[0]  # opens a value; empty where the end of the key does
         ends = (call_format.tag_call[1], *call_format.ends)
         self.ends = marks_of(*ends)
         # A closing tag is one only where the call continues or ends after it; elsewhere it is part of the value.
-        self._follow = marks_of(self.open_mark, self.close_mark, *ends)
+        self._value_end_marks = marks_of(self.open_mark, self.close_mark, *ends)
         self._call_ends = marks_of(*ends, *call_format.starts, *call_format.sections)
         self._keys: set[str] = set()  # keys of the arguments so far
         # the key of an opening tag that ended the previous value, and whether the call's end did
@@ -64,7 +66,7 @@ class TagCall:
         key, self._next_key = self._next_key, ""
         if self.format.pair_key[0]:
             yield from self.source.read_whitespace()
-            if not (yield from self.source.accept_mark(marks_of(self.format.pair_value[0]))):
+            if not (yield from self.source.accept_mark(marks_of(self.value_open))):
                 raise NotACall
         if not key:
             raise NotACall
@@ -92,33 +94,35 @@ class TagCall:
         self._keys.add(key)
 
     def _read_key(self) -> Step[tuple[str, str]]:
-        """Returns the key of an opening tag, empty when it has none, and the text that was read."""
-        close_mark = self.format.pair_key[1] or ">"
+        """Reads the rest of an opening tag: `=key>` or ` name="key" string="true">` of <parameter, or `key</arg_key>`.
+
+        Returns the key, empty when it has none, and the text that was read; sets `_is_string` for a <parameter.
+        """
         text, mark = yield from self.source.read_short_until(
-            marks_of(close_mark, self.format.pair_value[0], "<"), MAX_TAG_CHARS
+            marks_of(self.key_end, self.value_open, "<"), MAX_TAG_CHARS
         )
         if not mark or mark == "<":
             return "", text
         key = text
-        if mark == close_mark:
+        if mark == self.key_end:
             self.source.pos += len(mark)
             text += mark
-        if close_mark == ">":
+        if self.key_end == ">":
             self._is_string = self.format.typed_parameters and bool(_STRING.search(key))
             match = _ATTRIBUTE.match(key)
             key = match.group(1) if match else ""
         return key.strip(), text
 
     def _read_value(self) -> Iterator[str | None]:
-        """Yields the value's text up to the closing tag, without the line breaks that are layout; None to wait.
+        """Yields the pieces of an argument's value up to the mark that ends it; None when more text has to arrive.
 
-        With `values_on_lines`, one line break after the opening tag and one before the closing tag are layout.
+        Line breaks that are layout are left out: with `values_on_lines`, one after the opening tag and one before the
+        closing tag.
         """
         source, own_lines, at_start = self.source, self.format.values_on_lines, self.format.values_on_lines
-        marks = self._follow
         line_break = ""  # a line break, which is layout if the value ends after it
         while True:
-            text, mark = source.read_until(marks)
+            text, mark = source.read_until(self._value_end_marks)
             if at_start and text:
                 text, at_start = text.removeprefix("\n"), False
             text = line_break + text
@@ -127,7 +131,7 @@ class TagCall:
                 yield text[: len(text) - len(line_break)]
             if mark:
                 more = yield from self._read_after_mark(mark)
-                if more is None:
+                if more is None:  # the mark ends the value; else it is part of it
                     return
                 yield line_break + mark + more
                 at_start, line_break = False, ""
@@ -149,7 +153,7 @@ class TagCall:
             self._next_key = key if key and known and key not in self._keys else ""
             return None if self._next_key else raw
         space = yield from source.read_whitespace()
-        ends = yield from source.peek_mark(self._follow if mark == self.close_mark else self._call_ends)
+        ends = yield from source.peek_mark(self._value_end_marks if mark == self.close_mark else self._call_ends)
         if not ends and (yield from source.peek_char()):
             return space
         self._done = mark != self.close_mark

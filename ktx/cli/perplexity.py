@@ -165,12 +165,15 @@ def _measure_demo(args: argparse.Namespace, text: str) -> None:
 
 
 def list_formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Yields name and loader of each format that ktx can quantize to: all but those that need an importance matrix."""
+    """Yields name and loader of each format to measure.
+
+    These are the GGUF types that need no importance matrix, Q4_K_M, and the integer types of `quantize=`.
+    """
     import torch
 
     import ktx
     from ktx.demo.gguf_writer import write_gguf
-    from ktx.quant.types import QTYPES
+    from ktx.quant.types import F8_CODE, QTYPES
 
     def load_written(mix: str) -> tuple[Any, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -181,11 +184,11 @@ def list_formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, An
         return ktx.load(str(folder), str(folder / "model.safetensors"), quantize=dtype, progress=False)
 
     for name, qtype in QTYPES.items():
-        if name == "F8_E4M3" or qtype.code >= 1000:
+        if qtype.code >= F8_CODE:  # ktx's own types: not in GGUF
             continue
         try:
             qtype.quantize(torch.zeros(1, 256))
-        except UsageError:
+        except UsageError:  # needs an importance matrix
             continue
         yield name, lambda name=name: load_written(name)  # type: ignore[misc]
     yield "Q4_K_M", lambda: load_written("Q4_K_M")

@@ -76,14 +76,17 @@ def _split_reasoning(message: Message, chat_format: ChatFormat) -> tuple[str, st
 def _with_sentinel(
     message: Message, prefill_text: str, closed_reasoning: str, thinking: bool, chat_format: ChatFormat, sentinel: str
 ) -> Message:
-    """Returns the message with the sentinel after the text to continue, where no template strips it, and inside closed
-    reasoning, which a template may leave out.
+    """Marks with `sentinel` where the text to continue ends, to find that place in the rendered prompt.
+
+    Closed reasoning gets one too, after its first visible character, because templates strip the ends. It shows whether
+    the template renders the reasoning.
     """
-    insert_at = len(closed_reasoning) - len(closed_reasoning.lstrip()) + 1
+    after_first_visible = len(closed_reasoning) - len(closed_reasoning.lstrip()) + 1
     reasoning = (
         prefill_text + sentinel
         if thinking
-        else closed_reasoning and closed_reasoning[:insert_at] + sentinel + closed_reasoning[insert_at:]
+        else closed_reasoning
+        and closed_reasoning[:after_first_visible] + sentinel + closed_reasoning[after_first_visible:]
     )
     keys = ("reasoning_content", chat_format.reasoning_key) if reasoning else ()
     content = "" if thinking else prefill_text + sentinel

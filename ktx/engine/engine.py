@@ -175,7 +175,7 @@ class Engine:
             on_free=self.runner.free,
             on_restore=self.runner.restore,
             on_snapshot=self.runner.snapshot,
-            page_aligned_numerics=self.runner.page_aligned_numerics,
+            page_kernels_differ=self.runner.page_kernels_differ,
             store=self.store,
             granularity=self.runner.granularity,
         )
@@ -564,7 +564,7 @@ class Engine:
         else:
             num_prompt_tokens = sum(chunk.count for chunk in chunks if not chunk.is_decode)
             self.budget.record(num_prompt_tokens, any(chunk.is_decode for chunk in chunks), time.perf_counter() - start)
-            results = [(chunk, self._process_logits(chunk, logits[chunk.request])) for chunk in chunks]
+            results = [(chunk, self._sample_chunk(chunk, logits[chunk.request])) for chunk in chunks]
             if self.speculation is not None:
                 self._draft(self.speculation, results, num_drafted, now)
             if self.store is not None:
@@ -599,8 +599,11 @@ class Engine:
             log.exception("computing draft tokens failed; speculative decoding is off from now on")
             self.speculation = None
 
-    def _process_logits(self, chunk: ScheduledChunk, logits: torch.Tensor) -> int:
-        """Processes the logits of a chunk and returns how many of its tokens stay in the cache."""
+    def _sample_chunk(self, chunk: ScheduledChunk, logits: torch.Tensor) -> int:
+        """Samples from a chunk's logits, and updates statistics and scheduler; an error ends only this request.
+
+        Returns how many of the chunk's tokens stay in the cache: rejected draft tokens do not; 0 after an error.
+        """
         request, output = chunk.request, self.outputs[chunk.request]
         num_output_before = request.num_output
         self.stats.prompt_tokens += chunk.num_prompt_tokens
@@ -613,7 +616,7 @@ class Engine:
             request.context.run(log.exception, "request %d failed", request.id)
             self._finish(output, "error", error=f"{type(error).__name__}: {error}")
             return 0
-        request.isolated = False
+        request.isolated = False  # its forward succeeded, so it may share forwards again
         self.stats.answer_tokens += request.num_output - num_output_before
         self.scheduler.commit(request, num_kept)
         if reason:

@@ -54,10 +54,11 @@ class ModelRunner:
     """
 
     supports_prefix_cache = True  # whether a sequence can reuse pages of another one
-    page_aligned_numerics = False  # whether full pages of a prompt are computed with other kernels than single tokens
+    page_kernels_differ = False  # whether full pages of a prompt are computed with other kernels than single tokens
     # Chunks of a prompt end at multiples of this number of tokens, so that results do not depend on how the prompt is
     # split.
     granularity = PAGE_TOKENS
+    # whether the cache has states that a forward overwrites, so that it cannot go back to an earlier position
     recurrent = False
     shares_recurrent_states = False  # whether sequences reuse recurrent states of other ones; the engine sets it
     max_captured_requests = 0
@@ -67,7 +68,8 @@ class ModelRunner:
 
     def __init__(self, model: LoadedModel, pages: int, max_captured_requests: int = 0):
         self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
-        self.page_aligned_numerics = cpu.ops.has_bf16_tiles() or any(
+        # AMX tiles and MLA compute full pages of a prompt with other kernels than single tokens.
+        self.page_kernels_differ = cpu.ops.has_bf16_tiles() or any(
             isinstance(module, MLA) for module in model.modules()
         )
         if max_captured_requests and first_gpu(model) is not None:

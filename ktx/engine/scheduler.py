@@ -87,7 +87,7 @@ class Scheduler:
         on_free: called with a request whose computed tokens are freed.
         on_restore: called with a request that starts from a snapshot of the recurrent layers, and the snapshot.
         on_snapshot: returns a snapshot of the recurrent layers after a request's first tokens; None if there is none.
-        page_aligned_numerics: the model computes full pages of a prompt with other kernels than single tokens, with
+        page_kernels_differ: the model computes full pages of a prompt with other kernels than single tokens, with
             other rounding errors; then a partial page inside a prompt is reused only in full.
         store: a second level of the prefix cache.
         granularity: chunks of a prompt end at multiples of this number of tokens, a number of full pages, and at the
@@ -104,7 +104,7 @@ class Scheduler:
         on_free: Callable[[Request], None] = lambda request: None,
         on_restore: Callable[[Request, Any], None] = lambda request, snapshot: None,
         on_snapshot: Callable[[Request, int], Any] = lambda request, tokens: None,
-        page_aligned_numerics: bool = False,
+        page_kernels_differ: bool = False,
         store: PageStore | None = None,
         granularity: int = PAGE_TOKENS,
     ):
@@ -115,7 +115,7 @@ class Scheduler:
             on_free,
             on_restore,
         )
-        self.on_snapshot, self.page_aligned_numerics, self.store = on_snapshot, page_aligned_numerics, store
+        self.on_snapshot, self.page_kernels_differ, self.store = on_snapshot, page_kernels_differ, store
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pages_in_flight: dict[bytes, Request] = {}  # hashes of pages that a running request is about to compute
@@ -238,8 +238,12 @@ class Scheduler:
         return count
 
     def _align_chunk(self, request: Request, count: int) -> int:
-        """Limits a chunk to the granularity: each full page of a prompt is computed in one forward at any budget, so
-        that its content does not depend on the budget. Recurrent layers need the prompt's end in one forward too.
+        """Returns how many of `count` tokens a chunk computes.
+
+        Inside a prompt's full pages a chunk ends at a multiple of `granularity`: each page is computed in one forward,
+        so that its content does not depend on the budget. The tokens after the last full page may be cut anywhere, but
+        not with recurrent layers, because their sums depend on how tokens are split (SequenceSpan.piece_lengths). A
+        step budget below one page cuts anywhere.
         """
         end, prompt = request.num_computed + count, len(request.prompt)
         if self.budget.step >= PAGE_TOKENS and (
@@ -381,7 +385,7 @@ class Scheduler:
             return False
         num_common = common_prefix_len(partial.ids, request.ids[request.num_computed : -1])
         exact_only = self.recurrent or (
-            self.page_aligned_numerics and (page_index + 1) * PAGE_TOKENS <= len(request.prompt)
+            self.page_kernels_differ and (page_index + 1) * PAGE_TOKENS <= len(request.prompt)
         )
         if (
             not num_common

@@ -205,14 +205,18 @@ def _request_speed(worker: subprocess.Popen[str], name: str) -> dict[str, float]
 
 
 def _serve_speeds(threads: int) -> int:
-    """Reads names of weight types from standard input and prints the speeds of each."""
+    """The `speeds` worker process: measures GEMV and GEMM of each weight type that standard input names, until it ends.
+
+    It prints the speeds of a type as a line of JSON. There is one process per instruction set, because KTX_ISA holds
+    for a whole process.
+    """
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import measure as measure_speed
     from ktx.quant.types import QTYPES
 
     ops.set_threads(threads)
     for line in sys.stdin:
-        print(json.dumps(measure_speed(QTYPES[line.strip()], threads, 3)), flush=True)
+        print(json.dumps(measure_speed(QTYPES[line.strip()], threads, repeat=3)), flush=True)
     return 0
 
 

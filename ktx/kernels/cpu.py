@@ -238,8 +238,8 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
 def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
     """Packs as `pack` does, in the order that `experts` reads.
 
-    `data` holds the span of each NUMA node in turn, which consists of that node's rows of every matrix. So each node
-    computes its rows of every expert from local memory, whichever experts the tokens select.
+    `data` holds one byte range per NUMA node, which consists of that node's rows of every matrix. So each node computes
+    its rows of every expert from local memory, whichever experts the tokens select.
     """
     matrices, n, k, qtype = _list_matrices(weight, to)
     matrix_bytes, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
@@ -248,21 +248,21 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     ends = tuple(end * group_bytes * num_matrices for end in first_groups[1:]) if nodes > 1 else ()
     data = ops.empty_packed(matrix_bytes * num_matrices, ends)
     for start, end in pairwise(first_groups):
-        span_bytes = (end - start) * group_bytes
+        rows_bytes = (end - start) * group_bytes  # of the node's rows of one matrix
         for i, matrix in enumerate(matrices):
-            offset = start * group_bytes * num_matrices + i * span_bytes
-            if span_bytes:
+            offset = start * group_bytes * num_matrices + i * rows_bytes
+            if rows_bytes:
                 rows = range(start * GROUP_ROWS, min(n, end * GROUP_ROWS))
-                _pack_rows(matrix, rows, qtype if to is not None else None, data[offset : offset + span_bytes])
+                _pack_rows(matrix, rows, qtype if to is not None else None, data[offset : offset + rows_bytes])
     return Packed(data, qtype, n, k, num_matrices, ends)
 
 
-def _numa_spans(w: Packed) -> Iterator[tuple[int, int, int]]:
-    """Yields the span of each NUMA node of matrices that `pack_experts` packed.
+def _node_byte_ranges(w: Packed) -> Iterator[tuple[int, int, int]]:
+    """Yields where each NUMA node's rows are in `data` of matrices that `pack_experts` packed, to replace one matrix.
 
     Yields:
-        First byte of the span in one matrix, bytes of the span of one matrix, and offset in `data` of the span of the
-        first matrix.
+        (start, size, offset): first byte and number of bytes of the node's rows in a matrix that is packed alone;
+        offset in `data` of these rows of matrix 0, which those of the other matrices follow.
     """
     matrix_bytes = packed_nbytes(w.qtype, w.n, w.k)
     groups = -(-w.n // GROUP_ROWS)
@@ -279,7 +279,7 @@ def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
     """
     data = ops.empty_packed(w.nbytes, w.numa_ends)
     data.copy_(w.data)
-    for start, size, offset in _numa_spans(w):
+    for start, size, offset in _node_byte_ranges(w):
         data[offset + index * size : offset + (index + 1) * size] = expert.data[start : start + size]
     return Packed(data, w.qtype, w.n, w.k, w.matrices, w.numa_ends)
 
@@ -300,20 +300,21 @@ def _list_matrices(
     return matrices, n, k, to or first.qtype
 
 
-def _pack_rows(matrix: QuantizedTensor, rows: range, to: QType | None, data: torch.Tensor) -> None:
+def _pack_rows(matrix: QuantizedTensor, rows: range, target: QType | None, data: torch.Tensor) -> None:
     """Packs some rows of a matrix into `data`, which holds as many rows, PACK_ROWS rows at a time.
 
+    The rows are quantized to `target` first, if given.
     The first row must be a multiple of FP8_BLOCK if the matrix has scales.
     """
     n, k = matrix.shape
-    scale = None if to is not None or matrix.scale is None else matrix.scale
+    scale = None if target is not None or matrix.scale is None else matrix.scale
     if scale is not None:
         scale = scale[rows.start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)].contiguous()
     for row in range(rows.start, rows.stop, PACK_ROWS):
         chunk = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
-        if to is not None:
-            chunk = ops.quantize_rows(_dequantized_rows(matrix, chunk, row), to.code)
-        ops.pack(chunk, (to or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
+        if target is not None:
+            chunk = ops.quantize_rows(_dequantized_rows(matrix, chunk, row), target.code)
+        ops.pack(chunk, (target or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
 
 
 def _dequantized_rows(matrix: QuantizedTensor, rows: torch.Tensor, first_row: int) -> torch.Tensor:

@@ -172,13 +172,17 @@ class LoadedModel(PreTrainedModel):
         return super().get_submodule(target)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; given weights of packed modules are packed in the float type that they have."""
+        """As torch's, then rebuilds what is derived from weights.
+
+        Modules with packed weights pack the values that changed (see Operator.take). A tied embedding may be given
+        under its output layer's name.
+        """
         weights = dict(state_dict)
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
             if target in weights and origin not in weights:
                 weights[origin] = weights[target]
         result = super().load_state_dict(weights, strict, assign)
-        if not strict:  # the caller reads the missing keys
+        if not strict:  # the caller reads the missing keys, among them names that were only filled in above
             result.missing_keys.extend(name for name in weights if name not in state_dict)
         self._rebuild()
         return result

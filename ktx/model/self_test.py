@@ -187,6 +187,7 @@ class CachedForward:
         )
         offload.raise_offload_errors(self.model)
         self.cache, self.length = cache_of(out), past + len(ids)
+        # Operators of a family with rules always use the KVCache.
         self.has_cache = self.has_rules or self.cache is not None
         logits: torch.Tensor = out.logits[0].cpu()
         return logits
@@ -321,22 +322,27 @@ def _module_outputs(model: nn.Module, forward: Callable[[], Any], tokens: int) -
 
 
 @contextmanager
-def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, torch.Tensor], Any]) -> Iterator[None]:
-    """While entered, calls `look` with the output of each module, if it is a float tensor of `tokens` rows."""
+def _hooked(
+    modules: Mapping[str, nn.Module], tokens: int, on_rows: Callable[[str, torch.Tensor], Any]
+) -> Iterator[None]:
+    """While entered, calls `on_rows` with the output of each module, if it is a float tensor of `tokens` rows."""
 
-    def hook(path: str) -> Callable[[Any, Any, Any], None]:
-        """Returns a forward hook for the module at `path`."""
+    def make_output_hook(path: str) -> Callable[[Any, Any, Any], None]:
+        """Returns a forward hook that passes the output of the module at `path` to `on_rows` as [tokens, columns].
+
+        The hook ignores outputs that do not hold one float row per token.
+        """
 
         def on_output(module: Any, args: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple) and output else output
             if isinstance(rows, torch.Tensor) and rows.is_floating_point() and rows.dim() > 1:
                 num_columns = rows.shape[-1]
                 if num_columns >= MIN_COLUMNS and rows.numel() == tokens * num_columns:
-                    look(path, rows.reshape(tokens, num_columns))
+                    on_rows(path, rows.reshape(tokens, num_columns))
 
         return on_output
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(make_output_hook(path)) for path, module in modules.items()]
     try:
         yield
     finally:

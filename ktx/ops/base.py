@@ -180,7 +180,10 @@ class Operator(nn.Module):
         return {}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Replaces some of `floats` with other values, which are packed without quantizing them.
+        """Replaces some of `floats` with other values, which are packed.
+
+        Linear layers and experts quantize them to the type of `quantize=`, if the model was loaded with it. Without it,
+        and in other operators, values stay floats.
 
         Args:
             values: Float tensors by the names of `floats`.

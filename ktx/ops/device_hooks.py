@@ -86,9 +86,10 @@ def _install_inside(
 
 
 def _assign_placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
-    """Returns the placement of every module.
+    """Returns the device and dtype of every module.
 
-    A module on the CPU that takes hidden states is in f32, with all modules in it, if `_takes_f32` allows it.
+    On a GPU the dtype is the model's. On the CPU it is f32, the dtype of the CPU kernels, for a module with all modules
+    in it, unless parameters that torch computes with have another dtype.
     """
     body = model.get_decoder()
     placements: dict[nn.Module, DevicePlacement] = {}
@@ -108,6 +109,7 @@ def _assign_placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict
             visit(child, placements[module])
 
     for module in model.modules():
+        # containers, and modules that take no hidden states, keep the model's dtype
         if module in (model, body, body.layers, model.get_input_embeddings()) or is_rotary(module):
             placements[module] = DevicePlacement(devices.get(module, CPU), dtype)
         else:

@@ -102,7 +102,7 @@ class MatrixOperator(Parametrizable):
         # torch's parametrize has removed the weight, and expects that the lookup fails then.
         if isinstance(self._buffers, VisibleParameters) and "weight" not in self._buffers:
             raise AttributeError("weight")
-        return self.visible_parameters("weight", self.rows())
+        return self.visible_parameter("weight", self.rows())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in torch, but packs a tensor that is assigned to `weight`, and ends the tie of its modules."""

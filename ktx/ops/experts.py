@@ -1,7 +1,7 @@
 """Computes all experts of a layer in one kernel call, on packed weights in CPU memory.
 
 Shapes: T tokens, D columns of hidden states, K selected experts per token; a packed matrix has n rows and k columns. A
-*stacked parameter* of transformers holds a projection of all experts, or two *halves*: gate_up_proj holds gate and up.
+*stacked parameter* of transformers holds one projection of all experts, or two: gate_up_proj holds gate and up.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ class Experts(Parametrizable):
     def _multiply_stacked(
         self,
         name: str,
-        halves: tuple[str, ...],
+        projections: tuple[str, ...],
         rows: torch.Tensor,
         per_expert: list[int],
         lora: ExpertsAdapters | None,
@@ -357,7 +357,7 @@ class Experts(Parametrizable):
 
         Args:
             name: of the stacked parameter.
-            halves: the projections in it.
+            projections: the projections in it.
             rows: [rows, k], sorted by expert.
             per_expert: number of rows of each expert.
             lora: the module's LoRA adapters.
@@ -366,32 +366,34 @@ class Experts(Parametrizable):
         Returns:
             [rows, n] for each projection.
         """
-        biases = {half: self.biases[half] for half in halves}
+        biases = {projection: self.biases[projection] for projection in projections}
         if self.has_parametrization(f"{name}_bias"):
-            split = self._split_halves(getattr(self, f"{name}_bias"), len(halves), -1)
-            biases = dict(zip(halves, split, strict=True))
+            split = self._split_stacked(getattr(self, f"{name}_bias"), len(projections), -1)
+            biases = dict(zip(projections, split, strict=True))
         parametrized = ParametrizedProduct.of(self, name, self.transposed) if self.has_parametrization(name) else None
-        outputs: list[list[torch.Tensor]] = [[] for _ in halves]
+        outputs: list[list[torch.Tensor]] = [[] for _ in projections]
         for i, expert_rows in enumerate(rows.split(per_expert)):
             if not len(expert_rows):
                 continue
             extra = (
                 None
                 if parametrized is None
-                else self._split_halves(parametrized.product(expert_rows, i), len(halves), -1)
+                else self._split_stacked(parametrized.product(expert_rows, i), len(projections), -1)
             )
-            for j, half in enumerate(halves):
-                bias = None if (half_biases := biases[half]) is None else half_biases[i]
+            for j, projection in enumerate(projections):
+                bias = None if (expert_biases := biases[projection]) is None else expert_biases[i]
                 if parametrized is None or parametrized.is_added:
-                    y = cpu.linear(expert_rows, self.weights[half].matrix(i), None if bias is None else bias.float())
+                    y = cpu.linear(
+                        expert_rows, self.weights[projection].matrix(i), None if bias is None else bias.float()
+                    )
                     outputs[j].append(y if extra is None else y + extra[j])
                 elif extra is not None:
                     outputs[j].append(extra[j] if bias is None else extra[j] + bias.to(expert_rows.dtype))
                 if lora is not None and adapters is not None and adapters[i]:
-                    outputs[j][-1] = lora.add_output(half, expert_rows, i, adapters[i], outputs[j][-1])
+                    outputs[j][-1] = lora.add_output(projection, expert_rows, i, adapters[i], outputs[j][-1])
         return [
-            torch.cat(parts) if parts else rows.new_empty(0, self.weights[half].n)
-            for half, parts in zip(halves, outputs, strict=True)
+            torch.cat(parts) if parts else rows.new_empty(0, self.weights[projection].n)
+            for projection, parts in zip(projections, outputs, strict=True)
         ]
 
     def lora_shapes(self) -> dict[Any, tuple[str, ...]]:
@@ -402,19 +404,19 @@ class Experts(Parametrizable):
         if self.placement.gpu or self.on_gpu is not None:
             return {}
         shapes: dict[Any, tuple[str, ...]] = {}
-        for halves in self.stacked_parameters().values():
+        for projections in self.stacked_parameters().values():
             rows, columns = (
                 (self.hidden_size, self.intermediate_size)
-                if halves == ("down_proj",)
+                if projections == ("down_proj",)
                 else (self.intermediate_size, self.hidden_size)
             )
-            shapes[(self.total_experts, rows * len(halves), columns)] = halves
-            shapes |= {(half, (self.total_experts, rows, columns)): (half,) for half in halves}
+            shapes[(self.total_experts, rows * len(projections), columns)] = projections
+            shapes |= {(name, (self.total_experts, rows, columns)): (name,) for name in projections}
         return shapes
 
     def split_projections(self, stacked: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Splits a stacked parameter [experts, out, ...] into its projections."""
-        return self._split_halves(stacked, count, 1)
+        return self._split_stacked(stacked, count, 1)
 
     @property
     def is_transposed(self) -> bool:
@@ -433,7 +435,7 @@ class Experts(Parametrizable):
         """Returns a packed weight or a scalar setting under its name in the replaced module."""
         buffers = self.__dict__.get("_buffers")
         if isinstance(buffers, VisibleParameters) and name in buffers.names:
-            return self.visible_parameters(name, self.floats()[name])
+            return self.visible_parameter(name, self.floats()[name])
         if name in self.settings:
             return self.settings[name]
         return super().__getattr__(name)
@@ -478,12 +480,14 @@ class Experts(Parametrizable):
         if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
         floats: dict[str, Floats] = {}
-        for name, halves in self.stacked_parameters().items():
+        for name, projections in self.stacked_parameters().items():
             if self.placement.gpu or self.on_gpu is not None:
-                floats |= self._unreadable_floats(name, len(halves))
+                floats |= self._unreadable_floats(name, len(projections))
                 continue
-            floats[name] = view_experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
-            biases = [bias for half in halves if (bias := self.biases[half]) is not None]
+            floats[name] = view_experts(
+                [self.weights[projection] for projection in projections], self.interleaved, self.transposed
+            )
+            biases = [bias for projection in projections if (bias := self.biases[projection]) is not None]
             if biases:
                 floats[f"{name}_bias"] = view_tensor(self._join_biases(biases))
         return floats
@@ -502,7 +506,7 @@ class Experts(Parametrizable):
                 states[f"{name}_bias"] = torch.cat(biases)
         return states
 
-    def _unreadable_floats(self, name: str, halves: int) -> dict[str, Floats]:
+    def _unreadable_floats(self, name: str, num_projections: int) -> dict[str, Floats]:
         """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
         message = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"
@@ -511,7 +515,7 @@ class Experts(Parametrizable):
         rows, columns = (
             (self.hidden_size, self.intermediate_size)
             if name == "down_proj"
-            else (halves * self.intermediate_size, self.hidden_size)
+            else (num_projections * self.intermediate_size, self.hidden_size)
         )
         shape = (self.total_experts, *((columns, rows) if self.transposed else (rows, columns)))
         bias = (
@@ -526,13 +530,13 @@ class Experts(Parametrizable):
         first, last = self.projections[:-1], self.projections[-1]
         return {"gate_up_proj" if len(first) > 1 else first[0]: first, last: (last,)}
 
-    def _join_biases(self, halves: list[torch.Tensor]) -> torch.Tensor:
+    def _join_biases(self, biases: list[torch.Tensor]) -> torch.Tensor:
         """Joins the biases of gate and up as in the replaced module."""
-        if len(halves) == 1:
-            return halves[0]
-        return torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1)
+        if len(biases) == 1:
+            return biases[0]
+        return torch.stack(biases, -1).flatten(-2) if self.interleaved else torch.cat(biases, -1)
 
-    def _split_halves(self, stacked: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    def _split_stacked(self, stacked: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
         """Splits a stacked parameter along `dim` into `count` (1 or 2) projections, in the module's row order."""
         if count == 1:
             return [stacked]
@@ -541,26 +545,37 @@ class Experts(Parametrizable):
         return list(stacked.chunk(2, dim))
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Packs other values of stacked parameters, in the replaced module's layout; UsageError on a GPU."""
+        """Packs other values of stacked parameters, quantized to `quant_target` if that is set; UsageError on a GPU.
+
+        The values have the replaced module's layout.
+        """
         if self.placement.gpu or self.on_gpu is not None:
             raise UsageError(
                 f"{self.path}: the weights of experts on a GPU cannot be replaced; load the model on the CPU"
             )
         self.pack(values, lambda matrices: pack_as(as_weights(matrices), self.quant_target, cpu.pack_experts))
 
-    def pack(self, values: dict[str, torch.Tensor], packed: Callable[[torch.Tensor], cpu.Packed]) -> None:
-        """Packs parameters in the replaced module's layout; `packed` packs matrices [experts, n, k]."""
+    def pack(self, values: dict[str, torch.Tensor], pack_matrices: Callable[[torch.Tensor], cpu.Packed]) -> None:
+        """Replaces stacked weights and biases by new values, which are split into projections and packed.
+
+        Args:
+            values: some of the parameters, by the replaced module's names and in its layout: gate and up stacked,
+                perhaps transposed.
+            pack_matrices: packs the values [experts, n, k] of one projection.
+        """
         weights, biases = dict(self.weights), dict(self.biases)
-        for name, halves in self.stacked_parameters().items():
+        for name, projections in self.stacked_parameters().items():
             if name in values:
                 stacked = values[name].transpose(1, 2) if self.transposed else values[name]
-                for half, half_values in zip(halves, self._split_halves(stacked, len(halves), 1), strict=True):
-                    weights[half] = packed(half_values)
+                matrices = self._split_stacked(stacked, len(projections), 1)
+                weights |= {
+                    projection: pack_matrices(matrix) for projection, matrix in zip(projections, matrices, strict=True)
+                }
             if f"{name}_bias" in values:
-                bias = self._split_halves(values[f"{name}_bias"].float(), len(halves), -1)
-                biases |= {half: half_values.contiguous() for half, half_values in zip(halves, bias, strict=True)}
+                split = self._split_stacked(values[f"{name}_bias"].float(), len(projections), -1)
+                biases |= {projection: bias.contiguous() for projection, bias in zip(projections, split, strict=True)}
         self.weights, self.biases = weights, biases  # new dicts, so that fast paths notice the change
-        self._share_up_as_gate()
+        self._share_up_as_gate()  # if there is no gate projection
 
     def weight_bytes(self) -> tuple[int, int]:
         """Returns the bytes of all experts, and those of the experts of one token."""

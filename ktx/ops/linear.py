@@ -130,7 +130,7 @@ class Linear(MatrixOperator, nn.Linear):  # type: ignore[override]
         return {"weight": [stored.matrix_state(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Packs other values of the weight."""
+        """Packs other values of the weight, quantized to `quant_target` if that is set."""
         self.parts = [pack_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:

@@ -56,6 +56,7 @@ class FrozenParameters(dict[str, Any]):
 
 
 def _missing_error(name: str, packed: frozenset[str], path: str) -> Exception:
+    """Returns the error of a look-up that found no `name`: UsageError with remedies for a packed weight, else KeyError."""
     return UsageError(NOT_REMOVABLE.format(path, name)) if name in packed else KeyError(name)
 
 
@@ -109,15 +110,18 @@ class Parametrizable(Operator):
         """Returns the names of the packed weights that are visible as parameters."""
         return frozenset()
 
-    def visible_parameters(self, name: str, floats: Floats) -> Dequantized:
-        """Returns the packed weight `name` as a read-only parameter, which packs values written to its `data`."""
+    def visible_parameter(self, name: str, floats: Floats) -> Dequantized:
+        """Returns the packed weight `name` as the parameter that PEFT, accelerate and scripts expect under that name.
+
+        Reads dequantize it, in-place writes raise UsageError, and values written to all of its `data` are packed.
+        """
         return Dequantized(
             floats,
             self.dtype,
             f"{self.path}.{name}",
             self.placement.torch,
-            lambda values: self.repacked(name, values),
-            lambda: self.trained(name),
+            on_write=lambda values: self.repacked(name, values),
+            on_train=lambda: self.trained(name),
         )
 
     def repacked(self, name: str, values: torch.Tensor) -> Floats:
@@ -137,9 +141,9 @@ class Parametrizable(Operator):
         frozen = self.__dict__["_parameters"] = FrozenParameters(self._parameters)
         frozen.names, frozen.path = self.visible_names(), self.path
         super().use_live_parameters()
-        offered = VisibleParameters(self._buffers)
-        offered.names, offered.owner = self.visible_names(), self
-        self.__dict__["_buffers"] = offered
+        visible = VisibleParameters(self._buffers)
+        visible.names, visible.owner = self.visible_names(), self
+        self.__dict__["_buffers"] = visible
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -152,7 +156,7 @@ class Parametrizable(Operator):
             names = self._buffers.names  # read once: training one of them replaces the buffers
             for name, floats in self.floats().items():
                 if name in names:
-                    yield f"{prefix}.{name}" if prefix else name, self.visible_parameters(name, floats)  # type: ignore[misc]
+                    yield f"{prefix}.{name}" if prefix else name, self.visible_parameter(name, floats)  # type: ignore[misc]
         # Not super(): the caller may have turned the module into a torch module.
         yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 

@@ -193,7 +193,7 @@ def test_a_page_that_is_not_full_is_taken_over_by_one_that_goes_on_there():
 
 
 def test_where_pages_have_two_forms_a_page_of_a_prompt_is_begun_by_its_own_conversation_only():
-    world = World(page_aligned_numerics=True)
+    world = World(page_kernels_differ=True)
     first = world.add(prompt(100), 10)
     world.run()
     for ids, cached in (

@@ -203,7 +203,7 @@ def kv_target(
         batch = cache.batch
         for block in blocks:
             pages: Any = cache.layers[block.owner.layer_idx]
-            if batch is None or not pages.fits(block.heads, block.head_dims, dtype):
+            if batch is None or not pages.prepare_buffers(block.heads, block.head_dims, dtype):
                 return None
             buffers += pages.buffers
         assert batch is not None
@@ -213,7 +213,7 @@ def kv_target(
     layers, indices = [], [block.owner.layer_idx for block in blocks]
     for block, index in zip(blocks, indices, strict=True):
         layer = to_growing_layer(cache, index, first.kv_dtype)
-        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.head_dims, dtype):
+        if layer is None or not layer.prepare_buffers(hidden.shape[0], block.heads, block.head_dims, dtype):
             return None
         layers.append(layer)
     past, new = layers[0].length, hidden.shape[1]

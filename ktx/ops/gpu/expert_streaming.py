@@ -49,7 +49,7 @@ class ExpertChunk:
     count: int
     next_chunk: ExpertChunk | None = None
 
-    def numa_spans(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
+    def node_ranges(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Yields a projection's packed bytes on each NUMA node, with the first row group there and the group count.
 
         Each node holds a range of the rows of all experts (cpu.Packed.numa_ends), so a chunk is one range per node.
@@ -68,7 +68,7 @@ class ExpertChunk:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a projection in the CPU's packed layout."""
-        return sum(data.numel() for data, _, _ in self.numa_spans(name))
+        return sum(data.numel() for data, _, _ in self.node_ranges(name))
 
     def file_bytes(self, name: str) -> int:
         """Bytes of a projection as stored in the weight file, which is also its size in SoA layout."""
@@ -154,7 +154,7 @@ class Streamer:
         """Queues the copy of a projection behind the caller's stream, whose kernels may still read the buffer."""
         self.stream.fork()
         offset = 0
-        for data, _, _ in chunk.numa_spans(name):
+        for data, _, _ in chunk.node_ranges(name):
             self.stream.copy(self.raw_buffers[name][offset : offset + data.numel()], data)
             offset += data.numel()
 
@@ -162,7 +162,7 @@ class Streamer:
         """Repacks a projection from the raw buffer into the SoA buffer."""
         packed, offset = chunk.experts.weights[name], 0
         target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.soa_buffers[name])
-        for data, begin, groups in chunk.numa_spans(name):
+        for data, begin, groups in chunk.node_ranges(name):
             unpack(self.raw_buffers[name][offset : offset + data.numel()].view(chunk.count, groups, -1), target, begin)
             offset += data.numel()
         return target

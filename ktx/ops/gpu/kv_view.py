@@ -106,12 +106,12 @@ def reserve_kv(
     pages = get_paged_layer(cache, owner.layer_idx)
     if pages is not None:
         batch = pages.owner.batch
-        if batch is None or not pages.fits(heads, columns, stored_dtype, device):
+        if batch is None or not pages.prepare_buffers(heads, columns, stored_dtype, device):
             return None
         pages.owner.check_cancelled()
         return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), sliding_window(owner))
     layer = to_growing_layer(cache, owner.layer_idx)
-    if layer is None or not layer.fits(sequences, heads, columns, stored_dtype, device):
+    if layer is None or not layer.prepare_buffers(sequences, heads, columns, stored_dtype, device):
         return None
     spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
     if spec is None or set(spec.keys) != {layer.length + num_new}:

@@ -102,7 +102,7 @@ class ResponseEvents:
         return {"type": shape.part_type, "text": self.text, **fields}
 
     def _begin_item(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
-        """Starts a text item of a kind, a message or reasoning, and returns its first events."""
+        """Starts a text item and returns its first events. `kind`: answer (a message) or think (reasoning)."""
         self.open_kind, self.text, self.logprobs = kind, "", []
         shape = self.shapes[kind]
         if kind == "answer":
