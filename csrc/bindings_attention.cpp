@@ -100,10 +100,11 @@ Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_on
   return y;
 }
 
-// Rotates x [batch, heads, positions, columns]; cos and sin: f32 [batch or 1, positions, rope_dim].
+// Returns a copy of x [batch, heads, positions, columns] with rope_dim columns rotated; cos and sin: f32 [batch or 1,
+// positions, rope_dim].
 Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
   STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3,
-      "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
+      "x must be [batch, heads, positions, columns], cos [batch, positions, rope_dim]");
   const int64_t rope_dim = cos.size(2), num_tables = cos.size(0);
   STD_TORCH_CHECK(rope_dim % 2 == 0 && rope_dim <= x.size(3) && cos.size(1) == x.size(2) &&
           (num_tables == 1 || num_tables == x.size(0)),

@@ -111,9 +111,9 @@ struct Call {
   int64_t past, batches, length;
 };
 
-// A module as run_steps runs it: everything that does not depend on tokens. A step owns the tensors that it reads, and
-// stores their addresses, because torch moves the memory of a tensor in place when it shares the tensor with another
-// process.
+// A module as run_steps runs it (not a step of the engine): everything that does not depend on tokens. A step owns the
+// tensors that it reads, and stores their addresses, because torch moves the memory of a tensor in place when it shares
+// the tensor with another process.
 class Step {
  public:
   Step(int64_t hidden, const Optional& pre_norm, double eps, bool plus_one)
@@ -303,8 +303,8 @@ class MoeStep : public Step {
   MoeBlock block_{};
 };
 
-// The registry of steps by id: ids, because the stable ABI has no classes of its own as arguments. `find` rebuilds a
-// step if memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
+// The registry of steps by id: ids, because the stable ABI has no classes of its own as arguments. A call holds shared
+// pointers to its steps, so they may be erased meanwhile.
 class StepRegistry {
  public:
   using Factory = std::function<std::shared_ptr<const Step>()>;
@@ -319,8 +319,8 @@ class StepRegistry {
     std::lock_guard<std::mutex> lock(mutex_);
     if (const auto at = entries_.find(id); at != entries_.end()) erased = std::move(at->second), entries_.erase(at);
   }
-  // Returns the steps of `ids`, in order; an error for an unknown id.
-  std::vector<std::shared_ptr<const Step>> find(const Ints& ids) {
+  // Returns the steps of `ids`, in order, each rebuilt if memory that it reads has moved; an error for an unknown id.
+  std::vector<std::shared_ptr<const Step>> find_current(const Ints& ids) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<std::shared_ptr<const Step>> result;
     for (int64_t id : ids) {
@@ -414,7 +414,7 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
     STD_TORCH_CHECK(is_activation(out) && out.size(0) == x.size(0) && out.size(1) == x.size(1) &&
             out.size(2) == x.size(2),
         "a result must have the shape and type of x");
-  const auto steps = registry().find(step_ids);
+  const auto steps = registry().find_current(step_ids);
   size_t needed_caches = 0;
   for (const auto& step : steps) {
     STD_TORCH_CHECK(step->hidden == x.size(2), "x has ", x.size(2), " columns, a step takes ", step->hidden);

@@ -17,7 +17,7 @@
 
 namespace ktx {
 namespace {
-// per job, and per expert: see MAX_CALL_TOKENS in linear.cpp
+// per job, and per expert: see MAX_PASS_TOKENS in linear.cpp
 constexpr int64_t MAX_JOB_TOKENS = 2048, MAX_EXPERT_TOKENS = 512;
 constexpr int GATE_UP_GROUPS = 4;  // row groups of gate and up per item: 64 rows are two blocks of 32 columns for down
 constexpr int64_t MAX_GEMV_TOKENS = 16;  // more tokens are a large batch: short ranges

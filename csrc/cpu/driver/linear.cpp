@@ -28,7 +28,7 @@ namespace {
 constexpr int MAX_GEMV_TOKENS = 16;  // more tokens are a large batch, whose items are long enough to pop one at a time
 constexpr int64_t MAX_GEMV_SUMS = 4096;  // tokens times row groups per pop: 256 KiB of sums
 // tokens per pass: their int8 rows stay in the second-level cache while weights stream
-constexpr int64_t MAX_CALL_TOKENS = 512;
+constexpr int64_t MAX_PASS_TOKENS = 512;
 thread_local Scratch shared_scratch, worker_scratch;
 
 // Letters: k = columns of the weights, n = their rows, t = token, g = group of 16 rows, p = a MatrixShare.
@@ -46,8 +46,8 @@ struct MatrixShare {
   int64_t groups() const { return (n + 15) / 16; }
 };
 thread_local std::vector<MatrixShare> shares;
-thread_local std::vector<int64_t> first_item;    // of each share, and the end
-thread_local size_t first_share[MAX_NODES + 1];  // first share of each node, and the end
+thread_local std::vector<int64_t> first_item;            // of each share, and the end
+thread_local size_t first_share_of_node[MAX_NODES + 1];  // and the end
 
 // Appends the rows of `matrix` that `node` holds to `shares`; nothing if the node holds none of them (matrices with few
 // rows).
@@ -177,7 +177,7 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
       .rows = {},
       .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
   for (int node = 0; node < nodes(); ++node)
-    job.items.set_share(node, first_item[first_share[node]], first_item[first_share[node + 1]]);
+    job.items.set_share(node, first_item[first_share_of_node[node]], first_item[first_share_of_node[node + 1]]);
   parallel([&](int) {
     worker_scratch.reset(row_bytes(k) + activation_bytes(1, k, ints, floats) +
         size_t(max_length * groups_per_item) * tokens * 64 + WORK_BYTES + 1024);
@@ -193,23 +193,30 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
 }
 }  // namespace
 
-// Ranges of rows in bf16 and int8 take turns, each in passes of MAX_CALL_TOKENS rows. `shares` is ordered by node.
+// Computes y = x W^T + bias for each part. Ranges of rows in bf16 and in int8 follow one another, each in passes of
+// MAX_PASS_TOKENS rows, whose int8 copy stays in the second-level cache. Each pass lists the shares node by node, then
+// multiplies.
 void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const LinearPart* parts, int count,
     bool all_bf16) {
-  const int64_t size = int64_t(size_of(type));
+  const int64_t bytes_per_value = int64_t(size_of(type));
   for_bf16_ranges(tokens, all_bf16, [&](int64_t first, int64_t num_rows, bool bf16) {
-    for (int64_t t = first; t < first + num_rows; t += MAX_CALL_TOKENS) {
+    for (int64_t t = first; t < first + num_rows; t += MAX_PASS_TOKENS) {
       shares.clear();
       for (int node = 0; node < nodes(); ++node) {
-        first_share[node] = shares.size();
+        first_share_of_node[node] = shares.size();
         for (const LinearPart* p = parts; p < parts + count; ++p)
-          add_share(
-              {p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0},
+          add_share({.layout = p->layout,
+                        .packed = p->packed,
+                        .n = p->n,
+                        .bias = p->bias,
+                        .y = static_cast<uint8_t*>(p->y) + t * p->stride * bytes_per_value,
+                        .stride = p->stride,
+                        .row = 0},
               k, node);
       }
-      first_share[nodes()] = shares.size();
-      multiply_shares(static_cast<const uint8_t*>(x) + t * k * size, type, /*sets=*/1,
-          int(std::min(MAX_CALL_TOKENS, first + num_rows - t)), k, bf16);
+      first_share_of_node[nodes()] = shares.size();
+      multiply_shares(static_cast<const uint8_t*>(x) + t * k * bytes_per_value, type, /*sets=*/1,
+          int(std::min(MAX_PASS_TOKENS, first + num_rows - t)), k, bf16);
     }
   });
 }
@@ -220,27 +227,32 @@ void linear(const void* x, DType type, int64_t tokens, const Layout& layout, con
   linear_parts(x, type, tokens, k, &part, 1, all_bf16);
 }
 
-// Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_CALL_TOKENS
-// rows of x; with more than MAX_CALL_TOKENS tokens one matrix follows another.
+// Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_PASS_TOKENS
+// rows of x; with more than MAX_PASS_TOKENS tokens one matrix follows another.
 void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout,
     const uint8_t* packed, int64_t n, int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);
-  const int64_t size = int64_t(size_of(type)),
-                matrices_per_call = tokens > MAX_CALL_TOKENS ? 1 : 16 * MAX_CALL_TOKENS / std::max<int64_t>(tokens, 1);
-  for (int64_t m = 0; m < matrices; m += matrices_per_call) {
-    const int64_t count = std::min(matrices_per_call, matrices - m);
-    const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size;
-    uint8_t* to = static_cast<uint8_t*>(y) + m * tokens * n * size;
-    if (tokens > MAX_CALL_TOKENS) {
+  const int64_t bytes_per_value = int64_t(size_of(type)),
+                matrices_per_pass = tokens > MAX_PASS_TOKENS ? 1 : 16 * MAX_PASS_TOKENS / std::max<int64_t>(tokens, 1);
+  for (int64_t m = 0; m < matrices; m += matrices_per_pass) {
+    const int64_t count = std::min(matrices_per_pass, matrices - m);
+    const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * bytes_per_value;
+    uint8_t* to = static_cast<uint8_t*>(y) + m * tokens * n * bytes_per_value;
+    if (tokens > MAX_PASS_TOKENS) {
       linear(from, type, tokens, layout, packed + m * matrix_bytes, n, k, nullptr, to);
       continue;
     }
     shares.clear();
     for (int64_t i = 0; i < count; ++i)
-      shares.push_back(
-          {&layout, packed + (m + i) * matrix_bytes, n, nullptr, to + i * tokens * n * size, n, i * tokens});
+      shares.push_back({.layout = &layout,
+          .packed = packed + (m + i) * matrix_bytes,
+          .n = n,
+          .bias = nullptr,
+          .y = to + i * tokens * n * bytes_per_value,
+          .stride = n,
+          .row = i * tokens});
     for (int node = 0; node <= nodes(); ++node)
-      first_share[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
+      first_share_of_node[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
     multiply_shares(from, type, count, int(tokens), k, /*bf16=*/false);
   }
 }

@@ -285,42 +285,49 @@ struct DTQ2_0 : DecoderDefaults {
 // The powers of 3, in both 16-bit halves of a word.
 static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};
 AI V low_bytes(V x) { return and_(x, set(0x00ff00ff)); }
+static constexpr uint32_t ODD_BYTES = 0xff00ff00;
 // Digit n of each byte.
 AI V take_trit(V x, int n) {
-  const V p = set(POWERS_OF_3[n]), three = set(POWERS_OF_3[1]);
-  const V even = mul16(low_bytes(mul16(low_bytes(x), p)), three), odd = mul16(low_bytes(mul16(shr16(x, 8), p)), three);
-  return with_bits(shr16(even, 8), odd, set(0xff00ff00));
+  const V power = set(POWERS_OF_3[n]), three = set(POWERS_OF_3[1]);
+  const V even = mul16(low_bytes(mul16(low_bytes(x), power)), three),
+          odd = mul16(low_bytes(mul16(shr16(x, 8), power)), three);
+  return with_bits(shr16(even, 8), odd, set(ODD_BYTES));
 }
 // IQ1 needs digits times eight, because its codes are in eighths (see below). With VBMI digits come from tables of all
 // 256 bytes, else from multiplication.
-//   decode_trits<FROM, COUNT>(bytes, w)   w[i] = 8 * digit FROM+i of each byte, for COUNT digits
-//   decode_trit(bytes, n)                 8 * digit n, one of the first four, of each byte
 #ifdef KTX_VBMI
 // 8 * digit n from a byte that holds four digits of two bits each.
 AI V take_digit(V first_four, int n) {
   return and_(n < 2 ? shl(first_four, 3 - 2 * n) : shr(first_four, 2 * n - 3), set8(24));
 }
-template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
+// w[i] = 8 * ternary digit FIRST_DIGIT + i of each byte. The table TRITS.fifth has the fifth digit times 8 already.
+template <int FIRST_DIGIT, int COUNT> AI void decode_trits(V bytes, V* w) {
   const TableIndices<256> indices(bytes, bytes);
-  const V first_four = FROM < 4 ? indices.select_from(TRITS.first_four) : bytes;
+  const V first_four = FIRST_DIGIT < 4 ? indices.select_from(TRITS.first_four) : bytes;
 #pragma GCC unroll 5
   for (int i = 0; i < COUNT; ++i)
-    w[i] = FROM + i < 4 ? take_digit(first_four, FROM + i) : indices.select_from(TRITS.fifth);
+    w[i] = FIRST_DIGIT + i < 4 ? take_digit(first_four, FIRST_DIGIT + i) : indices.select_from(TRITS.fifth);
 }
+// 8 * ternary digit n, one of the first four, of each byte.
 AI V decode_trit(V bytes, int n) {
   return take_digit(TableIndices<256>(bytes, bytes).select_from(TRITS.first_four), n);
 }
 #else
-template <int FROM, int COUNT> AI void decode_trits(V bytes, V* w) {
+// w[i] = 8 * ternary digit FIRST_DIGIT + i of each byte (eighths, for IQ1), without tables: times 3^FIRST_DIGIT brings
+// that digit to the front, and each further multiplication by 3 carries the next digit above the byte. Even and odd
+// bytes apart, in 16 bits.
+template <int FIRST_DIGIT, int COUNT> AI void decode_trits(V bytes, V* w) {
+  const V power = set(POWERS_OF_3[FIRST_DIGIT]), three = set(POWERS_OF_3[1]);
   V even = low_bytes(bytes), odd = shr16(bytes, 8);
-  if (FROM) even = low_bytes(mul16(even, set(POWERS_OF_3[FROM]))), odd = low_bytes(mul16(odd, set(POWERS_OF_3[FROM])));
+  if (FIRST_DIGIT) even = low_bytes(mul16(even, power)), odd = low_bytes(mul16(odd, power));
 #pragma GCC unroll 5
   for (int i = 0; i < COUNT; ++i) {
     if (i) even = low_bytes(even), odd = low_bytes(odd);
-    even = mul16(even, set(POWERS_OF_3[1])), odd = mul16(odd, set(POWERS_OF_3[1]));
-    w[i] = shl(with_bits(shr16(even, 8), odd, set(0xff00ff00)), 3);
+    even = mul16(even, three), odd = mul16(odd, three);
+    w[i] = shl(with_bits(shr16(even, 8), odd, set(ODD_BYTES)), /* times 8 */ 3);
   }
 }
+// 8 * ternary digit n, one of the first four, of each byte.
 AI V decode_trit(V bytes, int n) { return shl(take_trit(bytes, n), 3); }
 #endif
 
@@ -475,14 +482,19 @@ struct DIQ2_XS : OffsetPairDecoder {
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Unit u, 32 columns: word 2u has four low index bytes, word 2u + 1 the signs with the ninth index bits, byte u % 4
+  // of word 16 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
     scale[1] = scale_from_half_steps(d, and_(shr(scale_bits, 4), set(15)), 0.25f);
     Signs signs[4];
-    uint64_t ninth = 0;
-    for (int i = 0; i < 4; ++i) signs[i] = load_even_signs(b.words + 64 * (2 * u + 1), i), ninth |= signs[i].spare << i;
-    const Entries e = look_up_entries<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth));
+    uint64_t ninth_index_bits = 0;
+    for (int i = 0; i < 4; ++i) {
+      signs[i] = load_even_signs(b.words + 64 * (2 * u + 1), i);
+      ninth_index_bits |= signs[i].spare << i;
+    }
+    const Entries e = look_up_entries<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth_index_bits));
     for (int i = 0; i < 4; ++i)
       w[2 * i] = decode_octet_half(e, i, 0, signs[i].first), w[2 * i + 1] = decode_octet_half(e, i, 1, signs[i].second);
   }
@@ -492,6 +504,8 @@ struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs,
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Unit u, 32 columns: word u has four low index bytes, word 8 + u the signs, byte u % 4 of word 16 + u / 4 the high
+  // index bits, byte u % 4 of word 18 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),

@@ -128,7 +128,7 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
   }
 }
 
-// The same for float types; k may be odd.
+// Converts a group of 16 rows of float weights to f32, out [k][16 rows], two columns at a time; k may be odd.
 template <class L> static void unpack_floats(const Layout&, const uint8_t* group, int64_t k, float* out) {
   for (int64_t i = 0; i < k; i += 2) {
     F a, b;

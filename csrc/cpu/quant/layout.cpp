@@ -152,7 +152,9 @@ void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
     std::memcpy(words[i], vector, 64);
   }
 }
-// Expands the code book indices of a block of IQ1_S or IQ1_M to digits. A unit is 32 weights: four indices.
+// Replaces the code book indices of a block of IQ1_S or IQ1_M by the entries' ternary digits (weight + 1), five per
+// byte, because the decoder unpacks digits faster than it looks up entries. In place, for 16 rows: a word of the table
+// is 32 bits of each row. A unit is 32 weights: four indices.
 //
 //   words  | as the file has them                                       | as the decoder reads them
 //   IQ1_S  |  8: low eight bits of the indices, a byte each             | 13: digits
@@ -161,13 +163,13 @@ void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
 //   IQ1_M  |  8: low eight bits of the indices, a byte each             | 13: digits
 //          |  4: for each index a nibble: 3 high bits, sign of delta    |  1: a bit for each index: sign of delta
 //          |  2: scales                                                 |  2: scales, unchanged
-template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
+template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* words) {
   static const EntryDigits entry_digits;
-  uint32_t words[16][16], quads[64][16], extra_bits[16] = {};
-  std::memcpy(words, vectors, 14 * 64);
+  uint32_t rows_of_word[16][16], quads[64][16], extra_bits[16] = {};
+  std::memcpy(rows_of_word, words, 14 * 64);
   for (int unit = 0; unit < 8; ++unit)
     for (int r = 0; r < 16; ++r) {
-      const uint32_t low = words[unit][r], high = words[8 + unit / 2][r] >> (16 * (unit % 2));
+      const uint32_t low = rows_of_word[unit][r], high = rows_of_word[8 + unit / 2][r] >> (16 * (unit % 2));
       if (IS_IQ1_S) extra_bits[r] |= (high >> 12 & 15) << (4 * unit);
       for (int i = 0; i < 4; ++i) {
         const uint32_t high_bits = high >> ((IS_IQ1_S ? 3 : 4) * i),
@@ -177,10 +179,10 @@ template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* vectors) {
         quads[8 * unit + 2 * i + 1][r] = entry_digits.quads[entry][1];
       }
     }
-  if (!IS_IQ1_S) std::memcpy(words[14], vectors + 12 * 64, 2 * 64);
-  std::memcpy(words[13], extra_bits, 64);
-  pack_digits(quads, words);
-  std::memcpy(vectors, words, (IS_IQ1_S ? 14 : 16) * 64);
+  if (!IS_IQ1_S) std::memcpy(rows_of_word[14], words + 12 * 64, 2 * 64);  // the scales
+  std::memcpy(rows_of_word[13], extra_bits, 64);
+  pack_digits(quads, rows_of_word);
+  std::memcpy(words, rows_of_word, (IS_IQ1_S ? 14 : 16) * 64);
 }
 
 // Reorders the bits of a packed block of the types whose decoder (isa/dequant.inl) needs another order than the file's.
