@@ -64,6 +64,7 @@ struct AttentionJob {
     const SequenceRun* run;
     int64_t head_block, token, tokens, part;
   };
+  // Finds the sequence of an item. Its items are numbered by head block, then by block of queries, then by part.
   ItemLocation locate(int64_t item) const {
     const SequenceRun& run = *(std::upper_bound(first_run, last_run, item, [](int64_t i, const SequenceRun& r) {
       return i < r.first_item;
@@ -143,8 +144,9 @@ struct AttentionJob {
     return buffers;
   }
 
-  // load_f32_rows in bf16, with rows `stride` apart. In place only in full tiles of eight rows, because the kernels
-  // read whole tiles, and memory after the last position may not be readable.
+  // Returns positions [first, first+count) of `a` (and `b`, as load_f32_rows) as bf16 rows, `stride` apart. In place
+  // only in full tiles of eight rows, because the kernels read whole tiles, and memory after the last position may not
+  // be readable.
   const uint16_t* load_bf16_rows(const Strided& a, int64_t da, const Strided& b, int64_t db, const SequenceRun& run,
       int64_t head, int64_t first, int count, uint16_t* buffers, int64_t& stride) const {
     if (!b.data && a.type == DType::BF16 && count % 8 == 0) {

@@ -49,7 +49,7 @@ float mean_square(const float* x, int64_t n) {
 }
 }  // namespace
 
-// Computed in f32; other dtypes are converted per row in `buffers`.
+// Normalizes each row by its root mean square, in f32; other dtypes are converted per row in `buffers`.
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps,
     bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
@@ -86,6 +86,7 @@ void rope(const RopeCall& c) {
   });
 }
 
+// Converts row by row, because in both layouts only the columns are contiguous.
 void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions,
     int64_t columns) {
   for_each_row(batches * heads * positions, columns, [&](int64_t r) {
@@ -163,8 +164,8 @@ void route(const RouteCall& c) {
   });
 }
 
-// The kernel takes f32 rows of a multiple of 16 columns and works in place, so both inputs are copied to padded
-// buffers.
+// out = act(gate) * up, row by row. The kernel takes f32 rows of a multiple of 16 columns and works in place, so both
+// inputs are copied to padded buffers.
 void apply_gated_activation(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width,
     int64_t stride, void* out) {
   constexpr float NO_ALPHA = 0, NO_LIMIT = 0;  // parameters of SWIGLU_OAI, which callers do not pass here

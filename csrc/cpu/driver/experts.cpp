@@ -43,6 +43,7 @@ struct RowBlocks {
   int64_t first[MAX_NODES + 1];  // first group of a node's share
   int64_t begin[MAX_NODES + 1];  // first item of a node's share
 
+  // Cuts `num_matrices` matrices of num_groups row groups into items of `groups_per_item` groups, node by node.
   void partition(int64_t num_groups, int64_t groups_per_item, int64_t num_matrices) {
     groups = groups_per_item, matrices = num_matrices, begin[0] = 0;
     for (int node = 0; node <= nodes(); ++node) first[node] = node_begin(num_groups, node);
@@ -124,8 +125,8 @@ struct MoEJob {
         [&](int64_t a, int64_t b) { return count(a) != count(b) ? count(a) > count(b) : a < b; });
   }
 
-  // Quantizes each token once, then fills tiles. A worker fills complete tiles, because two workers that write one
-  // cache line would contend for it.
+  // Quantizes each token once, then copies it to the tiles of all of its experts. A worker fills complete tiles,
+  // because two workers that write one cache line would contend for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(c.hidden);
     if (quantizes_input()) {
@@ -382,6 +383,8 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
 }
 }  // namespace
 
+// Cuts the tokens of a call into ranges in bf16 and int8, and these into jobs of bounded memory, and runs the jobs one
+// after another.
 void experts(const ExpertsCall& call) {
   const int64_t start = call.stats.activations ? now_ns() : 0;
   // Bounds the tokens of a job, and the tokens that one expert gets with balanced routing.

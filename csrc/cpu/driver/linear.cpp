@@ -227,8 +227,8 @@ void linear(const void* x, DType type, int64_t tokens, const Layout& layout, con
   linear_parts(x, type, tokens, k, &part, 1, all_bf16);
 }
 
-// Whole matrices are distributed over the nodes, in order. A pass takes as many matrices as fit 16 * MAX_PASS_TOKENS
-// rows of x; with more than MAX_PASS_TOKENS tokens one matrix follows another.
+// Multiplies each matrix by its own tokens. Whole matrices are distributed over the nodes, in order. A pass takes as
+// many matrices as fit 16 * MAX_PASS_TOKENS rows of x; with more than MAX_PASS_TOKENS tokens one matrix follows another.
 void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout,
     const uint8_t* packed, int64_t n, int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);
@@ -263,8 +263,8 @@ void quantize_rows(const Layout& layout, const float* x, int64_t count, int64_t 
     kernels().quantize_block(x + block * layout.block, layout.block, four_bits, out + block * layout.bytes);
 }
 
-// The kernel dequantizes a group of 16 rows at once, transposed ([column][16]), so rows of one group that follow each
-// other share that work.
+// Dequantizes rows to f32 (embedding look-ups). The kernel dequantizes a group of 16 rows at once, transposed
+// ([column][16]), so rows of one group that follow each other share that work.
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count,
     float* out) {
   const size_t bytes_per_group = group_bytes(layout, k);

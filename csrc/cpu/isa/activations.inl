@@ -46,8 +46,8 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
   }
 }
 
-// The same for activations that are not quantized: f32 for products in f32, pairs of bf16 for products in bf16,
-// whichever `to` has.
+// Copies `length` columns of a token that is not quantized to its place in a tile, in the forms that `to` has: f32 for
+// products in f32 [k][T], pairs of bf16 for products in bf16 [k/2][T], for tile registers (AMX) [k/32][T][16 pairs].
 static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   if (to.f) {

@@ -8,7 +8,7 @@
 // Letters: R = rows and C = columns (keys of scores, vectors of 16 columns of values) of a register tile, r and c their
 // indices, d = columns of q and k, dv = columns of v.
 
-// Converts n values of the KV cache (Q8_0: full blocks) to f32.
+// Converts n values of the KV cache (Q8_0: full blocks) to f32, sixteen at a time and the rest one by one.
 static void convert(const void* from, DType type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
   int64_t i = 0;
@@ -138,7 +138,7 @@ static void accumulate_pv_tile(const float* probs, const float* v, int keys, int
     for (int c = 0; c < C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * C + c]);
 }
 
-// The same for R rows and all dv columns; columns past a multiple of 16 are added one by one.
+// out [R rows][dv] += probabilities . v over `keys` keys; columns past a multiple of 16 are added one by one.
 template <int R> static void accumulate_pv_rows(const float* probs, const float* v, int keys, int dv, float* out) {
   int c = 0;
   for (; c + 64 <= dv; c += 64) accumulate_pv_tile<R, 4>(probs, v + c, keys, dv, out + c);

@@ -198,8 +198,8 @@ AI void accumulate_key_pair(const uint32_t* probs, const uint16_t* even, const u
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], probs + r, b[c]);
 }
 
-// The same for all `keys` keys, `stride` columns apart; probabilities of the next pair of keys are pair_stride words
-// further.
+// out [R rows][32 * C columns] += probabilities . v over `keys` keys, `stride` columns apart, two at a time; sums are
+// in registers. Probabilities of the next pair of keys are pair_stride words further.
 template <int R, int C>
 AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int keys,
     int dv, float* out) {
@@ -217,7 +217,7 @@ AI void accumulate_pv_tile_bf16(const uint32_t* probs, int pair_stride, const ui
     for (int c = 0; c < 2 * C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * 2 * C + c]);
 }
 
-// The same for all rows, four at a time.
+// out [rows][32 * C columns] += probabilities . v, four rows at a time, so that a load of v serves four.
 template <int C>
 AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const uint16_t* v, int64_t stride, int rows,
     int keys, int dv, float* out) {

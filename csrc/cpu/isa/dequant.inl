@@ -133,6 +133,7 @@ struct DQ2_K : DecoderDefaults {  // words: 16 of codes, 4 of scales (low nibble
     F d, dmin;
   };
   AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1)}; }
+  // Sub-block s, 16 columns: two bits of each byte of four words; byte s of words 16 to 19 has scale and minimum.
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     const V packed = take_byte(b.word(16 + s / 4), s % 4);
     scale = mulf(h.d, to_float(and_(packed, set(15)))), minimum = mulf(h.dmin, to_float(shr(packed, 4)));
@@ -145,6 +146,8 @@ struct DQ3_K : DecoderDefaults {  // words: 16 of low codes, 8 of high bits, 3 o
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 16 columns: the two low bits of the codes are in four of the words 0 to 15, the high bit in four of
+  // the words 16 to 23. A scale is stored as six bits, 32 too large: a nibble of words 24 and 25, two bits of word 26.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V low = and_(shr(take_byte(b.word(24 + (s % 8) / 4), s % 4), s < 8 ? 0 : 4), set(15));
     const V high = and_(shr(take_byte(b.word(26), s % 4), s / 4 * 2), set(3));
@@ -210,6 +213,8 @@ struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs,
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 16 columns: byte s of words 48 to 51 is the scale. g: which 32 columns of the half; it determines the
+  // word and nibble of the low bits, and the two bits of the high ones.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = mulf(d, to_float(sign_extend8(shr(b.word(48 + s / 4), s % 4 * 8))));
     const int half = s / 8, g = (s % 8) / 2, sixteen = s % 2;
@@ -335,6 +340,8 @@ struct DTQ1_0 : DecoderDefaults {  // words: 12 of five trits a byte, 1 of four 
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 16 columns: digit s / 2 of four of the words 0 to 7, then digit s - 10 of words 8 to 11; the last one
+  // has the four digits of word 12.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
     if (s < 10)
@@ -372,6 +379,7 @@ struct Entries {
     static constexpr int N = entries;                                              \
     static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; \
   }
+// With VBMI the two bytes of an entry come from a table each.
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   const TableIndices<B::N> indices(low, spread_bits<STRIDE>(more));
   return {indices.select_from(B::FIRST), indices.select_from(B::SECOND)};
@@ -394,6 +402,8 @@ template <int LEFT>
 AI V shift_left(V x) {
   return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT);
 }
+// Without VBMI a look-up takes two 16-bit indices per lane: `first` has indices 0 and 1 (bytes 0 and 2 of a lane, by
+// the order 0 2 1 3), `second` has indices 2 and 3. Their missing high bits are moved to bits 8 and 24.
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
@@ -465,6 +475,7 @@ struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then s
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 32 columns: word 2s has four indices, word 2s + 1 the signs, whose four spare bits are the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const Entries e = look_up_entries<BIQ2_XXS, 0>(b.word(2 * s), set(0));
     uint64_t scale_bits = 0;
@@ -519,6 +530,8 @@ struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whos
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 32 columns: words 2s and 2s + 1 have eight indices, word 16 + s the signs, whose four spare bits are
+  // the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     uint64_t scale_bits = 0;
     for (int half = 0; half < 2; ++half) {
@@ -538,12 +551,14 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Sub-block s, 32 columns: words 2s and 2s + 1 have eight low index bytes, word 16 + s the signs, byte s % 4 of word
+  // 24 + s / 4 the ninth index bits, nibble s of word 26 the scale, as (scale - 1) / 2.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));
-    const V ninth = shr(b.word(24 + s / 4), s % 4 * 8);
+    const V ninth_index_bits = shr(b.word(24 + s / 4), s % 4 * 8);
     for (int half = 0; half < 2; ++half) {
-      const Entries e = look_up_entries<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth, 4 * half));
+      const Entries e = look_up_entries<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth_index_bits, 4 * half));
       for (int i = 0; i < 4; ++i)
         w[4 * half + i] = decode_quad(VALUES_IQ3_S, e, i, load_sign_mask(b.words + 64 * (16 + s), 4 * half + i));
     }
@@ -594,6 +609,8 @@ struct DIQ1_M : OffsetPairDecoder {
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
+  // Unit u, 32 columns: nibble u of word 13 has the signs of delta of four times eight columns; word 14 or 15 has two
+  // scales of three bits.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
     scale[0] = scale_from_odd_steps(d, scale_bits), scale[1] = scale_from_odd_steps(d, shr(scale_bits, 3));

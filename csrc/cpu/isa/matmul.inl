@@ -59,7 +59,7 @@ static void gemm_any_float(const uint8_t* packed, size_t group_stride, const Act
   float_gemm<L, R>(packed, group_stride, x, out, reinterpret_cast<float*>(work), prefetcher);
 }
 
-// The same choice for one group and T tokens.
+// Multiplies one group by T tokens, in bf16 or f32 as gemm_any_float.
 template <class L, int T>
 AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16

@@ -41,7 +41,7 @@ KTX_V2(sub, a - b)
 KTX_V2(mul, a * b)
 KTX_V2(mul16, ((a & 0xffff) * (b & 0xffff) & 0xffff) | ((a >> 16) * (b >> 16)) << 16)
 // clang-format on
-// Applies an operation to each byte: 0 subtracts, 1 adds, 2 compares.
+// Applies an operation to each byte of a lane: `op` 0 subtracts, 1 adds, 2 compares (equal bytes become 0xff).
 AI uint32_t bytewise(uint32_t a, uint32_t b, int op) {
   uint32_t r = 0;
   for (int s = 0; s < 32; s += 8) {
@@ -132,7 +132,7 @@ AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   }
   return r;
 }
-// Converts the bits of an f16.
+// Converts the bits of an f16: exponent and mantissa move to their places in an f32, and the bias is corrected.
 AI float f16_value(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
   uint32_t bits = rest + ((127 - 15) << 23);
