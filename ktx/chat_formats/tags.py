@@ -28,7 +28,7 @@ class TagCall:
         self.open_mark = call_format.pair_key[0] or call_format.tag_parameter[0]
         self.close_mark = call_format.pair_value[1] or call_format.tag_parameter[1]
         self.key_end = call_format.pair_key[1] or ">"  # ends a key
-        self.value_open = call_format.pair_value[0]  # opens a value; empty where the end of the key does
+        self.value_open = call_format.pair_value[0]  # opens a value; empty for <parameter
         ends = (call_format.tag_call[1], *call_format.ends)
         self.ends = marks_of(*ends)
         # A closing tag is one only where the call continues or ends after it; elsewhere it is part of the value.

@@ -39,7 +39,10 @@ class Session:
         return self.renderer.render(messages, force_think=force_think)
 
     def stream(self, prompt: RenderedPrompt, sampling: SamplingParams) -> Iterator[Text | Finished]:
-        """Submits a prompt and yields text as it arrives, reasoning apart from content, then Finished."""
+        """Submits a prompt and yields text as it arrives, reasoning apart from content, then Finished.
+
+        Closing the generator cancels the request.
+        """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.cancelled, parser = False, Parser(self.renderer.chat_format, thinking=prompt.thinking)
         self.request = self.engine.submit(prompt.ids, sampling, events.put)

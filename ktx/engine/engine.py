@@ -493,7 +493,10 @@ class Engine:
     # ---- the engine's thread
 
     def _run(self) -> None:
-        """Runs on the engine's thread until `close`: commands of other threads, then a step, and again."""
+        """Runs on the engine's thread until `close`: commands of other threads, then a step, and again.
+
+        After an exception here all unfinished requests fail, and the engine restarts, at most MAX_RESTARTS times.
+        """
         while True:
             try:
                 while self._process_inbox():

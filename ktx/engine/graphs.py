@@ -132,7 +132,10 @@ class Inputs:
         self.pages = self.host_pages.to(device.torch, copy=True)
 
     def fill(self, tokens: Sequence[DecodeToken], size: int) -> None:
-        """Fills the first `size` rows: one for each token, padding for the rest."""
+        """Fills the first `size` rows: one for each token, padding for the rest.
+
+        They are filled in host memory, then copied to the device's buffers, whose addresses the graphs hold.
+        """
         # the columns are ROW_FIELDS: ids, positions, slots, first, count, keys, real
         rows = [(token.id, token.position, token.slot, i, 1, token.position + 1, 1) for i, token in enumerate(tokens)]
         rows += [(0, 0, self.padding_page * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]

@@ -197,7 +197,11 @@ class PromptRenderer:
         template_kwargs: dict[str, Any],
         add_generation_prompt: bool,
     ) -> str:
-        """Applies the chat template; without a template, joins the messages' contents."""
+        """Applies the chat template; without a template, joins the messages' contents.
+
+        Raises:
+            UsageError: the template refuses the messages, or there are tools but no template.
+        """
         if not template:
             if tools:
                 raise UsageError("this model has no chat template, so tools cannot be rendered")

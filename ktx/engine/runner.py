@@ -294,7 +294,10 @@ class SequentialRunner(ModelRunner):
         return [*((start, end - start) for start, end in pairwise(cuts)), *decode_steps]
 
     def _forward_chunk(self, chunk: ScheduledChunk, start: int, count: int) -> torch.Tensor:
-        """Computes `count` tokens from `start` on and returns the logits that the chunk needs of them."""
+        """Computes `count` tokens from `start` on and returns the logits that the chunk needs of them.
+
+        The keys and values go to the request's own cache, which its first chunk creates.
+        """
         request = chunk.request
         rows = max(0, start + count - max(start, chunk.start + chunk.count - num_logits(chunk)))
         span = SequenceSpan(request.id, start, count, (), max(0, min(count, len(request.prompt) - start)))

@@ -58,7 +58,11 @@ def select_runner(model: LoadedModel, pages: int, captured: int = 0) -> ModelRun
 
 
 def _make_sequential_runner(model: LoadedModel, pages: int) -> SequentialRunner:
-    """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it."""
+    """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it.
+
+    Raises:
+        UsageError: logits with a cache differ from those without even if a prompt is computed in one forward.
+    """
     runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):
         runner.in_chunks = in_chunks

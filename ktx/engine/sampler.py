@@ -152,7 +152,10 @@ class Sampler:
         return SampledToken(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _adjust_logits(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Returns logits with penalties, biases and a grammar's mask applied."""
+        """Returns logits with penalties, biases and a grammar's mask applied.
+
+        The given logits stay unchanged, because log-probabilities are those of the model's own distribution.
+        """
         params = self.sampling
         if params.penalizes or params.logit_bias or mask is not None:
             logits = logits.clone()

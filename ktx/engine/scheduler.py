@@ -177,7 +177,10 @@ class Scheduler:
     # ---- scheduling a forward
 
     def schedule(self) -> list[ScheduledChunk]:
-        """Returns the chunks of the next forward; empty when there is nothing to compute."""
+        """Returns the chunks of the next forward; empty when there is nothing to compute.
+
+        Decode tokens of all requests come first, with their draft tokens; then prompts share the budget.
+        """
         self._admit()
         # After a failed forward each of its requests is computed alone, until the failing one is found.
         suspect = next((request for request in self.running if request.isolated), None)
@@ -276,7 +279,11 @@ class Scheduler:
     # ---- admission and prefix cache
 
     def _admit(self) -> None:
-        """Moves waiting requests to the running ones while there are batch slots and pages."""
+        """Moves waiting requests to the running ones while there are batch slots and pages, in the order of arrival.
+
+        A request is admitted only if there are pages for it and all running ones together, so that it does not preempt
+        one of them at once. Requests whose prefix is just being computed are skipped.
+        """
         for request in list(self.waiting):
             if len(self.running) >= self.max_batch:
                 return
@@ -355,7 +362,10 @@ class Scheduler:
             request.cached = (request.cached or 0) + request.num_computed - num_before
 
     def _find_page(self, page_hash: bytes) -> int | None:
-        """Returns a page with this hash and increments its reference count; None if there is none."""
+        """Returns a page with this hash and increments its reference count; None if there is none.
+
+        A page that only the store has (the prefix cache on disk) is read into a newly allocated one.
+        """
         page = self.pages.find(page_hash)
         if page is not None:
             self.pages.touch(page)
@@ -409,7 +419,10 @@ class Scheduler:
             self.on_restore(request, self.pages.snapshots[request.page_hashes[len(request.pages) - 1]])
 
     def _waits_for_prefix(self, request: Request) -> bool:
-        """Whether another request is just computing the page that this one needs next."""
+        """Whether another request is just computing the page that this one needs next; then this one waits for it.
+
+        So requests with a common prefix that arrive together compute it only once.
+        """
         page_index = len(request.pages)
         if (
             request.num_computed != page_index * PAGE_TOKENS

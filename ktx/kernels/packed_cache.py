@@ -118,7 +118,10 @@ class PackedCache:
         self.file = open(self.partial_folder / "packed.bin", "wb", buffering=0)  # noqa: SIM115
 
     def _check_space(self, required_bytes: int) -> None:
-        """Creates the parent folder and checks that it is writable and has enough free space."""
+        """Creates the parent folder and checks that it is writable and has enough free space.
+
+        A cache that cannot be written is thus reported before any weight is packed.
+        """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -209,7 +212,7 @@ class PackedCache:
         return ""
 
     def _start_promotion(self) -> None:
-        """Starts the thread that moves mapped weights to huge pages."""
+        """Starts the thread that moves mapped weights to huge pages, while the model already runs."""
         stop = threading.Event()
         thread = threading.Thread(target=promote_to_huge_pages, args=(self.data, stop), name="ktx-weights", daemon=True)
         thread.start()

@@ -228,7 +228,10 @@ class Operator(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As in torch; packed weights that are loaded back unmodified are skipped."""
+        """As in torch; then `take` packs the values of packed weights.
+
+        Weights that are loaded back unmodified (views of the packed memory) are skipped.
+        """
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

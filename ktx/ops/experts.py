@@ -507,7 +507,10 @@ class Experts(Parametrizable):
         return states
 
     def _unreadable_floats(self, name: str, num_projections: int) -> dict[str, Floats]:
-        """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
+        """Returns the entries of `floats` for a stacked parameter with experts on a GPU, and for its bias.
+
+        They have names and shapes, but reading them raises UsageError.
+        """
         message = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"
             " load the model on the CPU (device='cpu')"

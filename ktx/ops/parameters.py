@@ -56,7 +56,7 @@ class FrozenParameters(dict[str, Any]):
 
 
 def _missing_error(name: str, packed: frozenset[str], path: str) -> Exception:
-    """Returns the error of a look-up that found no `name`: UsageError with remedies for a packed weight, else KeyError."""
+    """Returns the error of a look-up that found no `name`: UsageError for a packed weight, else KeyError."""
     return UsageError(NOT_REMOVABLE.format(path, name)) if name in packed else KeyError(name)
 
 

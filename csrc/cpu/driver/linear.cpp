@@ -228,7 +228,8 @@ void linear(const void* x, DType type, int64_t tokens, const Layout& layout, con
 }
 
 // Multiplies each matrix by its own tokens. Whole matrices are distributed over the nodes, in order. A pass takes as
-// many matrices as fit 16 * MAX_PASS_TOKENS rows of x; with more than MAX_PASS_TOKENS tokens one matrix follows another.
+// many matrices as fit 16 * MAX_PASS_TOKENS rows of x; with more than MAX_PASS_TOKENS tokens one matrix follows
+// another.
 void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens, const Layout& layout,
     const uint8_t* packed, int64_t n, int64_t k, void* y) {
   const size_t matrix_bytes = packed_bytes(layout, n, k);

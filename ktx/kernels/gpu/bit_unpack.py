@@ -69,7 +69,7 @@ def mask_raw_nibbles(words):
 def load_nibble_codes(
     plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr
 ):
-    """Loads four-bit codes as f32 [rows, SPAN]."""
+    """Loads four-bit codes as f32 [rows, SPAN]; RAW: without shifts and conversion, see mask_raw_nibbles."""
     WORDS_PER_BLOCK: tl.constexpr = BLOCK // 8
     if RAW:
         words = load_elements(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)

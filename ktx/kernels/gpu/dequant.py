@@ -115,7 +115,10 @@ def _dequantize(
     MINIMUM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Dequantizes a tile of rows: `count` rows from `first` on, or the rows that `index` names."""
+    """Dequantizes `count` rows from `first` on, or the rows that `index` names (INDEXED).
+
+    A program dequantizes a tile of ROWS rows and SPAN columns with DECODE, a decoder of dequant_blocks.
+    """
     out_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = out_row < count
     row = tl.load(index + out_row, mask=row_mask, other=0) if INDEXED else first + tl.minimum(out_row, count - 1)

@@ -197,7 +197,10 @@ def group_layers(model: nn.Module) -> None:
 
 
 def _grouping_key(blocks: LayerBlocks) -> tuple[Any, ...]:
-    """Returns what layers of a group must have in common: the same kind of attention, to the same keys."""
+    """Returns what layers of a group must have in common: the same kind of attention, to the same keys.
+
+    One call computes the group, with one mask and one pair of RoPE tables.
+    """
     attention = blocks.attention.owner
     layer_types = getattr(getattr(attention, "config", None), "layer_types", None)
     expands = getattr(attention, "w_uk", None) is not None

@@ -101,7 +101,12 @@ def pin(memory: torch.Tensor) -> Callable[[], None] | None:
 
 
 def _load_cuda_function(name: str, *types: Any) -> Any:
-    """Returns a function of the libcudart that torch has loaded; None if there is none."""
+    """Returns a function of the libcudart that torch has loaded; None if there is none. Loads no other copy itself.
+
+    Args:
+        name: of the function.
+        types: ctypes of its arguments; it returns an int, the error code.
+    """
     cuda_major = (torch.version.cuda or "").partition(".")[0]
     for library in (f"libcudart.so.{cuda_major}", "libcudart.so"):
         try:
