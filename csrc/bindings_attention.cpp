@@ -90,7 +90,7 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
   return run_attention(c, q_nope, ranges, mask, sequences, pages, ckv);
 }
 
-// Norm over the last dimension of a contiguous x.
+// Returns x, which is contiguous, with each row (the last dimension) normalized by its root mean square.
 Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_one) {
   const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
   STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");

@@ -87,6 +87,7 @@ struct CachePlan {
   KVSlots slots;
   int64_t batches, positions;  // minimum sizes of the cache tensors
   std::optional<Ragged> ragged;
+  // Without `sequences` the tokens follow `past` positions of their batch, else they go to `slots` of the pool `cache`.
   CachePlan(const Tensor& x, int64_t past, const Tensor& cache, const Optional& sequences, const Optional& pages,
       const Optional& slots)
       : slots{past, x.size(1), nullptr, 0} {
@@ -197,7 +198,7 @@ class MlaStep : public Step {
     MlaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], interleaved_);
     STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_,
-        " are turned");
+        " are rotated");
     b.latent = kv_store(caches[0], plan.batches, 1, plan.positions, b.kv_lora_rank, "latents"),
     b.rope = kv_store(caches[1], plan.batches, 1, plan.positions, rope_dim_, "ropes");
     b.x = x, b.out = out;
@@ -358,6 +359,8 @@ void check_sizes(const Ints& sizes, size_t count, size_t positive) {
     STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
 }
 
+// mla_step, gqa_step and moe_step check the sizes, register a step and return its id; their arguments are those of the
+// step's class.
 int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_norm, const Optional& kv_norm,
     bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);

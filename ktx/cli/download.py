@@ -223,6 +223,7 @@ def _print_lines(plan: DownloadPlan) -> Iterator[Callable[[int], None]]:
     printed_tenths = 10 * done_bytes // max(1, plan.total_bytes)
 
     def advance(nbytes: int) -> None:
+        """Adds downloaded bytes, from any of the download's threads; prints a line at each new tenth."""
         nonlocal done_bytes, printed_tenths
         with lock:
             done_bytes += nbytes

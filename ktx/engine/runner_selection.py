@@ -61,7 +61,7 @@ def _make_sequential_runner(model: LoadedModel, pages: int) -> SequentialRunner:
     """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it.
 
     Raises:
-        UsageError: logits with a cache differ from those without even if a prompt is computed in one forward.
+        UsageError: not even decode steps after a prompt in one forward give the logits of the complete sequence.
     """
     runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):

@@ -81,6 +81,10 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        """Returns the spec of a pending module, whose loader then registers ktx; None for any other module.
+
+        Python's import system calls it; it removes itself after the last pending module.
+        """
         if (register := _pending.pop(name, None)) is None:
             return None
         if not _pending:

@@ -49,9 +49,10 @@ class ExpertsLora(Lora):
         factors: dict[str, ExpertFactors] = {}
         shapes = self.owner.lora_shapes()
         for adapter in adapters:
-            halves = shapes[(adapter.projection, adapter.shape) if adapter.projection else adapter.shape]
-            for half, b in zip(halves, self.owner.split_projections(adapter.b, len(halves)), strict=True):
-                factors[half] = ExpertFactors(adapter.a, b)
+            projections = shapes[(adapter.projection, adapter.shape) if adapter.projection else adapter.shape]
+            split_b = self.owner.split_projections(adapter.b, len(projections))
+            for projection, b in zip(projections, split_b, strict=True):
+                factors[projection] = ExpertFactors(adapter.a, b)
         return factors
 
     def adapters_by_expert(

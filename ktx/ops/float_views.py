@@ -47,7 +47,7 @@ class Floats:
         return out
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Splits the first dimension into ranges of at most MAX_SPAN_VALUES values, at least one index each."""
+        """Splits the first dimension into ranges of at most MAX_RANGE_VALUES values, at least one index each."""
         length, step = self.shape[0], max(1, MAX_RANGE_VALUES // max(1, math.prod(self.shape[1:])))
         return [(first, min(first + step, length)) for first in range(0, length, step)]
 
@@ -87,24 +87,25 @@ def view_matrix(parts: Sequence[cpu.Packed]) -> Floats:
     )
 
 
-def view_experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
+def view_experts(projections: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
     """Views one projection, or two in one parameter, as [experts, rows, columns].
 
     Args:
-        halves: the packed projections.
+        projections: the packed projections.
         interleaved: whether the rows of two projections alternate; False: they are concatenated.
         transposed: whether the parameter is [experts, columns, rows].
     """
-    count, num_rows, columns = halves[0].matrices, halves[0].n * len(halves), halves[0].k
+    first_projection = projections[0]
+    count, num_rows, columns = first_projection.matrices, first_projection.n * len(projections), first_projection.k
 
     def matrix_of(expert: int) -> torch.Tensor:
-        rows = [packed.matrix(expert).rows(torch.arange(packed.n, device="cpu")) for packed in halves]
+        rows = [packed.matrix(expert).rows(torch.arange(packed.n, device="cpu")) for packed in projections]
         values = rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1) if interleaved else torch.cat(rows)
         return values.T if transposed else values
 
     shape = (count, columns, num_rows) if transposed else (count, num_rows, columns)
     read = lambda first, last: torch.stack([matrix_of(expert) for expert in range(first, last)])  # noqa: E731
-    return Floats(shape, read, halves[0].data.data_ptr())
+    return Floats(shape, read, first_projection.data.data_ptr())
 
 
 READ_ONLY = (

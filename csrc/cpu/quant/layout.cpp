@@ -260,6 +260,8 @@ const Layout* find_layout(int code) {
   return nullptr;
 }
 
+// Packs group by group. A last group of fewer than 16 rows is zero past them; `scale` is copied to each of the 128 rows
+// that share it, because the kernels load one scale per row.
 void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed,
     int64_t row0, const float* scale, int64_t scale_columns) {
   const size_t group_stride = group_bytes(l, k);
