@@ -39,9 +39,9 @@ class Recurrent(Operator):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes the layer; on a PagedCache sequence by sequence, and each sequence in pieces.
 
-        The pieces (`span.piece_lengths`) do not depend on what else is in the batch, so results do not either. The state
-        after a piece is saved as a snapshot at `span.snapshot_lengths`, so that a later request with the same prefix can
-        continue from there.
+        The pieces (`span.piece_lengths`) do not depend on what else is in the batch, so results do not either. At
+        `span.snapshot_lengths` the state after a piece is saved as a snapshot, so that a later request with the same
+        prefix can continue from there.
         """
         arguments, cache = self.call.split(args, kwargs)
         if type(cache) is not PagedCache:
