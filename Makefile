@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 TESTS  ?= tests
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
 SECONDS ?= 1800
+FOLDERS ?= quant weights kernels cache ops families injection placement loader model engine chat_formats server hub cli
+SEED    ?= 1
 PY     := $(VENV)/bin/python
 NEWEST := .venv-newest/bin/python
 ALLOWED := .venv-allowed/bin/python
@@ -14,7 +16,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-fast test-oldest test-newest test-allowed cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
+.PHONY: help chat test test-fast test-oldest test-newest test-allowed cpu-check gpu-check bench mutants soak sanitize lint docs lock wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,6 +70,9 @@ gpu-check: $(VENV)/.dev   ## what a machine with a CUDA GPU has to show (under t
 
 bench: $(VENV)/.dev   ## kernel speeds against this machine's own limits
 	$(PY) benchmarks/kernels.py
+
+mutants: $(VENV)/.dev  ## how many one-place changes the tests of a folder notice (FOLDERS="engine cache" SEED=1)
+	$(PY) -m tools.mutants $(FOLDERS) --seed $(SEED)
 
 soak: $(VENV)/.dev    ## half an hour of mixed load on a server of the demo model (SECONDS=300 for less)
 	$(PY) benchmarks/soak.py --seconds $(SECONDS)
