@@ -155,8 +155,8 @@ struct AttentionJob {
     }
     stride = da + db;
     for (int i = 0; i < count; ++i) {
-      bf16->row(kv_row(a, run, head, first + i), a.type, int(da), buffers + i * stride);
-      if (b.data) bf16->row(kv_row(b, run, head, first + i), b.type, int(db), buffers + i * stride + da);
+      bf16->convert_row(kv_row(a, run, head, first + i), a.type, int(da), buffers + i * stride);
+      if (b.data) bf16->convert_row(kv_row(b, run, head, first + i), b.type, int(db), buffers + i * stride + da);
     }
     return buffers;
   }
@@ -184,8 +184,8 @@ struct AttentionJob {
   // their scores are not used.
   void convert_latent_rows(const SequenceRun& run, int64_t head, int64_t first, int64_t last, uint16_t* to) const {
     for (int64_t i = first; i < std::min(first + 8, last); ++i, to += c.dk + c.dr) {
-      bf16->row(kv_row(c.k, run, head, i), c.k.type, int(c.dk), to);
-      bf16->row(kv_row(c.k_rope, run, head, i), c.k_rope.type, int(c.dr), to + c.dk);
+      bf16->convert_row(kv_row(c.k, run, head, i), c.k.type, int(c.dk), to);
+      bf16->convert_row(kv_row(c.k_rope, run, head, i), c.k_rope.type, int(c.dr), to + c.dk);
     }
   }
 
@@ -203,7 +203,7 @@ struct AttentionJob {
     const LatentConversion conversion{kv_row(c.k, run, head, from), kv_row(c.k_rope, run, head, from),
         has_next ? c.k.position * size : 0, has_next ? c.k_rope.position * size : 0, c.k.type, int(c.dk), int(c.dr),
         current_rows + 8 * d};
-    bf16->latent(buffers.pair_q, lanes, current_rows, conversion, scores);
+    bf16->score_latent(buffers.pair_q, lanes, current_rows, conversion, scores);
     if (!has_next) convert_latent_rows(run, head, next, last, current_rows + 8 * d);
   }
 
@@ -286,7 +286,7 @@ struct AttentionJob {
               c.q_rope.type, c.dr, row + c.dk);
         for (int64_t i = 0; i < d; ++i) row[i] *= c.scale;
       }
-    if (bf16) bf16->queries(buffers.q, num_rows, int(d), (num_rows + 15) / 16, buffers.pair_q);
+    if (bf16) bf16->pack_queries(buffers.q, num_rows, int(d), (num_rows + 15) / 16, buffers.pair_q);
     int64_t first, last;
     visible_keys(run, at_item.token, at_item.tokens, first, last);
     const auto attend_to = [&](int64_t p, SoftmaxState state) {

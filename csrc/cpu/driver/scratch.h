@@ -53,7 +53,7 @@ inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints,
     t.q = s.take<int8_t>(rows * k);
     t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)),
     t.sum32 = s.take<int32_t>(rows * (k / 32));
-    t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
+    t.scaled_sum16 = s.take<float>(rows * (k / 16)), t.scaled_sum32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
   if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16))
@@ -71,8 +71,8 @@ inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& 
                                            : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
-    t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16),
-        t.part32 += first * (k / 32);
+    t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.scaled_sum16 += first * (k / 16),
+        t.scaled_sum32 += first * (k / 32);
   }
   if (all.f) t.f += first * k;
   if (all.pair) t.pair += first * (k / 2);

@@ -27,7 +27,7 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
   int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16,
           *s32 = to.sum32 + at32;
-  float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
+  float *scale = to.scale + at32, *p16 = to.scaled_sum16 + at16, *p32 = to.scaled_sum32 + at32;
 #ifdef KTX_AMX
   if (to.n > KTX_GEMV_TOKENS) {
     int8_t* amx_q = to.q + first * to.k + from * T + t * 32;

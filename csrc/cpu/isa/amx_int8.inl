@@ -75,7 +75,7 @@ static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, co
   static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>,
       amx_int8_group<S, 16>};
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
-  const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
+  const float* scaled_sums = D::SUB == 16 ? x.scaled_sum16 : x.scaled_sum32;
   Span& span = *reinterpret_cast<Span*>(work);
   int configured = 0;
   for (int g = 0; g < groups; ++g, packed += group_stride, out += out_stride) {

@@ -19,7 +19,7 @@ struct SoftmaxState {
   float* out;      // [BLOCK_ROWS][dv]
 };
 
-// What Bf16Kernels::latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k` and
+// What Bf16Kernels::score_latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k` and
 // a rope row, become bf16 rows.
 struct LatentConversion {
   const uint8_t *k, *rope;    // of the first key to convert
@@ -32,15 +32,15 @@ struct LatentConversion {
 // Kernels in bf16 (attention_bf16.inl). `lanes`: number of vectors of 16 rows.
 struct Bf16Kernels {
   // packs q [rows][d] as pairs of columns [d/2][lanes*16]
-  void (*queries)(const float* q, int rows, int d, int lanes, uint32_t* to);
+  void (*pack_queries)(const float* q, int rows, int d, int lanes, uint32_t* to);
   // converts a row of the KV cache
-  void (*row)(const void* from, DType type, int d, uint16_t* to);
+  void (*convert_row)(const void* from, DType type, int d, uint16_t* to);
   // scores [key][lanes*16] = q . k for up to 8 keys; prefetches as many bytes of the two ranges `next` as it reads of
   // `k`
   void (*score)(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
       const void* const* next);
   // scores of 8 MLA latent keys for up to 2 lanes, while 8 other keys are converted
-  void (*latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);
+  void (*score_latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);
   // scores -> pairs of probabilities [keys/2][lanes*16]; out and sum are rescaled to the new maximum
   void (
       *online_softmax)(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs);

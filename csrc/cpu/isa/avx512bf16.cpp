@@ -32,10 +32,10 @@ namespace {
 
 constinit const Kernels AVX512BF16_KERNELS = bf16::kernel_table(2, false);
 constinit const Bf16Kernels BF16_ATTENTION = {
-    .queries = bf16::pack_queries_bf16,
-    .row = bf16::row_to_bf16,
+    .pack_queries = bf16::pack_queries_bf16,
+    .convert_row = bf16::row_to_bf16,
     .score = bf16::score_bf16,
-    .latent = bf16::score_latent,
+    .score_latent = bf16::score_latent,
     .online_softmax = bf16::online_softmax_bf16,
     .accumulate_pv = bf16::accumulate_pv_bf16,
     .column_order = bf16::COLUMN_ORDER,

@@ -5,7 +5,7 @@
 // With q(t) the int8 activations of token t and d(t) their scale, a sub-block adds to the output of each row and token
 //   scale * d(t) * sum((code - OFFSET) * q(t))  -  minimum * d(t) * sum(q(t)).
 // The sums of q are known from quantization: sum16/sum32 hold minus sum(q), which start the int32 sum so that OFFSET
-// cancels; part16/part32 hold d * sum(q), here `scaled_sums`, which minimums multiply.
+// cancels; scaled_sum16/scaled_sum32 hold d * sum(q), here `scaled_sums`, which minimums multiply.
 
 // An integer as a type, for lambdas whose argument has to be a constant.
 template <int N> struct IntConstant {
@@ -66,7 +66,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   for (int t = 0; t < T; ++t) total[t] = zero();
   const int8_t* q = x.q;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
-  const float *scaled_sums = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
+  const float *scaled_sums = D::SUB == 16 ? x.scaled_sum16 : x.scaled_sum32, *scales = x.scale;
   const int64_t blocks = x.k / D::BLOCK;
   const size_t plane = narrow_plane_bytes(l, x.k), words_stride = size_t(l.word_count()) * 64,
                narrow_stride = size_t(l.narrow_bytes) * 16;
@@ -243,7 +243,7 @@ static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, floa
   typedef GemmTraits<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
-  const float* scaled_sums = D::SUB == 16 ? x.part16 : x.part32;
+  const float* scaled_sums = D::SUB == 16 ? x.scaled_sum16 : x.scaled_sum32;
   __builtin_memset(out, 0, R * out_stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;

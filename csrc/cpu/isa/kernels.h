@@ -32,10 +32,10 @@ struct ActTiles {
   float* scale = nullptr;    // [k/32][T]
   int32_t* sum16 = nullptr;  // [k/16][T] minus the sum of q: times the offset of a type's codes, it starts an int32 sum
   int32_t* sum32 = nullptr;  // [k/32][T] the same for sub-blocks of 32 columns
-  float* part16 = nullptr;   // [k/16][T] scale * sum of q: what the minimum of a sub-block multiplies
-  float* part32 = nullptr;   // [k/32][T]
-  float* f = nullptr;        // [k][T] not quantized, for float weights
-  uint32_t* pair = nullptr;  // [k/2][T] the same as pairs of bf16, if the kernels multiply these and k is even
+  float* scaled_sum16 = nullptr;  // [k/16][T] scale * sum of q: what the minimum of a sub-block multiplies
+  float* scaled_sum32 = nullptr;  // [k/32][T]
+  float* f = nullptr;             // [k][T] not quantized, for float weights
+  uint32_t* pair = nullptr;       // [k/2][T] the same as pairs of bf16, if the kernels multiply these and k is even
   bool bf16 = false;
   int start(int t) const { return bf16 ? (t < tiles ? t * BF16_TILE_TOKENS : n) : int(int64_t(n) * t / tiles); }
 };
