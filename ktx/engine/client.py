@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ktx.engine.request import Constraint, Event, Finished, Request
 from ktx.engine.sampler import SamplingParams
-from ktx.ops.lora import AdapterUse
 from ktx.utils.deprecation import deprecated_members
+from ktx.weights.lora import AdapterUse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

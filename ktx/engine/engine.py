@@ -31,9 +31,8 @@ from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, Usage
 from ktx.hardware import memory
 from ktx.model.lora import check_memory, match_modules, read_adapter
 from ktx.model.notes import add_notes
-from ktx.ops.lora import AdapterUse, AdapterUses
 from ktx.utils.deprecation import deprecated_arguments, deprecated_members
-from ktx.weights.lora import AdapterSpec
+from ktx.weights.lora import AdapterSpec, AdapterUse, AdapterUses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

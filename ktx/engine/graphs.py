@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ktx.cache.batch import BatchMetadata, PageTables, SequenceSpan
+from ktx.cache.forward_context import AdapterStep, Padding
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, PagedCache, PageTables, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.devices import CPU, Device
 from ktx.hardware import format_bytes
-from ktx.kernels import cpu
 from ktx.kernels.gpu.attention_backend import plans_on_host
 from ktx.ops.device_hooks import ToDevice, is_rotary
 from ktx.ops.gpu import offload, streams
-from ktx.ops.gpu.padding import Padding, with_padding
 from ktx.ops.guard import Guard
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
@@ -169,6 +169,7 @@ class DecodeStep:
         self.tables = inputs.tables(size, graphs.scratch)
         spans = [SequenceSpan(-1, 0, 1, [inputs.padding_page])] * size
         self.batch = BatchMetadata(spans, tables={graphs.device.torch: self.tables})
+        self.no_adapters = graphs.no_adapters
         self.padding = Padding(inputs.count, inputs.field("real", size))
         self.logits = graphs.logits[:size]
         # The model passes a prepared mask on unchanged; the page tables define what tokens attend to.
@@ -184,14 +185,12 @@ class DecodeStep:
     def __call__(self) -> None:
         """Computes the step from the input buffers and writes its logits to the output buffer."""
         self.tables.plans.clear()  # a schedule is valid for the lengths of one step
-        self.cache.batch = self.batch
         try:
-            with cpu.bf16_rows(self.size), with_padding(self.padding):
+            with self.cache.forward(self.batch, adapters=self.no_adapters, padding=self.padding):
                 out = self.model(
                     **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.model_inputs
                 )
         finally:
-            self.cache.batch = None
             self.tables.plans.clear()
         self.logits.copy_(out.logits[0])
 
@@ -200,13 +199,23 @@ class Graphs:
     """Captured decode steps of up to `max_requests` requests with up to `context` tokens each. `unsupported_reason`
     must be empty for the model.
 
-    The cache has one page behind those of requests, `padding_page`.
+    The cache has one page behind those of requests, `padding_page`. `no_adapters` is the context of a step without LoRA
+    adapters.
     """
 
-    def __init__(self, model: LoadedModel, cache: PagedCache, max_requests: int, context: int, padding_page: int):
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: PagedCache,
+        max_requests: int,
+        context: int,
+        padding_page: int,
+        no_adapters: AdapterStep | None,
+    ):
         device = first_gpu(model)
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
+        self.no_adapters = no_adapters
         self.width = min(-(-context // PAGE_TOKENS), padding_page)
         self.inputs = Inputs(device, max_requests, self.width, padding_page)
         self.scratch: dict[Any, torch.Tensor] = {}

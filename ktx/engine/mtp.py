@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, SequenceSpan
 from ktx.engine.request import Request
 from ktx.engine.runner import ModelRunner
 from ktx.engine.scheduler import ScheduledChunk
-from ktx.kernels import cpu
 from ktx.transformers_compat import cache_argument
 
 
@@ -98,20 +97,17 @@ class MTPDrafter:
         """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and the ids of the
         following tokens.
         """
-        batch = self.cache.batch = BatchMetadata(spans)
+        batch = BatchMetadata(spans)
         embeds = self.body.embed_tokens(torch.tensor([following]))
-        try:
-            with cpu.bf16_rows(batch.tokens, batch.full_page_rows()):
-                states = self.model.mtp(
-                    embeds,
-                    hidden[None].to(embeds.dtype),
-                    position_ids=batch.position_ids,
-                    position_embeddings=self.body.rotary_emb(embeds, batch.position_ids),
-                    **cache_argument(self.model.mtp.layer, self.cache),
-                    attention_mask=None,
-                    use_cache=True,
-                )
-        finally:
-            self.cache.batch = None
+        with self.cache.forward(batch, batch.full_page_rows()):
+            states = self.model.mtp(
+                embeds,
+                hidden[None].to(embeds.dtype),
+                position_ids=batch.position_ids,
+                position_embeddings=self.body.rotary_emb(embeds, batch.position_ids),
+                **cache_argument(self.model.mtp.layer, self.cache),
+                attention_mask=None,
+                use_cache=True,
+            )
         first: torch.Tensor = states[0]
         return first

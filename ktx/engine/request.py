@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ktx.engine.sampler import SampledToken, SamplingParams
-from ktx.ops.lora import AdapterUses
 from ktx.utils.deprecation import deprecated_members, deprecated_names
+from ktx.weights.lora import AdapterUses
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
+from ktx.cache.forward_context import ForwardContext, enter
 from ktx.cache.kv import KVCache
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.engine.budget import MIN_STEP_TOKENS
 from ktx.engine.graphs import DecodeToken, Graphs, first_gpu, unsupported_reason
 from ktx.engine.request import Request
@@ -90,9 +92,9 @@ class ModelRunner:
             return
         try:
             # graphs are for steps without adapters; other steps launch kernel by kernel
-            with self.adapters.step([], []):
-                self.graphs = Graphs(self.model, self.cache, self.max_captured_requests, context, self.pages)
-                self.graphs.capture()
+            no_adapters = self.adapters.activate_step([], [])
+            self.graphs = Graphs(self.model, self.cache, self.max_captured_requests, context, self.pages, no_adapters)
+            self.graphs.capture()
         except Exception as error:
             self.graphs = None
             offload.reset_offloads(self.model)
@@ -164,21 +166,16 @@ class ModelRunner:
         ]
         # Chunks that need the logits of all their rows; their full pages are excluded from multiplication in bf16.
         echo_indices = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
-        try:
-            self.cache.begin(batch)
-            with (
-                cpu.bf16_rows(batch.tokens, batch.full_page_rows(echo_indices)),
-                self.adapters.step(*chunk_adapters(chunks)),
-            ):
-                out = self.model(
-                    input_ids=ids,
-                    position_ids=batch.position_ids,
-                    **cache_argument(self.model, self.cache),
-                    use_cache=True,
-                    logits_to_keep=torch.cat(rows),
-                )
-        finally:
-            self.cache.batch = None
+        self.cache.begin(batch)
+        adapters = self.adapters.activate_step(*chunk_adapters(chunks))
+        with self.cache.forward(batch, batch.full_page_rows(echo_indices), adapters):
+            out = self.model(
+                input_ids=ids,
+                position_ids=batch.position_ids,
+                **cache_argument(self.model, self.cache),
+                use_cache=True,
+                logits_to_keep=torch.cat(rows),
+            )
         chunk_logits = to_cpu(self.model, out.logits)[0].split([len(row) for row in rows])
         self.cache.end(batch)
         return {chunk.request: logits for chunk, logits in zip(chunks, chunk_logits, strict=True)}
@@ -306,8 +303,8 @@ class SequentialRunner(ModelRunner):
         )
         if not self.own_cache and request.id not in self.caches:
             self.caches[request.id] = KVCache(self.model.config, self.model.ktx.kv_dtype)
-        adapter_ranges = [(count, request.lora)], [(max(1, rows), request.lora)]
-        with cpu.bf16_rows(count, ranges), self.adapters.step(*adapter_ranges):
+        adapters = self.adapters.activate_step([(count, request.lora)], [(max(1, rows), request.lora)])
+        with cpu.bf16_rows(count, ranges), enter(ForwardContext(adapters=adapters)):
             out = self.model(
                 input_ids=torch.tensor([request.ids[start : start + count]]),
                 position_ids=torch.arange(start, start + count)[None],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Mapping as Matrices
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ktx.cache.forward_context import AdapterStep
 from ktx.devices import Device
 from ktx.errors import BadFile, DoesNotFit, UsageError, did_you_mean
 from ktx.hardware import format_bytes, memory
@@ -21,7 +21,7 @@ from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
 from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.latent_lora import LatentLora
-from ktx.ops.lora import AdapterMapping, AdapterUse, AdapterUses, Lora, device_of
+from ktx.ops.lora import AdapterMapping, Lora, device_of
 from ktx.ops.mla import MLA
 from ktx.transformers_compat import checkpoint_renaming
 from ktx.utils.fork_handlers import ForkSafeLock
@@ -29,7 +29,16 @@ from ktx.weights import gguf_lora
 from ktx.weights import lora as peft_lora
 from ktx.weights.gguf_files import is_gguf
 from ktx.weights.gguf_lora import GGUFAdapter
-from ktx.weights.lora import MERGE_REMEDY, WEIGHTS_FILE, Adapter, AdapterFile, AdapterSpec, LowRank
+from ktx.weights.lora import (
+    MERGE_REMEDY,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterFile,
+    AdapterSpec,
+    AdapterUse,
+    AdapterUses,
+    LowRank,
+)
 
 RETIRED = "\0"  # separator in the name of a retired adapter; no user-given name contains it
 AdapterArgument = str | Path | AdapterSpec
@@ -137,23 +146,23 @@ class Adapters:
         self.mapping.default_uses = self.resolve(names)
         self._activate(self.step_adapters)
 
-    @contextmanager
-    def step(self, tokens: StepAdapters, kept: StepAdapters) -> Iterator[None]:
-        """While entered, applies to each token of an engine's step the adapters of its request.
+    def activate_step(self, tokens: StepAdapters, logits: StepAdapters) -> AdapterStep | None:
+        """Activates the adapters of an engine's step and returns what its `ForwardContext` applies to each token.
 
         Fast paths that adapters disable stay disabled until a step has other adapters, because switching them visits
         all modules.
 
         Args:
             tokens: numbers of tokens with their adapters, in the order of the batch.
-            kept: the same for the tokens whose logits are computed.
+            logits: the same for the tokens whose logits are computed.
+
+        Returns:
+            None for a model without adapters.
         """
         if not self.known:
-            yield
-            return
+            return None
         self._activate(frozenset(use for _, uses in tokens for use in uses))
-        with self.mapping.step(tokens, kept):
-            yield
+        return AdapterStep(self.mapping, tokens, logits)
 
     def check(self, model: nn.Module) -> None:
         """Checks before a forward that the modules with active adapters are still in the model.

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ktx.cache.forward_context import batch_of
 from ktx.cache.kv import KVType, restore_stock_layer
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
@@ -110,7 +111,7 @@ def attend(
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | kwargs
         given = {name: value for name, value in options.items() if value is not None}
         return call_registered(choice.name, module, query, key, value, attention_mask, **given)
-    batch = getattr(key, "ktx_batch", None)
+    batch = batch_of(key)
     if batch is not None:
         if not is_causal(module, kwargs):
             raise non_causal_error(module)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ktx.cache.forward_context import batch_of
 from ktx.cache.kv import to_floats
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError, did_you_mean
@@ -168,7 +169,7 @@ def call_registered(
     Raises:
         UsageError: Keys and values are in the paged KV cache of an engine.
     """
-    if getattr(key, "ktx_batch", None) is not None:
+    if batch_of(key) is not None:
         raise UsageError(
             f"attn_implementation {name!r} cannot read the paged KV cache of an engine; call"
             " model.set_attn_implementation('ktx') before using an engine"

@@ -195,10 +195,7 @@ def move_to(tensor: torch.Tensor, placement: DevicePlacement) -> torch.Tensor:
     """Moves a tensor to a placement, floats in its dtype. Mask intervals stay on the CPU, where operators read them."""
     if isinstance(tensor, Intervals) or (tensor.dtype == torch.int32 and tensor.dim() == 4):
         return tensor
-    moved = tensor.to(placement.device.torch, placement.dtype if tensor.is_floating_point() else tensor.dtype)
-    if moved is not tensor and hasattr(tensor, "ktx_counts"):
-        moved.ktx_counts = tensor.ktx_counts  # type: ignore[attr-defined]
-    return moved
+    return tensor.to(placement.device.torch, placement.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 class ToDevice:

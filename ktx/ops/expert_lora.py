@@ -8,9 +8,9 @@ import torch
 
 from ktx.kernels import cpu
 from ktx.ops.experts import Experts
-from ktx.ops.lora import AdapterMapping, AdapterUse, AdapterUses, Lora, packed, packed_bytes, scaled
+from ktx.ops.lora import AdapterMapping, Lora, packed, packed_bytes, scaled
 from ktx.ops.protocols import AdapterRows
-from ktx.weights.lora import LowRank
+from ktx.weights.lora import AdapterUse, AdapterUses, LowRank
 
 
 class ExpertFactors:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import AdapterMapping, AdapterUses, Lora, add_rows, packed, packed_bytes, scaled
+from ktx.ops.lora import AdapterMapping, Lora, add_rows, packed, packed_bytes, scaled
 from ktx.ops.mla import MLA
-from ktx.weights.lora import LowRank
+from ktx.weights.lora import AdapterUses, LowRank
 
 
 class HeadFactors:

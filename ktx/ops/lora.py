@@ -7,15 +7,15 @@ change, so exactly the fast paths (ktx.ops.guard) that bypass the module are dis
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ktx.cache import forward_context
+from ktx.cache.forward_context import AdapterStep
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -23,18 +23,8 @@ from ktx.ops.base import Operator
 from ktx.quant.types import QTYPES
 from ktx.utils.deprecation import deprecated_names
 from ktx.weights.base import QuantizedTensor
-from ktx.weights.lora import LowRank
-
-
-class AdapterUse(NamedTuple):
-    """An adapter's name, and a scale on its output."""
-
-    name: str
-    factor: float = 1.0
-
-
-AdapterUses = tuple[AdapterUse, ...]  # adapters whose outputs are all added
-Spans = list[tuple[int, AdapterUses]]  # for runs of consecutive rows: the number of rows, and their adapters
+from ktx.weights.lora import AdapterUse as AdapterUse
+from ktx.weights.lora import AdapterUses, LowRank, Spans
 
 
 @dataclass
@@ -50,17 +40,20 @@ class AdapterMapping:
     @property
     def spans(self) -> Spans | None:
         """The adapters of the tokens of this thread's step, in order; None outside of a step."""
-        return self._step()[0]
+        step = self._step()
+        return None if step is None else step.tokens
 
     @property
     def logits_spans(self) -> Spans | None:
         """The adapters of the rows whose logits this thread's step computes, in order; None outside of a step."""
-        return self._step()[1]
+        step = self._step()
+        return None if step is None else step.logits
 
-    def _step(self) -> tuple[Spans | None, Spans | None]:
-        """Returns the spans of this thread's step, if it is a step of this mapping."""
-        mapping, *spans = getattr(_state, "step", None) or (None, None, None)
-        return (spans[0], spans[1]) if mapping is self else (None, None)
+    def _step(self) -> AdapterStep | None:
+        """Returns the adapters of this thread's step, if it is a step of this mapping's model."""
+        context = forward_context.current()
+        step = None if context is None else context.adapters
+        return step if step is not None and step.mapping is self else None
 
     def slices(self, rows: int) -> Iterator[tuple[slice, AdapterUses]]:
         """Yields slices of `rows` rows that have adapters.
@@ -68,7 +61,8 @@ class AdapterMapping:
         Raises:
             UsageError: the number of rows is not that of the step, nor of the running part of it.
         """
-        first, count = getattr(_state, "part", None) or (0, -1)  # -1: no `step_part` is active
+        context = forward_context.current()
+        first, count = (context and context.part) or (0, -1)  # -1: all rows of the step
         if self.spans is not None and count == rows:
             yield from _merge_spans([(count, self.uses_of_row(first))])
             return
@@ -98,38 +92,6 @@ class AdapterMapping:
         """Like `slices`, for some of the step's rows: returns slices of `row_indices`, which are ascending."""
         uses_of_row = [self.uses_of_row(row) for row in row_indices.tolist()]
         return list(_merge_spans([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
-
-    @contextmanager
-    def step(
-        self, spans: Sequence[tuple[int, AdapterUses]], logits_spans: Sequence[tuple[int, AdapterUses]]
-    ) -> Iterator[None]:
-        """Context of an engine's step on this thread.
-
-        Args:
-            spans: adapters of the step's tokens.
-            logits_spans: adapters of the rows whose logits are computed.
-        """
-        _state.step = self, list(spans), list(logits_spans)
-        try:
-            yield
-        finally:
-            _state.step = None
-
-
-_state = threading.local()
-
-
-@contextmanager
-def step_part(first: int, count: int) -> Iterator[None]:
-    """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence.
-
-    Recurrent layers compute sequence by sequence; without it, `slices` could not assign such rows to a request.
-    """
-    _state.part = first, count
-    try:
-        yield
-    finally:
-        _state.part = None
 
 
 def _merge_spans(spans: Sequence[tuple[int, AdapterUses]]) -> Iterator[tuple[slice, AdapterUses]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from ktx.utils.tensor_memo import TensorMemo
+
 
 class Intervals(torch.Tensor):
     """A mask bool [B, 1, S, T], true where a query sees a key, stored as one interval of keys for each query.
@@ -78,6 +80,9 @@ class Intervals(torch.Tensor):
         return f"Intervals({self.materialize()!r})"
 
 
+_ranges_of_masks = TensorMemo[torch.Tensor]()
+
+
 def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     """Returns the ranges int32 [B, S, 2] of a mask that is one interval for each query, else None.
 
@@ -88,10 +93,8 @@ def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
         return None if mask.is_modified() else mask.ranges
     if mask is None or mask.dtype != torch.int32:
         return None
-    cached: torch.Tensor | None = getattr(mask, "ktx_ranges", None)  # all layers of a forward share one mask
-    if cached is None:
-        cached = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
-    return cached
+    # a copy, because a view would keep the mask alive
+    return _ranges_of_masks.get_or_compute(mask, lambda: mask[:, 0].clone(memory_format=torch.contiguous_format))
 
 
 def non_causal_ranges(

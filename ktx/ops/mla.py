@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx.cache.batch import BatchMetadata
 from ktx.cache.kv import restore_stock_layer, to_floats
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, gather_pages, get_batch, get_paged_layer
+from ktx.cache.paged import gather_pages, get_batch, get_paged_layer
 from ktx.errors import UsageError
 from ktx.families import MLA_PAIRING
 from ktx.kernels import cpu

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ktx.ops.lora import AdapterUse
+from ktx.weights.lora import AdapterUse
 
 AdapterRows = tuple[
     AdapterUse, torch.Tensor | None

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ktx.cache.forward_context import rows_part
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
-from ktx.kernels import cpu
-from ktx.ops import contract, lora
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.forward_signature import ForwardSignature
 
@@ -53,7 +53,7 @@ class Recurrent(Operator):
         for span in cache.batch.spans:
             sequence_start, snapshot_lengths = start - span.past, span.snapshot_lengths
             for size in span.piece_lengths:
-                with cpu.bf16_rows_part(start, size), lora.step_part(start, size):
+                with rows_part(start, size):
                     chunk = {"hidden_states": hidden_states[:, start : start + size], "attention_mask": None}
                     outputs.append(super().forward(**self.call.join(arguments | chunk, cache.state(span.owner))))
                 start += size

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ktx.cache import forward_context
 from ktx.errors import UsageError
 from ktx.ops.base import Context, Operator, adopt
 
@@ -39,13 +40,13 @@ class RotaryEmbedding(Operator):
         """Returns cos and sin for position_ids [B, S], in the dtype of x, as the replaced module does.
 
         The table is computed again, for a power of two of positions, if a position exceeds it or a script has changed
-        frequencies or scaling. Frequencies that depend on the length are computed for each sequence of a batch, whose
-        lengths the attribute `ktx_counts` of the positions contains.
+        frequencies or scaling. Frequencies that depend on the length are computed for each sequence of a batch.
         """
         if torch.compiler.is_compiling():  # position values are unknown in a graph
             return super().forward(x, position_ids, *args, **kwargs)
         if not self.fixed or args or kwargs or position_ids.dim() != 2:
-            counts = getattr(position_ids, "ktx_counts", None)
+            context = forward_context.current()
+            counts = None if context is None else context.row_counts(position_ids)
             if counts is None or self.fixed:
                 return super().forward(x, position_ids, *args, **kwargs)
             parts = position_ids.split(counts, 1)

@@ -15,13 +15,12 @@ from starlette.responses import Response
 
 from ktx.engine.engine import Engine
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.ops.lora import AdapterUse
 from ktx.server.errors import APIError
 from ktx.server.model_names import LATEST_TAG, ModelNames
 from ktx.server.protocol.openai import LoadAdapter, LoraUse, UnloadAdapter
 from ktx.server.state import LoadedModel, ServerSettings
 from ktx.weights.gguf_files import is_gguf
-from ktx.weights.lora import CONFIG_FILE, WEIGHTS_FILE
+from ktx.weights.lora import CONFIG_FILE, WEIGHTS_FILE, AdapterUse
 
 log = logging.getLogger("ktx.server")
 T = TypeVar("T")

@@ -10,16 +10,26 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ktx.errors import BadFile, UsageError
 from ktx.utils.json_file import read_object
 
+
+class AdapterUse(NamedTuple):
+    """An adapter's name, and a scale on its output."""
+
+    name: str
+    factor: float = 1.0
+
+
+AdapterUses = tuple[AdapterUse, ...]  # adapters whose outputs are all added
+Spans = Sequence[tuple[int, AdapterUses]]  # for runs of consecutive rows: the number of rows, and their adapters
 CONFIG_FILE, WEIGHTS_FILE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGE_REMEDY = (
     "merge it into its model (PEFT's merge_and_unload, llama.cpp's llama-export-lora) and load the merged model"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktx.cache.batch import SequenceSpan
 from ktx.cache.page_pool import PAGE_TOKENS, PagePool
-from ktx.cache.paged import SequenceSpan
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
 from ktx.engine.sampler import SamplingParams

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
 from ktx.cache.kv import KVCache
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.errors import BadFile
 from ktx.kernels.check import multiplies_in_bf16
 from tests.support.gguf_writer import write_gguf
@@ -118,10 +119,10 @@ def ragged(model, rows, dtype):
         spans = [
             SequenceSpan(which, done[which], count, pages[which], count * (done[which] == 0)) for which, count in step
         ]
-        cache.batch = BatchMetadata(spans)
+        batch = BatchMetadata(spans)
         ids = torch.cat([rows[s.owner][:, s.past : s.past + s.count] for s in spans], 1)
-        with torch.inference_mode():
-            out = model(input_ids=ids, position_ids=cache.batch.position_ids, past_key_values=cache).logits
+        with torch.inference_mode(), cache.forward(batch):
+            out = model(input_ids=ids, position_ids=batch.position_ids, past_key_values=cache).logits
         for span, part in zip(spans, out.split([span.count for span in spans], 1), strict=True):
             found[span.owner].append(part)
             done[span.owner] += span.count
@@ -269,10 +270,10 @@ def test_a_long_sequence_does_not_change_the_rotation_of_a_short_one(tmp_path):
     config = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}
     model = Pair(tmp_path, "phi3", "F32", config).model
     cache = PagedCache(model.config, 12, torch.float32)
-    cache.batch = BatchMetadata([SequenceSpan(1, 0, 30, [2, 3]), SequenceSpan(0, 0, 150, [5, 6, 7], 150)])
+    batch = BatchMetadata([SequenceSpan(1, 0, 30, [2, 3]), SequenceSpan(0, 0, 150, [5, 6, 7], 150)])
     ids = torch.cat([ROWS[1][:, :30], ROWS[0]], 1)
-    with torch.inference_mode():
-        out = model(input_ids=ids, position_ids=cache.batch.position_ids, past_key_values=cache).logits
+    with torch.inference_mode(), cache.forward(batch):
+        out = model(input_ids=ids, position_ids=batch.position_ids, past_key_values=cache).logits
     assert (out[:, 30:] - logits(model, ROWS[0])).abs().max() < 1e-4
     assert (out[:, :30] - logits(model, ROWS[1][:, :30])).abs().max() < 1e-4
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
+from ktx.cache.forward_context import ForwardContext
 from ktx.cache.kv import KVCache
 from ktx.devices import Device
 from ktx.ops import device_hooks
@@ -140,10 +142,9 @@ def test_masks_that_are_intervals_stay_and_lengths_go_along():
     mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
     elsewhere = device_hooks.DevicePlacement(Device("cuda:0", torch.device("meta"), True), torch.float32)
     assert device_hooks.move_to(mask, elsewhere) is mask
-    positions = torch.arange(3)[None]
-    positions.ktx_counts = [2, 1]
-    there = device_hooks.move_to(positions, elsewhere)
-    assert there.device.type == "meta" and there.ktx_counts == [2, 1]
+    context = ForwardContext(BatchMetadata([SequenceSpan(0, 0, 2, [0]), SequenceSpan(1, 5, 1, [1])]))
+    there = device_hooks.move_to(context.batch.position_ids, elsewhere)
+    assert there.device.type == "meta" and context.row_counts(there) == [2, 1]
 
 
 @pytest.fixture(scope="module")

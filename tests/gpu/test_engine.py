@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ktx
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.batch import BatchMetadata, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.gpu import offload
 from tests.engine.test_batching import answers
@@ -78,8 +79,8 @@ def test_tables_of_a_batch_are_moved_once_a_device():
 def test_keys_in_eight_bits_are_no_blocks_on_a_gpu(pair, wish, kept):
     model = pair[1]
     cache = PagedCache(model.config, 4, wish)
-    cache.batch = BatchMetadata([SequenceSpan(0, 0, 2, [1])])
-    with torch.inference_mode():
-        model(torch.tensor([[5, 6]]), position_ids=cache.batch.position_ids, past_key_values=cache)
+    batch = BatchMetadata([SequenceSpan(0, 0, 2, [1])])
+    with torch.inference_mode(), cache.forward(batch):
+        model(torch.tensor([[5, 6]]), position_ids=batch.position_ids, past_key_values=cache)
     assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {kept}
     offload.raise_offload_errors(model)

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
+from ktx.cache.forward_context import ForwardContext, Padding, enter
 from ktx.engine.runner import to_cpu
 from ktx.ops.gpu import offload, streams
 from ktx.ops.gpu.offload import ExpertOffload
-from ktx.ops.gpu.padding import NO_EXPERT, Padding, mask_padding, with_padding
+from ktx.ops.gpu.padding import NO_EXPERT, mask_padding
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.helpers import Twins
 
@@ -142,7 +143,7 @@ def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_a
         return hidden + 1
 
     padding, given = Padding(torch.tensor([2]), torch.tensor([1, 1, 0])), states(3)
-    with with_padding(padding):
+    with enter(ForwardContext(padding=padding)):
         under_way = way.submit(counted, *given)
         assert mask_padding(given[1])[:2].equal(given[1][:2]) and mask_padding(given[1])[2].tolist() == [NO_EXPERT] * 2
     recorded = list(stream.open)

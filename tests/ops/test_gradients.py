@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
 from ktx.cache.kv import KVCache
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.errors import NoGradient
 from ktx.kernels import fused_steps as steps
 from ktx.ops.experts import Experts
@@ -422,9 +423,9 @@ def test_a_cache_that_grows_in_place_has_none_and_says_so(pairs, family, kind):
 def test_pages_have_none_and_say_so(pairs, family):
     model, x = pairs(family).model, pairs(family).embeds().requires_grad_()
     cache = PagedCache(model.config, 4, torch.float32)
-    cache.batch = BatchMetadata([SequenceSpan(0, 0, 12, [1, 2], 0)])
-    with pytest.raises(NoGradient, match="a cache of pages.*use_cache=False"):
-        model(inputs_embeds=x, position_ids=cache.batch.position_ids, past_key_values=cache)
+    batch = BatchMetadata([SequenceSpan(0, 0, 12, [1, 2], 0)])
+    with pytest.raises(NoGradient, match="a cache of pages.*use_cache=False"), cache.forward(batch):
+        model(inputs_embeds=x, position_ids=batch.position_ids, past_key_values=cache)
 
 
 def trained(model, kind):

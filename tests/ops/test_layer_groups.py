@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
+from ktx.cache.batch import BatchMetadata, SequenceSpan
 from ktx.cache.kv import GrowingLayer, KVCache
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.kernels.cpu import ops
 from ktx.ops.fusion import layer_group
 from ktx.ops.fusion.layer import Layer
@@ -98,9 +99,10 @@ def test_the_same_bits_on_pages(model, calls):
         cache, out = PagedCache(model.config, 8, None), []
         for past, count in ((0, 3), (3, 1), (4, 5), (9, 1)):
             spans = [SequenceSpan(0, past, count, [1]), SequenceSpan(1, past, count, [3])]
-            cache.batch = BatchMetadata(spans)
+            batch = BatchMetadata(spans)
             ids = torch.cat([IDS[:, past : past + count], IDS[:, 50 + past : 50 + past + count]], 1)
-            out.append(logits(model, ids, past_key_values=cache, position_ids=cache.batch.position_ids))
+            with cache.forward(batch):
+                out.append(logits(model, ids, past_key_values=cache, position_ids=batch.position_ids))
         return torch.cat(out, 1)
 
     together = computed()

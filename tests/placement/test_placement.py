@@ -11,7 +11,8 @@ import torch
 import ktx
 import ktx.demo
 from ktx.__main__ import main
-from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.cache.batch import BatchMetadata, SequenceSpan
+from ktx.cache.paged import PagedCache
 from ktx.cli.arguments import size, tokens
 from ktx.cli.plan import write_rule_file as write_file
 from ktx.errors import DoesNotFit, UsageError
@@ -90,9 +91,9 @@ def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
     found, model = measure_footprint(tmp_path)[0], load(tmp_path, None)
     assert sum(part.cpu.held_bytes for part in found.modules) == pytest.approx(held(model), rel=0.001)
     cache = PagedCache(model.config, 10, torch.float16)
-    cache.batch = BatchMetadata([SequenceSpan(0, 0, 3, [0], 3)])
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, position_ids=cache.batch.position_ids)
+    batch = BatchMetadata([SequenceSpan(0, 0, 3, [0], 3)])
+    with torch.inference_mode(), cache.forward(batch):
+        model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, position_ids=batch.position_ids)
     pools = [layer for layer in found.kv_layers if not layer.state_bytes]
     assert sum(layer.nbytes(10 * 64, 1, torch.float16, False) for layer in pools) == cache.nbytes()
     states = {layer.layer: layer.state_bytes for layer in found.kv_layers if layer.state_bytes}
@@ -129,9 +130,9 @@ def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
     tiny(family).save_pretrained(tmp_path)
     found, model = measure_footprint(tmp_path)[0], load(tmp_path, None, kv_dtype=kind)
     cache = PagedCache(model.config, 2 * 3, kind)
-    cache.batch = BatchMetadata([SequenceSpan(0, 0, 2, [0], 2)])
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, position_ids=cache.batch.position_ids)
+    batch = BatchMetadata([SequenceSpan(0, 0, 2, [0], 2)])
+    with torch.inference_mode(), cache.forward(batch):
+        model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, position_ids=batch.position_ids)
     assert sum(layer.nbytes(130, 2, cache.dtype, False) for layer in found.kv_layers) == cache.nbytes()
 
 

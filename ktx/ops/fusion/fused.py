@@ -24,6 +24,7 @@ from ktx.kernels.gradients import is_recorded
 from ktx.ops.base import is_ktx_operator
 from ktx.ops.linear import Linear
 from ktx.ops.masks import Intervals, mask_version, ranges_of
+from ktx.utils.tensor_memo import TensorMemo
 
 # The norm at the start of a fused block: weight f32 (None for no norm), epsilon, whether 1 is added to the weight.
 PreNorm = tuple[torch.Tensor | None, float, bool]
@@ -335,6 +336,9 @@ def kv_float_dtype(kv_dtype: KVType, model_dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if isinstance(kv_dtype, str) else model_dtype if kv_dtype is None else kv_dtype
 
 
+_tables_of_embeddings = TensorMemo[tuple[torch.Tensor, torch.Tensor]]()
+
+
 def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns cos and sin f32 [B, S, rotary columns].
 
@@ -344,11 +348,13 @@ def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, 
     """
     is_complex = isinstance(embeddings, torch.Tensor)
     owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if is_complex else (embeddings[0], embeddings)
-    compiling = torch.compiler.is_compiling()
-    cached = None if compiling else getattr(owner, "ktx_tables", None)  # all layers of a forward share the tables
-    if cached is None:
-        duplicate = is_complex or halved
-        cached = tuple((torch.cat([part, part], -1) if duplicate else part).float().contiguous() for part in parts)
-        if not compiling:
-            owner.ktx_tables = cached
-    return cached
+
+    def convert() -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cos and sin in f32, with both halves."""
+        cos, sin = ((torch.cat([x, x], -1) if is_complex or halved else x).float().contiguous() for x in parts)
+        return cos, sin
+
+    is_converted = not (is_complex or halved) and owner.dtype is torch.float32 and owner.is_contiguous()
+    if is_converted or torch.compiler.is_compiling():
+        return convert()
+    return _tables_of_embeddings.get_or_compute(owner, convert)  # all layers of a forward share the tables

@@ -16,6 +16,7 @@ from torch import nn
 
 from ktx.kernels.gradients import is_recorded
 from ktx.ops.fusion.fused import KVTarget
+from ktx.utils.tensor_memo import TensorMemo
 
 
 class LayerInputs(NamedTuple):
@@ -61,7 +62,7 @@ class PrecomputedOutput:
         be called successfully only once.
 
         Args:
-            hidden_states: The input tensor that carries this object.
+            hidden_states: The input tensor that this object is attached to.
             inputs: The other inputs of the layer.
         """
         mask, embeddings, cache = self.inputs
@@ -76,13 +77,16 @@ class PrecomputedOutput:
             return False
         self.target.commit(self.index, hidden_states.shape[1])
         self.group.num_unused -= 1
-        del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # stored hidden states must not retain later ones
+        _outputs.pop(hidden_states)  # stored hidden states must not retain later ones
         return True
+
+
+_outputs = TensorMemo[PrecomputedOutput]()
 
 
 def attach_output(tensor: torch.Tensor, precomputed: PrecomputedOutput) -> None:
     """Attaches to a layer's output tensor what the next layer computes from it."""
-    tensor.ktx_ahead = precomputed  # type: ignore[attr-defined]
+    _outputs.set(tensor, precomputed)
 
 
 def take_output(layer: nn.Module, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
@@ -93,7 +97,7 @@ def take_output(layer: nn.Module, hidden_states: torch.Tensor, inputs: LayerInpu
         hidden_states: [B, S, D], its input; the output of the layer before it carries the precomputed output.
         inputs: The other inputs.
     """
-    precomputed: PrecomputedOutput | None = hidden_states.__dict__.get("ktx_ahead")
+    precomputed = _outputs.get(hidden_states)
     if precomputed is None or precomputed.layer is not layer or not precomputed.take_if_valid(hidden_states, inputs):
         return None
     return precomputed.out

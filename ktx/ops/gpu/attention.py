@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from ktx.cache.forward_context import batch_of
 from ktx.kernels import reference
 from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv
@@ -39,7 +40,7 @@ def attend(
     Args:
         module: the attention module; its `backend` selects the kernels (triton, flashinfer, auto).
         query: [B, H, S, Dk].
-        key: [B, H_kv, T, Dk]; tensors of a paged cache carry their batch metadata in `ktx_batch`.
+        key: [B, H_kv, T, Dk]; or the pools of a paged cache, see `forward_context.batch_of`.
         value: [B, H_kv, T, Dv].
         attention_mask: transformers' mask, or None for full causal attention.
         scaling: factor on the scores; by default Dk ** -0.5.
@@ -53,7 +54,7 @@ def attend(
     Raises:
         ValueError: no mask is given for more queries than keys.
     """
-    batch = getattr(key, "ktx_batch", None)
+    batch = batch_of(key)
     choice = attention.attention_choice(module)
     if choice.is_custom or dropout > 0 or (batch is None and not choice.uses_kernel()):
         args = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)

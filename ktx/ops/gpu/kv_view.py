@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ktx.cache.batch import BatchMetadata, PageTables
 from ktx.cache.kv import to_growing_layer
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import BatchMetadata, PageTables, get_paged_layer
+from ktx.cache.paged import get_paged_layer
 from ktx.kernels.gpu.attention_backend import AttentionKernels
 from ktx.kernels.gpu.split_kv import AttentionShape, tiles_for
 from ktx.ops.fusion.fused import kv_float_dtype, sliding_window
 from ktx.ops.masks import Intervals, ranges_of
+from ktx.utils.tensor_memo import TensorMemo
 
 Row = tuple[int, int, int]  # per sequence: index of its first token in the forward, number of tokens, number of keys
 
@@ -165,6 +167,10 @@ class CausalSpec:
     window: int = 0
 
 
+_specs_of_masks = TensorMemo[CausalSpec | None]()
+_tables_of_masks = TensorMemo[dict[Any, PageTables]]()
+
+
 def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: int) -> CausalSpec | None:
     """Parses transformers' mask into the integers that the GPU kernels take in place of a mask.
 
@@ -182,9 +188,7 @@ def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: i
     ranges = ranges_of(mask)
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != num_keys):
         return None
-    if not hasattr(mask, "ktx_seen"):  # one mask serves many layers
-        mask.ktx_seen = _spec_of_ranges(ranges.cpu())  # type: ignore[attr-defined]
-    spec: CausalSpec | None = mask.ktx_seen  # type: ignore[attr-defined]
+    spec = _specs_of_masks.get_or_compute(mask, lambda: _spec_of_ranges(ranges.cpu()))  # one mask serves many layers
     return spec if spec is None or len(spec.keys) == batch else CausalSpec(spec.keys * batch, spec.window)
 
 
@@ -238,7 +242,7 @@ def _view_of_buffers(
     key = keys.device, heads * capacity // PAGE_TOKENS
     cached: dict[Any, PageTables] = {}
     if mask is not None:
-        cached = mask.__dict__.setdefault("ktx_tables", cached)
+        cached = _tables_of_masks.get_or_compute(mask, dict)
     if key not in cached:
         cached[key] = _build_tables(spec.keys, num_new, key[1]).to(keys.device)
     full_pages = tuple(_split_full_pages(count - num_new, num_new) for count in spec.keys)

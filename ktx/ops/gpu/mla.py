@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ktx.cache.batch import PageTables
 from ktx.cache.kv import stored_row_format
 from ktx.cache.page_pool import PAGE_TOKENS
-from ktx.cache.paged import PageTables
 from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.kernels.gpu import linear
