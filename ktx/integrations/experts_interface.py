@@ -25,30 +25,31 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return implementation.forward(None, module, *args, **kwargs)
 
 
-def _register_experts(table: Any) -> None:
-    table.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+def _register_experts(module: Any) -> None:
+    module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
-def _register_quantization(table: Any) -> None:
-    """Registers proxies of KtxConfig and KtxQuantizer, which are imported on first use.
+def _register_quantization(module: Any) -> None:
+    """Registers the method "ktx" with transformers.quantizers.auto, by proxies that import the real classes when used.
 
-    A KtxConfig given to from_pretrained takes precedence over the checkpoint's own quantization_config.
+    Also patches its merge_quantization_configs, which would refuse a KtxConfig for a checkpoint with another
+    quantization_config: a KtxConfig given to from_pretrained takes precedence over that of the checkpoint.
     """
 
-    class Config(table.QuantizationConfigMixin):  # type: ignore[misc]
+    class Config(module.QuantizationConfigMixin):  # type: ignore[misc]
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             return importlib.import_module("ktx.integrations.from_pretrained").KtxConfig.from_dict(
                 config_dict, **kwargs
             )
 
-    class Quantizer(table.HfQuantizer):  # type: ignore[misc]
+    class Quantizer(module.HfQuantizer):  # type: ignore[misc]
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             return importlib.import_module("ktx.integrations.from_pretrained").KtxQuantizer(*args, **kwargs)
 
-    table.register_quantization_config(NAME)(Config)
-    table.register_quantizer(NAME)(Quantizer)
-    original = table.AutoHfQuantizer.merge_quantization_configs
+    module.register_quantization_config(NAME)(Config)
+    module.register_quantizer(NAME)(Quantizer)
+    original = module.AutoHfQuantizer.merge_quantization_configs
 
     @functools.wraps(original)
     def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -59,10 +60,10 @@ def _register_quantization(table: Any) -> None:
             from_args if getattr(from_args, "quant_method", None) == NAME else original(quantization_config, from_args)
         )
 
-    table.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
+    module.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
 
 
-def _register_flops(table: Any) -> None:
+def _register_flops(module: Any) -> None:
     if "ktx.kernels.cpu" in sys.modules:  # otherwise that module registers them when it is imported
         importlib.import_module("ktx.kernels.flops").register()
 
@@ -96,7 +97,7 @@ class _Finder:
 
 
 def _call_after(spec: ModuleSpec, register: Callable[[Any], None]) -> None:
-    """Makes the loader of `spec` call a function after it has executed the module."""
+    """Makes the loader of `spec` call `register` on the module once it is executed, because only then it has tables."""
     loader: Any = spec.loader
     original = loader.exec_module
 
@@ -108,11 +109,14 @@ def _call_after(spec: ModuleSpec, register: Callable[[Any], None]) -> None:
 
 
 def install() -> None:
-    """Registers ktx with modules that are imported already, and with the others when they are imported."""
-    for name, (defined, register) in TABLES.items():
-        table = sys.modules.get(name)
-        if hasattr(table, defined):
-            register(table)
+    """Registers ktx with modules that are imported already, and with the others when they are imported.
+
+    A module in sys.modules may be half executed; only one that has its `late_name` has the tables to register in.
+    """
+    for name, (late_name, register) in TABLES.items():
+        module = sys.modules.get(name)
+        if hasattr(module, late_name):
+            register(module)
         else:
             _pending[name] = register
     if _pending:

@@ -211,7 +211,10 @@ class KtxQuantizer(HfQuantizer):
         return self._prepare(config)
 
     def _prepare(self, config: Any) -> Any:
-        """Stores the requested configuration, and makes transformers look for no checkpoint."""
+        """Stores the requested configuration for ktx.load, and lets transformers find only an empty checkpoint.
+
+        The attention and experts implementations are taken out of it, and set again on the loaded model.
+        """
         requested = copy.deepcopy(config)
         del requested.quantization_config
         self.attention, self.experts = requested._attn_implementation, requested._experts_implementation
@@ -262,7 +265,8 @@ class KtxQuantizer(HfQuantizer):
     def _fetch(self) -> Path:
         """Returns the folder of the model's files; files of a hub id are fetched or read from its cache.
 
-        transformers then looks for a checkpoint in a cache of its own.
+        Then transformers must not download the checkpoint again: its download arguments are changed until the model is
+        built, to search offline in a temporary cache that has the same revision with nothing but the empty checkpoint.
         """
         subfolder = self.call["subfolder"] or ""
         if os.path.isdir(self.name):
@@ -290,7 +294,7 @@ class KtxQuantizer(HfQuantizer):
         return root / subfolder
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **kwargs: Any) -> None:
-        """Removes everything that a checkpoint could be loaded into."""
+        """Restores transformers' download arguments, and removes everything that a checkpoint could be loaded into."""
         if self.downloads is not None:
             self.downloads |= self.saved_downloads
         checkpoint_files[:] = [str(self.empty_checkpoint)]
@@ -366,6 +370,8 @@ class KtxQuantizer(HfQuantizer):
 
 def _find_call() -> dict[str, Any]:
     """Returns the local variables, and thereby the arguments, of the current call of from_pretrained.
+
+    They are read from the stack, because transformers passes only a few of the arguments to a quantizer.
 
     Raises:
         UsageError: no call of from_pretrained is on the stack.

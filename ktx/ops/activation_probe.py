@@ -40,6 +40,8 @@ class Activation(NamedTuple):
 def probe_experts(experts: Any, where: str) -> Activation:
     """Returns the activation that a transformers experts module computes between its projections.
 
+    It is detected by running that step (`_apply_gate`) on GATE and UP, stacked in each layout that is in use.
+
     Args:
         experts: The experts module.
         where: Its module path, which starts error messages.
@@ -79,6 +81,8 @@ def is_interleaved(experts: Any, activation: Activation) -> bool:
 
 def probe_mlp(mlp: Any, where: str) -> Activation:
     """Returns the activation of a module with gate_proj and up_proj (or gate_up_proj) and down_proj.
+
+    The module runs with stubs that return GATE and UP as the projections' outputs, and its result is matched.
 
     Args:
         mlp: The feed-forward module.

@@ -267,6 +267,7 @@ def unsupported_kwargs(module: nn.Module) -> list[str]:
     if the forward compares the implementation with them. Both are read from the constants of its code.
     """
     code: CodeType = inspect.unwrap(type(module).forward).__code__
+    # Python stores the keyword names of each call as a tuple; the one with "scaling" is that of the attention function.
     tuples = [const for const in code.co_consts if isinstance(const, tuple)]
     argument_names = {name for const in tuples if "scaling" in const for name in const if isinstance(name, str)}
     implementations = {
@@ -346,7 +347,10 @@ class Attention(Operator):
         return self.compute(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
 
     def compute(self, arguments: dict[str, Any], cache: Any) -> Any:
-        """Computes the forward.
+        """Computes the attention in the fused step if that is valid, else by the replaced module's forward.
+
+        That forward stores keys and values in the dtype it computes them in, so a `CastingCache` casts them for
+        `kv_dtype`; autograd needs a cache layer that does not grow in place.
 
         Args:
             arguments: The arguments by name, without the cache.
@@ -396,9 +400,10 @@ class AttentionBlock:
             [matrices.hidden, self.heads, owner.head_dim],
             *(children[name].bias_in_f32 for name in PROJECTIONS),
             *(None if norm is None else norm.in_f32 for norm in norms),
-            norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,
+            norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,  # norms of all heads' columns at once
             norms[0] is not None and bool(norms[0].plus_one),
             None if sinks is None else sinks.detach().float().contiguous(),
+            # the norms' epsilons, the scale of the scores, and their softcap (none)
             [*(1.0 if norm is None else norm.epsilon for norm in norms), float(owner.scaling), 0.0],
         )
 
@@ -410,7 +415,7 @@ class AttentionBlock:
 
     @classmethod
     def of(cls, owner: Attention) -> AttentionBlock | None:
-        """Builds the block of `owner`; None if one of its projections or norms is not an operator of ktx."""
+        """Builds the block of `owner`; None if a projection or norm is not an operator of ktx, or a norm is missing."""
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         if any(not is_plain_linear(children.get(name)) for name in PROJECTIONS):

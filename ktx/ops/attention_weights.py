@@ -98,7 +98,7 @@ def attention_weights(
     sinks: torch.Tensor | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """Computes attention weights in plain torch.
+    """Computes attention weights in plain torch, for calls that return them, because the kernels do not.
 
     A query that sees no key gets equal weights for all keys, as in the eager attention of transformers.
 

@@ -167,7 +167,7 @@ class Operator(nn.Module):
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         """Returns the packed weights in their quantized types, under the names that `load` reads, without `path`.
 
-        A matrix is a list of its row-wise parts; a bias is a tensor.
+        For `save_pretrained(packed=True)`. A matrix is a list of its row-wise parts; a bias is a tensor.
 
         Raises:
             UsageError: The operator has packed weights and does not implement this.
@@ -255,6 +255,8 @@ class Operator(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Supports copies and pickles: rebuilds the class of an adopted module, and the state that `ready` made.
+
+        That class exists only at run time (`_mixed_class`), so the two classes that it is made of are stored.
 
         Raises:
             UsageError: The module is on a GPU.
@@ -348,6 +350,7 @@ def unpack(owner: nn.Module) -> None:
     packed_modules = [
         (m, next(iter(m.floats()), "")) for m in owner.modules() if isinstance(m, Operator) and m.is_ready
     ]
+    # Modules that cannot be trained come first, so that their error is raised before any other module has changed.
     for module, name in sorted(((m, name) for m, name in packed_modules if name), key=lambda pair: pair[0].trains):
         if isinstance(module, Operator):  # False once a module tied to it has been unpacked
             module.trained(name)

@@ -49,7 +49,7 @@ def watch(module: nn.Module) -> None:
     Called for every module of a Guard; the classes of ktx need only their forward watched.
     """
     cls = type(module)
-    replaced = module.__dict__.get("replaced_class")
+    replaced = module.__dict__.get("replaced_class")  # of operators that do not inherit from the class they replace
     if cls in _watched_classes and (replaced is None or replaced in _watched_classes):
         return
     _watched_classes.update({cls, *([] if replaced is None else [replaced])})
@@ -125,6 +125,8 @@ def update() -> None:
 
 def _set_forward(cls: Any, call_patched: bool) -> None:
     """Sets the forward of an operator class, unless other code has patched that class itself.
+
+    So a script's patch of a transformers class also has an effect on the operators that replace its modules.
 
     Args:
         cls: The class of an adopted operator.

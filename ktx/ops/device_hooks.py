@@ -127,30 +127,30 @@ def _takes_f32(module: nn.Module, devices: Devices) -> bool:
 def _iter_call_sequence(model: Any, placements: Placements) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
     """Yields the decoder's modules in the order of calls, then the output layer, each with its inputs' placements.
 
-    A module needs a hook if one of these placements differs from its own.
+    A module needs a hook if one of these placements differs from its own. Token ids and positions are on the CPU.
     """
     body, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
-    others = [child for child in body.children() if child is not embedding and child is not body.layers]
-    tables = [child for child in others if is_rotary(child)]
+    other_children = [child for child in body.children() if child is not embedding and child is not body.layers]
+    rotary_modules = [child for child in other_children if is_rotary(child)]
     embedding_placement = placements[embedding]
-    table_placements = [placements[table] for table in tables]
-    indices = DevicePlacement(CPU, embedding_placement.dtype)  # tokens and positions
+    rotary_placements = [placements[rotary_module] for rotary_module in rotary_modules]
+    ids_placement = DevicePlacement(CPU, embedding_placement.dtype)
     needs_masks = _has_foreign_attention(model)
-    yield embedding, [indices]
-    for table in tables:
-        yield table, [indices, embedding_placement]
+    yield embedding, [ids_placement]
+    for rotary_module in rotary_modules:
+        yield rotary_module, [ids_placement, embedding_placement]
     previous = embedding_placement
     for layer in body.layers:
-        yield layer, [previous, *table_placements, *([indices, embedding_placement] if needs_masks else [])]
+        yield layer, [previous, *rotary_placements, *([ids_placement, embedding_placement] if needs_masks else [])]
         previous = placements[layer]
-    for child in others:
-        if child not in tables:
+    for child in other_children:
+        if child not in rotary_modules:
             yield child, [previous]
             previous = placements[child]
     if head is not None:
         yield head, [previous, *([placements[model.mtp]] if hasattr(model, "mtp") else [])]
     if hasattr(model, "mtp"):
-        yield model.mtp, [indices, embedding_placement, previous, *table_placements]
+        yield model.mtp, [ids_placement, embedding_placement, previous, *rotary_placements]
 
 
 def is_rotary(module: nn.Module) -> bool:
