@@ -33,7 +33,7 @@ class ExpertsLora(Lora):
 
     @staticmethod
     def nbytes(owner: Experts, adapters: Sequence[LowRank]) -> int:
-        """Returns the bytes that `pack` allocates.
+        """Returns the bytes that `pack` allocates, so that an adapter that does not fit in memory is refused.
 
         An adapter of gate_up_proj is packed as two projections, each with its own copy of A.
         """
@@ -56,18 +56,18 @@ class ExpertsLora(Lora):
         return factors
 
     def adapters_by_expert(
-        self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]
+        self, tokens: torch.Tensor, num_tokens: int, per_expert: Sequence[int]
     ) -> list[list[AdapterRows]]:
         """Returns for each expert the adapters of its rows.
 
         Args:
             tokens: token index of each row, sorted by expert.
-            count: number of tokens of the forward.
+            num_tokens: number of tokens of the forward.
             per_expert: number of rows of each expert.
         """
-        uses_of_token: list[AdapterUses] = [()] * count
-        for indices, uses in self.mapping.slices(count):
-            uses_of_token[indices] = [uses] * len(range(*indices.indices(count)))
+        uses_of_token: list[AdapterUses] = [()] * num_tokens
+        for indices, uses in self.mapping.slices(num_tokens):
+            uses_of_token[indices] = [uses] * len(range(*indices.indices(num_tokens)))
         per_expert_adapters: list[list[AdapterRows]] = []
         for expert_tokens in tokens.split(list(per_expert)):
             rows = [uses_of_token[token] for token in expert_tokens.tolist()]
@@ -76,12 +76,12 @@ class ExpertsLora(Lora):
         return per_expert_adapters
 
     def add_output(
-        self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
+        self, projection: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
     ) -> torch.Tensor:
         """Adds the adapters' outputs to the output of one expert's projection.
 
         Args:
-            half: the projection.
+            projection: the projection.
             rows: its input [tokens, k].
             expert: the index of the expert.
             chosen: the adapters of these rows.
@@ -91,7 +91,7 @@ class ExpertsLora(Lora):
             [tokens, n].
         """
         for use, indices in chosen:
-            factors = self.factors[use.name].get(half)
+            factors = self.factors[use.name].get(projection)
             if factors is None:
                 continue
             if indices is None:

@@ -397,9 +397,10 @@ class Experts(Parametrizable):
         ]
 
     def lora_shapes(self) -> dict[Any, tuple[str, ...]]:
-        """Returns the projections that a LoRA adapter can be added to; empty with experts on a GPU.
+        """Returns which projections a LoRA adapter is for, by the adapter's shape; empty with experts on a GPU.
 
-        Keys are the shape [experts, out, in] of a stacked parameter, or a (projection, shape) pair.
+        An adapter of a stacked parameter is recognized by its shape [experts, out, in] alone; one of a single
+        projection has the key (projection, shape).
         """
         if self.placement.gpu or self.on_gpu is not None:
             return {}

@@ -111,7 +111,7 @@ class PackedExperts:
             operator = Experts.from_hf(module, Context(class_name, module.config, torch.device("cpu"), torch.float32))
         except UsageError as error:  # its remedy is a rule, which transformers' models do not have
             raise UsageError(str(error).replace(KEEP_MODULE_HINT, USE_OTHER)) from error
-        parameters = _parameters(module, operator)
+        parameters = _collect_parameters(module, operator)
         operator.pack(
             {name: tensor.detach() for name, tensor in parameters.items()},
             lambda values: _pack(values, dtype, class_name),
@@ -131,7 +131,7 @@ def _unpickle(dtype: str | None) -> PackedExperts:
     return PackedExperts()
 
 
-def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]:
+def _collect_parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]:
     """Returns the parameters that the operator packs, by name; UsageError for one that it cannot pack."""
     parameters: dict[str, torch.Tensor] = {}
     for name in operator.stacked_parameters():

@@ -260,7 +260,7 @@ class Dequantized(torch.Tensor):
     def _add_lazily(cls, func: Any, args: Any, kwargs: Any) -> Dequantized | None:
         """Adds matrices lazily to a stack of as many, as PEFT's parametrizations do; None for any other sum.
 
-        torch's parametrize computes the sum only to read its shape.
+        torch's parametrize computes the sum only to read its shape, so dequantizing the stack would be wasted.
         """
         base, *others = args
         if not isinstance(base, Dequantized) or base.dim() != 3 or base.cached_values is not None:
@@ -268,6 +268,7 @@ class Dequantized(torch.Tensor):
         if not all(type(other) in (torch.Tensor, torch.nn.Parameter) and other.dim() == 3 for other in others):
             return None
         shapes = [other.shape for other in others]
+        # a sum with one stack of the same shape, or baddbmm: a sum with the products of two stacks
         fits = (len(shapes) == 1 and shapes[0] == base.shape) or (
             len(shapes) == 2 and {len(base), *map(len, others)} == {len(base)}
         )

@@ -106,7 +106,7 @@ class UncountedModules:
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()):
-        """Stores the identities of the modules' attributes, parameters and buffers."""
+        """Stores the attributes, parameters and buffers as flat tuples: each one's dict, its name and its value."""
         self.modules = tuple(modules)
         self.classes = tuple(map(type, self.modules))
         self.attributes = tuple(module.__dict__ for module in self.modules)
@@ -255,7 +255,7 @@ def valid_fast_path(owner: nn.Module, name: str = "block") -> Any:
     fast_path = owner.__dict__.get(name)
     if fast_path is None or torch.compiler.is_compiling():  # a compiled graph contains the children's kernels
         return None
-    if name != "inside" and torch_mode_active():
+    if name != "inside" and torch_mode_active():  # `inside` is only a guard of the children and hides no operation
         return None
     if fast_path.guard.holds():
         return fast_path

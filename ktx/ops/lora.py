@@ -56,7 +56,10 @@ class AdapterMapping:
         return step if step is not None and step.mapping is self else None
 
     def slices(self, rows: int) -> Iterator[tuple[slice, AdapterUses]]:
-        """Yields slices of `rows` rows that have adapters.
+        """Yields slices of `rows` rows that have adapters, with these adapters.
+
+        The number of rows tells which rows of the step a module is called with: those of a part, all tokens, or only
+        those whose logits are computed.
 
         Raises:
             UsageError: the number of rows is not that of the step, nor of the running part of it.

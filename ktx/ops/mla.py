@@ -400,7 +400,7 @@ class MLA(Operator):
         if batch is not None:
             return max(span.full_page_tokens for span in batch.spans)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-        if sequences > 1 or past % PAGE_TOKENS:
+        if sequences > 1 or past % PAGE_TOKENS:  # the call does not start at a page of one sequence: one form for all
             return length if length >= MIN_EXPANDED_TOKENS else 0
         return length // PAGE_TOKENS * PAGE_TOKENS
 

@@ -22,12 +22,12 @@ class ExpertsAdapters(Protocol):
     """The LoRA adapters of a layer's experts, see ktx.ops.expert_lora."""
 
     def adapters_by_expert(
-        self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]
+        self, tokens: torch.Tensor, num_tokens: int, per_expert: Sequence[int]
     ) -> list[list[AdapterRows]]:
         """Returns for each expert the adapters of its rows, see ktx.ops.expert_lora."""
 
     def add_output(
-        self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
+        self, projection: str, rows: torch.Tensor, expert: int, chosen: Sequence[AdapterRows], y: torch.Tensor
     ) -> torch.Tensor:
         """Adds the adapters' outputs to the output y [rows, n] of one expert's projection."""
 

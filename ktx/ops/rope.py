@@ -55,6 +55,7 @@ class RotaryEmbedding(Operator):
         if (length := self._table_length(position_ids)) is None:
             return super().forward(x, position_ids)
         scaling = float(getattr(self, "attention_scaling", 1.0))
+        # the fields of `table`: 0 number of positions, 1 tables, 2 frequencies, 3 scaling
         if (
             self.table is None
             or length > self.table[0]

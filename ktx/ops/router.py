@@ -37,7 +37,7 @@ class Router(Operator):
         name = known_class(old, ROUTERS, ctx, "the router {} is not supported")
         new: Router = adopt(cls, old, ctx)
         new.style = ROUTERS[name]
-        if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
+        if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":  # without groups of experts
             new.style = RoutingSpec("softmax", scaled=True)
         new.packed, new.version, new.inside = None, (), None
         if cls is Router:

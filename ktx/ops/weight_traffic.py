@@ -84,7 +84,7 @@ class WeightTraffic:
         return cls(per_forward, per_token, per_logits)
 
     def bytes(self, forwards: int, tokens: int, logits_forwards: int) -> int:
-        """Returns the bytes read by `forwards` forwards of `tokens` tokens in all, `heads` of which computed logits."""
+        """Returns the bytes read by `forwards` forwards of `tokens` tokens, `logits_forwards` of them with logits."""
         return (
             forwards * self.bytes_per_forward + tokens * self.bytes_per_token + logits_forwards * self.bytes_per_logits
         )

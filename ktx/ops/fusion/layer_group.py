@@ -118,6 +118,7 @@ class FusedLayerGroup:
         first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
         if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._is_enabled():
             return None
+        # as many runs of GROUP_LAYERS as MAX_TOKEN_LAYERS allows for these tokens, at least one
         layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
         if not first.supports(hidden_states, inputs.cache) or (self.has_dropout and _is_training(layers)):
             return None
@@ -199,15 +200,16 @@ def group_layers(model: nn.Module) -> None:
 def _grouping_key(blocks: LayerBlocks) -> tuple[Any, ...]:
     """Returns what layers of a group must have in common: the same kind of attention, to the same keys.
 
-    One call computes the group, with one mask and one pair of RoPE tables.
+    One call computes the group, with one mask and one pair of RoPE tables, and only the first layer decides whether the
+    call is fused (`supports`).
     """
     attention = blocks.attention.owner
     layer_types = getattr(getattr(attention, "config", None), "layer_types", None)
-    expands = getattr(attention, "w_uk", None) is not None
+    has_expanded_form = getattr(attention, "w_uk", None) is not None
     return (
         type(blocks.attention),
         layer_types and layer_types[attention.layer_idx],
         attention.kv_dtype,
         blocks.attention.half_rotary,
-        expands,
+        has_expanded_form,
     )
