@@ -415,7 +415,7 @@ class AttentionBlock:
 
     @classmethod
     def of(cls, owner: Attention) -> AttentionBlock | None:
-        """Builds the block of `owner`; None if a projection or norm is not an operator of ktx, or only one norm exists."""
+        """Builds the block of `owner`; None unless its projections, and both norms or none, are operators of ktx."""
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         if any(not is_plain_linear(children.get(name)) for name in PROJECTIONS):

@@ -67,11 +67,11 @@ def test_nothing_is_overwritten_before_it_is_read():
     way = ExpertOffload(Recording())
     first, second = states(5), states(5)
     under_way = way.submit(twice, *first), way.submit(twice, *second)
-    assert under_way[0].slot is not under_way[1].slot
+    assert under_way[0].buffer_set is not under_way[1].buffer_set
     assert torch.equal(way.result(under_way[0]), twice(*first))
     third = states(5)
     last = way.submit(twice, *third)
-    assert last.slot is under_way[0].slot
+    assert last.buffer_set is under_way[0].buffer_set
     assert torch.equal(way.result(under_way[1]), twice(*second)) and torch.equal(way.result(last), twice(*third))
 
 

@@ -17,7 +17,7 @@ from ktx.kernels.gradients import refuse_gpu_gradient
 from ktx.ops import attention
 from ktx.ops.base import Context
 from ktx.ops.fusion.fused import rotary_tables, sliding_window, split_mask
-from ktx.ops.gpu.kv_view import PagedView, layer_in_floats, reserve_kv, view_of_batch, view_of_states
+from ktx.ops.gpu.kv_view import PagedView, prepare_float_layer, reserve_kv, view_of_batch, view_of_states
 
 NAME = "ktx_gpu"
 MAX_SCORES = 1 << 26  # attention scores computed at once in `attend_in_torch`, in elements
@@ -143,7 +143,7 @@ class Attention(attention.Attention):
             output = self.forward_on_pages(cache=cache, **arguments)
             if output is not None:
                 return output, None
-        layer_in_floats(cache, self.layer_idx)
+        prepare_float_layer(cache, self.layer_idx)
         return super().compute(arguments, cache)
 
     def forward_on_pages(

@@ -159,7 +159,7 @@ class Streamer:
             offset += data.numel()
 
     def _unpack(self, chunk: ExpertChunk, name: str) -> soa_layout.SoAWeight:
-        """Repacks a projection from the raw buffer into the SoA buffer."""
+        """Repacks a projection from the raw buffer into the SoA buffer, whose layout the GPU kernels read."""
         packed, offset = chunk.experts.weights[name], 0
         target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.soa_buffers[name])
         for data, begin, groups in chunk.node_ranges(name):
@@ -262,7 +262,7 @@ def _pin_in_place(packed: cpu.Packed) -> bool:
     Weights in a mapped file are not pinned, because kernels/packed_cache.py moves them to anonymous memory in the
     background.
     """
-    if packed.data.untyped_storage().nbytes() != packed.nbytes:
+    if packed.data.untyped_storage().nbytes() != packed.nbytes:  # part of a larger memory: a mapped file
         return False
     unpin = pin(packed.data)
     if unpin is None:

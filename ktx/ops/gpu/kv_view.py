@@ -99,7 +99,7 @@ def reserve_kv(
     Returns:
         The view, or None where the layer is of another kind or shape, or the mask is not one that the kernels support.
     """
-    layer = layer_in_floats(cache, owner.layer_idx)
+    layer = prepare_float_layer(cache, owner.layer_idx)
     stored_dtype, device, (sequences, num_new) = (
         kv_float_dtype(owner.kv_dtype, hidden.dtype),
         hidden.device,
@@ -124,10 +124,11 @@ def reserve_kv(
     return _view_of_buffers(keys, values, num_new, spec, mask)
 
 
-def layer_in_floats(cache: Any, index: int) -> Any:
-    """Returns a cache's layer, set to store floats because GPU kernels read no Q8_0 blocks; None if there is none.
+def prepare_float_layer(cache: Any, index: int) -> Any:
+    """Makes a cache's layer store floats, because GPU kernels read no Q8_0 blocks; call it before the layer is filled.
 
-    Call it before the layer is filled.
+    Returns:
+        The layer; None if the cache has no such layer.
     """
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
@@ -145,7 +146,7 @@ def view_of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor]
 def view_of_states(
     keys: torch.Tensor, values: torch.Tensor, num_new: int, mask: torch.Tensor | None
 ) -> PagedView | None:
-    """Views keys and values [B, heads, T, columns], from any cache or from none.
+    """Views keys and values [B, heads, T, columns], from any cache or from none, as the pages that the kernels read.
 
     They are copied where their memory is not made of full pages. None for a mask that the kernels do not support.
     """
@@ -172,7 +173,7 @@ _tables_of_masks = TensorMemo[dict[Any, PageTables]]()
 
 
 def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: int) -> CausalSpec | None:
-    """Parses transformers' mask into the integers that the GPU kernels take in place of a mask.
+    """Parses transformers' mask into the integers that the GPU kernels take in place of a mask, once per mask.
 
     Args:
         mask: the mask, or None.
@@ -209,19 +210,22 @@ def _spec_of_ranges(ranges: torch.Tensor) -> CausalSpec | None:
 
 
 def _page_capacity(x: torch.Tensor) -> int:
-    """Returns the positions from one head of [B, heads, T, columns] to the next; 0 if these are not full pages.
+    """Returns the positions from one head of [B, heads, T, columns] to the next, if they are full pages; else 0.
 
-    The pages must be inside the tensor's storage.
+    Then x is a slice of a growing cache's buffer, which is viewed as pages without a copy. The buffer must end inside
+    the tensor's storage.
     """
     batch, heads, length, columns = x.shape
-    stride = (
+    head_stride = (
         x.stride(1) if heads > 1 else x.stride(0) if batch > 1 else -(-length // PAGE_TOKENS) * PAGE_TOKENS * columns
     )
-    dense = x.stride(3) == 1 and x.stride(2) == columns and (batch == 1 or x.stride(0) == heads * stride)
+    has_buffer_layout = (
+        x.stride(3) == 1 and x.stride(2) == columns and (batch == 1 or x.stride(0) == heads * head_stride)
+    )
     available = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     return (
-        stride // columns
-        if dense and stride % (PAGE_TOKENS * columns) == 0 and batch * heads * stride <= available
+        head_stride // columns
+        if has_buffer_layout and head_stride % (PAGE_TOKENS * columns) == 0 and batch * heads * head_stride <= available
         else 0
     )
 

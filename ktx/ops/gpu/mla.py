@@ -24,7 +24,7 @@ from ktx.ops import mla
 from ktx.ops.base import Context
 from ktx.ops.fusion.fused import kv_float_dtype, rotary_tables, split_mask
 from ktx.ops.gpu.attention import flatten_tables
-from ktx.ops.gpu.kv_view import PagedView, Row, cached_plan, layer_in_floats, reserve_kv, view_of_states
+from ktx.ops.gpu.kv_view import PagedView, Row, cached_plan, prepare_float_layer, reserve_kv, view_of_states
 from ktx.ops.gpu.norm import RMSNorm
 from ktx.weights.base import WeightSource
 
@@ -148,6 +148,8 @@ class MLA(mla.MLA):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalizes latents [B, S, rank] and adds them and rotated columns [1, 1, tokens, rope] to any cache.
 
+        For a cache whose memory the kernels cannot write to themselves (`reserve_kv`).
+
         Returns:
             All latents and rotated columns of the cache; without a cache, the new ones.
         """
@@ -155,7 +157,7 @@ class MLA(mla.MLA):
         rotated = k_rope.view(len(latent), 1, -1, k_rope.shape[-1])
         if cache is None:
             return normalized, rotated
-        layer_in_floats(cache, self.layer_idx)
+        prepare_float_layer(cache, self.layer_idx)
         dtype = kv_float_dtype(self.kv_dtype, latent.dtype)
         return cache.update(normalized.to(dtype), rotated.to(dtype), self.layer_idx)
 
@@ -168,20 +170,20 @@ class MLA(mla.MLA):
             [] if self.absorb_for_prefill else [i for i, (_, count) in enumerate(view.full_pages) if count]
         )
         if not with_full_pages:
-            return self.absorbed_on(q_nope, q_rope, view, view.tables, [count for _, count, _ in view.rows])
+            return self._attend_absorbed(q_nope, q_rope, view, view.tables, [count for _, count, _ in view.rows])
         out = q_nope.new_empty(1, q_nope.shape[2], self.num_heads * self.v_head_dim)
         for i in with_full_pages:
             self._attend_expanded(q_nope, q_rope, view, i, out)
         remainder = view.tables.plans.get("rest")
         if remainder is None:  # the first layer computes it for all others
-            remainder = view.tables.plans["rest"] = _tokens_outside_full_pages(view)
+            remainder = view.tables.plans["rest"] = _select_tokens_outside_full_pages(view)
         if remainder:
             indices, counts, tables = remainder
             queries = q_nope.index_select(2, indices), q_rope.index_select(2, indices)
-            out[:, indices] = self.absorbed_on(*queries, view, tables, counts)
+            out[:, indices] = self._attend_absorbed(*queries, view, tables, counts)
         return out
 
-    def absorbed_on(
+    def _attend_absorbed(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, tables: PageTables, counts: list[int]
     ) -> torch.Tensor:
         """Computes the absorbed form for some of the queries.
@@ -207,7 +209,7 @@ class MLA(mla.MLA):
     def _attend_expanded(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, index: int, out: torch.Tensor
     ) -> None:
-        """Computes the expanded form for the full pages of a sequence's prompt, in chunks of heads.
+        """Computes the expanded form for the full pages of a sequence's prompt, in chunks of heads to bound memory.
 
         Args:
             q_nope: queries [1, H, T, nope] of all sequences.
@@ -304,14 +306,14 @@ def _flatten(rows: torch.Tensor) -> torch.Tensor:
     return rows.reshape(1, -1, rows.shape[-1])
 
 
-def _tokens_outside_full_pages(view: PagedView) -> tuple[torch.Tensor, list[int], PageTables] | tuple[()]:
-    """Selects the tokens that are in no full page.
+def _select_tokens_outside_full_pages(view: PagedView) -> tuple[torch.Tensor, list[int], PageTables] | tuple[()]:
+    """Selects the tokens that are in no full page of a prompt, which use the absorbed form in one kernel call.
 
     Returns:
         Their indices [n], the lengths of their contiguous runs, and page tables with a sequence per run; empty if all
         tokens are in full pages.
     """
-    segments: list[tuple[Row, int]] = []
+    segments: list[tuple[Row, int]] = []  # a run of such tokens as a sequence, and the index of its sequence in `view`
     for i, ((first, count, keys), (lead, num_full)) in enumerate(zip(view.rows, view.full_pages, strict=True)):
         for begin, end in ((0, lead), (lead + num_full, count)):
             if begin < end:

@@ -53,7 +53,7 @@ class MoE(moe.MoE):
         return isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
 
     def start_experts(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
-        """Starts the routed experts: those of the CPU there or streamed to the GPU, and those that the GPU holds.
+        """Starts the routed experts: those in CPU memory, on the CPU or streamed to the GPU, and those on the GPU.
 
         Returns:
             A PendingMoE for `finish_experts`; without offload, what the base class returns.

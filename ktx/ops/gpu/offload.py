@@ -133,7 +133,7 @@ class Job:
 class Pending:
     """A submitted job: returned by `ExpertOffload.submit`, taken by `ExpertOffload.result`."""
 
-    slot: PinnedBuffers
+    buffer_set: PinnedBuffers
     job: Job
     like: torch.Tensor
 
@@ -154,7 +154,7 @@ class ExpertOffload(RecreatedOnFork):
     def recreate(self) -> None:
         """Creates the buffers and the error list anew, at first and in a forked child."""
         self.all_buffers = [PinnedBuffers(self.pinned) for _ in range(NUM_BUFFER_SETS)]
-        self.slots = itertools.cycle(self.all_buffers)
+        self.buffer_sets = itertools.cycle(self.all_buffers)
         self.errors: list[BaseException] = []
         self.layer, self.ended = -1, 0.0  # index of the last layer computed on the CPU, and the time when it ended
 
@@ -176,19 +176,19 @@ class ExpertOffload(RecreatedOnFork):
         """
         refuse_gpu_gradient("MoE", flat, weights)
         self.check()
-        slot, stream = next(self.slots), self.stream
+        buffer_set, stream = next(self.buffer_sets), self.stream
         stream.fork()
-        if slot.job is not None:  # its result was not fetched
-            stream.call(slot.job.sync)
+        if buffer_set.job is not None:  # its result was not fetched: wait before the buffers are overwritten
+            stream.call(buffer_set.job.sync)
         sources = {"hidden": flat, "ids": ids, "weights": weights}
-        inputs = tuple(slot.buffer_for(name, source) for name, source in sources.items())
+        inputs = tuple(buffer_set.buffer_for(name, source) for name, source in sources.items())
         for target, source in zip(inputs, sources.values(), strict=True):
             stream.copy(target, source)
-        slot.job = Job(
-            self, experts, inputs, slot.buffer_for("out", flat), cpu.current_bf16_rows(), padding.num_tokens()
+        buffer_set.job = Job(
+            self, experts, inputs, buffer_set.buffer_for("out", flat), cpu.current_bf16_rows(), padding.num_tokens()
         )
-        stream.call(slot.job.submit)
-        return Pending(slot, slot.job, flat)
+        stream.call(buffer_set.job.submit)
+        return Pending(buffer_set, buffer_set.job, flat)
 
     def result(self, pending: Pending) -> torch.Tensor:
         """Returns the job's output [tokens, D] on the device.
@@ -200,14 +200,14 @@ class ExpertOffload(RecreatedOnFork):
         self.stream.call(pending.job.sync)
         self.stream.copy(out, pending.job.out)
         self.stream.join()
-        pending.slot.job = None
+        pending.buffer_set.job = None
         self.check()
         return out
 
     def reset(self) -> None:
         """Discards jobs in flight: they were captured for a CUDA graph that failed, and never ran."""
-        for slot in self.all_buffers:
-            slot.job = None
+        for buffer_set in self.all_buffers:
+            buffer_set.job = None
 
     def check(self) -> None:
         """Raises the first error of the experts that was not raised yet, and clears all."""
