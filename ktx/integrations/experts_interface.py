@@ -82,7 +82,7 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        """Returns the spec of a pending module, whose loader then registers ktx; None for any other module.
+        """Returns the spec of a module that ktx waits for, whose loader then registers ktx; None for any other module.
 
         Python's import system calls it; it removes itself after the last pending module.
         """
@@ -97,7 +97,7 @@ class _Finder:
 
 
 def _call_after(spec: ModuleSpec, register: Callable[[Any], None]) -> None:
-    """Makes the loader of `spec` call `register` on the module once it is executed, because only then it has tables."""
+    """Makes the loader of `spec` call `register` after executing the module, which has nothing to register in before."""
     loader: Any = spec.loader
     original = loader.exec_module
 

@@ -332,7 +332,7 @@ class KtxQuantizer(HfQuantizer):
         model.__dict__.clear()
         model.__dict__.update(loaded.__dict__ | own_methods | generation)
         model.__dict__["ktx"] = loaded.ktx.for_copy(model)
-        model.generation_config.disable_compile = True
+        model.generation_config.disable_compile = True  # as in ktx.loader.meta_model, also for the caller's own
         if self.attention is not None:
             model.set_attn_implementation(self.attention)
         if self.experts is not None and not experts_by_path(model):

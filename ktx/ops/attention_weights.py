@@ -180,8 +180,8 @@ def call_registered(
 
 
 def check_implementation(name: Any) -> None:
-    """Raises UsageError if `name` is not the name of a registered attention function; None is valid."""
-    if name is None or name in (EAGER, *KERNELS[1:]):
+    """Raises UsageError if `name` is no registered attention function, before anything is loaded; None is valid."""
+    if name is None or name in (EAGER, *KERNELS[1:]):  # all kernels but "", which no user gives
         return
     try:
         attention_function(str(name))

@@ -180,7 +180,7 @@ class Operator(nn.Module):
         return {}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Replaces some of `floats` with other values, which are packed.
+        """Replaces some of `floats` with other values, which are packed: those of a state dict, or of an assignment.
 
         Linear layers and experts quantize them to the type of `quantize=`, if the model was loaded with it. Without it,
         and in other operators, values stay floats.
@@ -322,7 +322,7 @@ class Operator(nn.Module):
         return dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch.
+        """As in torch, for real parameters: the view of a packed weight would be stored as one, without its values.
 
         Raises:
             UsageError: `param` is a packed weight, as torch.nn.utils.prune passes it.
@@ -357,7 +357,7 @@ def unpack(owner: nn.Module) -> None:
 
 
 def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: str) -> str:
-    """Returns the name of the class of `old`, which must be one of `names`.
+    """Returns the name of the class of `old`, which must be one of `names`: others may compute something else.
 
     Args:
         old: The transformers module to replace.

@@ -44,7 +44,7 @@ def replaced_class(cls: type) -> type | None:
 
 
 def watch(module: nn.Module) -> None:
-    """Watches the methods of a module's class, and of the class that the module replaces, from now on.
+    """Watches the methods of a module's class and of the class that it replaces, so that `update` notices patches.
 
     Called for every module of a Guard; the classes of ktx need only their forward watched.
     """

@@ -57,7 +57,7 @@ def unsupported_module_error(old: nn.Module, path: str, what: str) -> UsageError
 
 
 def check_arguments(old: nn.Module, path: str, takes: Iterable[str], cache: bool = False) -> None:
-    """Checks the arguments of the module's forward.
+    """Checks the arguments of the module's forward: the operator would drop one that it does not know.
 
     Args:
         old: The transformers module.
@@ -124,7 +124,7 @@ def cached_check(check: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(check)
     def checked(old: nn.Module, path: str, *args: Any) -> None:
-        """Runs the check on the CPU without gradients; an AttributeError becomes a UsageError with the remedy."""
+        """Runs the check on the CPU unless it passed for such a module; an AttributeError becomes a UsageError."""
         settings = {name: value for name, value in vars(old).items() if isinstance(value, bool | int | float | str)}
         settings.pop("layer_idx", None)
         children = [(name, type(child), getattr(child, "out_features", 0)) for name, child in old._modules.items()]

@@ -58,7 +58,7 @@ class ExpertsLora(Lora):
     def adapters_by_expert(
         self, tokens: torch.Tensor, num_tokens: int, per_expert: Sequence[int]
     ) -> list[list[AdapterRows]]:
-        """Returns for each expert the adapters of its rows.
+        """Returns for each expert the adapters of its rows, which may belong to requests with different adapters.
 
         Args:
             tokens: token index of each row, sorted by expert.
@@ -84,7 +84,7 @@ class ExpertsLora(Lora):
             projection: the projection.
             rows: its input [tokens, k].
             expert: the index of the expert.
-            chosen: the adapters of these rows.
+            chosen: the adapters of these rows, each with the indices of those that use it; None: all.
             y: its output [tokens, n].
 
         Returns:

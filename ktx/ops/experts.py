@@ -206,7 +206,7 @@ class Experts(Parametrizable):
     def _select(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
         """Selects the experts held here from a layer's stacked experts, or from one part per expert.
 
-        Parts are dequantized if their weight types differ.
+        Parts are dequantized if their weight types differ, because packed experts have one type.
         """
         end, types_differ = self.first_expert + self.num_experts, len({part.qtype.name for part in parts}) > 1
         if len(parts) == self.total_experts and len(parts[0].shape) == 2:
@@ -319,6 +319,7 @@ class Experts(Parametrizable):
             [T, D]; None if there are neither parametrizations nor adapters and the activation module returned what the
             fused kernel computes.
         """
+        # One row for each token and each of its experts that is here, sorted by expert.
         expert_ids, order = ids.flatten().sort(stable=True)
         is_here = (expert_ids >= 0) & (expert_ids < self.num_experts)
         expert_ids, order = expert_ids[is_here], order[is_here]
@@ -476,7 +477,7 @@ class Experts(Parametrizable):
         self.take({name: checked_values(f"{self.path}.{name}", value, current.shape)})
 
     def floats(self) -> dict[str, Floats]:
-        """Returns views of the stacked parameters and biases; with experts on a GPU, entries that cannot be read."""
+        """Returns views of stacked parameters and biases, for state dicts; unreadable ones with experts on a GPU."""
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}
@@ -510,7 +511,7 @@ class Experts(Parametrizable):
     def _unreadable_floats(self, name: str, num_projections: int) -> dict[str, Floats]:
         """Returns the entries of `floats` for a stacked parameter with experts on a GPU, and for its bias.
 
-        They have names and shapes, but reading them raises UsageError.
+        A state dict lists their names and shapes, but reading their values raises UsageError.
         """
         message = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"

@@ -77,8 +77,10 @@ class PackedExperts:
             packed_experts = module.__dict__[PACKED_ATTRIBUTE] = cls(module)
         return packed_experts
 
-    def up_to_date(self, dtype: str | None) -> Experts:
+    def get_up_to_date(self, dtype: str | None) -> Experts:
         """Returns the operator with the module's parameters packed as `dtype`, packing them if they have changed.
+
+        Locked, so that only one of several threads packs.
 
         Raises:
             UsageError: no kernel supports the module.
@@ -194,7 +196,7 @@ def forward(
     if torch.compiler.is_exporting():
         raise UsageError(f"{type(module).__name__}: torch.export cannot export experts packed by ktx; {USE_OTHER}")
     packed_experts = PackedExperts.of(module)
-    operator = packed_experts.up_to_date(dtype)
+    operator = packed_experts.get_up_to_date(dtype)
     if hidden_states.dtype not in COMPUTE_DTYPES or hidden_states.device.type != "cpu":
         raise UsageError(
             f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx supports"
@@ -229,7 +231,7 @@ class ExpertsFunction(torch.autograd.Function):
     @custom_bwd(device_type="cpu")  # with the autocast state of the forward
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """Recomputes the forward with transformers' code on the parameters, and returns its gradients.
+        """Recomputes the forward with transformers' code on the parameters, as packed weights have no gradients.
 
         The first two arguments (operator and module) and the expert ids have none.
         """

@@ -88,7 +88,7 @@ def view_matrix(parts: Sequence[cpu.Packed]) -> Floats:
 
 
 def view_experts(projections: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
-    """Views one projection, or two in one parameter, as [experts, rows, columns].
+    """Views one projection, or two in one parameter, as the replaced module's parameter [experts, rows, columns].
 
     Args:
         projections: the packed projections.

@@ -47,7 +47,7 @@ class ForwardSignature:
         return cls(module_class.__name__, names, name, cache_aliases(name))
 
     def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Splits the arguments of a call into named arguments and the cache.
+        """Splits the arguments of a call into named arguments and the cache, whose name differs between versions.
 
         Args:
             args: The positional arguments.

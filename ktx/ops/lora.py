@@ -172,7 +172,7 @@ class Lora:
             y: the output of the packed matrix [..., out].
         """
         rows = y.numel() // y.shape[-1]
-        flat = x.reshape(rows, *x.shape[y.ndim - 1 :])
+        flat = x.reshape(rows, *x.shape[y.ndim - 1 :])  # token ids have no last dimension to keep
         total: torch.Tensor | None = None
         for indices, uses in self.mapping.slices(rows):
             for use in uses:

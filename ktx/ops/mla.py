@@ -585,7 +585,7 @@ class KVExpansion(nn.Module):
         super().__init__()
         self.__dict__["owner"] = owner  # not registered as a child
         self.path, self.placement = f"{owner.path}.kv_b_proj", owner.placement
-        parameters = VisibleParameters()
+        parameters = VisibleParameters()  # so that `weight` is found as a parameter, and packed when it is assigned
         parameters.names, parameters.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = parameters
         self.replaced_class = nn.Linear
@@ -780,9 +780,9 @@ def _slice_head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Pac
 
 
 def to_f16(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
-    """Converts F32 weights to F16 where that is possible.
+    """Converts F32 weights to F16, which halves their memory, where that is possible.
 
-    F32 weights were computed from the file's type unless `exact`, and then F16 rounds less than that type did. Returns
+    Unless `exact`, F32 weights were computed from the file's type, which has rounded them more than F16 does. Returns
     `weight` itself if it is not F32, if `exact` is set, or if F16 would overflow.
     """
     if weight.qtype is not QTYPES["F32"] or exact:

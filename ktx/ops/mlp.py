@@ -36,7 +36,7 @@ class FusedMLP:
 
     @classmethod
     def of(cls, owner: MLP) -> FusedMLP | None:
-        """Builds it from `owner`, splitting a joint gate_up_proj into two matrices that share its memory.
+        """Builds the fused layer of `owner`, splitting a joint gate_up_proj into two matrices that share its memory.
 
         None if a projection is not a plain Linear or has several parts, or if the split is inside a group of rows.
         """

@@ -77,7 +77,7 @@ def _adds_one_to_weight(old: Any, eps: float, where: str) -> bool:
         UsageError: It computes neither that nor plain RMSNorm, or its forward fails.
     """
     generator = torch.Generator().manual_seed(1)
-    x, weight = (
+    x, weight = (  # [3, D] and [D]
         torch.randn(*shape, old.weight.shape[-1], generator=generator, dtype=torch.float32) for shape in ((3,), ())
     )
     probe = probe_copy(old, parameters={"weight": weight})

@@ -79,7 +79,7 @@ class WeightTraffic:
                 per_token += size.bytes_per_token
             elif size.module is output_layer:
                 per_logits += size.bytes_per_token
-            elif not isinstance(size.module, Experts):
+            elif not isinstance(size.module, Experts):  # how many experts a forward reads depends on its tokens
                 per_forward += size.bytes_per_token
         return cls(per_forward, per_token, per_logits)
 

@@ -340,7 +340,7 @@ _tables_of_embeddings = TensorMemo[tuple[torch.Tensor, torch.Tensor]]()
 
 
 def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns cos and sin f32 [B, S, rotary columns].
+    """Converts the rotary tables that a layer gets to those that the kernels read: cos, sin f32 [B, S, rotary columns].
 
     Args:
         embeddings: The pair (cos, sin) of transformers, or deepseek_v2's complex tensor [B, S, rotary columns / 2].

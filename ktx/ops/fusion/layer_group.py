@@ -186,7 +186,7 @@ def group_layers(model: nn.Module) -> None:
         if type(module) is nn.ModuleList and any(isinstance(child, Layer) for child in module):
             module.__class__ = GroupedLayers
         run: list[LayerBlocks] = []
-        for child in [*module, None]:
+        for child in [*module, None]:  # None ends the last run
             blocks = LayerBlocks.of(child) if isinstance(child, Layer) else None
             if run and (blocks is None or _grouping_key(blocks) != _grouping_key(run[0])):
                 for i in range(0, len(run) - 1, GROUP_LAYERS):

@@ -171,7 +171,7 @@ class Attention(attention.Attention):
         q, k, v = (self._project_heads(name, hidden_states) for name in "qkv")
         cos, sin = flatten_tables(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = rope_and_cache_kv(q, k, v, cos, sin, view.tables.slots, *view.pools)
-        attended = attend_on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)
+        attended = attend_on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)  # no softcap
         return self.o_proj(attended.view(*hidden_states.shape[:2], -1))
 
     def _project_heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:

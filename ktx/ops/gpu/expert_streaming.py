@@ -95,7 +95,7 @@ class Streamer:
         chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
         for chunk, following in pairwise(chunks_in_order):
             chunk.next_chunk = following
-        self.prefetching: ExpertChunk | None = None  # in `raw`, or being copied there
+        self.prefetching: ExpertChunk | None = None  # in `raw_buffers`, or being copied there
         self.resident: ExpertChunk | None = None  # the chunk of `matrices`
         self.matrices: list[soa_layout.SoAWeight] = []
         self.raw_buffers = {
@@ -193,7 +193,7 @@ def install_streaming(model: Any, requested: object = "auto") -> None:
     for module in model.modules():
         if isinstance(module, MoE) and module.offload is not None and type(module.experts) is Experts:
             blocks[module.placement].extend([module] if module.experts.num_experts else [])
-    if min_tokens == 0:
+    if min_tokens == 0:  # off
         return
     if min_tokens is not None and not any(blocks.values()):
         reason = "no layer has its experts on the CPU and its MoE block on a GPU"
@@ -218,7 +218,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -
     try:
         streamer = Streamer(device.torch, layers, _create_stream(device, layers))
     except torch.OutOfMemoryError:
-        needed_bytes = 2 * max(
+        needed_bytes = 2 * max(  # a raw and an SoA buffer, for the largest chunk
             sum(chunk.nbytes(name) for name in PROJECTIONS)
             for e in layers
             for chunk in _split_into_chunks(e, STREAM_CHUNK_BYTES)

@@ -60,9 +60,9 @@ def run_experts(
     matrices: Sequence[SoAWeight],
     biases: Sequence[torch.Tensor | None],
     first: int,
-    chosen: torch.Tensor | None,
+    token_counts: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Runs the fused experts kernel of the GPU.
+    """Runs the fused experts kernel of the GPU, on experts that are there or were streamed there.
 
     Args:
         gate: the activation between the projections.
@@ -70,10 +70,10 @@ def run_experts(
         matrices: packed weights of gate, up and down projection.
         biases: their biases, or None.
         first: id of the expert at index 0 of the matrices; tokens of other experts are skipped.
-        chosen: int64 counts of tokens per expert of the layer, incremented by the kernel; None: not counted.
+        token_counts: int64 counts of tokens per expert of the layer, incremented by the kernel; None: not counted.
 
     Returns:
         [tokens, D].
     """
     (w_gate, w_up, w_down), (b_gate, b_up, b_down) = matrices, biases
-    return moe.experts(*inputs, w_gate, w_up, w_down, b_gate, b_up, b_down, *gate, first, chosen)
+    return moe.experts(*inputs, w_gate, w_up, w_down, b_gate, b_up, b_down, *gate, first, token_counts)

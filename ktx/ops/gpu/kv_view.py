@@ -184,7 +184,7 @@ def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: i
     Returns:
         None if the mask is not causal (padding, holes).
     """
-    if mask is None:
+    if mask is None:  # causal if the new token is the last one, or all tokens are new
         return CausalSpec((num_keys,) * batch) if num_new in (1, num_keys) else None
     ranges = ranges_of(mask)
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != num_keys):
@@ -240,7 +240,10 @@ def _extend_to_buffer(x: torch.Tensor, capacity: int) -> torch.Tensor:
 def _view_of_buffers(
     keys: torch.Tensor, values: torch.Tensor, num_new: int, spec: CausalSpec, mask: torch.Tensor | None
 ) -> PagedView:
-    """Views two buffers [B, heads, capacity, columns] whose last `num_new` keys per sequence are the forward's."""
+    """Views two buffers [B, heads, capacity, columns] whose last `num_new` keys per sequence are the forward's.
+
+    All layers share a mask, so it caches the page tables.
+    """
     _, heads, capacity, _ = keys.shape
     rows = [(b * num_new, num_new, count) for b, count in enumerate(spec.keys)]
     key = keys.device, heads * capacity // PAGE_TOKENS

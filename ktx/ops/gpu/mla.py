@@ -122,6 +122,8 @@ class MLA(mla.MLA):
     ) -> torch.Tensor:
         """Writes normalized latents and rotated key columns [B, S, columns] to the pages of the view.
 
+        The kernel normalizes too, unless the norm has another class or formula, or hooks.
+
         Returns:
             The rotated columns of the queries.
         """
