@@ -97,7 +97,7 @@ class _Finder:
 
 
 def _call_after(spec: ModuleSpec, register: Callable[[Any], None]) -> None:
-    """Makes the loader of `spec` call `register` after executing the module, which has nothing to register in before."""
+    """Makes the loader of `spec` call `register` after executing the module; before, it lacks what `register` needs."""
     loader: Any = spec.loader
     original = loader.exec_module
 

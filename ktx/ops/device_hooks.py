@@ -148,6 +148,7 @@ def _iter_call_sequence(model: Any, placements: Placements) -> Iterator[tuple[nn
             yield child, [previous]
             previous = placements[child]
     if head is not None:
+        # the output of the MTP layer is another input of the output layer
         yield head, [previous, *([placements[model.mtp]] if hasattr(model, "mtp") else [])]
     if hasattr(model, "mtp"):
         yield model.mtp, [ids_placement, embedding_placement, previous, *rotary_placements]
