@@ -181,7 +181,8 @@ def forward(
 ) -> torch.Tensor:
     """Computes experts by transformers' contract: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
-    transformers calls it instead of the module's forward. An id outside the module's experts, as in expert parallelism, adds nothing.
+    transformers calls this function instead of the module's forward. An id outside the module's experts, as in expert
+    parallelism, adds nothing.
 
     Args:
         dtype: the weight type to pack as; None: the parameters' own type.
