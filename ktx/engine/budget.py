@@ -72,7 +72,8 @@ class StepBudget:
         self.warned = False  # whether the log has the warning about steps that are too slow
 
     def max_prompt_tokens(self, past: int = 0, decoding: bool = False) -> int:
-        """Returns the maximum number of prompt tokens for the next step.
+        """Returns the maximum number of prompt tokens for the next step: more after a long past, because all tokens of
+        a step share its work on the past; while requests decode, no more than fit into the latency target.
 
         Args:
             past: computed tokens of the oldest prompt in the step.
@@ -89,7 +90,7 @@ class StepBudget:
         """Updates the estimate of how many prompt tokens fit into `target_s` after a step.
 
         Args:
-            tokens: prompt tokens of the step.
+            prompt_tokens: prompt tokens of the step.
             decoding: whether the step also had decode tokens; only such steps change the estimate.
             seconds: duration of the step's forward.
         """
@@ -108,6 +109,7 @@ class StepBudget:
                 float(self.min_tokens),
                 min(fitting_tokens, MAX_GROWTH * max(self.fitting_tokens, prompt_tokens), float(self.max_tokens)),
             )
+        # Even a step of about the minimum size is too slow: only a higher target helps.
         if seconds > self.target_s and self.min_tokens <= prompt_tokens < 2 * self.min_tokens and not self.warned:
             self.warned = True
             log.warning(

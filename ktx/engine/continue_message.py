@@ -48,6 +48,7 @@ def render_continuation(
         [*history, _with_sentinel(last, prefill_text, closed_reasoning, thinking, chat_format, sentinel)], False
     )
     *parts, _ = text.split(sentinel)
+    # The template has rendered every text with its sentinel: the text to continue, and the closed reasoning if any.
     if len(parts) == 1 + bool(closed_reasoning) and parts[-1].endswith(prefill_text.lstrip()):
         text = _append_last_turn(render, history, "".join(parts), prefill_text)
     elif reasoning or thinking:
@@ -58,8 +59,8 @@ def render_continuation(
 
 
 def _split_reasoning(message: Message, chat_format: ChatFormat) -> tuple[str, str | None]:
-    """Returns a message's reasoning, which may also be in its content, and the content; None for content that has not
-    begun.
+    """Returns a message's reasoning, which clients also send between marks in the content, and the content; None for
+    content that has not begun, because then the output continues the reasoning.
     """
     reasoning, content = message.get("reasoning_content") or "", message["content"] or ""
     open_mark, close_mark = chat_format.reasoning_marks
@@ -103,6 +104,7 @@ def _append_last_turn(render: RenderFn, history: Sequence[Message], text: str, p
     if not history or text.startswith(rendered_history := render(history, False)):
         return text
     turns = text[: len(text) - len(prefill_text.lstrip())]
+    # length of the longest end of the rendered history that also occurs in `turns`
     num_common = bisect_left(
         range(1, len(rendered_history) + 1), True, key=lambda count: rendered_history[-count:] not in turns
     )

@@ -31,11 +31,14 @@ class Detokenizer:
         return text
 
     def feed(self, token: int) -> str:
-        """Returns the text that this token completes; empty while a character is incomplete."""
+        """Returns the text that this token completes; empty while a character is incomplete. Tokens from `start` on are
+        decoded again as its context, because a token decoded alone may lose its leading space.
+        """
         if token in self.hidden:
             return ""
         self.ids.append(token)
         emitted_text, text = self._decode(self.ids[self.start : self.emitted]), self._decode(self.ids[self.start :])
+        # U+FFFD stands for the first bytes of a character
         if text.endswith("�") or len(text) <= len(emitted_text):
             return ""
         self.start, self.emitted = self.emitted, len(self.ids)

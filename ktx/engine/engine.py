@@ -195,6 +195,7 @@ class Engine:
                     f"a step of {requested} prompt tokens needs more memory than weights and KV cache leave free, "
                     f"{max_tokens} tokens would fit; lower --max-num-batched-tokens"
                 )
+            # Chunks of a page or more end at multiples of `granularity`, so a step must hold one of them.
             step = max(requested, granularity) if requested >= PAGE_TOKENS else requested
             return StepBudget(step, max_tokens=step, target_s=seconds, min_tokens=granularity)
         if max_tokens < MAX_STEP_TOKENS:
@@ -346,8 +347,8 @@ class Engine:
         return adapter.name
 
     def unload_lora(self, name: str) -> None:
-        """Unloads an adapter: new requests cannot use it, those already submitted continue with it. UsageError for an
-        unknown name.
+        """Unloads an adapter between two steps: new requests cannot use it, those already submitted continue with it.
+        UsageError for an unknown name.
         """
 
         def unload() -> None:
@@ -357,16 +358,16 @@ class Engine:
         self.between_steps(unload)
 
     def _unload(self, name: str) -> None:
-        """Unloads an adapter under the lock. Unfinished requests continue with it under another name, so that the name
-        is free at once; `_send_finished` drops it after the last of them.
+        """Unloads an adapter; the caller holds the lock. Unfinished requests continue with it under another name, so
+        that its name is free at once; `_send_finished` drops it after the last of them.
         """
         adapters = self.runner.adapters
         if not self._adapter_in_use(name):
             return adapters.drop(name)
-        other = adapters.retire(name)
+        retired_name = adapters.retire(name)
         for request in self.outputs:
-            request.lora = tuple(use._replace(name=other) if use.name == name else use for use in request.lora)
-        self.unloading_adapters.add(other)
+            request.lora = tuple(use._replace(name=retired_name) if use.name == name else use for use in request.lora)
+        self.unloading_adapters.add(retired_name)
 
     def _adapter_in_use(self, name: str) -> bool:
         """Whether an unfinished request uses an adapter."""
@@ -580,11 +581,13 @@ class Engine:
         start: float,
     ) -> None:
         """Computes draft tokens for the next forward. An error here costs only speed: speculative decoding is switched
-        off.
+        off. `results`: the chunks of this step, each with the number of its tokens that stay in the cache.
         """
         for chunk, num_kept in results:
             if num_drafted[chunk.request]:
+                # of the tokens that stay, the first was no draft token
                 speculation.record_verified(chunk.request, num_drafted[chunk.request], num_kept - 1)
+        # one less than output and context can still take, because the next forward also samples a token
         max_drafts = {
             chunk.request: min(
                 chunk.request.sampling.max_new_tokens - chunk.request.num_output,
@@ -595,6 +598,7 @@ class Engine:
             if chunk.request in self.outputs and chunk.request.num_uncomputed == 1 and not chunk.request.isolated
         }
         try:
+            # nothing stays of a request that has ended
             kept_results = [(chunk, num_kept if chunk.request in self.outputs else 0) for chunk, num_kept in results]
             speculation.prepare(kept_results, max_drafts, time.perf_counter() - start)
         except Exception:

@@ -40,7 +40,7 @@ def schema_grammar(schema: Any) -> str:
 
 
 def check_schema(schema: Any) -> None:
-    """Raises UsageError for a schema that is too large, too deep, or has external references."""
+    """Raises UsageError for a schema that exceeds SCHEMA_LIMITS, or has external references, which are not followed."""
     for members, (depth, key, value) in enumerate(_walk_members(schema), 1):
         if depth > SCHEMA_LIMITS["depth"]:
             raise UsageError(f"the JSON schema is nested deeper than {SCHEMA_LIMITS['depth']} levels")
@@ -165,6 +165,7 @@ class GrammarMatcher:
             UsageError: the parser's state exceeds its limits.
         """
         if self.after:
+            # a token may have up to 64 characters behind the end of `after`
             self.tail = (self.tail + self.tokens.decode_str([token]))[-len(self.after) - 64 :]
             if self.after in self.tail:
                 self.after = ""

@@ -63,8 +63,8 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Runs the function twice: the first run compiles kernels and allocates memory that has to outlive the
-        graph's.
+        """Records the function's launches. Runs it once before the recording, to compile kernels and to allocate memory
+        that has to outlive the graph's.
         """
         with torch.cuda.device(self.device), streams.collect_graph_functions() as host_function_ids:
             stream = torch.cuda.Stream(self.device)
@@ -167,6 +167,7 @@ class DecodeStep:
     def __init__(self, graphs: Graphs, size: int):
         inputs, self.size, self.model, self.cache = graphs.inputs, size, graphs.model, graphs.cache
         self.tables = inputs.tables(size, graphs.scratch)
+        # Placeholders: a replay reads the real sequences from the page tables, which view the input buffers.
         spans = [SequenceSpan(-1, 0, 1, [inputs.padding_page])] * size
         self.batch = BatchMetadata(spans, tables={graphs.device.torch: self.tables})
         self.no_adapters = graphs.no_adapters
@@ -177,7 +178,7 @@ class DecodeStep:
             "position_ids": inputs.field("positions", size)[None],
             "attention_mask": torch.zeros(1, 1, size, 2, dtype=torch.int32),
         }
-        if graphs.hidden is None:
+        if graphs.hidden is None:  # the graph contains the embedding, see `Graphs`
             self.model_inputs["input_ids"] = inputs.field("ids", size)[None]
         else:
             self.model_inputs["inputs_embeds"] = graphs.hidden[:, :size]
@@ -216,12 +217,14 @@ class Graphs:
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
         self.no_adapters = no_adapters
+        # pages of the longest sequence; all pages before the padding page are those of sequences
         self.width = min(-(-context // PAGE_TOKENS), padding_page)
         self.inputs = Inputs(device, max_requests, self.width, padding_page)
         self.scratch: dict[Any, torch.Tensor] = {}
         lm_head: Any = model.get_output_embeddings()
         embedding: Any = model.get_input_embeddings()
         self.logits = torch.empty(max_requests, lm_head.out_features, dtype=model.dtype, device=device.torch)
+        # output of an embedding on the CPU, which a graph cannot contain; None: the embedding is on the GPU
         self.hidden: torch.Tensor | None = None
         if not module_devices(model)[embedding].gpu:
             shape = 1, max_requests, embedding.embedding_dim
@@ -257,8 +260,8 @@ class Graphs:
         return 0 if self.device.fake else torch.cuda.memory_reserved(self.device.torch)
 
     def step(self, tokens: Sequence[DecodeToken]) -> torch.Tensor | None:
-        """Returns logits [tokens, vocabulary] on the device, valid until the next step; None when no graph fits this
-        step.
+        """Replays the smallest graph that holds the tokens. Returns logits [tokens, vocabulary] on the device, valid
+        until the next step; None when no graph fits this step.
         """
         size = min((size for size in self.graphs if size >= len(tokens)), default=0)
         if not size or any(len(token.pages) > self.width for token in tokens) or not self.guard.holds():
@@ -314,19 +317,23 @@ def offloaded_experts(model: LoadedModel) -> dict[torch.nn.Module, Any]:
 
 
 def unsupported_reason(model: LoadedModel) -> str:
-    """Returns why decode steps of a model on a GPU cannot be captured; empty if they can."""
+    """Returns why decode steps of a model on a GPU cannot be captured; empty if they can.
+
+    A graph replays work on one GPU with fixed addresses, so nothing in it may be elsewhere, depend on a sequence's
+    length, or be planned on the CPU. Offloaded experts are called through host functions.
+    """
     gpu, devices, names = (
         first_gpu(model),
         module_devices(model),
         {module: path for path, module in model.named_modules()},
     )
     modules, offloads, embedding = dict(model.named_modules()), offloaded_experts(model), model.get_input_embeddings()
-    tables = [module for module in names if is_rotary(module)]
-    for module in [*(modules[step.path] for step in model.ktx.plan if step.path in modules), *tables]:
+    rotary = [module for module in names if is_rotary(module)]
+    for module in [*(modules[step.path] for step in model.ktx.plan if step.path in modules), *rotary]:
         allowed = (gpu, CPU) if module is embedding else (gpu,)
         if module not in offloads and devices.get(module, CPU) not in allowed:
             return f"{names[module]} is on {devices.get(module, CPU)}, other modules are on {gpu}"
-    for module in tables:
+    for module in rotary:
         if not (isinstance(module, RotaryEmbedding) and module.fixed):
             return f"the tables of {names[module]} depend on a sequence's length"
     if any(plans_on_host(getattr(module, "backend", "triton")) for module in names):
@@ -341,15 +348,17 @@ def unsupported_reason(model: LoadedModel) -> str:
 
 def replay_guard(model: LoadedModel) -> Guard:
     """Returns a guard of the modules that a replay does not call: it holds as long as they are the same and have no
-    hooks.
+    hooks, which a replay would skip.
     """
     called_modules = {*offloaded_experts(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
     replayed_modules = [module for module in model.modules() if module not in called_modules]
-    replay_guard = Guard(
+    guard = Guard(
         (), replayed_modules, (module.copied_weight() for module in replayed_modules if isinstance(module, RMSNorm))
     )
-    replay_guard.children.append((model._modules, tuple(model._modules.values())))
-    replay_guard.hooks = [
-        hooks for hooks in replay_guard.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
+    # `model` itself is called, but its children must stay the same
+    guard.children.append((model._modules, tuple(model._modules.values())))
+    # the graph contains the transfers of ktx's own hooks
+    guard.hooks = [
+        hooks for hooks in guard.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
     ]
-    return replay_guard
+    return guard

@@ -41,27 +41,31 @@ class MTPDrafter:
     def draft(
         self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Returns up to `max_drafts[request]` draft tokens for each request, see `Drafter.draft`."""
+        """Runs the layer on the tokens that stay, because it needs keys and values of all of them. Returns up to
+        `max_drafts[request]` draft tokens for each request, see `Drafter.draft`.
+        """
         # The layer reads, for each token that stays in the cache, the decoder's hidden state and the id of the next
         # token. Where the last token has no next one, the request has ended, so its chunk is skipped.
-        rows, ids, spans, row = [], list[int](), [], 0
+        rows, ids, spans, first_row = [], list[int](), [], 0
         for chunk, num_kept in results:
             request, end = chunk.request, chunk.start + num_kept
             if num_kept and len(request.ids) > end:
-                rows.append(self.hidden[0, row : row + num_kept])
+                rows.append(self.hidden[0, first_row : first_row + num_kept])
                 ids += request.ids[chunk.start + 1 : end + 1]
-                prompt = max(0, min(num_kept, len(request.prompt) - chunk.start))
-                spans.append((request, SequenceSpan(request.id, chunk.start, num_kept, request.pages, prompt)))
-            row += chunk.count
+                num_prompt_tokens = max(0, min(num_kept, len(request.prompt) - chunk.start))
+                spans.append(
+                    (request, SequenceSpan(request.id, chunk.start, num_kept, request.pages, num_prompt_tokens))
+                )
+            first_row += chunk.count
         if not spans:
             return {}
         states = self._run_layer(torch.cat(rows), ids, [span for _, span in spans])
-        last, end_row = {}, 0  # last: request -> the state of its last computed token
+        last_states, end_row = {}, 0  # request -> the state of its last computed token
         for request, span in spans:
             end_row += span.count
             if max_drafts.get(request):
-                last[request] = states[end_row - 1]
-        return self._draft_tokens(last, max_drafts)
+                last_states[request] = states[end_row - 1]
+        return self._draft_tokens(last_states, max_drafts)
 
     def _draft_tokens(
         self, last_states: dict[Request, torch.Tensor], max_drafts: Mapping[Request, int]
@@ -93,12 +97,12 @@ class MTPDrafter:
             last_states = {request: state for (request, _), state in zip(spans, states, strict=True)}
         return drafts
 
-    def _run_layer(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
-        """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and the ids of the
-        following tokens.
+    def _run_layer(self, hidden: torch.Tensor, next_ids: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
+        """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and, for each token, the
+        id of the token that follows it.
         """
         batch = BatchMetadata(spans)
-        embeds = self.body.embed_tokens(torch.tensor([following]))
+        embeds = self.body.embed_tokens(torch.tensor([next_ids]))
         with self.cache.forward(batch, batch.full_page_rows()):
             states = self.model.mtp(
                 embeds,
@@ -109,5 +113,5 @@ class MTPDrafter:
                 attention_mask=None,
                 use_cache=True,
             )
-        first: torch.Tensor = states[0]
-        return first
+        token_states: torch.Tensor = states[0]
+        return token_states

@@ -66,20 +66,20 @@ class PromptRenderer:
         check_templates(self.templates, source, getattr(tokenizer, "special_tokens_map", {}))
         self.chat_format: ChatFormat = chat_format_for("\n".join(self.templates.values()), model_type)
         self.templates_with_tools: set[str | None] = set()  # templates that have rendered tools
-        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+        added_tokens = getattr(tokenizer, "added_tokens_decoder", None) or {}
         # control tokens: text in a message that looks like one of these must stay text
         names = [
             str(token)
-            for token in added.values()
+            for token in added_tokens.values()
             if len(str(token)) > 1 and (token.special or _MARK.fullmatch(str(token)))
         ]
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
-        self.textless_ids = frozenset(self._textless_tokens(added))
+        self.textless_ids = frozenset(self._textless_tokens(added_tokens))
         self.control_pattern = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
 
-    def _textless_tokens(self, added: Mapping[int, Any]) -> set[int]:
+    def _textless_tokens(self, added_tokens: Mapping[int, Any]) -> set[int]:
         """Returns the special tokens without text in an output: all but the marks of reasoning and calls, which the
         parser reads.
         """
@@ -88,7 +88,7 @@ class PromptRenderer:
         marks = self.chat_format.all_marks
         return {
             token_id
-            for token_id, special_token in added.items()
+            for token_id, special_token in added_tokens.items()
             if special_token.special
             and not any(str(special_token) in mark or mark in str(special_token) for mark in marks)
         }
@@ -244,7 +244,9 @@ class PromptRenderer:
         return self.chat_format.reasoning_marks if message.get("role") == "assistant" else ()
 
     def _escape_special_tokens(self, value: Any, separator: str, allowed: Sequence[str]) -> Any:
-        """Puts a separator inside each control token in a value's texts, so that it is tokenized as text."""
+        """Puts a separator inside each control token in a value's texts, where `_tokenize` splits the prompt: only the
+        template may write control tokens, a client's text may not. `allowed`: tokens that stay.
+        """
         if isinstance(value, str):
 
             def split_token(found: re.Match[str]) -> str:

@@ -281,7 +281,7 @@ class SequentialRunner(ModelRunner):
         decode_steps = [(start, 1) for start in range(prompt_end, chunk.start + chunk.count)]
         if not chunk.num_prompt_tokens or (not self.in_chunks and prompt_end < len(chunk.request.prompt)):
             return decode_steps
-        if not self.in_chunks:
+        if not self.in_chunks:  # the last chunk of a prompt computes all of it
             return [(0, prompt_end), *decode_steps]
         cuts = [
             chunk.start,
@@ -296,25 +296,26 @@ class SequentialRunner(ModelRunner):
         The keys and values go to the request's own cache, which its first chunk creates.
         """
         request = chunk.request
-        rows = max(0, start + count - max(start, chunk.start + chunk.count - num_logits(chunk)))
+        num_rows = max(0, start + count - max(start, chunk.start + chunk.count - num_logits(chunk)))
         span = SequenceSpan(request.id, start, count, (), max(0, min(count, len(request.prompt) - start)))
-        ranges = (
+        # the rows that AMX multiplies in bf16: full pages of the prompt
+        bf16_ranges = (
             (span.lead_tokens, span.full_page_tokens) if span.full_page_tokens and not request.sampling.echo else ()
         )
         if not self.own_cache and request.id not in self.caches:
             self.caches[request.id] = KVCache(self.model.config, self.model.ktx.kv_dtype)
-        adapters = self.adapters.activate_step([(count, request.lora)], [(max(1, rows), request.lora)])
-        with cpu.bf16_rows(count, ranges), enter(ForwardContext(adapters=adapters)):
+        adapters = self.adapters.activate_step([(count, request.lora)], [(max(1, num_rows), request.lora)])
+        with cpu.bf16_rows(count, bf16_ranges), enter(ForwardContext(adapters=adapters)):
             out = self.model(
                 input_ids=torch.tensor([request.ids[start : start + count]]),
                 position_ids=torch.arange(start, start + count)[None],
                 **cache_argument(self.model, self.caches.get(request.id)),
                 use_cache=True,
-                logits_to_keep=max(1, rows),
+                logits_to_keep=max(1, num_rows),  # 0 would be all of them
             )
         self.caches[request.id] = cache_of(out)
         logits = to_cpu(self.model, out.logits)[0]
-        return logits[len(logits) - rows :]
+        return logits[len(logits) - num_rows :]
 
     def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
         """Returns the number of forwards, of tokens, and again of forwards, because each computes logits."""

@@ -32,13 +32,14 @@ CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in each of three fo
 
 
 @torch_defaults()
-def select_runner(model: LoadedModel, pages: int, captured: int = 0) -> ModelRunner:
-    """Returns the runner that the model's modules allow.
+def select_runner(model: LoadedModel, pages: int, max_captured_requests: int = 0) -> ModelRunner:
+    """Returns the runner that the model's modules allow. ModelRunner, which batches sequences, requires that all layers
+    use the paged cache and, in an unknown family, that a trial gives the right logits; otherwise a SequentialRunner.
 
     Args:
         model: a model loaded by ktx.
         pages: pages of the KV cache.
-        captured: see ModelRunner.
+        max_captured_requests: see ModelRunner.
 
     Raises:
         UsageError: the model cannot continue from a cache.
@@ -51,7 +52,7 @@ def select_runner(model: LoadedModel, pages: int, captured: int = 0) -> ModelRun
     elif model.ktx.self_test == "engine":
         check(model)
     if not reason:
-        return ModelRunner(model, pages, captured)
+        return ModelRunner(model, pages, max_captured_requests)
     runner = SequentialRunner(model, pages) if known_family else _make_sequential_runner(model, pages)
     runner.sequential_reason = reason
     return runner
@@ -106,6 +107,7 @@ def _run_trial(runner: ModelRunner, number: int) -> Fault | None:
     lora = runner.adapters.in_use
     requests = [Request([], SamplingParams(), lambda event: None, id=-1 - i, pages=[i], lora=lora) for i in range(2)]
     for i, request in enumerate(requests):
+        # arbitrary ids, other ones in each sequence and trial; the last of CHUNKS computes an output token
         request.prompt = [
             (7 * i + 5 * j + 3 + 11 * number) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))
         ]

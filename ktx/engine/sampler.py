@@ -216,6 +216,8 @@ class Sampler:
         values, ids = self._take_most_probable(logits)
         probabilities = values.softmax(-1)
         if params.top_p < 1:
+            # After top_k: among the tokens that it left. Otherwise among all tokens, of which `values` may be only the
+            # most probable ones.
             model_probabilities = probabilities if params.top_k else (values - logits.logsumexp(-1)).exp()
             values = values[: _num_kept(model_probabilities.cumsum(-1) - model_probabilities < params.top_p)]
         if params.min_p:

@@ -137,7 +137,9 @@ class Scheduler:
         self._free(request)
 
     def _free(self, request: Request) -> None:
-        """Frees a request's pages. A last page that is not full stays in the prefix cache as a partial page."""
+        """Frees a request's pages. A last page that is not full stays in the prefix cache as a partial page; with
+        recurrent layers only together with a snapshot of their states, which a request that continues there needs.
+        """
         page_index, remainder = divmod(request.num_computed, PAGE_TOKENS)
         cacheable = bool(remainder) and self._cacheable(request)
         snapshot = self.on_snapshot(request, request.num_computed) if cacheable and self.recurrent else None
@@ -192,6 +194,7 @@ class Scheduler:
         for request in prompts:
             self._match_prefix(request)
         ready = [request for request in prompts if not self._waits_for_prefix(request)]
+        # Never nothing: if there is no other work, prompts that wait for each other's pages are computed.
         self._prefill(chunks, ready if ready or chunks else prompts)
         return chunks
 
@@ -348,7 +351,9 @@ class Scheduler:
         return request.page_hashes[page_index] if usable and (page_index + 1) * PAGE_TOKENS < len(request.ids) else None
 
     def _match_prefix(self, request: Request) -> None:
-        """Takes over pages of the prefix cache. With recurrent layers only up to a page with a snapshot."""
+        """Takes over pages of the prefix cache, instead of computing them. With recurrent layers only before the first
+        chunk, and only up to a page with a snapshot of their states.
+        """
         num_before = request.num_computed
         if self.recurrent and num_before:
             return

@@ -63,10 +63,11 @@ class ForwardCostModel:
         """Returns the predicted seconds of a forward with `tokens` tokens, from the mean forward and the cost of a
         further token.
         """
-        if not self.weight:
+        if not self.weight:  # nothing was measured; only ratios matter
             return 1.0 + DEFAULT_MARGINAL_COST * tokens
         mean_seconds, mean_tokens = self.seconds / self.weight, self.tokens / self.weight
         variance = self.squares / self.weight - mean_tokens * mean_tokens
+        # the default's share of the mean forward, until forwards of different sizes give the slope of the line
         seconds_per_token = DEFAULT_MARGINAL_COST * mean_seconds / (1 + DEFAULT_MARGINAL_COST * (mean_tokens - 1))
         if variance > 1e-3:
             seconds_per_token = min(
@@ -140,7 +141,7 @@ class SpeculativeDecoder:
             max_drafts: the requests that may draft, with the maximum number of draft tokens that each can use.
             seconds: duration of the forward that computed `results`.
         """
-        if not any(chunk.num_prompt_tokens for chunk, _ in results):
+        if not any(chunk.num_prompt_tokens for chunk, _ in results):  # the cost is that of decode forwards
             self.cost_model.record(sum(chunk.count for chunk, _ in results), seconds + self.draft_seconds)
         start = time.perf_counter()
         acceptance_rates = [
@@ -175,7 +176,9 @@ class PromptLookup:
         self._texts.clear()
 
     def lookup(self, request: Request, max_tokens: int) -> list[int]:
-        """Returns the tokens after the latest earlier occurrence of the longest n-gram that has one."""
+        """Returns the tokens after the latest earlier occurrence of the sequence's last tokens: of as many of them, in
+        NGRAM_SIZES, as occur. Searches ids as bytes, because bytearray.rfind is fast.
+        """
         text = self._texts.setdefault(request, bytearray())
         text += np.asarray(request.ids[len(text) // ID_BYTES :], dtype="<i4").tobytes()
         for size in NGRAM_SIZES:

@@ -62,7 +62,7 @@ class EngineStats:
         Args:
             forwards: number of the step's forwards.
             tokens: number of their tokens.
-            heads: number of the forwards that compute logits.
+            logit_forwards: number of the forwards that compute logits.
         """
         start = time.perf_counter()
         try:
