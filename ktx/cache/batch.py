@@ -55,7 +55,7 @@ class SequenceSpan:
         past: number of tokens before these.
         count: number of tokens.
         pages: the pages of the sequence.
-        prompt: how many of the tokens, the first ones, belong to the prompt.
+        num_prompt_tokens: how many of the tokens, the first ones, belong to the prompt.
         shared: other sequences may reuse the prompt, so snapshots of recurrent states are taken, see
             `snapshot_lengths`.
     """
@@ -69,8 +69,8 @@ class SequenceSpan:
 
     @property
     def snapshot_lengths(self) -> list[int]:
-        """Lengths of the sequence at which a recurrent state is copied before the span's end: every
-        SNAPSHOT_INTERVAL_TOKENS, and at the end of the prompt's last page.
+        """Lengths of the sequence at which a recurrent state is copied before the span's end, so that other sequences
+        can continue from there: every SNAPSHOT_INTERVAL_TOKENS, and at the end of the prompt's last page.
         """
         if not self.shared:
             return []
@@ -97,8 +97,8 @@ class SequenceSpan:
 
     @property
     def piece_lengths(self) -> list[int]:
-        """Numbers of tokens in the pieces to compute: the prompt's lead, its pages, its remainder, then decode tokens
-        one by one.
+        """Numbers of tokens in the pieces that recurrent layers compute, which do not depend on the batch: the prompt's
+        lead, its pages, its remainder, then decode tokens one by one.
         """
         lead = min(self.lead_tokens, self.num_prompt_tokens)
         remainder = self.num_prompt_tokens - lead - self.full_page_tokens
@@ -123,6 +123,9 @@ class BatchMetadata:
         check: Callable[[], None] | None = None,
         tables: Mapping[torch.device, PageTables] | None = None,
     ):
+        """Puts the tokens of the spans one after another, and computes what layers and kernels read of each: rows,
+        positions, pages and slots.
+        """
         self.spans, self.check_cancelled = spans, check
         # for each span: its first row, its number of rows, and its number of keys including these tokens
         rows, num_tokens = [], 0
@@ -139,6 +142,7 @@ class BatchMetadata:
         span_of_token = torch.repeat_interleave(
             torch.arange(len(spans), device="cpu"), torch.tensor([span.count for span in spans], device="cpu")
         )
+        # of each token: where the pools store its keys and values
         self.slots = (
             self.pages[span_of_token, self.positions // PAGE_TOKENS].long() * PAGE_TOKENS + self.positions % PAGE_TOKENS
         )
@@ -153,8 +157,8 @@ class BatchMetadata:
         return self._tables[device]
 
     def full_page_rows(self, excluded: Sequence[int] = ()) -> list[int]:
-        """Returns first row and number of rows of each range that holds full pages of a prompt, see cpu.bf16_rows;
-        without those of the spans `excluded`.
+        """Returns first row and number of rows of each range that holds full pages of a prompt, in one flat list as
+        cpu.bf16_rows takes it; without those of the spans `excluded`.
         """
         ranges = [
             (first + span.lead_tokens, span.full_page_tokens)
@@ -165,8 +169,8 @@ class BatchMetadata:
 
     @cached_property
     def remainder(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The tokens outside of full pages: their rows int64 [n], and `sequences` and `pages` for them alone; None if
-        there are none.
+        """The tokens outside of full pages, which MLA computes in another form: their rows int64 [n], and `sequences`
+        and `pages` for them alone; None if there are none.
         """
         token_rows, rows, span_indices, num_tokens = [], [], [], 0
         for i, (span, (first, _, _)) in enumerate(zip(self.spans, self.rows, strict=True)):

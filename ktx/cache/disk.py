@@ -42,11 +42,11 @@ class DiskPageStore:
         name: prefix of the model's own folder in it.
         identity: everything that determines a page's content, as JSON.
         cache: the paged cache to copy from and to.
-        limit: maximum bytes of the files; beyond it the least recently used page is evicted.
+        max_bytes: maximum bytes of the files; beyond it the least recently used page is evicted.
     """
 
-    def __init__(self, folder: str | Path, name: str, identity: Any, cache: PagedCache, limit: int):
-        self.cache, self.max_bytes = cache, limit
+    def __init__(self, folder: str | Path, name: str, identity: Any, cache: PagedCache, max_bytes: int):
+        self.cache, self.max_bytes = cache, max_bytes
         # The folder's name covers what a page's content depends on and the pools' format, so a file in it fits.
         shapes = [[list(buffer.shape[1:]), str(buffer.dtype)] for buffer in self._named_buffers().values()]
         digest = hashlib.sha256(json.dumps([identity, shapes], sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -155,7 +155,9 @@ class DiskPageStore:
                     self._pending_bytes -= sum(tensor.nbytes for tensor in tensors.values())
 
     def _write(self, key: bytes, tensors: dict[str, torch.Tensor]) -> None:
-        """Writes a page's file and evicts the least recently used ones beyond the limit."""
+        """Writes a page's file and evicts the least recently used ones beyond the limit. The file gets its name only
+        when it is complete, so that no process reads a part of it.
+        """
         data, part_file = save(tensors), self.folder / f"{key.hex()}.{os.getpid()}{PART_SUFFIX}"
         try:
             part_file.write_bytes(data)

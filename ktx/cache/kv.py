@@ -115,7 +115,7 @@ class GrowingLayer(DynamicLayer):
         """Turns transformers' layer into one that grows in place, with the same content; references to the layer stay
         valid.
         """
-        assigned = {0: layer.keys, 1: layer.values}
+        assigned = {0: layer.keys, 1: layer.values}  # by index in KV_NAMES
         for name in KV_NAMES:
             del layer.__dict__[name]
         object.__setattr__(layer, "__class__", cls)
@@ -191,6 +191,7 @@ class GrowingLayer(DynamicLayer):
             buffer = allocate_buffer((*states.shape[:2], round_up_capacity(self.length), width), kind, self.device)
             store_kv(states.to(self.device), buffer[:, :, : self.length])
             self.buffers[index] = buffer
+        # a script may still hold one of the old buffers, unless both were replaced
         self.columns, self.exported = (columns[0], columns[1]), self.exported and len(self.assigned) < 2
         self.assigned = {}
 
@@ -232,8 +233,8 @@ class GrowingLayer(DynamicLayer):
         return self.buffers[which][:, :, : self.length]
 
     def _view(self, which: int) -> torch.Tensor | None:
-        """Returns keys or values for a script, [batch, heads, length, columns]; None in an empty layer. UsageError for
-        Q8_0.
+        """Returns keys (`which` = 0) or values (1) for a script, [batch, heads, length, columns]; None in an empty
+        layer. UsageError for Q8_0.
         """
         if which in self.assigned:
             return self.assigned[which]
@@ -252,8 +253,8 @@ class GrowingLayer(DynamicLayer):
     values = property(lambda self: self._view(1), lambda self, new: self._assign(1, new))  # type: ignore[assignment]
 
     def _assign(self, which: int, value: torch.Tensor | None) -> None:
-        """Stores a tensor that replaces keys or values when the layer is used next; None or an empty tensor empties the
-        layer.
+        """Stores a tensor that replaces keys (`which` = 0) or values (1) when the layer is used next; None or an empty
+        tensor empties the layer.
         """
         if value is None or (value.dim() == 1 and not value.numel()):
             self.reset()
@@ -354,8 +355,8 @@ def to_growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLay
 
 
 def restore_stock_layer(cache: Any, index: int) -> None:
-    """Reverts `growing_layer` before autograd records appended tokens: the layer of a stock DynamicCache becomes
-    transformers' own again, with the same content.
+    """Reverts `to_growing_layer` before autograd records appended tokens, which a growing layer refuses: the layer of a
+    stock DynamicCache becomes transformers' own again, with the same content.
     """
     layers: Any = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None

@@ -194,6 +194,7 @@ class PagedCache(Cache):
         if not self.recurrent:
             return
         for span in batch.spans:
+            # without an entry: 0 before the first forward, -1 (unknown) after one that did not finish
             if self.state_lengths.get(span.owner, 0 if span.owner not in self.states else -1) != span.past:
                 raise RuntimeError(
                     f"sequence {span.owner} continues after {span.past} tokens, "

@@ -18,16 +18,16 @@ _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 
 
 def read_bare(source: TextReader, calls: CallEvents, call_format: CallFormat, mark: str) -> Iterator[Event | None]:
-    """Reads calls after `mark`: `{` of an object, or `[` of a list of objects or of Python calls."""
+    """Reads calls after `mark`: `{` of an object, or `[` of a list: of objects if a brace follows, else of Python's."""
     ends = marks_of(*call_format.ends, *call_format.sections, "```")
     if mark[-1] == "{":
-        source.pos -= 1
+        source.pos -= 1  # back to the brace
         yield from ObjectCall(source, calls, ends, marked=False).read()
         yield from _read_separator(source)
         return
     yield from source.read_whitespace()
     if (yield from source.peek_char()) == "{":
-        source.pos -= 1
+        source.pos -= 1  # `read_list` skips the bracket
         yield from read_list(source, calls, ends, marked=False)
     else:
         yield from _read_python_calls(source, calls)
@@ -50,7 +50,7 @@ def _read_python_calls(source: TextReader, calls: CallEvents) -> Iterator[Event 
         if not (yield from source.accept_mark(marks_of(","))):
             break
         yield from source.read_whitespace()
-        source.start_call()
+        source.start_call()  # the calls so far are complete
     yield from source.accept_mark(marks_of("]"))
 
 

@@ -74,9 +74,8 @@ class CallEvents:
 
 
 def extract_object(text: str) -> str:
-    """Returns the JSON object that a complete JSON value stands for: an object, one inside a string, or nothing.
-
-    Raises NotACall for any other value.
+    """Returns the JSON object that models mean by a complete JSON value as arguments: an object, one inside a string,
+    or an empty one for null. Raises NotACall for any other value.
     """
     if text.startswith('"'):
         inner = json.loads(text).strip()
@@ -117,7 +116,9 @@ def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
 
 
 def stream_call(source: TextReader, calls: CallEvents, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
-    """Yields the events of a call whose name is known; the reader is at its arguments."""
+    """Yields the events of a call whose name is known; the reader is at its arguments. The call begins with their first
+    piece, because a NotACall before it leaves no event behind.
+    """
     started = False
     for piece in read_arguments(source, ends):
         if piece is None:

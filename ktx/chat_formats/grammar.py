@@ -105,7 +105,9 @@ def forced_call_grammar(
 
 
 def _reasoning_rule(lark: Lark, chat_format: ChatFormat) -> str:
-    """Returns an expression for the reasoning up to the end of its block."""
+    """Returns an expression for the reasoning up to the end of its block. Without reasoning marks (gpt-oss) it is a
+    message of the channel analysis.
+    """
     call_format = chat_format.call_format
     assert call_format is not None
     close_mark = chat_format.reasoning_marks[1] or "<|end|>"
@@ -157,18 +159,20 @@ def _bare_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _named_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls as a name and JSON arguments between marks."""
+    """Returns the style of calls as a name and JSON arguments between marks; with `named_ids` the name is an id that
+    ends in a number.
+    """
     start, separator = call_format.starts[0], call_format.separators[0]
     end = call_format.ends[0] if call_format.ends else ""
     section_end = call_format.ends[1] if call_format.sections else ""
     if not call_format.named_ids:
         call = _json_calls(lark, start + "{}" + separator, end)
     else:
-        number = "/[0-9]{1,3}/"
+        number_rule = "/[0-9]{1,3}/"
 
         def call(name: str, schema: Mapping[str, Any]) -> str:
             head, tail = lark.literal(f"{start}functions.{name}:"), lark.literal(separator)
-            return f"{head} {number} {tail} {_arguments_rule(lark, schema)} {lark.literal(end)}"
+            return f"{head} {number_rule} {tail} {_arguments_rule(lark, schema)} {lark.literal(end)}"
 
     return "".join(call_format.sections), call, "", section_end
 
@@ -190,16 +194,16 @@ def _harmony_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _tags_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls with arguments between tags: <function=name><parameter=key> with values on lines of their own
+    """Returns the style of calls in tags: <function=name><parameter=key> with values on lines of their own
     (Qwen3-Coder), or <invoke name="name"><parameter name="key"> with values in place (MiniMax, DeepSeek V3.2).
     """
-    line, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
+    line_break, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
     name_is = "=" if call_format.values_on_lines else ' name="'
     quote_string = quote + (' string="{}"' if call_format.typed_parameters else "")
     parameter = (
         call_format.tag_parameter[0] + name_is,
-        quote_string + ">" + line,
-        line + call_format.tag_parameter[1] + "\n",
+        quote_string + ">" + line_break,
+        line_break + call_format.tag_parameter[1] + "\n",
     )
     head = call_format.tag_call[0] + name_is, quote + ">\n", call_format.tag_call[1]
     if call_format.values_on_lines:
@@ -267,14 +271,16 @@ def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, ma
 
 
 def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls in Python's syntax, in a list.
+    """Returns the style of calls in Python's syntax, in a list.
 
     Arguments are separated by commas, so which one comes first matters: the rule has one alternative for each optional
     argument that may be the first.
     """
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        """Puts required arguments first: a comma separates two arguments, so their order is fixed."""
+        """Returns the expression of a call of one function. Required arguments come first: a comma separates two
+        arguments, so their order is fixed.
+        """
         required = [key for key in schema.get("properties") or {} if key in (schema.get("required") or ())]
         optional = [key for key in schema.get("properties") or {} if key not in required]
 
@@ -290,11 +296,11 @@ def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
         if first:
             inner = first + "".join(f" ({comma} {argument(key)})?" for key in optional)
         else:
-            starts = [
-                argument(key) + "".join(f" ({comma} {argument(k)})?" for k in optional[n + 1 :])
+            alternatives = [  # by the argument that comes first
+                argument(key) + "".join(f" ({comma} {argument(later)})?" for later in optional[n + 1 :])
                 for n, key in enumerate(optional)
             ]
-            inner = f"({' | '.join(starts)})?" if starts else ""
+            inner = f"({' | '.join(alternatives)})?" if alternatives else ""
         return f"{_quoted(name + '(')} {inner} {_quoted(')')}"
 
     return "[", call, ", ", "]"

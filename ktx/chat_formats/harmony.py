@@ -3,7 +3,7 @@
     <|channel|>analysis<|message|>...<|end|>
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>
 
-The prompt ends with <|start|>assistant, so an output begins in_message a header, unless it continues a message's text.
+The prompt ends with <|start|>assistant, so an output begins within a header, unless it continues a message's text.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ class Harmony:
         self.parser, self.source, self.output = parser, parser.reader, parser.output
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the output: reads headers through `Parser.read_call`, so that an invalid header becomes
-        text,
-        and the text between them.
+        """Yields the events of the output: of headers, read through `Parser.read_call`, so that an invalid one becomes
+        text, and of the text between them.
         """
         source, output = self.source, self.output
         yield from output.emit((yield from source.read_whitespace()))
-        in_message = not output.after_mark  # in_message a message's text: no header begins
+        in_message = not output.after_mark  # the output continues a message's text
         # the mark before the recipient is in the prompt
         if not in_message and (yield from source.peek_mark(marks_of("to=functions."))):
             yield from self.parser.read_call("", self.read_message)

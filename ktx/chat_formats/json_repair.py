@@ -186,7 +186,7 @@ class JsonValue:
         a second one is added.
         """
         source = self.source
-        text = source.text[source.pos : source.pos + 6]
+        text = source.text[source.pos : source.pos + 6]  # the longest escape is \uXXXX
         if re.fullmatch(r"\\(u[0-9a-fA-F]{0,3})?", text) and len(text) < 6 and source.pos + 6 > len(source.text):
             if not source.finished:
                 return

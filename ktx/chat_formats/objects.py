@@ -66,7 +66,9 @@ class ObjectCall:
         return (yield from _read_key_text(self.source))
 
     def _read_member(self, key: str) -> Iterator[Event | None]:
-        """Reads one member's value, by its key: an inner function object, the name, the arguments, or a key to skip."""
+        """Reads one member's value, by its key: an inner function object, the name, the arguments, or a key to skip. An
+        object without marks is a call only with a family's own keys, the first two, because it may be an answer.
+        """
         char = yield from self.source.peek_char()
         if key == "function" and char == "{" and not self._inner_braces:
             self._inner_braces += 1
@@ -86,7 +88,7 @@ class ObjectCall:
 
     def _read_arguments(self) -> Iterator[Event | None]:
         """Streams the arguments if the name is known, otherwise stores them until it is."""
-        if self.name and (yield from self.source.peek_char()) in '{"n':
+        if self.name and (yield from self.source.peek_char()) in '{"n':  # an object, a string or null
             yield from self._stream_arguments()
             return
         self._early_arguments = []

@@ -88,12 +88,12 @@ class Parser:
         while mark := (yield from self._read_text()):
             if mark in self.chat_format.reasoning_marks:
                 yield from self._read_reasoning(mark)
-            elif self.call_format and mark in (*self.call_format.ends, "```"):
+            elif self.call_format and mark in (*self.call_format.ends, "```"):  # layout after a call, else text
                 if self.output.after_call_only:
                     self.output.end_mark()
                 else:
                     yield from self.output.emit(mark)
-            elif self.call_format and mark in (*self.call_format.sections, "```json"):
+            elif self.call_format and mark in (*self.call_format.sections, "```json"):  # layout before a call
                 self.output.hold_mark(mark)
             else:
                 yield from self.read_call(mark, read_bare if mark[-1] in BARE else read_marked)
@@ -196,7 +196,7 @@ class Parser:
         self.calls.open = False
         self._num_broken += 1
         if self._num_broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MAX_CALLS:
-            self.call_format = None
+            self.call_format = None  # from now on all is text, so that reading again stays cheap
             self._set_marks()
         if raw and len(raw) - lead <= self._reread_chars:
             self._reread_chars -= len(raw) - lead

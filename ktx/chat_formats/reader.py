@@ -134,9 +134,9 @@ class TextReader:
         match = marks.pattern.search(self.text, self.pos)
         end = match.start() if match else len(self.text)
         if not self.finished and match is None:
-            end = marks.partial_start(self.text, self.pos)
+            end = marks.partial_start(self.text, self.pos)  # the text may end in the beginning of a mark
         elif not self.finished and marks.may_continue(self.text[end : end + marks.longest]):
-            match = None
+            match = None  # more text may make it a longer mark
         text, mark = self.text[self.pos : end], match.group() if match else ""
         self.pos = end + len(mark)
         return text, mark
@@ -149,7 +149,7 @@ class TextReader:
         while True:
             text, mark = self.read_until(marks)
             result += text
-            if len(result) > limit:
+            if len(result) > limit:  # what is beyond stays unread
                 self.pos -= len(mark) + len(result) - limit
                 return result[:limit], ""
             if mark or (self.finished and self.pos >= len(self.text)):

@@ -41,7 +41,7 @@ def _read_calls(source: TextReader, calls: CallEvents, call_format: CallFormat) 
         yield from read_list(source, calls, ends)
     elif (yield from source.accept_mark(marks_of(call_format.tag_call[0]))):
         name = yield from _read_tag_name(source)
-        source.mark_lead()
+        source.mark_lead()  # no other call begins within the tag
         yield from source.read_whitespace()
         if (yield from source.peek_char()) == "{":
             yield from stream_call(source, calls, ends, name)

@@ -39,7 +39,7 @@ class WhitespaceFilter:
         """
         if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)
-            if self._call_last:
+            if self._call_last:  # emitted before content that follows
                 self._gap += text[: len(text) - len(stripped)]
             text = stripped
         if not text:

@@ -180,7 +180,9 @@ class Engine:
         )
 
     def _build_budget(self) -> StepBudget:
-        """Returns the step budget that the free memory allows. DoesNotFit when a configured `chunk_size` needs more."""
+        """Returns the step budget that the free memory allows: all of it for a configured `chunk_size`, DoesNotFit when
+        that needs more; without one, a share of it.
+        """
         granularity, requested, seconds = (
             self.runner.granularity,
             self.options.chunk_size,

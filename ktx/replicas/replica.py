@@ -49,6 +49,7 @@ class Replica:
     def __init__(self, config: ReplicaConfig, status_actor: Any):
         context = serve.get_replica_context()
         os.sched_setaffinity(0, cpu_share(context.rank.local_rank, config.per_node))
+        # only now: they import the kernels, which pin their threads to the CPUs that they find
         from ktx.server.app import make_routes
         from ktx.server.gc_tuning import freeze_gc
         from ktx.server.log import configure_logging

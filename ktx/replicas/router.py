@@ -25,6 +25,7 @@ class PrefixRouter(RequestRouter):
         if pending_request is not None:
             # Without backoff the router polls replicas that are at capacity in a busy loop.
             pending_request.routing_context.should_backoff = True
+            # Replica.answer's first argument
             keys, request = pending_request.args[0], pending_request.metadata.internal_request_id
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
         order = self.affinity.rank(keys, list(by_id))

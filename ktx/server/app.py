@@ -65,7 +65,7 @@ class JsonRoute(APIRoute):
             try:
                 if request.method != "POST":
                     return await handler(request)
-                if body := await request.body():
+                if body := await request.body():  # parsed here with our limits; FastAPI reads the result
                     request._json = parse_json(body)
                 response = await cancel_on_disconnect(request, handler(request))
                 if ignored:
@@ -107,7 +107,7 @@ def parse_json(body: bytes) -> Any:
         depth += 1
         if depth > MAX_JSON_DEPTH:
             raise APIError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
-    if b"\\ud" in body or b"\\uD" in body:
+    if b"\\ud" in body or b"\\uD" in body:  # only such an escape can give a surrogate
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -251,6 +251,7 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
     async def delete(name: str, request: Request) -> dict[str, Any]:
         return stored_responses.delete(state.response_store, owner_of(request), name)
 
+    # the input items of a stored response, in pages of `limit` items
     @routes.get("/v1/responses/{name}/input_items")
     async def input_items(
         name: str,
@@ -357,7 +358,7 @@ async def _handle_invalid_request(request: Request, error: RequestValidationErro
     param = ".".join(str(part) for part in first["loc"] if part != "body")
     if unknown_fields:
         message = f"{param}: this server has no such field"
-    elif first["type"] == "parameter":
+    elif first["type"] == "parameter":  # of ktx.server.protocol.parameters, with a text of ours
         message, param = str(first["msg"]), first["ctx"]["name"]
     elif first["type"] == "missing":
         message = f"{param}: is missing"

@@ -125,7 +125,7 @@ class AuthMiddleware:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
-            return await send({"type": "websocket.close", "code": 1008})
+            return await send({"type": "websocket.close", "code": 1008})  # policy violation: no websockets
         scope = dict(scope)
         headers = MutableHeaders(scope=scope)
         headers[request_id.CLIENT_HEADER] = current_id = request_id.set_current(headers)
@@ -223,19 +223,23 @@ async def _drain(receive: Receive) -> None:
 
 
 def count_json_values(body: bytes) -> int:
-    """Counts the commas and opening brackets outside the strings of a JSON body.
+    """Counts the commas and opening brackets outside the strings of a JSON body, before it is parsed: a small body with
+    many values would take much memory.
 
     At or below `MAX_JSON_VALUES` the result may be too high, because characters in strings are counted as well.
     """
     upper_bound = body.count(b",") + body.count(b"[") + body.count(b"{")
     if upper_bound <= MAX_JSON_VALUES:
         return upper_bound
+    # without escaped quotes, every second part between quotes is outside of strings
     outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     return sum(part.count(b",") + part.count(b"[") + part.count(b"{") for part in outside)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a receive function that first returns the body as one message, then the connection's messages."""
+    """Returns a receive function that first returns the body, which was read to check it, as one message, then the
+    connection's messages, which report a disconnect.
+    """
     pending = [body]
 
     async def replay() -> Message:

@@ -22,22 +22,22 @@ MAX_FLOAT = sys.float_info.max
 
 @dataclass(frozen=True)
 class TextDelta:
-    """New text. `kind`: "answer" (content) or "think" (reasoning); `choices`: the tokens since the last delta."""
+    """New text. `kind`: "answer" (content) or "think" (reasoning); `tokens`: those sampled since the last delta."""
 
     text: str
     kind: str
-    choices: list[SampledToken]
+    tokens: list[SampledToken]
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A complete tool call. `arguments` is a JSON object as text; `choices`: the tokens since the last delta."""
+    """A complete tool call. `arguments` is a JSON object as text; `tokens`: those sampled since the last delta."""
 
     index: int
     id: str
     name: str
     arguments: str
-    choices: list[SampledToken]
+    tokens: list[SampledToken]
 
     def parsed_arguments(self) -> dict[str, Any]:
         """Returns the arguments as a dict. A number that overflows becomes the largest float: JSON has no infinity."""
@@ -51,7 +51,7 @@ class Finish:
     reason: str
     event: Finished
     reasoning_tokens: int
-    choices: list[SampledToken]
+    tokens: list[SampledToken]
 
 
 @dataclass
@@ -60,12 +60,12 @@ class OutputParser:
 
     It also accumulates texts, calls and tokens for a response that is not streamed.
 
-    `choices` are the tokens since the last delta: each delta carries them, so that their log probabilities are reported
-    with the text that they belong to. `token_log` has the tokens of all deltas so far.
+    `tokens` are those sampled since the last delta: each delta carries them, so that their log probabilities are
+    reported with the text that they belong to. `token_log` has the tokens of all deltas so far.
     """
 
     parser: Parser
-    choices: list[SampledToken] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     calls: list[ToolCallDelta] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=lambda: {"answer": "", "think": ""})
     token_log: list[SampledToken] = field(default_factory=list)
@@ -77,17 +77,17 @@ class OutputParser:
     def feed(self, event: Event) -> Iterator[TextDelta | ToolCallDelta | Finish]:
         """Yields the deltas that an event of the engine completes, none while the parser holds the text back.
 
-        A TokenEvent adds its token to `choices`. Finished flushes the parser and sets `end`; the reason stop becomes
+        A TokenEvent adds its token to `tokens`. Finished flushes the parser and sets `end`; the reason stop becomes
         tool_calls if there was a call.
         """
         if isinstance(event, TokenEvent):
-            self.choices.append(event.token)
+            self.tokens.append(event.token)
             yield from self._read(self.parser.feed(event.text))
             self.reasoning_tokens += self.parser.output.kind == "think"
         elif isinstance(event, Finished):
             yield from self._read(self.parser.feed(event.text) + self.parser.finish(event.reason != "stop"))
             reason = "tool_calls" if event.reason == "stop" and self.calls else event.reason
-            self.end = Finish(reason, event, self.reasoning_tokens, self._take_choices())
+            self.end = Finish(reason, event, self.reasoning_tokens, self._take_tokens())
             yield self.end
 
     def _read(self, events: list[chat_formats.Event]) -> Iterator[TextDelta | ToolCallDelta]:
@@ -103,7 +103,7 @@ class OutputParser:
                     self._open_call[0],
                     self._open_call[1],
                     self._open_call[2] or "{}",
-                    self._take_choices(),
+                    self._take_tokens(),
                 )
                 self._open_call = None
                 self.calls.append(call)
@@ -111,13 +111,13 @@ class OutputParser:
             elif isinstance(event, Text):
                 self._open_call = None  # the incomplete call was ordinary text, which this event holds
                 self.texts[event.kind] += event.text
-                yield TextDelta(event.text, event.kind, self._take_choices())
+                yield TextDelta(event.text, event.kind, self._take_tokens())
 
-    def _take_choices(self) -> list[SampledToken]:
+    def _take_tokens(self) -> list[SampledToken]:
         """Returns the tokens since the last delta and adds them to the token log."""
-        choices, self.choices = self.choices, []
-        self.token_log += choices
-        return choices
+        tokens, self.tokens = self.tokens, []
+        self.token_log += tokens
+        return tokens
 
 
 class LogprobFormatter:
@@ -156,12 +156,12 @@ class LogprobFormatter:
         """Returns the entry of a token in OpenAI's chat format."""
         return {"token": self.name(token), "logprob": clamp_logprob(logprob), "bytes": self.bytes(token)}
 
-    def content(self, choices: list[SampledToken]) -> dict[str, Any]:
+    def content(self, tokens: list[SampledToken]) -> dict[str, Any]:
         """Returns the `logprobs` of a chat response or of a chunk of it."""
         return {
             "content": [
-                {**self.entry(choice.token, choice.logprob), "top_logprobs": [self.entry(*one) for one in choice.top]}
-                for choice in choices
+                {**self.entry(token.token, token.logprob), "top_logprobs": [self.entry(*one) for one in token.top]}
+                for token in tokens
             ],
             "refusal": None,
         }

@@ -240,7 +240,7 @@ async def build_engine_input(
 async def _build_call_grammar(
     model: LoadedModel, tools: Sequence[dict[str, Any]], tool_choice: str | list[str], parallel: bool, thinking: bool
 ) -> tuple[str, str]:
-    """Returns Lark rules that allow only tool calls, from the start of the output.
+    """Returns Lark rules that allow only tool calls, and an empty text: they apply from the start of the output.
 
     Args:
         model: the loaded model.

@@ -109,7 +109,7 @@ def serve(
         listener: the listening socket.
         on_start: called once the server is configured, with a function that stops it.
     """
-    AppStatus.should_exit = False
+    AppStatus.should_exit = False  # a flag of the whole process, which an earlier server may have set
     server = make_server(app, backend)
 
     def stop_server() -> None:

@@ -32,7 +32,7 @@ def dumps(value: Any) -> str:
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work` and returns its result.
+    """Awaits `work` and returns its result; when the client disconnects, `work` ends, because nothing reads its result.
 
     Raises:
         ClientDisconnected: the client disconnected first; `work` is cancelled.

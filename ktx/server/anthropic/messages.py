@@ -184,6 +184,7 @@ def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
         elif block.type != "redacted_thinking":
             texts.append(_text_of_block(block))
     converted["content"] = "".join(texts)
+    # without text, only for more than role and content: calls or reasoning
     return results + ([converted] if texts or len(converted) > 2 or not results else [])
 
 
@@ -197,7 +198,9 @@ def _tool_result_text(content: object) -> str:
 
 
 def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
-    """Returns the `usage` of a message; without `finish` that of its start."""
+    """Returns the `usage` of a message; without `finish` that of its start. In Anthropic's API input_tokens does not
+    include the cached ones.
+    """
     num_cached = finish.event.usage.cached if finish else 0
     num_output_tokens = finish.event.usage.answer if finish else 0
     return {

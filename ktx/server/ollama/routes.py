@@ -66,7 +66,7 @@ def _load_response(fields: OllamaShared, delta_fields: dict[str, Any]) -> Respon
     Raises:
         APIError: 400, keep_alive is 0.
     """
-    if re.fullmatch(r"0+(\.0+)?[a-z]*", str(fields.keep_alive)):
+    if re.fullmatch(r"0+(\.0+)?[a-z]*", str(fields.keep_alive)):  # 0, also with a unit
         raise APIError(400, "keep_alive: this server cannot unload its model; it stays loaded until the server stops")
     return JSONResponse(
         {"model": fields.model, "created_at": _now(), **delta_fields, "done": True, "done_reason": "load"}
@@ -177,7 +177,9 @@ async def _run(
     format_delta: DeltaFormatter,
     include_thinking: bool,
 ) -> Response:
-    """Runs the request and returns its response, as a stream or as one body."""
+    """Runs the request and returns its response, as a stream or as one body. The prompt must leave one token of the
+    context; num_predict may ask for more than is left.
+    """
     check_context_length(model, engine_input.rendered.ids, 1)
     group = await submit(model, [engine_input], fields.model)
     parser = OutputParser(engine_input.parser(model.prompts.chat_format))
@@ -191,9 +193,9 @@ async def _run(
     )
 
 
-def _logprob_fields(formatter: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
+def _logprob_fields(formatter: LogprobFormatter | None, tokens: list[SampledToken]) -> dict[str, Any]:
     """Returns the field `logprobs`, if the request has log probabilities and there are tokens."""
-    return {"logprobs": formatter.content(choices)["content"]} if formatter and choices else {}
+    return {"logprobs": formatter.content(tokens)["content"]} if formatter and tokens else {}
 
 
 def _finish_fields(finish: Finish, num_prompt_tokens: int) -> dict[str, Any]:
@@ -227,6 +229,7 @@ async def _complete(
     assert parser.end is not None
     body = format_delta("answer", parser.texts["answer"], parser.calls)
     if parser.texts["think"] and include_thinking:
+        # /api/chat has the text in a message, /api/generate in the body
         body.get("message", body)["thinking"] = parser.texts["think"]
     done = _finish_fields(parser.end, len(group.requests[0].prompt))
     return {"model": name, "created_at": _now(), **body, **_logprob_fields(formatter, parser.token_log), **done}
@@ -243,7 +246,7 @@ async def _stream(
     """Yields the objects of a streamed response, one per delta; the last one has the statistics."""
     async for _, event in group:
         for delta in parser.feed(event):
-            base, logprobs = {"model": name, "created_at": _now()}, _logprob_fields(formatter, delta.choices)
+            base, logprobs = {"model": name, "created_at": _now()}, _logprob_fields(formatter, delta.tokens)
             if isinstance(delta, TextDelta):
                 if delta.kind == "answer" or include_thinking:
                     yield {**base, **format_delta(delta.kind, delta.text, []), **logprobs, "done": False}
@@ -260,7 +263,7 @@ async def _stream(
 
 
 def describe_model(model: LoadedModel, name: str) -> dict[str, Any]:
-    """Returns size, digest and details of a model or adapter."""
+    """Returns size, digest and details of a model or adapter. The digest is that of the names, not of the weights."""
     base, adapter = model.names.first, model.names.adapter(name)
     config = model.engine.model.config
     return {

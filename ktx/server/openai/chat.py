@@ -118,7 +118,7 @@ def _convert_part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def usage_dict(num_prompt_tokens: int, parsers: list[OutputParser]) -> dict[str, Any]:
-    """Returns the `usage` of all choices of a request."""
+    """Returns the `usage` of all choices of a request, which share one prompt: its cached tokens count once."""
     ends = [parser.end for parser in parsers if parser.end is not None]
     num_output_tokens = sum(end.event.usage.answer for end in ends)
     return {
@@ -197,10 +197,10 @@ async def _stream(
     include_usage, num_tokens = bool(options.include_usage), [0 for _ in parsers]
 
     def chunk(
-        index: int, delta: dict[str, Any], choices: list[SampledToken] | None = None, finish: str | None = None
+        index: int, delta: dict[str, Any], tokens: list[SampledToken] | None = None, finish: str | None = None
     ) -> tuple[None, dict[str, Any]]:
         """Returns an event without a name: a chunk with one choice's delta."""
-        token_logprobs = formatter.content(choices) if logprobs and choices else None
+        token_logprobs = formatter.content(tokens) if logprobs and tokens else None
         choice = {"index": index, "delta": delta, "logprobs": token_logprobs, "finish_reason": finish}
         usage = streaming.usage_so_far(group, index, num_tokens[index]) if options.continuous_usage_stats else None
         usage_field = {"usage": usage} if include_usage else {}
@@ -213,9 +213,9 @@ async def _stream(
         for output in parsers[index].feed(event):
             if isinstance(output, TextDelta):
                 if output.kind == "answer":
-                    yield chunk(index, {"content": output.text}, output.choices)
+                    yield chunk(index, {"content": output.text}, output.tokens)
                 elif not hide_reasoning:
-                    yield chunk(index, {"reasoning_content": output.text, "reasoning": output.text}, output.choices)
+                    yield chunk(index, {"reasoning_content": output.text, "reasoning": output.text}, output.tokens)
             elif isinstance(output, ToolCallDelta):
                 call_start = {
                     "index": output.index,
@@ -223,13 +223,13 @@ async def _stream(
                     "type": "function",
                     "function": {"name": output.name, "arguments": ""},
                 }
-                yield chunk(index, {"tool_calls": [call_start]}, output.choices)
+                yield chunk(index, {"tool_calls": [call_start]}, output.tokens)
                 yield chunk(
                     index, {"tool_calls": [{"index": output.index, "function": {"arguments": output.arguments}}]}
                 )
             else:
                 streaming.raise_for_finish(output.event)
-                yield chunk(index, {}, output.choices, output.reason)
+                yield chunk(index, {}, output.tokens, output.reason)
     if include_usage:
         yield (
             None,

@@ -96,22 +96,22 @@ class LegacyLogprobs:
     def __init__(self, formatter: LogprobFormatter, enabled: bool):
         self.formatter, self.enabled, self.offset = formatter, enabled, 0
 
-    def logprobs_of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
+    def logprobs_of(self, tokens: list[SampledToken]) -> dict[str, Any] | None:
         """Returns the lists of the next tokens and advances `offset`; None if the request has no logprobs."""
         if not self.enabled:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for choice in choices:
-            text = self.formatter.text(choice.token)
-            is_first = choice.logprob is None  # the first token of a prompt has no probability
+        for sampled in tokens:
+            text = self.formatter.text(sampled.token)
+            is_first = sampled.logprob is None  # the first token of a prompt has no probability
             top: dict[str, float] = {}
-            for token, logprob in choice.top:
+            for token, logprob in sampled.top:
                 top.setdefault(self.formatter.name(token), clamp_logprob(logprob))
             for name, value in zip(
                 lists,
                 (
-                    self.formatter.name(choice.token),
-                    None if is_first else clamp_logprob(choice.logprob),
+                    self.formatter.name(sampled.token),
+                    None if is_first else clamp_logprob(sampled.logprob),
                     None if is_first else top,
                     self.offset,
                 ),
@@ -131,7 +131,9 @@ def finish_token(event: Finished) -> list[SampledToken]:
 
 
 def _usage(group: RequestGroup, prompts: list[list[int]], finished: dict[int, Finished]) -> dict[str, Any]:
-    """Returns the `usage` of all prompts and choices."""
+    """Returns the `usage` of all prompts and choices. Each choice counts the cached tokens of its prompt, so their sum
+    is limited to the prompts' tokens.
+    """
     num_prompt_tokens, num_output_tokens = (
         sum(map(len, prompts)),
         sum(event.usage.answer for event in finished.values()),
@@ -154,21 +156,21 @@ async def _complete(
 ) -> dict[str, Any]:
     """Collects the output of all choices and returns the whole response."""
     num_choices = len(group.requests)
-    texts, choices, finished = (
+    texts, tokens, finished = (
         [""] * num_choices,
         [list[SampledToken]() for _ in range(num_choices)],
         dict[int, Finished](),
     )
     async for index, event in group:
         if isinstance(event, PromptLogprobs):
-            choices[index] = list(event.tokens)
+            tokens[index] = list(event.tokens)
         elif isinstance(event, TokenEvent):
             texts[index] += event.text
-            choices[index].append(event.token)
+            tokens[index].append(event.token)
         else:
             streaming.raise_for_finish(event)
             texts[index] += event.text
-            choices[index] += finish_token(event)
+            tokens[index] += finish_token(event)
             finished[index] = event
     choices_per_prompt = fields.n or 1
     if fields.echo:
@@ -180,7 +182,7 @@ async def _complete(
         {
             "index": i,
             "text": texts[i],
-            "logprobs": LegacyLogprobs(formatter, wants_logprobs).logprobs_of(choices[i]),
+            "logprobs": LegacyLogprobs(formatter, wants_logprobs).logprobs_of(tokens[i]),
             "finish_reason": finished[i].reason,
         }
         for i in range(num_choices)
@@ -204,12 +206,14 @@ async def _stream(
     finished: dict[int, Finished] = {}
 
     def chunk(index: int, text: str, finish: str | None = None) -> tuple[None, dict[str, Any]]:
-        """Returns a chunk with one choice's new text and the log probabilities of its pending tokens."""
-        choices, pending[index] = pending[index], []
+        """Returns an event without a name: a chunk with one choice's new text and the log probabilities of its pending
+        tokens.
+        """
+        tokens, pending[index] = pending[index], []
         choice = {
             "index": index,
             "text": text,
-            "logprobs": logprob_formatters[index].logprobs_of(choices),
+            "logprobs": logprob_formatters[index].logprobs_of(tokens),
             "finish_reason": finish,
         }
         usage_dict = streaming.usage_so_far(group, index, num_tokens[index]) if continuous_usage else None

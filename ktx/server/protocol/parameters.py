@@ -223,7 +223,7 @@ def _add_alias(selected: dict[str, Any], data: Mapping[str, Any], name: str, val
 
 
 def _refuse(name: str, value: Any) -> None:
-    """Raises an error for a refused parameter unless its value is empty or neutral."""
+    """Raises an error for a refused parameter unless its value is empty or neutral; 1 and true are different values."""
     parameter = REFUSED[name]
     if not any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -67,6 +67,7 @@ class ResponseEvents:
             num_prompt_tokens,
             namespaces,
         )
+        # kind of text -> how it is sent
         self.shapes = ITEM_SHAPES | ({"think": ITEM_SHAPES["summary"]} if summary else {})
         self.sequence_number = -1
         self.items: list[dict[str, Any]] = []
@@ -151,7 +152,7 @@ class ResponseEvents:
         self.text += delta.text
         shape, fields = self.shapes[delta.kind], {}
         if delta.kind == "answer":
-            fields = {"logprobs": self.formatter.content(delta.choices)["content"] if self.formatter else []}
+            fields = {"logprobs": self.formatter.content(delta.tokens)["content"] if self.formatter else []}
             self.logprobs += fields["logprobs"]
         return [
             *events,

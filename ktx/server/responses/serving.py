@@ -156,11 +156,11 @@ def _resolve_tool_choice(
 
 
 def _response_format(fields: ResponseTokensRequest) -> Format | None:
-    """Returns the response format that the request constrains its answer to."""
+    """Returns the response format that the request constrains its answer to, in the form of the chat API."""
     params = dict((fields.text.format if fields.text else None) or {})
     if not params or params.get("type") == "text":
         return None
-    if params.get("type") == "json_schema":
+    if params.get("type") == "json_schema":  # the chat API nests its fields
         params = {"type": "json_schema", "json_schema": {key: value for key, value in params.items() if key != "type"}}
     try:
         return Format.model_validate(params)
@@ -171,6 +171,7 @@ def _response_format(fields: ResponseTokensRequest) -> Format | None:
 def _initial_response(fields: ResponsesRequest, sampling: SamplingParams, store: bool) -> dict[str, Any]:
     """Returns the response object of a request that has just started."""
     params = fields.model_dump(exclude_none=True)
+    # web search is accepted and not supported
     tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
     return {
         "id": f"resp_{uuid.uuid4().hex}",
