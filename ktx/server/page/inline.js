@@ -99,6 +99,7 @@ class InlineParser {
     return -1;
   }
 
+  /** A run of * _ ~: opens emphasis before text, closes it after text. */
   mark() {
     const mark = this.text[this.at];
     let end = this.at;

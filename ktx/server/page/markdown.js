@@ -93,6 +93,7 @@ function quote(lines, at, depth) {
   return [make("blockquote", {}, parseBlocks(inner, depth + 1)), end];
 }
 
+/** Loose: blank lines between blocks, so items have paragraphs. */
 function list(lines, at, depth, first) {
   const kind = first[2].at(-1);
   const items = [];
