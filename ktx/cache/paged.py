@@ -135,6 +135,7 @@ class PagedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, pages: int, dtype: KVType = torch.float16, extra_layers: int = 0):
+        """Gives each attention layer pages. Recurrent layers have one state per sequence; other kinds are refused."""
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.context: ForwardContext | None = None  # of the running forward
         self.key_pools: set[int] = set()  # ids of the layers' pools of keys, which live as long as the cache

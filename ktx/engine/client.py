@@ -148,6 +148,7 @@ class Listener:
         salt: bytes = b"",
         lora: Lora = None,
     ):
+        """Queues the request, as the only one of a group."""
         self.group = RequestGroup(engine)
         self.request = self.group.submit(prompt, sampling, constraint, salt, lora)
 

@@ -165,6 +165,7 @@ class DecodeStep:
     """
 
     def __init__(self, graphs: Graphs, size: int):
+        """Takes the views of the first `size` rows of the buffers, whose addresses the step's graph will hold."""
         inputs, self.size, self.model, self.cache = graphs.inputs, size, graphs.model, graphs.cache
         self.tables = inputs.tables(size, graphs.scratch)
         # Placeholders: a replay reads the real sequences from the page tables, which view the input buffers.

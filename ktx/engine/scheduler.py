@@ -100,13 +100,13 @@ class Scheduler:
         max_batch: int,
         budget: StepBudget,
         prefix_caching: bool = True,
-        recurrent: bool = False,
+        recurrent: bool = False,  # states belong to sequences, not to pages
         on_free: Callable[[Request], None] = lambda request: None,
         on_restore: Callable[[Request, Any], None] = lambda request, snapshot: None,
         on_snapshot: Callable[[Request, int], Any] = lambda request, tokens: None,
-        page_kernels_differ: bool = False,
+        page_kernels_differ: bool = False,  # for full pages and for single tokens
         store: PageStore | None = None,
-        granularity: int = PAGE_TOKENS,
+        granularity: int = PAGE_TOKENS,  # of a prompt's chunks
     ):
         self.pages, self.max_batch, self.budget, self.granularity = pages, max_batch, budget, granularity
         self.prefix_caching, self.recurrent, self.on_free, self.on_restore = (

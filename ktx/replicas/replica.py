@@ -47,6 +47,7 @@ class Replica:
     """The Ray Serve deployment: loads the model, reports its status and answers requests."""
 
     def __init__(self, config: ReplicaConfig, status_actor: Any):
+        """Loads the model, while a thread reports the progress; Ray Serve sends requests once this returns."""
         context = serve.get_replica_context()
         os.sched_setaffinity(0, cpu_share(context.rank.local_rank, config.per_node))
         # only now: they import the kernels, which pin their threads to the CPUs that they find

@@ -39,7 +39,7 @@ class APIError(Exception):
         message: str,
         param: str | None = None,
         code: str = "",
-        retry: int | None = None,
+        retry: int | None = None,  # seconds
         details: dict[str, Any] | None = None,
     ):
         super().__init__(message)
