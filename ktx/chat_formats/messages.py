@@ -48,7 +48,7 @@ class _History:
         return converted
 
     def _convert_assistant(self, message: Mapping[str, Any], converted: Message) -> None:
-        """Adds the reasoning and the calls of an assistant message."""
+        """Adds the reasoning and the calls of an assistant message, as the chat template expects them."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
             converted["reasoning_content"] = message_text(reasoning)

@@ -154,7 +154,9 @@ class PagedForward:
         self.runner = runner
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
-        """Returns the logits of `ids` after the first `past` of them, which are already in the cache."""
+        """Returns the logits of `ids` after the first `past` of them, which are already in the cache. The self-test
+        compares them with expected ones.
+        """
         lora, logits_of_all = self.runner.adapters.in_use, SamplingParams(echo=True)
         request = Request(ids, logits_of_all, lambda event: None, id=-1, pages=[0], lora=lora)
         if past and self.runner.recurrent:  # the recurrent state includes later tokens, so it is recomputed
