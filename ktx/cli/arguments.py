@@ -52,17 +52,19 @@ class Parser(argparse.ArgumentParser):
         return parsed, unrecognized
 
     def _in_current_form(self, arguments: list[str]) -> list[str]:
-        """Returns the arguments with the options' current names, and with a flag and its value as `--x` or `--no-x`.
+        """Returns the arguments as argparse expects them; warns about the old forms.
 
-        Without positional arguments, whatever follows a flag and is no option is its value, and must be a truth value.
+        Options get their current names; a flag and its value (`--x true`, as in KTransformers) become `--x` or
+        `--no-x`. Without positional arguments, whatever follows a flag and is no option is its value, else only true,
+        false and their synonyms are.
         """
         current: list[str] = []
         has_positionals = any(not action.option_strings for action in self._actions)
-        remaining = iter(range(len(arguments)))
-        for i in remaining:
+        indices = iter(range(len(arguments)))
+        for i in indices:
             given, equals, value = arguments[i].partition("=")
             name = current_option(given, self._option_string_actions)
-            if name is None:
+            if name is None:  # no option: a value, or a positional argument
                 current.append(arguments[i])
                 continue
             if not isinstance(self._option_string_actions[name], argparse.BooleanOptionalAction):
@@ -72,7 +74,7 @@ class Parser(argparse.ArgumentParser):
                 following = arguments[i + 1] if i + 1 < len(arguments) else "-"
                 if not equals and (following.lower() in BOOLEANS if has_positionals else not following.startswith("-")):
                     equals, value = "=", following
-                    next(remaining)
+                    next(indices)  # skips the value
                 form = self._flag_form(name, value) if equals else name
                 current.append(form)
             if with_dashes(given) != name:
@@ -185,7 +187,7 @@ class ConfigFile(argparse.Action):
             parser.error(f"{location}: {error}")
         if action.choices is not None and parsed not in action.choices:
             parser.error(f"{location} must be one of {', '.join(action.choices)}, found {text!r}")
-        return not parsed if is_flag and name.startswith("--no-") else parsed
+        return not parsed if is_flag and name.startswith("--no-") else parsed  # `no_x: true` means that x is false
 
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -539,7 +541,7 @@ def options_of(*add_functions: AddArguments) -> dict[str, argparse.Action]:
 
 
 def reject_options(args: argparse.Namespace, options: Mapping[str, argparse.Action], reason: str) -> None:
-    """Rejects options that this run of the command does not use.
+    """Rejects options that this run of the command does not use, because ignoring them silently would mislead a user.
 
     Args:
         options: the options to reject, by their name in the namespace.

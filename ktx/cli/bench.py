@@ -241,6 +241,7 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
     Repacked weights and larger micro-batches are each faster on some machines and tests only, so all combinations are
     tried. A larger micro-batch cannot change tests of fewer tokens: `more_than` skips those.
     """
+    # 16 more, for the warm-up and for the short prompt of a decode test
     context = max(count + depth for _, count, depth in map(parse_test, tests)) + 16
     arguments = [
         "--engine",
@@ -265,7 +266,7 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
 def _best_peers(
     configurations: Sequence[BenchProcess], tests: list[str]
 ) -> tuple[dict[BenchProcess | None, list[str]], dict[str, float]]:
-    """Measures the peer in each configuration, alone in memory.
+    """Measures the peer in each configuration, alone in memory; the better of two runs counts.
 
     Returns:
         The tests of each configuration that was best for some, and the best speed of each test.
@@ -320,6 +321,7 @@ def _records(
     lines = []
     for engine, rows in measurements.items():
         speeds = [row["tok_s"] for row in rows]
+        # Only ktx's process measures the limits.
         medians = {key: statistics.median(row[key] for row in rows) for key in ("limit", "share") if key in rows[0]}
         lines.append(
             common

@@ -47,6 +47,7 @@ class Timing:
             self.error = _error_message(event)
             return
         usage, choices = event.get("usage") or {}, event.get("choices") or ()
+        # Without usage, an event with text token_counts as one token.
         num_tokens = usage.get("completion_tokens", self.answer + any(choice.get("text") for choice in choices))
         if choices and num_tokens > self.answer:
             self.chunks.append((now, num_tokens - self.answer))
@@ -138,13 +139,15 @@ class Prompts:
 async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts:
     """Returns prompts for a server, after asking for its vocabulary size or measuring its tokens per word.
 
+    Two texts of different length separate the tokens per word from those that the server adds to each prompt.
+
     Raises:
         KtxError: the server refuses, or does not report the number of prompt tokens.
     """
     info = await http.get("/tokenizer_info")
     if info.status_code == 200 and isinstance(size := info.json().get("vocab_size"), int):
         return Prompts(size, seed)
-    counts = []
+    token_counts = []
     for num_words in CALIBRATION_WORDS:
         text = " ".join(random.Random(num_words).choices(WORDS, k=num_words))
         response = await http.post("/v1/completions", json={"model": load.model, "prompt": text, "max_tokens": 1})
@@ -155,11 +158,11 @@ async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts
             raise KtxError(
                 f"{http.base_url}: reports no usage.prompt_tokens, so prompts of a given length cannot be generated"
             )
-        counts.append(usage["prompt_tokens"])
-    tokens_per_word = (counts[1] - counts[0]) / (CALIBRATION_WORDS[1] - CALIBRATION_WORDS[0])
+        token_counts.append(usage["prompt_tokens"])
+    tokens_per_word = (token_counts[1] - token_counts[0]) / (CALIBRATION_WORDS[1] - CALIBRATION_WORDS[0])
     if tokens_per_word <= 0:
-        raise KtxError(f"{http.base_url}: reports that {CALIBRATION_WORDS} words have {tuple(counts)} tokens")
-    return Prompts(None, seed, tokens_per_word, counts[0] - CALIBRATION_WORDS[0] * tokens_per_word)
+        raise KtxError(f"{http.base_url}: reports that {CALIBRATION_WORDS} words have {tuple(token_counts)} tokens")
+    return Prompts(None, seed, tokens_per_word, token_counts[0] - CALIBRATION_WORDS[0] * tokens_per_word)
 
 
 def error_text(response: httpx.Response) -> str:
@@ -191,7 +194,7 @@ async def send_request(http: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
 
 async def run_level(http: httpx.AsyncClient, load: Load, prompts: Sequence[Any], concurrency: int) -> list[Timing]:
     """Sends a request for each prompt, `concurrency` at a time, and returns their times."""
-    queue, timings = enumerate(prompts), list[Timing]()
+    queue, timings = enumerate(prompts), list[Timing]()  # all clients take their next prompt from the queue
 
     async def client() -> None:
         for index, prompt in queue:

@@ -111,7 +111,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     for packed in packed_matrices(model):
         groups = -(-packed.n // cpu.GROUP_ROWS)
-        node_groups = groups if packed.matrices == 1 else cpu.ops.node_begin(groups, 1)
+        node_groups = groups if packed.matrices == 1 else cpu.ops.node_begin(groups, 1)  # on the first NUMA node
         if packed.qtype.name in errors or not node_groups:
             continue
         n = min(packed.n, node_groups * cpu.GROUP_ROWS)
@@ -140,7 +140,7 @@ def packed_matrices(model: Any) -> Iterator[Any]:
 def cat_speed(files: Iterable[str], threads: int) -> float:
     """Returns the GB/s at which `threads` threads read the files from the page cache, like `cat FILE >/dev/null`.
 
-    The better of two passes counts.
+    The better of two passes counts. Loading reads the same bytes, so this speed limits it.
     """
     chunks = [
         (file, offset, min(CAT_CHUNK_BYTES, size - offset))
@@ -170,7 +170,7 @@ def cat_speed(files: Iterable[str], threads: int) -> float:
 def pack_speed(plan: Any, threads: int) -> float:
     """Returns the GB/s at which `threads` threads pack the plan's largest tensor type into memory already touched.
 
-    The best of three passes counts.
+    The best of three passes counts. Loading packs the same types, so this speed limits it.
     """
     import torch
 
@@ -224,7 +224,7 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
             )
             model(input_ids=tokens[:, position:end], **cache_argument(model, cache), logits_to_keep=1)
             position = end
-            if position == len(prompt):
+            if position == len(prompt):  # the prompt is done: the timed part begins
                 start = time.perf_counter()
     return time.perf_counter() - start
 

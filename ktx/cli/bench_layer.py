@@ -143,7 +143,11 @@ def main() -> int:
     weights = layer.weights()
 
     def pack(matrices: Any, name: str) -> Any:
-        """Packs bf16 matrices [experts, rows, columns] into the named type, by the same path as a model's weights."""
+        """Packs bf16 matrices [experts, rows, columns] into the named type, by the same path as a model's weights.
+
+        The kernels quantize to the integer types themselves, as for `quantize=`; other types are quantized first, as
+        in a file.
+        """
         qtype = QTYPES[name]
         if name == "BF16":
             data = matrices.view(torch.uint8).reshape(*matrices.shape[:-1], -1)
@@ -151,9 +155,9 @@ def main() -> int:
         if name in ("INT8_128", "INT4_128", "Q4_0", "Q8_0"):
             data = matrices.view(torch.uint8).reshape(*matrices.shape[:-1], -1)
             return cpu.pack_experts(QuantizedTensor(data, QTYPES["BF16"], tuple(matrices.shape)), qtype)
-        rows = [qtype.quantize(one.float()) for one in matrices]
+        rows = [qtype.quantize(matrix.float()) for matrix in matrices]
         return cpu.pack_experts(
-            [QuantizedTensor(r, qtype, tuple(one.shape)) for r, one in zip(rows, matrices, strict=True)]
+            [QuantizedTensor(r, qtype, tuple(matrix.shape)) for r, matrix in zip(rows, matrices, strict=True)]
         )
 
     def build_measure(name: str) -> Callable[[int], dict[str, float]]:

@@ -156,7 +156,10 @@ def main() -> int:
 
 
 def measure(engine: LlamaCpp, test: str) -> float:
-    """Returns the tokens per second of one test, with no more in the KV cache than its depth."""
+    """Returns the tokens per second of one test.
+
+    Before it, `depth` tokens are put into the empty KV cache, not timed; before a decode at least 4.
+    """
     kind, count, depth = parse_test(test)
     engine.clear()
     prompt, ids = (

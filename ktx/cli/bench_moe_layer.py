@@ -49,7 +49,10 @@ class MoELayer:
         return 6 * self.top * self.hidden * self.width
 
     def weights(self) -> list[Any]:
-        """Returns gate, up [experts, width, hidden] and down [experts, hidden, width], bf16, equal in every process."""
+        """Returns gate, up [experts, width, hidden] and down [experts, hidden, width], bf16.
+
+        They are equal in every process, so that the errors of ktx and of the peer can be compared.
+        """
         import torch
 
         rng = torch.Generator().manual_seed(11)

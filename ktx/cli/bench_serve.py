@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     engine_options(parser, batch="the largest number of clients")
     output = parser.add_argument_group("output")
-    flag(output, "--json", help="print JSON lines instead of a print_table")
+    flag(output, "--json", help="print JSON lines instead of a table")
     output.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
     output.add_argument("--plot", metavar="PNG", help="plot latency against throughput to PNG (needs matplotlib)")
 
@@ -146,7 +146,7 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
         except (httpx.HTTPError, ValueError) as error:
             raise KtxError(f"{base}: no OpenAI-compatible server answers: {type(error).__name__}: {error}") from error
         await send_request(http, load.body(prompts.make(load, 1, -1)[0], 0))  # warm-up: the first request is slower
-        lines = [await level_line(http, load, prompts, level, args) for level in range(len(args.concurrency))]
+        lines = [await measure_level(http, load, prompts, level, args) for level in range(len(args.concurrency))]
     for name, speed in (("ratio", "tok_s"), ("decode_ratio", "decode_tok_s")):
         for line in lines:
             if lines[0][speed] and line[speed]:
@@ -154,8 +154,8 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
     return lines
 
 
-async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: argparse.Namespace) -> Line:
-    """Runs a level and returns its parameters and results."""
+async def measure_level(http: Any, load: Load, prompts: Prompts, level: int, args: argparse.Namespace) -> Line:
+    """Runs the requests of one number of clients (`level` is its index) and returns parameters and results."""
     from ktx.cli.bench_clients import run_level
     from ktx.cli.bench_process import run_metadata
 
@@ -235,21 +235,22 @@ def decode_speed(timings: list[Timing], clients: int) -> float | None:
     Unlike the total speed it contains no prefill, so it can be compared with a decode benchmark. A client is decoding
     between the first and the last token of an answer. None when they never all were.
     """
+    # (time, +1 or -1): a client begins or ends to decode
     changes = [(timing.chunks[0][0], 1) for timing in timings] + [(timing.chunks[-1][0], -1) for timing in timings]
-    num_decoding, seconds, spans = 0, 0.0, list[tuple[float, float]]()
+    num_decoding, seconds, intervals = 0, 0.0, list[tuple[float, float]]()
     changes.sort()
     for (start, change), (end, _) in pairwise(changes):
         num_decoding += change
         if num_decoding == clients and end > start:
-            spans.append((start, end))
+            intervals.append((start, end))
             seconds += end - start
     chunks = [chunk for timing in timings for chunk in timing.chunks]
-    tokens = sum(count for time_s, count in chunks if any(start < time_s <= end for start, end in spans))
+    tokens = sum(count for time_s, count in chunks if any(start < time_s <= end for start, end in intervals))
     return tokens / seconds if tokens else None
 
 
 def report(lines: list[Line], args: argparse.Namespace) -> None:
-    """Prints the print_table or JSON, and writes the record and the plot."""
+    """Prints the table or JSON, and writes the record and the plot."""
     if args.json:
         print(*map(json.dumps, lines), sep="\n")
     else:
@@ -267,7 +268,7 @@ def report(lines: list[Line], args: argparse.Namespace) -> None:
 
 
 def print_table(lines: list[Line]) -> None:
-    """Prints the lines as a print_table."""
+    """Prints the lines as a table, a row per number of clients."""
     first = lines[0]
     print(f"{first['machine']}: {first['server']}, {first['model']}")
     print(

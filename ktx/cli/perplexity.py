@@ -165,7 +165,7 @@ def _measure_demo(args: argparse.Namespace, text: str) -> None:
 
 
 def list_formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Yields name and loader of each format to measure.
+    """Yields name and loader of each format in which the demo model is measured.
 
     These are the GGUF types that need no importance matrix, Q4_K_M, and the integer types of `quantize=`.
     """

@@ -122,7 +122,10 @@ def serve_replicas(
     load_errors: list[BaseException] = []
 
     def on_start(stop_server: Callable[[], None]) -> None:
-        """Logs the address and starts the replicas, once the server listens; a failure stops the server."""
+        """Logs the address and starts the replicas, once the server listens; a failure stops the server.
+
+        Clients can therefore poll /health while the replicas load.
+        """
 
         def on_failure(error: BaseException) -> None:
             load_errors.append(error)
@@ -156,7 +159,10 @@ class EngineFactory:
 
 
 def memory_bytes(args: argparse.Namespace) -> int:
-    """Returns the bytes of memory that one copy of the model takes, from the checkpoint's headers."""
+    """Returns the bytes of memory that one copy of the model takes, from the checkpoint's headers.
+
+    Replicas are placed by this number, so that the copies on a machine fit its memory.
+    """
     import ktx
     from ktx.loader.resources import memory_needed
 

@@ -207,7 +207,7 @@ def _states(output: Any) -> Any:
 
 
 def _record(model: Any, ids: Any) -> dict[str, Any]:
-    """Runs the loaded model and records the inputs and outputs of every decoder layer, and the routing.
+    """Runs the loaded model and records inputs and outputs of every decoder layer, and the routing, for `compare`.
 
     The routing is recorded in a second forward, because its hooks make the model run module by module, without
     fused layers.
@@ -314,7 +314,10 @@ class _Reference:
                 self.model._init_weights(module)
 
     def load(self, path: str) -> Any:
-        """Loads the dequantized weights of the module at `path` from ktx's own source, and returns the module."""
+        """Loads the module at `path`: fills its meta tensors with the tested file's dequantized weights; returns it.
+
+        With the same weights on both sides, a difference comes from the computation and not from quantization.
+        """
         import torch
 
         module = self.model.get_submodule(path)
@@ -322,9 +325,9 @@ class _Reference:
             if tensor.is_meta:
                 owner = module.get_submodule(name.rpartition(".")[0])
                 values = self.values(f"{path}.{name}").reshape(tensor.shape)
-                table = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
-                table[name.rpartition(".")[2]] = (
-                    torch.nn.Parameter(values, requires_grad=False) if table is owner._parameters else values
+                owner_tensors = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
+                owner_tensors[name.rpartition(".")[2]] = (
+                    torch.nn.Parameter(values, requires_grad=False) if owner_tensors is owner._parameters else values
                 )
         return module
 
@@ -336,11 +339,11 @@ class _Reference:
         """
         import torch
 
-        name = self.tied.get(name, name) if self.source.spec(name) is None else name
+        name = self.tied.get(name, name) if self.source.spec(name) is None else name  # a tied one: the origin's values
         if name.endswith(
             ("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")
         ) and self._has_separate_gate(name):
-            return self._experts(name)
+            return self._fuse_experts(name)
         if self.source.spec(name) is None:
             from ktx.errors import BadFile
 
@@ -352,8 +355,11 @@ class _Reference:
         """Whether the source has gate and up of these experts separately, as ktx requests them."""
         return self.source.spec(name.replace("gate_up_proj", "gate_proj")) is not None
 
-    def _experts(self, name: str) -> Any:
-        """Returns a fused parameter of transformers: gate and up concatenated; in gpt-oss interleaved, transposed."""
+    def _fuse_experts(self, name: str) -> Any:
+        """Returns transformers' fused parameter of all experts, from the separate matrices that ktx reads.
+
+        Gate and up are concatenated; in gpt-oss they are interleaved, and all matrices are transposed.
+        """
         import torch
 
         is_gpt_oss = self.model.config.model_type == "gpt_oss"
@@ -361,7 +367,8 @@ class _Reference:
             down = self.source.get(name).dequantize()
             return down.transpose(1, 2).contiguous() if is_gpt_oss else down
         gate, up = (
-            self.source.get(name.replace("gate_up_proj", half)).dequantize() for half in ("gate_proj", "up_proj")
+            self.source.get(name.replace("gate_up_proj", projection)).dequantize()
+            for projection in ("gate_proj", "up_proj")
         )
         if not is_gpt_oss:
             return torch.cat([gate, up], 1)
@@ -439,7 +446,7 @@ def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
             return out
 
     recorder, identity = Recorder(), torch.nn.Identity()
-    for name in ("attention_type", "layer_type", "layer_idx"):
+    for name in ("attention_type", "layer_type", "layer_idx"):  # read by some models to choose a layer's mask
         if hasattr(layer, name):
             setattr(recorder, name, getattr(layer, name))
     skipped = [_skip_layer() for _ in range(index)]
@@ -453,7 +460,7 @@ def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
 
 
 def _skip_layer() -> Any:
-    """Returns a decoder layer that does nothing, in the place of one that is not measured."""
+    """Returns a decoder layer that does nothing, in the place of one that is not measured (see `_call_layer`)."""
     import torch
 
     class Skip(torch.nn.Module):
