@@ -52,7 +52,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder for a checkpoint, in files of at most `limit` bytes (or one tensor), with `variant` in their names."""
+    """A folder for a checkpoint, in files of at most `max_shard_bytes` (or one tensor), with `variant` in their names."""
 
     path: Path
     max_shard_bytes: int
@@ -161,7 +161,10 @@ def _parse_size(size: int | str) -> int:
 
 
 def _assign_places(places: dict[str, TensorSlot], limit: int, stem: str) -> list[str]:
-    """Sets file and offset of every tensor; returns the names of the files."""
+    """Sets file and offset of every tensor; returns the names of the files.
+
+    A tensor begins a new file when the current one would exceed `limit` bytes.
+    """
     file, offset = 0, 0
     for place in places.values():
         if offset and offset + place.nbytes > limit:
@@ -243,7 +246,7 @@ def config_of(model: Any, dtype: torch.dtype, quantization: dict[str, Any] | Non
     `quantization` becomes the quantization_config; without it the weights are floats.
     """
     config = copy.deepcopy(model.config)
-    config.dtype, config.architectures = str(dtype)[6:], [type(model).__name__]
+    config.dtype, config.architectures = str(dtype)[6:], [type(model).__name__]  # [6:]: without "torch."
     if quantization is not None:
         config.quantization_config = quantization
     elif hasattr(config, "quantization_config"):
@@ -262,7 +265,10 @@ def checkpoint_name(name: str) -> str:
 
 
 def omitted_names(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
-    """Names that a checkpoint omits: tied parameters that share their storage, and those that the family omits."""
+    """Returns the names that a checkpoint omits: tied parameters, and those that the family's modeling code omits.
+
+    A tied parameter that no longer shares its origin's storage has values of its own and is written.
+    """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     duplicates = [
         name

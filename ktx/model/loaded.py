@@ -246,38 +246,41 @@ class LoadedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _unpack_embeddings(self) -> None:
-        """Replaces embedding and output layer by plain torch modules, tied to each other if they were."""
+        """Replaces embedding and output layer by plain torch modules, which transformers can resize.
+
+        They are tied to each other if the packed ones were.
+        """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
             self.set_input_embeddings(embedding.to_torch(None))
         if isinstance(head, Linear):
-            new = head.to_torch(None)
+            plain_head = head.to_torch(None)
             if head.tied_to and isinstance(tied := self.get_input_embeddings(), nn.Embedding):
-                new.weight = tied.weight
-            self.set_output_embeddings(new)
+                plain_head.weight = tied.weight
+            self.set_output_embeddings(plain_head)
 
 
 def _loaded_class(hf_class: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that combines Model with a transformers class."""
+    """Returns the class that combines LoadedModel with a transformers class; one class per transformers class."""
     if hf_class not in _LOADED_CLASSES:
         attributes = {name: getattr(hf_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-        attributes |= {"made_of": hf_class, "forward": _forward_of(hf_class)}
+        attributes |= {"made_of": hf_class, "forward": _make_forward(hf_class)}
         _LOADED_CLASSES[hf_class] = type(hf_class.__name__, (LoadedModel, hf_class), attributes)
     return _LOADED_CLASSES[hf_class]
 
 
-def _forward_of(hf_class: Any) -> Any:
-    """Returns the forward of the transformers class, preceded by checks.
+def _make_forward(hf_class: Any) -> Any:
+    """Returns the forward of the transformers class, preceded by checks of what may have changed since loading.
 
-    It follows patches that scripts put on classes, checks that adapters are still attached, and in training notes
-    frozen weights. torch.compile sees the original forward only.
+    A script may have patched a class, replaced a module that has an adapter, or started to train frozen weights; fused
+    calls and packed weights would ignore each of these silently. torch.compile sees the original forward only.
     """
 
     @functools.wraps(hf_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return hf_class.forward(self, *args, **kwargs)
-        class_patches.update()
+        class_patches.update()  # disables fused calls that would bypass a patch
         info = self.__dict__.get("ktx")
         if info is not None and info.adapters.known:
             info.adapters.check(self)

@@ -308,7 +308,7 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
         module = _find_module(model, path)
         if module is None:
             raise BadFile(f"adapter {adapter_path}: the model has no module {path}; it was trained on another one")
-        shapes, is_lookup = _shapes(module)
+        shapes, is_lookup = _adaptable_shapes(module)
         if not shapes:
             location = " on a GPU" if isinstance(module, Operator) and module.placement.gpu else ""
             raise UsageError(
@@ -336,7 +336,7 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
     for path, shape in file.base_shapes.items():
         module = _find_module(model, path)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        head_shapes = _shapes(module)[0] if module is embeddings or module is head else []
+        head_shapes = _adaptable_shapes(module)[0] if module is embeddings or module is head else []
         if not head_shapes:
             raise UsageError(
                 f"adapter {adapter_path}: it contains the full weight of {path},"
@@ -352,9 +352,9 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
 
 
 def _weight_owners(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Returns for each matrix its module's path, by the name that files have for it.
+    """Returns by a matrix's name in files the path of its module, and of stacked experts the projection (else "").
 
-    Of stacked experts the projection is returned too, else an empty string.
+    A GGUF adapter names matrices, but adapters are attached to modules.
     """
     result: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
@@ -372,9 +372,9 @@ MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def stack_experts(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[str, list[LowRank]]:
-    """Combines adapters of single experts into one per layer's projection; experts without an adapter get zeros.
+    """Combines adapters of single experts into one per layer's projection, because ktx stacks the experts of a layer.
 
-    Other matrices are returned unchanged.
+    Experts without an adapter get zeros. Other matrices are returned unchanged.
     """
     result: dict[str, list[LowRank]] = {}
     by_expert: dict[tuple[str, str], dict[int, LowRank]] = {}
@@ -388,12 +388,15 @@ def stack_experts(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> d
     for (path, name), experts in by_expert.items():
         owner = _find_module(model, path)
         assert isinstance(owner, Experts)
-        result.setdefault(path, []).append(_stack_experts(experts, name, owner.total_experts, path))
+        result.setdefault(path, []).append(_stack_projection(experts, name, owner.total_experts, path))
     return result
 
 
-def _stack_experts(experts: dict[int, LowRank], projection: str, total: int, path: str) -> LowRank:
-    """Stacks the matrices of single experts; ranks are padded with zeros."""
+def _stack_projection(experts: dict[int, LowRank], projection: str, total: int, path: str) -> LowRank:
+    """Stacks the low-rank matrices of single experts into one pair for all `total` experts of a layer.
+
+    Lower ranks are padded with zeros. Raises BadFile if the model does not have these experts.
+    """
     first, rank = next(iter(experts.values())), max(matrix.a.shape[0] for matrix in experts.values())
     if projection not in PROJECTIONS or max(experts) >= total or len({matrix.shape for matrix in experts.values()}) > 1:
         raise BadFile(
@@ -416,7 +419,7 @@ def _find_module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _shapes(module: Any) -> tuple[Collection[Any], bool]:
+def _adaptable_shapes(module: Any) -> tuple[Collection[Any], bool]:
     """Returns the shapes of a module's adaptable weights, and whether it is a token lookup; none if unsupported."""
     if isinstance(module, MLA):
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)

@@ -64,7 +64,7 @@ def add_notes(notes: list[Note], found: Sequence[Note], replaced_codes: Sequence
 
 @contextmanager
 def capture_warnings() -> Iterator[list[Note]]:
-    """Collects the UserWarnings issued inside as notes; all warnings are issued on exit."""
+    """Collects the UserWarnings issued inside as notes, for `model.ktx.notes`; all warnings are issued on exit."""
     notes: list[Note] = []
     caught: list[warnings.WarningMessage] = []
     try:
@@ -79,7 +79,7 @@ def capture_warnings() -> Iterator[list[Note]]:
 
 
 def foreign_attention(model: nn.Module) -> list[str]:
-    """Paths of attention modules that stay transformers' own and cannot read ktx's KV caches."""
+    """Returns the paths of attention modules that stay transformers' own and cannot read ktx's KV caches."""
     return [
         name
         for name, module in model.named_modules()

@@ -54,7 +54,10 @@ class WeightFile:
             raise BadFile(f"{self.path}: {purpose}, and cannot be read: {error.strerror}") from error
 
     def with_digest(self) -> WeightFile:
-        """Returns the file with the digest of its content."""
+        """Returns the file with the digest of its content, by which the reader of a pickle notices a changed file.
+
+        Of a large file only samples are digested, with its modification time.
+        """
         digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as file:
             if self.size <= FULL_DIGEST_BYTES:
@@ -200,7 +203,8 @@ class WeightFiles:
         model, plan, source = self.prepared
         steps = [step for step in plan if step.path in names]
         steps.sort(key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
-        store = self._store(plan, source) if names is self.names else None
+        # Only a full model is loaded from the packed cache.
+        store = self._open_complete_cache(plan, source) if names is self.names else None
 
         def load_step(step: Step) -> None:
             operator: Any = copy.copy(model.get_submodule(step.path))
@@ -213,8 +217,11 @@ class WeightFiles:
         if store is not None:
             store.commit()
 
-    def _store(self, plan: Plan, source: WeightSource) -> PackedCache | None:
-        """Returns the packed cache on disk if it exists, else None; checks that the memory suffices."""
+    def _open_complete_cache(self, plan: Plan, source: WeightSource) -> PackedCache | None:
+        """Returns the packed cache on disk if an earlier load completed it, else None.
+
+        Raises DoesNotFit, before weights are read, if they need more memory than is free.
+        """
         check_memory(plan)
         if self.recipe.packed_cache_dir is None:
             return None

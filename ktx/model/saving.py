@@ -84,35 +84,36 @@ def _pieces(
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values.
 
-    Pieces are converted and written one after another, so that saving needs the memory of one piece, not of the floats
-    of the model. `form` converts a loaded model's names and shapes to those of the checkpoint.
+    Pieces are dequantized, converted and written one after another, so that saving needs the memory of one piece, not
+    of the floats of the model. `form` converts a loaded model's names and shapes to those of the checkpoint.
     """
-    independent = _independent(places, state, form)
-    if independent is None:  # a written tensor combines several parameters: convert all at once
+    written_forms = _describe_written(places, state, form)
+    if written_forms is None:  # a written tensor combines several parameters: convert all at once
         for name, values in form({name: _values(value) for name, value in state.items()}).items():
             yield name, 0, values
         return
     for name, value in state.items():
-        unchanged_name, written_shapes = independent[name]
+        unchanged_name, written_shapes = written_forms[name]
         floats = value.floats if isinstance(value, Dequantized) else None
-        if unchanged_name is not None and floats is not None:
+        if unchanged_name is not None and floats is not None:  # some rows at a time
             for first, last in floats.ranges():
                 yield unchanged_name, first, floats.read(first, last)
-        elif floats is not None and _by_expert(written_shapes, floats):
+        elif floats is not None and _by_expert(written_shapes, floats):  # some experts at a time
             for first, last in floats.ranges():
                 for written_name, values in form({name: floats.read(first, last)}).items():
                     yield _shift_expert(written_name, first), 0, values
-        else:
+        else:  # one parameter at a time
             for written_name, values in form({name: _values(value)}).items():
                 yield written_name, 0, values
 
 
-def _independent(
+def _describe_written(
     places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> dict[str, tuple[str | None, dict[str, tuple[int, ...]]]] | None:
-    """Returns for each parameter its name if it is written unchanged, and the shapes of what it is written as by name.
+    """Returns by parameter its name if it is written unchanged (else None), and the shapes that are written, by name.
 
-    Returns None if a written tensor combines several parameters.
+    `form` tells by converting each parameter alone, on the meta device. Returns None if the shapes then differ from
+    `places`: a written tensor combines several parameters.
     """
     result = {}
     shapes: dict[str, tuple[int, ...]] = {}

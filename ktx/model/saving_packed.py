@@ -62,7 +62,7 @@ def save_packed(
             f"save_pretrained: {target.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"
             " use another folder"
         )
-    state = _state(model)
+    state = _collect_state(model)
     _check_names(model, state)
     stored: dict[str, PackedState] = {}
     plain: dict[str, torch.Tensor] = {}
@@ -95,7 +95,7 @@ def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> P
 
 
 def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Yields a matrix in pieces of some rows, with its block scales."""
+    """Yields a matrix in pieces of some rows, with its block scales, so that few rows are unpacked at a time."""
     data_offset, scale_offset = 0, 0
     for rows in matrix.rows():
         yield name, data_offset, rows.data
@@ -105,7 +105,7 @@ def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tens
             scale_offset += rows.scale.numel()
 
 
-def _state(model: Any) -> State:
+def _collect_state(model: Any) -> State:
     """Returns packed weights and all other tensors by the names that a loaded model reads.
 
     A tied output layer is left out, unless it is quantized and the embedding is not. Raises UsageError for a
@@ -130,7 +130,10 @@ def _state(model: Any) -> State:
 
 
 def _check_names(model: Any, state: State) -> None:
-    """Raises UsageError for tensors that no module would read in any layer: of adapters, or of replaced modules."""
+    """Raises UsageError for tensors that a model loaded from the folder would lack: of adapters or replaced modules.
+
+    Names are compared without layer and expert numbers.
+    """
     read_names = {_any_layer(name) for step in model.ktx.plan for name in step.tensors}
     read_names |= {f"{name}{EXPANDED}" for name in read_names}
     read_names |= {

@@ -57,8 +57,8 @@ def check_option(self_test: SelfTest) -> None:
 class Fault:
     """The fault that one token pair showed.
 
-    `certain` faults need no other pair. Of a difference `far` is the relative distance, `noise` the distance that a
-    rounding error causes.
+    `certain` faults need no other pair. Of a difference, `distance` is the relative distance of the two results, and
+    `noise` the distance that a rounding error causes.
     """
 
     text: str
@@ -110,8 +110,8 @@ def judge(attempt: Callable[[int], Fault | None]) -> str:
                 return attempt_fault.text
     if 2 * len(faults) <= MAX_PAIRS:
         return ""
-    far, noise = (median(getattr(fault, name) for fault in faults) for name in ("distance", "noise"))
-    return "" if far <= min(MAX_NOISE_FACTOR * noise, MAX_NOISE_DISTANCE) else faults[0].text
+    distance, noise = (median(getattr(fault, name) for fault in faults) for name in ("distance", "noise"))
+    return "" if distance <= min(MAX_NOISE_FACTOR * noise, MAX_NOISE_DISTANCE) else faults[0].text
 
 
 def tolerance(model: Any, logits: torch.Tensor) -> float:
@@ -233,7 +233,7 @@ def _test_pair(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
     distance, bound = relative_distance(second_logits[-1], rows[-1]), tolerance(model, both_logits)
     if distance <= bound:
         return None
-    noise = 0.0 if _is_batch_invariant(model) else _noise(model, lambda: forward(ids, 0), rows[-1])
+    noise = 0.0 if _is_batch_invariant(model) else _measure_noise(model, lambda: forward(ids, 0), rows[-1])
     location = _first_difference(model, forward, ids, bound)
     return Fault(
         f"a token computed through the cache differs by {distance:.1%} from the same token computed in one forward with"
@@ -262,7 +262,8 @@ def _has_zero_matrix(model: Any, path: str) -> bool:
 def _is_batch_invariant(model: Any) -> bool:
     """Whether a token's result has the same bits in any batch, as with ktx's operators on a CPU.
 
-    Not so if an attention module is transformers' own or a layer continues from a state.
+    If so, rounding cannot explain a difference. Not so if an attention module is transformers' own or a layer continues
+    from a state.
     """
     if model.dtype != torch.float32 or isinstance(model.ktx.kv_dtype, str) or keeps_own_cache(model):
         return False
@@ -276,7 +277,7 @@ def _is_batch_invariant(model: Any) -> bool:
     )
 
 
-def _noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -> float:
+def _measure_noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -> float:
     """Returns how far the last token's logits move from `row` if embeddings change by a rounding error.
 
     Such a change alters roundings to 8 bits, and these the router's choice. A difference that is not much larger than
@@ -299,7 +300,7 @@ def _noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -
 
 
 def _first_difference(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
-    """Describes the first module whose output differs between the two forwards."""
+    """Describes for the message the first module whose output for the second token differs between the two forwards."""
     both_rows = _module_outputs(model, lambda: forward(ids, 0), 2)
     second_rows = _module_outputs(model, lambda: forward(ids, 1), 1)
     for path, row in second_rows.items():
@@ -325,7 +326,7 @@ def _module_outputs(model: nn.Module, forward: Callable[[], Any], tokens: int) -
 def _hooked(
     modules: Mapping[str, nn.Module], tokens: int, on_rows: Callable[[str, torch.Tensor], Any]
 ) -> Iterator[None]:
-    """While entered, calls `on_rows` with the output of each module, if it is a float tensor of `tokens` rows."""
+    """While entered, passes the path and the output of each module to `on_rows`, as float rows [tokens, columns]."""
 
     def make_output_hook(path: str) -> Callable[[Any, Any, Any], None]:
         """Returns a forward hook that passes the output of the module at `path` to `on_rows` as [tokens, columns].
@@ -353,14 +354,14 @@ def _hooked(
 def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose outputs differ between tokens unless weights are zero: with matrices, or parts of layers.
 
-    Rotary embeddings depend on positions only, and of split experts none may have been selected; both are left out.
+    Equal outputs of one of these are a fault. Rotary embeddings depend on positions only, and of split experts none may
+    have been selected; both are left out.
     """
     parts: set[nn.Module] = set()
     candidates: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             parts.update(part for layer in module for part in layer.children())
-        # Of split experts none may have been selected.
         is_split = isinstance(module, Experts) and module.num_experts < module.total_experts
         if (module in parts or isinstance(module, nn.Linear | Operator)) and not is_split:
             candidates[path] = module
