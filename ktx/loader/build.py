@@ -266,9 +266,9 @@ def prepare_model(
 
 
 def _scheme(model: str | Path, weights: Path) -> str:
-    """Returns a line on how a checkpoint is quantized, from the configurations and the files of model and weights.
+    """Returns a line for the plan's notes on how a checkpoint is quantized; empty if it is not.
 
-    Raises BadFile if the scheme is not supported.
+    Reads the configurations and the files of model and weights. Raises BadFile if the scheme is not supported.
     """
     folders = [
         folder
@@ -299,9 +299,9 @@ def _names_gpu(rules: Sequence[Rule], entries: Sequence[PlacementEntry]) -> bool
 
 
 def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
-    """Lets an output layer without weights in the file read the embedding's matrix.
+    """Lets an output layer without weights in the file read the embedding's matrix, which then is in memory once.
 
-    Weights in the file take precedence.
+    Weights in the file take precedence. A layer on another device than the embedding gets its own copy.
     """
     for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         if isinstance(source, SafetensorsSource) and source.spec(origin) is None and target in source.tensors:
@@ -315,6 +315,6 @@ def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
             step.tensors.insert(0, target)
             continue
         module.tied_to = origin
-        if module.placement != plan.devices[origin.rpartition(".")[0]]:  # it needs its own copy there
+        if module.placement != plan.devices[origin.rpartition(".")[0]]:
             module.has_own_copy = True
             step.tensors.insert(0, origin)

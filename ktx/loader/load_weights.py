@@ -116,7 +116,7 @@ def _assign_tensor(module: nn.Module, name: str, values: torch.Tensor, dtype: to
 
 
 def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """Returns a function from a parameter's name to its type."""
+    """Returns a function from a parameter's name to its type: `dtype`, unless transformers keeps it in another one."""
     dtypes = dtype_plan(model, dtype)
 
     def dtype_for(name: str) -> torch.dtype:

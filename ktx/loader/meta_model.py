@@ -122,7 +122,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
         snapshot = snapshot_download(
             repo,
             allow_patterns=[f"{prefix}{name}" for name in names],
-            ignore_patterns=[f"{prefix}*/*.safetensors", f"{prefix}consolidated*"],
+            ignore_patterns=[f"{prefix}*/*.safetensors", f"{prefix}consolidated*"],  # other copies of the weights
             **options | client_options,
         )
     except Exception as error:  # the hub client's errors have no common base but Exception
@@ -134,7 +134,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
 
 
 def set_experts_per_token(config: PreTrainedConfig, count: int) -> None:
-    """Sets the configuration's number of experts per token. Raises UsageError if the model does not allow it."""
+    """Sets the number of experts per token, for faster forwards. Raises UsageError if it is not 1 to the model's own."""
     trained = getattr(config, "num_experts_per_tok", None)
     if trained is None:
         raise UsageError(f"num_experts_per_tok={count}: {config.model_type} has no experts")
@@ -146,7 +146,7 @@ def set_experts_per_token(config: PreTrainedConfig, count: int) -> None:
 
 
 def build_meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns the transformers model on the meta device.
+    """Returns the transformers model on the meta device, where operators can replace modules before memory is needed.
 
     Families with a rule file use ktx's attention, whose masks are intervals; others use sdpa or eager with mask
     matrices.

@@ -52,7 +52,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder for a checkpoint, in files of at most `max_shard_bytes` (or one tensor), with `variant` in their names."""
+    """A folder for a checkpoint, in files of at most `max_shard_bytes` or one tensor; `variant` is in their names."""
 
     path: Path
     max_shard_bytes: int

@@ -193,7 +193,7 @@ def compute_footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) 
     attention_modules = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
     cached_modules = [(path, module) for path, module in attention_modules if hasattr(module, "layer_idx")]
     kv_layers = [
-        _kv_pools(path, module, config)
+        _attention_cache(path, module, config)
         if type(hf_layers[module.layer_idx]) in STANDARD_LAYERS
         else _recurrent_state(path, module)
         for path, module in cached_modules
@@ -228,8 +228,8 @@ def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSour
         for matrix in _matrices(step, spec, source)
     ]
     if isinstance(module, MLA):
-        packed = _absorbed(module, packed, step, source)
-    tied = _tied(module, plan, source)
+        packed = _absorbed_matrices(module, packed, step, source)
+    tied = _tied_matrices(module, plan, source)
     if not (num_floats or packed or tied):
         return None
     matrices = packed or tied
@@ -287,7 +287,7 @@ def _is_plain(spec: TensorSpec, own: set[str], step: Step) -> bool:
 
 
 def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Matrix]:
-    """Yields the matrices that a tensor is packed into.
+    """Yields type and shape of the matrices that a tensor is packed into, from which its bytes in memory follow.
 
     Row-wise parts of different types stay separate in a Linear; elsewhere they become one f32 matrix.
     """
@@ -301,10 +301,11 @@ def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Ma
         yield QTYPES["F32"], spec.shape
 
 
-def _absorbed(module: MLA, matrices: list[Matrix], step: Step, source: WeightSource) -> list[Matrix]:
-    """Returns the matrices that MLA packs: W_UK transposed, W_UV, and W_UK for prefill.
+def _absorbed_matrices(module: MLA, matrices: list[Matrix], step: Step, source: WeightSource) -> list[Matrix]:
+    """Returns type and shape of the matrices that MLA packs: W_UK transposed, W_UV, and W_UK for prefill.
 
-    Matrices that MLA has to compute become f16, or f32 if the file is f32.
+    MLA computes some of these from the file's matrices (by transposing or dequantizing), so they do not have the file's
+    type: they are f16, or f32 if the file is f32. W_UK for prefill is Q8_0 if the file is quantized.
     """
     float_type = QTYPES["F32" if matrices[0][0].name == "F32" else "F16"]
     packed = []
@@ -319,7 +320,7 @@ def _absorbed(module: MLA, matrices: list[Matrix], step: Step, source: WeightSou
     return packed
 
 
-def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
+def _tied_matrices(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
     """Returns the embedding's matrix, which a tied output layer needs as its own copy on another device."""
     if not (isinstance(module, Linear) and module.tied_to):
         return []
@@ -329,7 +330,7 @@ def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
 
 
 def activation_columns(module: nn.Module) -> int:
-    """Returns the number of activation values per token while a module computes."""
+    """Returns how many activation values per token a module holds while it computes, for the size of workspaces."""
     if isinstance(module, Linear):
         return module.out_features
     if isinstance(module, Experts):
@@ -342,8 +343,8 @@ def activation_columns(module: nn.Module) -> int:
 # ---- keys, values and states
 
 
-def _kv_pools(path: str, module: Any, config: PreTrainedConfig) -> KVMemory:
-    """Returns the KV cache of an attention module: MLA's latent, or keys and values of each key/value head."""
+def _attention_cache(path: str, module: Any, config: PreTrainedConfig) -> KVMemory:
+    """Returns the dimensions of an attention module's KV cache: MLA's latent, or keys and values per key/value head."""
     if isinstance(module, MLA):
         columns, expanded = (module.kv_lora_rank, module.qk_rope_head_dim), module.qk_nope_head_dim + module.v_head_dim
         return KVMemory(

@@ -261,7 +261,7 @@ class Placement:
             name: self.read_bytes_per_token(name) / 1e9 / (speeds.cpu_gb_s if name == CPU else speeds.gpu_gb_s)
             for name in self.device_names
         }
-        crossing_s = (
+        crossing_s = (  # one way: half of the bytes
             CROSSING_LATENCY_S + workspace.transfer_bytes(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
         )
         return read_s | {"crossings": self.transfers_per_token() * crossing_s}
@@ -388,17 +388,17 @@ def _with_layer(placement: Placement, layer: int) -> Placement:
     return replace(placement, experts=placement.experts | {layer})
 
 
-def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
+def _distribute_layers(model: Footprint, budget: Budget, is_counted: Callable[[ModuleMemory], bool]) -> Placement:
     """Distributes the layers in order over the GPUs, by their bytes and in proportion to each GPU's budget.
 
     Args:
         model: the footprint.
         budget: the budget, with at least one GPU.
-        counts: whether the bytes of a module count, which is false for modules that will be on the CPU.
+        is_counted: whether the bytes of a module count; false for modules that will be on the CPU.
     """
     weights = [0] * model.num_layers
     for module in model.modules:
-        if counts(module) and module.group != EMBEDDING and not module.cpu_only:
+        if is_counted(module) and module.group != EMBEDDING and not module.cpu_only:
             weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
     for layer in model.kv_layers:
         weights[layer.layer] += (
@@ -458,11 +458,11 @@ def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], 
         if module.group == EMBEDDING or any(pattern.search(module.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
         weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
-    return balance_layers(weights, [1 << 30] * gpus)
+    return balance_layers(weights, [1 << 30] * gpus)  # any equal capacities
 
 
 def to_json(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
-    """Returns the placement as plain data for JSON."""
+    """Returns the placement as plain data for `ktx plan --json`, with estimated times if `speeds` are given."""
     result: dict[str, Any] = {
         "devices": placement.device_map(),
         "gpu_experts": placement.gpu_experts_map(),

@@ -25,11 +25,11 @@ def fit(model: Footprint, budget: Budget) -> Placement:
     """
     placement = solve(model, budget)
     if placement.exceeded():
-        raise DoesNotFit(f"{_shortfall(placement)}. It would fit with {', or '.join(suggestions(placement))}")
+        raise DoesNotFit(f"{_describe_shortfall(placement)}. It would fit with {', or '.join(suggestions(placement))}")
     return placement
 
 
-def _shortfall(placement: Placement) -> str:
+def _describe_shortfall(placement: Placement) -> str:
     """Describes for each exceeded device the needed, given and missing bytes, with the four largest groups."""
     lines = []
     for device, missing in placement.exceeded().items():
@@ -52,16 +52,16 @@ def suggestions(placement: Placement) -> Iterator[str]:
     KV cache, a smaller quant) are yielded only if the solver finds that they suffice.
     """
     model, budget, exceeded = placement.model, placement.budget, placement.exceeded()
-    yield " ".join(_options(budget, _sufficient_budget(placement)))
-    if CPU in exceeded and budget.vram and len(exceeded) == 1 and (vram_budget := _more_vram(placement)):
+    yield " ".join(_options(budget, _find_sufficient_budget(placement)))
+    if CPU in exceeded and budget.vram and len(exceeded) == 1 and (vram_budget := _find_sufficient_vram(placement)):
         yield " ".join(_options(budget, vram_budget))
-    if context := _max_context(placement):
+    if context := _find_max_context(placement):
         yield f"--ctx {context}"
     if budget.batch > 1 and not solve(model, replace(budget, batch=1)).exceeded():
         yield "--batch 1"
     if budget.kv_dtype != Q8_0 and not solve(model, replace(budget, kv_dtype=Q8_0)).exceeded():
         yield f"--kv-dtype {Q8_0}"
-    if len(exceeded) == 1 and (quant := _smaller_quant(placement, next(iter(exceeded)))):
+    if len(exceeded) == 1 and (quant := _describe_smaller_quant(placement, next(iter(exceeded)))):
         yield quant
 
 
@@ -82,8 +82,11 @@ def _round_up(nbytes: int) -> int:
     return math.ceil(nbytes / BUDGET_STEP_BYTES) * BUDGET_STEP_BYTES
 
 
-def _sufficient_budget(placement: Placement) -> Budget:
-    """Returns the smallest sufficient budget. It is found iteratively, because layers move when the budget changes."""
+def _find_sufficient_budget(placement: Placement) -> Budget:
+    """Returns a budget that suffices: each exceeded one grows by the missing bytes until the solver's placement fits.
+
+    One increase is not enough, because layers move to other devices when a budget changes.
+    """
     budget = placement.budget
     while exceeded := placement.exceeded():
         vram = tuple(
@@ -96,8 +99,8 @@ def _sufficient_budget(placement: Placement) -> Budget:
     return budget
 
 
-def _more_vram(placement: Placement) -> Budget | None:
-    """Returns the budget with the smallest memory per GPU that takes enough experts off the CPU, or None if none does.
+def _find_sufficient_vram(placement: Placement) -> Budget | None:
+    """Returns the budget with the smallest memory per GPU that takes enough experts off the CPU; None if none does.
 
     All GPUs get at least the same memory, found by bisection between 0 and twice the bytes of the model.
     """
@@ -115,7 +118,7 @@ def _more_vram(placement: Placement) -> Budget | None:
     return None if solve(placement.model, rounded).exceeded() else rounded
 
 
-def _max_context(placement: Placement) -> int:
+def _find_max_context(placement: Placement) -> int:
     """Returns the longest context that fits, in full pages; 0 if none fits."""
     low, high = 0, placement.budget.context // PAGE_TOKENS
     while low < high:
@@ -125,7 +128,7 @@ def _max_context(placement: Placement) -> int:
     return low * PAGE_TOKENS
 
 
-def _smaller_quant(placement: Placement, device: str) -> str:
+def _describe_smaller_quant(placement: Placement, device: str) -> str:
     """Describes the bits per weight that would fit on a device; empty if no quant is that small.
 
     It is an estimate: all weights of the device shrink by the same ratio, and the reserve on the CPU shrinks with them.

@@ -47,7 +47,10 @@ def activation_bytes(model: Footprint, modules: Collection[ModuleMemory], tokens
 
 
 def decode_step_bytes(model: PreTrainedModel) -> dict[Device, int]:
-    """Bytes of activations per decoded token of a loaded model, by device: residuals, and those of the widest block."""
+    """Bytes of activations per token of a loaded model, by device: residuals, and those of the widest block.
+
+    An engine limits the tokens of its steps by this number and the free memory.
+    """
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():
         layer, columns = layer_number(path), activation_columns(module)
@@ -90,7 +93,10 @@ def streaming_bytes(modules: Collection[ModuleMemory]) -> int:
 
 
 def mla_expansion_bytes(kv_layers: Collection[KVMemory], context: int) -> int:
-    """Bytes of an MLA latent gathered from its pages, stored and converted, and of the expanded keys and values."""
+    """Bytes that MLA's prefill needs for one layer, the largest one.
+
+    These are the latents gathered from their pages, stored and converted, and the expanded keys and values.
+    """
     sizes = [
         min(EXPAND_BYTES, context * layer.expanded * BF16_BYTES) + 2 * context * sum(layer.columns) * BF16_BYTES
         for layer in kv_layers
