@@ -17,7 +17,7 @@ COMMANDS = ("chat", "serve", "download", "plan", "doctor", "verify", "bench")
 
 
 def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
-    """The parser with the subcommands in `wanted`."""
+    """Returns the parser of `ktx` with the subcommands in `wanted`, whose modules it imports."""
     import ktx
 
     parser = Parser(prog="ktx", description=ktx.__doc__)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.command:
         parser.print_help()
         return 2
-    return guarded(args)
+    return run_guarded(args)
 
 
 def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
@@ -65,10 +65,10 @@ def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
     debug_option(parser)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.command = command
-    return guarded(args)
+    return run_guarded(args)
 
 
-def guarded(args: object) -> int:
+def run_guarded(args: object) -> int:
     """Runs a parsed command and returns its exit status.
 
     An error that the user can fix (KtxError) is printed as one line, not as a traceback, unless --debug is given.
@@ -114,7 +114,7 @@ def _fix_streams() -> None:
 
 
 def _shorten_warnings() -> None:
-    """Prints each warning as one line."""
+    """Prints each warning as one line, because a command's user has no use for a line of ktx's source."""
     import warnings
 
     def show(message: object, category: type, *rest: object) -> None:

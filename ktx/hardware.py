@@ -83,7 +83,7 @@ def default_threads() -> int:
 
 
 def cpu_share(number: int, of: int) -> set[int]:
-    """The CPUs of process `number` out of `of` processes that share this machine.
+    """The CPUs of process `number` out of `of` processes that share this machine, such as replicas of a model.
 
     Each gets complete, adjacent cores, on one NUMA node where possible. Returns all usable CPUs when there are more
     processes than cores, or no share remains for this number.
@@ -109,7 +109,10 @@ def memory() -> tuple[int, int]:
 
 
 def last_level_cache() -> int:
-    """Total size in bytes of the usable CPUs' last-level caches, each counted once; 0 when the system has no data."""
+    """Total size in bytes of the usable CPUs' last-level caches; 0 when the system has no data.
+
+    A cache that several CPUs share counts once: its key is its level and the list of these CPUs.
+    """
     found: dict[tuple[int, str], int] = {}
     for cpu in os.sched_getaffinity(0):
         caches = [
@@ -118,7 +121,7 @@ def last_level_cache() -> int:
             if _read_stripped(folder / "type", "") in ("Unified", "Data")
         ]
         for level, folder in sorted(caches)[-1:]:
-            found[level, _read_stripped(folder / "shared_cpu_list", str(cpu))] = _size(
+            found[level, _read_stripped(folder / "shared_cpu_list", str(cpu))] = _parse_size(
                 _read_stripped(folder / "size", "0")
             )
     return sum(found.values())
@@ -141,7 +144,7 @@ def amx_permitted() -> bool:
         return False
     import ctypes
 
-    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # 158: arch_prctl, 0x1023: the request, 18: tile data
 
 
 def cpufeature_flags() -> str:
@@ -161,12 +164,16 @@ def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
     for folder in _own_cgroups(""):
         limit = _read_stripped(folder / "memory.max", "max")
         if limit != "max":
-            yield int(limit), int(_read_stripped(folder / "memory.current", "0")), _stat(folder / "memory.stat", "file")
+            yield (
+                int(limit),
+                int(_read_stripped(folder / "memory.current", "0")),
+                _read_stat(folder / "memory.stat", "file"),
+            )
     limit = _read_stripped(CGROUP / "memory" / "memory.limit_in_bytes", "")
-    if limit and int(limit) < 1 << 60:
+    if limit and int(limit) < 1 << 60:  # cgroup v1, where a huge number means no limit
         folder = CGROUP / "memory"
         used = int(_read_stripped(folder / "memory.usage_in_bytes", "0"))
-        yield int(limit), used, _stat(folder / "memory.stat", "cache")
+        yield int(limit), used, _read_stat(folder / "memory.stat", "cache")
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
@@ -185,7 +192,7 @@ def _own_cgroups(controller: str) -> Iterator[Path]:
                 folder = folder.parent
 
 
-def _stat(file: Path, key: str) -> int:
+def _read_stat(file: Path, key: str) -> int:
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
 
@@ -204,20 +211,20 @@ def _core_of(cpu: int) -> str:
 
 def _nodes(usable: set[int]) -> Iterator[Node]:
     for folder in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
-        cpus = tuple(cpu for cpu in _list(_read_stripped(folder / "cpulist", "")) if cpu in usable)
+        cpus = tuple(cpu for cpu in _parse_list(_read_stripped(folder / "cpulist", "")) if cpu in usable)
         lines = (folder / "meminfo").read_text().splitlines()
         total = next((int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line), 0)
         yield Node(int(folder.name.removeprefix("node")), cpus, total)
 
 
-def _list(text: str) -> Iterator[int]:
+def _parse_list(text: str) -> Iterator[int]:
     """The numbers in a kernel list such as "0-3,8"."""
     for part in filter(None, text.split(",")):
         low, _, high = part.partition("-")
         yield from range(int(low), int(high or low) + 1)
 
 
-def _size(text: str) -> int:
+def _parse_size(text: str) -> int:
     """The bytes of a kernel size such as "32768K"."""
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
     number = text.rstrip("KMG")

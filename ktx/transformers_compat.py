@@ -63,7 +63,9 @@ def has_causal_lm(config: Any) -> bool:
 
 
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
-    """The key mapping of a model's checkpoints, from transformers' own table.
+    """The mapping from a checkpoint's names to the model's parameters, from transformers' own table.
+
+    Older checkpoints have the names of modeling code that has changed since.
 
     Returns:
         A function that maps a checkpoint key to the parameter path in the current modeling code, and the converters for
@@ -85,7 +87,7 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
 
 
 def apply_converter(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
-    """Converts checkpoint tensors, by source pattern, to the parameter `name`."""
+    """Converts checkpoint tensors, by source pattern, to the parameter `name`, with transformers' own operations."""
     result: Any = tensors
     patterns = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
     for operation in converter.operations:
@@ -193,7 +195,7 @@ def attention_function(name: str) -> Callable[..., Any]:
 def to_checkpoint_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function that converts a model's state dict, or a part of it, to the form that `save_pretrained` writes.
 
-    Names change, and stacked experts are split.
+    Names change, and stacked experts are split. With it ktx saves checkpoints of the same form as transformers does.
     """
     from types import SimpleNamespace
 

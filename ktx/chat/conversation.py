@@ -81,8 +81,8 @@ class Conversation:
         return None
 
     def set(self, name: str, value: str) -> str:
-        """Sets one sampling parameter and returns a confirmation. UsageError for an unknown name or a value out of
-        range.
+        """Sets one sampling parameter, for /set, and returns a confirmation. UsageError for an unknown name or a value
+        out of range.
         """
         name = name.replace("-", "_")
         if name not in CHAT_PARAMETERS:

@@ -47,7 +47,7 @@ class Timing:
             self.error = _error_message(event)
             return
         usage, choices = event.get("usage") or {}, event.get("choices") or ()
-        # Without usage, an event with text token_counts as one token.
+        # Without usage, an event with text counts as one token.
         num_tokens = usage.get("completion_tokens", self.answer + any(choice.get("text") for choice in choices))
         if choices and num_tokens > self.answer:
             self.chunks.append((now, num_tokens - self.answer))

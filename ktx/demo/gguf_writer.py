@@ -35,12 +35,12 @@ def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, to
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, layers)
     for name, value in state.items():
-        parts = name.split(".")
+        parts = name.split(".")  # such as model, layers, 1, mlp, experts, 0, gate_proj, weight
         block = f"blk.{parts[2]}" if parts[1] == "layers" else ""
-        if block and int(parts[2]) >= layers:
+        if block and int(parts[2]) >= layers:  # the MTP layer
             continue
         if ".experts." in name:
-            if parts[5] == "0":
+            if parts[5] == "0":  # all experts are stacked at the place of the first one
                 experts = [state[".".join([*parts[:5], str(e), *parts[6:]])] for e in range(config["n_routed_experts"])]
                 yield f"{block}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", torch.stack(experts)
         elif name.endswith("kv_b_proj.weight"):

@@ -122,7 +122,10 @@ def matches(file: File, globs: Sequence[str]) -> bool:
 
 
 def _select_weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str) -> list[File]:
-    """The weights when no glob is given: quantization `tag`, else safetensors, else the only GGUF model."""
+    """Selects the weights when no glob is given: quantization `tag`, else safetensors, else the only GGUF model.
+
+    Pickle files are never selected; if there is nothing else, the error names them.
+    """
     found, tensors = list_quantizations(files), _select_safetensors(files)
     if tag:
         return list(_find_quantization(repo, found, tag).files)
@@ -144,14 +147,14 @@ def _select_weights(repo: str, files: Sequence[File], pickles: Sequence[File], t
 
 
 def _select_safetensors(files: Sequence[File]) -> list[File]:
-    """The safetensors in the top folder, of two copies there the one that transformers reads; if none, all of them."""
+    """Selects the safetensors in the top folder, of two copies the one that transformers reads; else all of them."""
     tensors = [file for file in files if file.kind == ".safetensors"]
     top = [file for file in tensors if "/" not in file.path]
     return [file for file in top if file.path.startswith("model")] or top or tensors
 
 
 def list_quantizations(files: Sequence[File]) -> list[Quantization]:
-    """The GGUF models of a repository, smallest first: the parts of a split file are one model.
+    """Lists the GGUF models of a repository, smallest first: the parts of a split file are one model.
 
     Models with the same quantization are named by their file instead.
     """
@@ -183,7 +186,10 @@ def _quantization_name(stem: str) -> str:
 
 
 def _find_quantization(repo: str, found: Sequence[Quantization], tag: str) -> Quantization:
-    """The quantization named `tag`, ignoring case, with or without Unsloth's prefix UD-."""
+    """Returns the quantization named `tag`, ignoring case, else the one with Unsloth's prefix UD- in front of it.
+
+    Raises AmbiguousQuant if there is none or several, BadFile if parts of a split file are missing.
+    """
     if not found:
         raise UsageError(f"{repo}: contains no GGUF, so no quantization {tag!r}; leave :{tag} out")
     requested = tag.upper()

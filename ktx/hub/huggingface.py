@@ -66,7 +66,7 @@ class HuggingFace:
         """
         with TemporaryDirectory() as empty:  # stands for a folder that does not exist, which the library would create
             folder = Path(empty) if to is not None and not to.exists() else to
-            found = self._snapshot(listing, listing.revision, wanted, folder, dry_run=True)
+            found = self._download_snapshot(listing, listing.revision, wanted, folder, dry_run=True)
         missing = {one.filename for one in found if one.will_download}
         files = tuple(file for file in wanted if file.path in missing)
         parts = [_partial_path(target, file) for target, file in self._large_files(listing, files, to).items()]
@@ -99,10 +99,10 @@ class HuggingFace:
             revision, others = listing.requested_revision, wanted
         else:  # the library would compute the SHA-256 of the large files again
             revision, others = listing.revision, [file for file in wanted if to / file.path not in large]
-        return Path(self._snapshot(listing, revision, others, to, tqdm_class=_progress_class(advance)))
+        return Path(self._download_snapshot(listing, revision, others, to, tqdm_class=_progress_class(advance)))
 
     def _large_files(self, listing: Listing, files: Sequence[File], to: Path | None) -> dict[Path, File]:
-        """The files to download here, by their place: the path in the folder `to`, or the digest in the cache.
+        """Returns the files to download here, by their place: the path in the folder `to`, or the digest in the cache.
 
         The hub's documentation describes the folders of the cache, which other programs share.
         """
@@ -110,7 +110,7 @@ class HuggingFace:
         large = [file for file in files if file.sha256 is not None and file.size <= MAX_HTTP_BYTES]
         return {blobs / str(file.sha256) if to is None else to / file.path: file for file in large}
 
-    def _snapshot(
+    def _download_snapshot(
         self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, **more: Any
     ) -> Any:
         """Calls the library's snapshot_download for exactly these files; `dry_run` only lists what is missing."""
@@ -153,7 +153,8 @@ class HuggingFace:
     ) -> str:
         """Appends the bytes that `output` lacks of a file, and returns the SHA-256 of all of it.
 
-        After a broken connection it requests the rest. Raises KtxError once `stop` is set.
+        First it digests the bytes of an earlier download. After a broken connection it requests the rest, up to
+        MAX_RETRIES times without progress. Raises KtxError once `stop` is set.
         """
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status

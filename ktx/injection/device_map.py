@@ -1,6 +1,6 @@
 """Placement of modules on devices: the `devices:` map of a rule file, and the equivalent options.
 
-A key of the map is one of the names in WORDS, a range of layers (`layers 0-29`, `experts 3,5-8`), or a regular
+A key of the map is one of the names in MODULE_NAMES, a range of layers (`layers 0-29`, `experts 3,5-8`), or a regular
 expression that is searched in the module path, as a rule's `match.name` is. The first entry whose key matches a module
 places it; its submodules follow unless an entry or a rule places them. Parsing depends neither on torch nor on the
 devices of this machine.
@@ -77,7 +77,7 @@ def parse_entry(
             raise UsageError(
                 f"{where}: layers are split among different GPUs, for example cuda:0,cuda:1; found {device_text!r}"
             )
-    return PlacementEntry(key, _pattern(key, where), ",".join(names), where, explicit, implied)
+    return PlacementEntry(key, _compile_key(key, where), ",".join(names), where, explicit, implied)
 
 
 def parse_gpu_experts(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry:
@@ -95,7 +95,7 @@ def parse_gpu_experts(key: str, count: object, where: str = "gpu_experts") -> Pl
         raise UsageError(f"{where}: must be a number of experts per layer, 0 or more; found {count!r}")
     prefix, _, layer_list = key.partition(" ")
     key = "experts" if key == "all" else f"experts {layer_list}" if prefix == "layers" and layer_list else key
-    return PlacementEntry(key, _pattern(key, where), "", where, num_gpu_experts=count)
+    return PlacementEntry(key, _compile_key(key, where), "", where, num_gpu_experts=count)
 
 
 def parse_stream_experts(value: object, where: str = "stream_experts_min_tokens") -> int | None:
@@ -115,11 +115,11 @@ def parse_stream_experts(value: object, where: str = "stream_experts_min_tokens"
     raise UsageError(f"{where}: must be auto, off or a number of tokens, found {value!r}")
 
 
-def _pattern(key: str, where: str) -> re.Pattern[str]:
-    """Returns the regular expression of a key. Raises UsageError for an invalid key."""
+def _compile_key(key: str, where: str) -> re.Pattern[str]:
+    """Returns the regular expression for the module paths that a key selects. Raises UsageError for an invalid key."""
     prefix, _, layer_list = key.partition(" ")
     if prefix in LAYER_RANGES and layer_list:
-        return re.compile(LAYER_RANGES[prefix] % "|".join(map(str, _numbers(key, layer_list, where))))
+        return re.compile(LAYER_RANGES[prefix] % "|".join(map(str, _parse_layers(key, layer_list, where))))
     if not key:
         raise UsageError(
             f"{where}: an entry of devices needs a key: a regular expression, or one of {' '.join(MODULE_NAMES)}"
@@ -136,8 +136,8 @@ def _pattern(key: str, where: str) -> re.Pattern[str]:
         raise UsageError(f"{where}: {key!r} is not a regular expression: {error}") from None
 
 
-def _numbers(key: str, layer_list: str, where: str) -> list[int]:
-    """Returns the layers of a list such as "0-2,7". Raises UsageError for an invalid one."""
+def _parse_layers(key: str, layer_list: str, where: str) -> list[int]:
+    """Returns the layers of a list such as "0-2,7". Raises UsageError for an invalid one; `key` is for its message."""
     layers: list[int] = []
     for part in layer_list.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
@@ -148,7 +148,7 @@ def _numbers(key: str, layer_list: str, where: str) -> list[int]:
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
-    """Formats layers as a key names them, such as "0-2,7"."""
+    """Formats layers as a key of a device map names them, such as "0-2,7"; inverse of `_parse_layers`."""
     ranges: list[list[int]] = []
     for layer in sorted(numbers):
         if ranges and layer == ranges[-1][1] + 1:

@@ -169,7 +169,7 @@ class Plan(list[Step]):
         return dict(total)
 
     def table(self, fold: bool = True) -> str:
-        """Returns the plan as text; `fold` merges layers with equal modules into one row."""
+        """Returns the plan as text, as `ktx plan` prints it; `fold` merges layers with equal modules into one row."""
         head = ("module", "class", "operator", "device", "type", "bytes", "rule")
         rows = [
             (
@@ -183,6 +183,7 @@ class Plan(list[Step]):
             )
             for path, step in (_fold_layers(self) if fold else ((step.path, step) for step in self))
         ]
+        # Column 5, the bytes, is right-aligned.
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
             "  ".join(
@@ -381,7 +382,7 @@ class _Injector:
             raise UsageError(f"{where}: {error}") from None
 
     def warn_unsplit(self) -> None:
-        """Warns of requested GPU experts for which no layer qualifies."""
+        """Warns of each request for experts on a GPU that no layer could follow, because it has no effect."""
         reason = (
             "no layer has its experts on the CPU and its MoE block on a GPU"
             if gpus()
@@ -398,16 +399,21 @@ class _Injector:
         matches = [i for i, entry in enumerate(self.entries) if entry.pattern.search(path)]
         self.matched_entries.update(matches)
         if rule is not None and rule.device:
-            return self.device(rule.device.strip(), rule.where)
+            return self.find_device(rule.device.strip(), rule.where)
         if not matches:
             return parent_device
         entry = self.entries[matches[0]]
         if entry.device == "cuda" and parent_device.gpu:
             return parent_device
-        return parse_device(entry.device, entry.where) if entry.explicit else self.device(entry.device, entry.where)
+        return (
+            parse_device(entry.device, entry.where) if entry.explicit else self.find_device(entry.device, entry.where)
+        )
 
-    def device(self, name: str, where: str) -> Device:
-        """Returns the device that a file names; without any GPU the CPU, with a warning once per rule or entry."""
+    def find_device(self, name: str, where: str) -> Device:
+        """Returns the device that a file names; without any GPU the CPU, with a warning once per rule or entry.
+
+        So a rule file that is written for a GPU also works on a machine without one.
+        """
         if re.match("cuda", name) and not gpus():
             if where not in self.warned:
                 self.warned.add(where)
@@ -419,7 +425,10 @@ class _Injector:
         return parse_device(name, where)
 
     def build_operator(self, path: str, old: nn.Module, rule: Rule, device: Device) -> Operator:
-        """Returns the operator that a rule puts in place of `old`."""
+        """Returns the operator that a rule puts in place of `old`; on a GPU, the class that `on_gpu` has for it.
+
+        Raises UsageError, with the rule's file and line, if the operator does not support the module or an option.
+        """
         assert rule.replace
         cls = resolve(rule.replace, rule.where)
         if device.gpu:

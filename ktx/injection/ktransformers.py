@@ -101,7 +101,7 @@ def _translate_class(rule: Rule, cls: str | None) -> Rule:
     for key, value in rule.kwargs.items():
         if key in SUPPORTED_OPTIONS and operator == "MLA":
             kwargs[key] = value
-        elif key not in DEVICES[:1] and key not in SUPPORTED_OPTIONS:
+        elif key not in DEVICES[:1] and key not in SUPPORTED_OPTIONS:  # DEVICES[:1] is read below
             reason = IGNORED_OPTIONS.get(key, "this operator has no such option")
             warnings.warn(f"{rule.where}: {key} has no effect in ktx: {reason}", stacklevel=4)
     device = rule.device or rule.kwargs.get("generate_device")

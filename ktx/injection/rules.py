@@ -60,48 +60,48 @@ class _YamlReader:
     def __init__(self, file: str):
         self.file = file
 
-    def at(self, node: yaml.Node) -> str:
-        """ "file:line" of a node."""
+    def locate(self, node: yaml.Node) -> str:
+        """Returns "file:line" of a node, the prefix of messages about it."""
         return f"{self.file}:{node.start_mark.line + 1}"
 
-    def mapping(self, node: yaml.Node, label: str) -> dict[str, yaml.Node]:
+    def read_mapping(self, node: yaml.Node, label: str) -> dict[str, yaml.Node]:
         """Returns the entries of a mapping. Raises UsageError for another node or a repeated key."""
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{self.at(node)}: {label} must be a mapping of keys, found {_node_label(node)}")
+            raise UsageError(f"{self.locate(node)}: {label} must be a mapping of keys, found {_node_label(node)}")
         entries: dict[str, yaml.Node] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise UsageError(f"{self.at(key)}: a key of {label} must be a word, found {_node_label(key)}")
+                raise UsageError(f"{self.locate(key)}: a key of {label} must be a word, found {_node_label(key)}")
             if key.value in entries:
-                raise UsageError(f"{self.at(key)}: the key {key.value!r} appears twice")
+                raise UsageError(f"{self.locate(key)}: the key {key.value!r} appears twice")
             entries[key.value] = value
         return entries
 
-    def known(self, node: yaml.Node, section: str, keys: Iterable[str] = ()) -> dict[str, yaml.Node]:
-        """Returns a section's entries (default: the keys of KEYS). Raises UsageError for an unknown key."""
-        entries, known_keys = self.mapping(node, section or "a rule"), list(keys or KEYS[section])
+    def read_section(self, node: yaml.Node, section: str, keys: Iterable[str] = ()) -> dict[str, yaml.Node]:
+        """Returns a section's entries. Raises UsageError for a key that is not in `keys` (default: in KEYS)."""
+        entries, known_keys = self.read_mapping(node, section or "a rule"), list(keys or KEYS[section])
         key_nodes = {str(key.value): key for key, _ in node.value}
         for name in entries:
             if name not in known_keys:
                 context = f" in {section}" if section else ""
                 raise UsageError(
-                    f"{self.at(key_nodes[name])}: unknown key {name!r}{context}{did_you_mean(name, known_keys)};"
+                    f"{self.locate(key_nodes[name])}: unknown key {name!r}{context}{did_you_mean(name, known_keys)};"
                     f" known: {' '.join(known_keys)}"
                 )
         return entries
 
-    def value(self, node: yaml.Node, kind: type, label: str) -> Any:
+    def read_value(self, node: yaml.Node, kind: type, label: str) -> Any:
         """Returns a node's value. Raises UsageError if it is not of type `kind`."""
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
         except Exception as error:  # an unknown tag or an invalid date: PyYAML's constructors raise any type
             raise UsageError(
-                f"{self.at(node)}: {label} cannot be read: {_first_line(getattr(error, 'problem', None) or error)}"
+                f"{self.locate(node)}: {label} cannot be read: {_first_line(getattr(error, 'problem', None) or error)}"
             ) from None
         if value is None and kind is not bool:
             return None
         if not isinstance(value, kind):
-            raise UsageError(f"{self.at(node)}: {label} must be {_type_label(kind)}, found {_node_label(node)}")
+            raise UsageError(f"{self.locate(node)}: {label} must be {_type_label(kind)}, found {_node_label(node)}")
         return value
 
 
@@ -158,22 +158,25 @@ def _compose(text: str, file: str) -> yaml.Node:
 
 def _parse_rule_list(node: yaml.Node, reader: _YamlReader) -> list[Rule]:
     if not isinstance(node, yaml.SequenceNode):
-        raise UsageError(f"{reader.at(node)}: rules are a list; start each rule with '- match:'")
+        raise UsageError(f"{reader.locate(node)}: rules are a list; start each rule with '- match:'")
     return [translate(_parse_rule(item, reader)) for item in node.value]
 
 
 def _parse_rule_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -> Rules:
-    """Returns the rules and the device map of a file that is a mapping."""
+    """Returns the rules and the device map of a file that is a mapping; warns of keys that ktx 0.1 named differently.
+
+    A single rule without the dash of a list is a mapping too, so the error for it says how rules begin.
+    """
     if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
         raise UsageError(
-            f"{reader.at(root)}: a rule file is a list, or a mapping of devices and rules;"
+            f"{reader.locate(root)}: a rule file is a list, or a mapping of devices and rules;"
             " start each rule with '- match:'"
         )
     for key, _ in root.value:
         if isinstance(key, yaml.ScalarNode) and (current := OLD_FILE_KEYS.get(key.value)):
-            warnings.warn(f"{reader.at(key)}: {key.value} is called {current} {SINCE}", FutureWarning, stacklevel=2)
+            warnings.warn(f"{reader.locate(key)}: {key.value} is called {current} {SINCE}", FutureWarning, stacklevel=2)
             key.value = current
-    sections = reader.known(root, "a rule file", FILE_KEYS)
+    sections = reader.read_section(root, "a rule file", FILE_KEYS)
     entries = _parse_devices(sections["devices"], reader) if "devices" in sections else []
     entries += _parse_gpu_experts(sections["gpu_experts"], reader) if "gpu_experts" in sections else []
     rules = _parse_rules_section(sections, entries, reader, model_type)
@@ -190,46 +193,47 @@ def _parse_rules_section(
         return Rules(rules := load_rules(None, model_type), entries, rules.base, explicit=False)
     if isinstance(sections["rules"], yaml.SequenceNode):
         return Rules(_parse_rule_list(sections["rules"], reader), entries, reader.file)
-    name = reader.value(sections["rules"], str, "rules, a list or the name of a file,") or ""
+    name = reader.read_value(sections["rules"], str, "rules, a list or the name of a file,") or ""
     sibling = Path(reader.file).parent / name
     try:
         path = _find_rule_file(sibling if sibling.is_file() else name)
         node = _compose(_read_text(path), str(path))
     except BadFile as error:
-        raise BadFile(f"{reader.at(sections['rules'])}: {error}") from None
+        raise BadFile(f"{reader.locate(sections['rules'])}: {error}") from None
     return Rules(_parse_rule_list(node, _YamlReader(str(path))), entries, str(path))
 
 
 def _parse_devices(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
     """Parses `devices`, the device map: an entry per key, with one device or, for `all`, several."""
-    sections, key_nodes = reader.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
+    sections, key_nodes = reader.read_mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
     entries = []
     for key, value in sections.items():
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        entries.append(parse_entry(key, [_parse_device(item, reader) for item in items], reader.at(key_nodes[key])))
+        entries.append(parse_entry(key, [_parse_device(item, reader) for item in items], reader.locate(key_nodes[key])))
     return entries
 
 
 def _parse_gpu_experts(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
     """Parses `gpu_experts`: a number for all layers, or numbers by layers as in a device map."""
     if isinstance(node, yaml.SequenceNode):
-        raise UsageError(f"{reader.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
-    sections = reader.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
+        raise UsageError(f"{reader.locate(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
+    sections = reader.read_mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
     return [
-        parse_gpu_experts(key, reader.value(value, object, "gpu_experts"), f"{reader.at(value)}: gpu_experts")
+        parse_gpu_experts(key, reader.read_value(value, object, "gpu_experts"), f"{reader.locate(value)}: gpu_experts")
         for key, value in sections.items()
     ]
 
 
 def _parse_stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
     min_tokens = parse_stream_experts(
-        reader.value(node, object, "stream_experts_min_tokens"), f"{reader.at(node)}: stream_experts_min_tokens"
+        reader.read_value(node, object, "stream_experts_min_tokens"),
+        f"{reader.locate(node)}: stream_experts_min_tokens",
     )
     return "auto" if min_tokens is None else min_tokens or "off"
 
 
 def _parse_device(node: yaml.Node, reader: _YamlReader) -> str:
-    return str(reader.value(node, str, "a device") or "")
+    return str(reader.read_value(node, str, "a device") or "")
 
 
 def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
@@ -237,30 +241,31 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
 
     Raises UsageError for an unknown key or a wrong type, with file and line.
     """
-    sections = reader.known(node, "")
+    sections = reader.read_section(node, "")
     if "match" not in sections:
-        raise UsageError(f"{reader.at(node)}: a rule needs 'match'")
-    match = reader.known(sections["match"], "match")
-    replace = reader.known(sections["replace"], "replace") if "replace" in sections else {}
-    name = reader.value(match["name"], str, "match.name") if "name" in match else None
-    cls = reader.value(match["class"], str, "match.class") if "class" in match else None
+        raise UsageError(f"{reader.locate(node)}: a rule needs 'match'")
+    match = reader.read_section(sections["match"], "match")
+    replace = reader.read_section(sections["replace"], "replace") if "replace" in sections else {}
+    name = reader.read_value(match["name"], str, "match.name") if "name" in match else None
+    cls = reader.read_value(match["class"], str, "match.class") if "class" in match else None
     if not name and not cls:
-        raise UsageError(f"{reader.at(sections['match'])}: match needs a name or a class")
-    new_class = reader.value(replace["class"], str, "replace.class") if "class" in replace else "default"
-    kwargs = reader.value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
+        raise UsageError(f"{reader.locate(sections['match'])}: match needs a name or a class")
+    new_class = reader.read_value(replace["class"], str, "replace.class") if "class" in replace else "default"
+    kwargs = reader.read_value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
     device = next(
-        (reader.value(section["device"], str, "device") for section in (sections, replace) if "device" in section), None
+        (reader.read_value(section["device"], str, "device") for section in (sections, replace) if "device" in section),
+        None,
     )
     if cls and not CLASS_PATH.fullmatch(cls):
-        compile_pattern(cls, f"{reader.at(match['class'])}: match.class")
+        compile_pattern(cls, f"{reader.locate(match['class'])}: match.class")
     return Rule(
-        name=compile_pattern(name, f"{reader.at(match['name'])}: match.name") if name else None,
+        name=compile_pattern(name, f"{reader.locate(match['name'])}: match.name") if name else None,
         cls=cls,
         replace=None if new_class in ("default", None) else new_class,
         kwargs=kwargs or {},
         device=device,
-        recursive=reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
-        where=reader.at(node),
+        recursive=reader.read_value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
+        where=reader.locate(node),
     )
 
 
@@ -312,7 +317,7 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
 
 
 def _find_rule_file(rules: object) -> Path:
-    """Returns the path of a rule file: an existing path, or a shipped file by its name or an earlier name."""
+    """Returns the path of a rule file: an existing path, or a shipped file by its name or an alias in RULE_ALIASES."""
     path = Path(str(rules)).expanduser()
     if path.is_file():
         return path

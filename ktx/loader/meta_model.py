@@ -134,7 +134,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
 
 
 def set_experts_per_token(config: PreTrainedConfig, count: int) -> None:
-    """Sets the number of experts per token, for faster forwards. Raises UsageError if it is not 1 to the model's own."""
+    """Sets a smaller number of experts per token, for speed. Raises UsageError unless it is 1 to the model's own."""
     trained = getattr(config, "num_experts_per_tok", None)
     if trained is None:
         raise UsageError(f"num_experts_per_tok={count}: {config.model_type} has no experts")

@@ -46,15 +46,15 @@ def deprecated_arguments(**names: str) -> Callable[[T], T]:
 
     def decorate(target: Any) -> Any:
         if isinstance(target, type):
-            target.__init__ = _accepting(target.__init__, target.__name__, names)  # type: ignore[misc]
+            target.__init__ = _accept_old_names(target.__init__, target.__name__, names)  # type: ignore[misc]
             return target
-        return _accepting(target, target.__name__, names)
+        return _accept_old_names(target, target.__name__, names)
 
     return decorate
 
 
-def _accepting(function: Callable[..., Any], label: str, names: Mapping[str, str]) -> Callable[..., Any]:
-    """Returns the function with `names` as further names of its arguments.
+def _accept_old_names(function: Callable[..., Any], label: str, names: Mapping[str, str]) -> Callable[..., Any]:
+    """Returns the function with `names`, from old to current, as further names of its arguments; each use warns.
 
     Raises:
         TypeError: at a call that has an argument under both names.

@@ -10,7 +10,7 @@ from ktx.errors import BadFile
 
 
 def read_object(file: Path, what: str) -> dict[str, Any]:
-    """Reads the object in a JSON file.
+    """Reads the object in a JSON file; errors name the file, which those of transformers do not.
 
     Args:
         file: the path.

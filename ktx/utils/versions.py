@@ -54,7 +54,7 @@ def install_command(extra: str) -> str:
 
 
 def _wheel() -> str:
-    """The wheel that ktx was installed from, or the file name that `make wheel` creates."""
+    """The wheel that ktx was installed from, for a pip command, or the file name that `make wheel` creates."""
     try:
         url = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}").get(
             "url", ""

@@ -159,5 +159,5 @@ def test_amx_needs_the_cpu_flag(monkeypatch):
 
 
 def test_kernel_lists():
-    assert list(hardware._list("0-3,8,10-11")) == [0, 1, 2, 3, 8, 10, 11]
-    assert list(hardware._list("")) == []
+    assert list(hardware._parse_list("0-3,8,10-11")) == [0, 1, 2, 3, 8, 10, 11]
+    assert list(hardware._parse_list("")) == []
