@@ -148,7 +148,7 @@ def amx_permitted() -> bool:
 
 
 def cpufeature_flags() -> str:
-    """The CPU features that the cpufeature package reports, or how to install it."""
+    """The CPU features that the cpufeature package reports, or how to install it: a second opinion for `ktx doctor`."""
     import importlib.util
 
     if importlib.util.find_spec("cpufeature") is None:
@@ -160,7 +160,7 @@ def cpufeature_flags() -> str:
 
 
 def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
-    """(limit, used, reclaimable page cache) in bytes for each limited cgroup of this process."""
+    """(limit, used, reclaimable page cache) in bytes for each limited cgroup of this process, such as a container's."""
     for folder in _own_cgroups(""):
         limit = _read_stripped(folder / "memory.max", "max")
         if limit != "max":

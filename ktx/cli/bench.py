@@ -184,7 +184,7 @@ def measure_model(
                 peer.stop()
     finally:
         ktx_engine.stop()
-    lines = [line for test in tests for line in _records(test, rounds[test], best_alone, args, startup_report)]
+    lines = [line for test in tests for line in _make_records(test, rounds[test], best_alone, args, startup_report)]
     if not args.json:
         _print_table(lines, startup_report, memory_note)
     for line in lines if args.json else ():
@@ -305,14 +305,17 @@ def _both_fit(peer_bytes: int) -> tuple[bool, str]:
     )
 
 
-def _records(
+def _make_records(
     test: str,
     measurements: dict[str, list[dict[str, Any]]],
     best_alone: dict[str, float],
     args: argparse.Namespace,
     startup_report: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Returns the records of one test: ktx's, with its limits and errors, then the peer's, with `ratio` in ktx's."""
+    """Returns the records of one test, for the table and --record: ktx's, with its limits and errors, then the peer's.
+
+    ktx's speed divided by the peer's is `ratio` in ktx's record.
+    """
     common = (
         {"test": test}
         | run_metadata()

@@ -23,7 +23,10 @@ MAX_LOG_LINES = 20  # last lines of the child's log, for the error when it ends
 
 
 def serve_arguments(args: argparse.Namespace) -> list[str]:
-    """Returns the `ktx serve` arguments for the model and engine options that differ from its defaults."""
+    """Returns the arguments that pass the model and engine options of the benchmark on to the child's `ktx serve`.
+
+    Options at their default are left out.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     model_options(parser)
     engine_options(parser)

@@ -39,7 +39,7 @@ class Timing:
     error: str = ""
 
     def read(self, line: str, now: float) -> None:
-        """Processes a line of the stream that arrived at time `now`."""
+        """Reads a line of the server-sent events, which arrived at time `now`: tokens, usage, the end or an error."""
         if not line.startswith("data: ") or line == "data: [DONE]":
             return
         event = json.loads(line[6:])

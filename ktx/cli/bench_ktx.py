@@ -126,7 +126,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
 
 
 def packed_matrices(model: Any) -> Iterator[Any]:
-    """Yields every packed matrix of the model's linear layers and experts."""
+    """Yields every packed matrix of the model's linear layers and experts, for `matrix_errors`."""
     from ktx.ops.experts import Experts
     from ktx.ops.linear import Linear
 
@@ -242,7 +242,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     threads, vocabulary = model.ktx.threads, model.config.vocab_size
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else read_bandwidth(threads).gb_s
     ids = token_ids(count, vocabulary)
-    prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
+    prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)  # a decode begins after at least 4 tokens
     tok_s = count / forward(model, ids, None if kind == "pp" else 1, prompt)
     used = tok_s * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": tok_s, "limit": limit, "used": used, "share": used / limit}

@@ -176,7 +176,7 @@ def _measure_speeds(args: argparse.Namespace) -> Any:
         gpu_from=gpu_source,
         link_gb_s=link or DEFAULT_PCIE_GB_S,
         link_from="measured" if link else "assumed",
-        cpu_gops=prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
+        cpu_gops=prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,  # only for streaming experts to a GPU
     )
 
 

@@ -437,7 +437,7 @@ def check_exposure(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Raises UsageError or BadFile for values that are out of range or that contradict one another."""
+    """Raises UsageError or BadFile for values that are out of range or that contradict one another, before loading."""
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: must be from 0 to 65535")
     if args.max_stored_responses is not None and not 0 <= args.max_stored_responses <= MAX_STORED_RESPONSES:

@@ -135,7 +135,7 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     rows: list[dict[str, Any]] = [{"layer": "embed_tokens", "same_input": embedding_error, "piled_up": embedding_error}]
     reference_routing: dict[str, Routing] = {}  # the routing of the reference on its own hidden states
     for i in range(model.config.num_hidden_layers):
-        with reference.layer(i) as layer:
+        with reference.load_layer(i) as layer:
             with recorded_routing(reference.model) as routing_same_input:
                 expected = layer(recorded["inputs"][i])
             with recorded_routing(reference.model) as routing_accumulated:
@@ -156,8 +156,8 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
                 "changed_choices": int(changed.sum()),
             }
         )
-    head_error = _error(recorded["logits"], reference.head(recorded["outputs"][-1]))
-    logits, logits_ours = reference.head(hidden).float(), recorded["logits"].float()
+    head_error = _error(recorded["logits"], reference.compute_logits(recorded["outputs"][-1]))
+    logits, logits_ours = reference.compute_logits(hidden).float(), recorded["logits"].float()
     if _rerouted_tokens(recorded["choices"], reference_routing, ids.numel()).any():
         with torch.inference_mode(), recorded_routing(model, reference_routing):
             logits_ours = model(input_ids=ids, use_cache=False).logits.float()
@@ -324,14 +324,14 @@ class _Reference:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.is_meta:
                 owner = module.get_submodule(name.rpartition(".")[0])
-                values = self.values(f"{path}.{name}").reshape(tensor.shape)
+                values = self.read_values(f"{path}.{name}").reshape(tensor.shape)
                 owner_tensors = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
                 owner_tensors[name.rpartition(".")[2]] = (
                     torch.nn.Parameter(values, requires_grad=False) if owner_tensors is owner._parameters else values
                 )
         return module
 
-    def values(self, name: str) -> Any:
+    def read_values(self, name: str) -> Any:
         """Returns a parameter's values in float32, dequantized, in transformers' layout.
 
         Raises:
@@ -396,7 +396,7 @@ class _Reference:
         self.free("model.embed_tokens")
         return out
 
-    def layer(self, index: int) -> Any:
+    def load_layer(self, index: int) -> Any:
         """Returns a context in which a decoder layer is loaded, as a function of hidden states."""
         from contextlib import contextmanager
 
@@ -419,7 +419,7 @@ class _Reference:
 
         return loaded()
 
-    def head(self, hidden: Any) -> Any:
+    def compute_logits(self, hidden: Any) -> Any:
         """Returns the logits of the last layer's hidden states."""
         import torch
 

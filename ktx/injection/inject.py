@@ -317,6 +317,7 @@ class _Injector:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | str | None,
     ):
+        """Stores arguments of `inject`, which sets the device map and the quantized types afterwards."""
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.matched_rules = Plan(), set[int]()
         self.targets: Mapping[str, str | None] = {}
@@ -395,7 +396,10 @@ class _Injector:
                 )
 
     def device_for(self, path: str, rule: Rule | None, parent_device: Device) -> Device:
-        """Returns a module's device: its rule's, else the first matching entry's, else the parent's."""
+        """Returns a module's device: its rule's, else the first matching entry's, else the parent's.
+
+        A GPU that this machine lacks is an error if an option names it, and a warning if a file does.
+        """
         matches = [i for i, entry in enumerate(self.entries) if entry.pattern.search(path)]
         self.matched_entries.update(matches)
         if rule is not None and rule.device:

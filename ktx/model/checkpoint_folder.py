@@ -59,7 +59,9 @@ class CheckpointFolder:
     variant: str | None = None
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None) -> CheckpointFolder:
+    def from_arguments(
+        cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None
+    ) -> CheckpointFolder:
         """Returns a folder for save_pretrained's arguments. Raises UsageError for an invalid one."""
         limit, folder = _parse_size(max_shard_size), Path(path)
         if not os.fspath(path):
@@ -229,7 +231,7 @@ def _write(
 
 
 def _write_settings(model: Any, config: Any, path: Path) -> None:
-    """Writes generation configuration and tokenizer, and last the configuration."""
+    """Writes generation configuration and tokenizer, and last the configuration, which marks the folder as complete."""
     if model.can_generate():
         settings = copy.deepcopy(model.generation_config)
         settings.disable_compile = None  # it was set by ktx.loader.meta_model

@@ -276,7 +276,7 @@ def _make_forward(hf_class: Any) -> Any:
     calls and packed weights would ignore each of these silently. torch.compile sees the original forward only.
     """
 
-    @functools.wraps(hf_class.forward)
+    @functools.wraps(hf_class.forward)  # its docstring too
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return hf_class.forward(self, *args, **kwargs)

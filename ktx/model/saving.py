@@ -51,7 +51,7 @@ def save(
     dtype = dtype or model.dtype
     if dtype not in WRITABLE:
         raise UsageError(f"save_pretrained: dtype {dtype} is not supported; use one of {', '.join(map(str, WRITABLE))}")
-    target, state = CheckpointFolder.of(folder, max_shard_size, variant), checkpoint_state(model)
+    target, state = CheckpointFolder.from_arguments(folder, max_shard_size, variant), checkpoint_state(model)
     for name in omitted_names(model, state):
         del state[name]
     form: Form = to_checkpoint_form(model) if save_original_format else dict

@@ -56,7 +56,7 @@ def save_packed(
         UsageError: a module cannot return its packed weights, or a loaded model would not have some of the tensors.
         DoesNotFit: the disk has too little space; the folder is unchanged.
     """
-    target = CheckpointFolder.of(folder, max_shard_size, variant)
+    target = CheckpointFolder.from_arguments(folder, max_shard_size, variant)
     if target.path.is_dir() and (ggufs := ggufs_in(target.path)):
         raise UsageError(
             f"save_pretrained: {target.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"

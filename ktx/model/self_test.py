@@ -185,7 +185,7 @@ class CachedForward:
             **cache_argument(self.model, self.cache),
             use_cache=True,
         )
-        offload.raise_offload_errors(self.model)
+        offload.raise_offload_errors(self.model)  # those of experts that the CPU computes for a GPU layer
         self.cache, self.length = cache_of(out), past + len(ids)
         # Operators of a family with rules always use the KVCache.
         self.has_cache = self.has_rules or self.cache is not None

@@ -120,19 +120,19 @@ class KVMemory:
     expanded: int = 0
     cpu_only: bool = False
 
-    def row_bytes(self, store: KVType, gpu: bool) -> int:
+    def row_bytes(self, kv_dtype: KVType, gpu: bool) -> int:
         """Bytes of a position."""
         device = torch.device("cuda" if gpu else "cpu")
-        rows = [stored_row_format(store, width, torch.float32, device) for width in self.columns]
+        rows = [stored_row_format(kv_dtype, width, torch.float32, device) for width in self.columns]
         return self.num_kv_heads * sum(width * dtype.itemsize for width, dtype in rows)
 
-    def nbytes(self, context: int, batch: int, store: KVType, gpu: bool) -> int:
+    def nbytes(self, context: int, batch: int, kv_dtype: KVType, gpu: bool) -> int:
         """Bytes for `batch` sequences of `context` positions, rounded up to full pages.
 
         A layer with a state adds the snapshots of the prefix cache.
         """
         pages = batch * -(-context // PAGE_TOKENS)
-        return pages * PAGE_TOKENS * self.row_bytes(store, gpu) + (
+        return pages * PAGE_TOKENS * self.row_bytes(kv_dtype, gpu) + (
             self.state_bytes * (batch + MAX_SNAPSHOTS) if self.state_bytes else 0
         )
 
