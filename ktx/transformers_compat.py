@@ -87,7 +87,10 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
 
 
 def apply_converter(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
-    """Converts checkpoint tensors, by source pattern, to the parameter `name`, with transformers' own operations."""
+    """Returns the values of parameter `name`, which a converter of transformers computes from checkpoint tensors.
+
+    `tensors` are these by the converter's source patterns (see `checkpoint_renaming`).
+    """
     result: Any = tensors
     patterns = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
     for operation in converter.operations:

@@ -209,7 +209,10 @@ class Chat:
 
 
 def split_turns(lines: Any) -> Iterator[str]:
-    """Yields the turns of a text stream: lines, and blocks between lines that begin and end with three quotes."""
+    """Yields the turns of a text stream: a line each, or for several lines a block.
+
+    A block begins at a line that begins with three quotes and ends at one that ends with them.
+    """
     block_lines: list[str] | None = None
     for raw_line in lines:
         line = raw_line.rstrip("\n")

@@ -277,7 +277,7 @@ def run(args: argparse.Namespace, make: Callable[[argparse.Namespace, Any], Any]
 
 
 def adapter_names(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of the LoRA adapters to serve.
+    """Returns the names of the LoRA adapters to serve, which requests give in place of the model's name.
 
     Raises:
         UsageError: an adapter has one of the model's `names`.

@@ -246,9 +246,9 @@ def recorded_routing(model: Any, replacement: Mapping[str, Routing] | None = Non
     recorded: dict[str, Routing] = {}
 
     def make_hook(path: str, store: bool) -> Any:
-        """Returns a pre-hook that replaces the routing of the experts at `path` if one is given.
+        """Returns a pre-hook for experts, which records their routing if `store`, then replaces it if one is given.
 
-        It records the routing first if `store`; the experts on a GPU get the same one, which is recorded once.
+        `store` is false for the part of a layer's experts that is on a GPU, because it receives the same routing.
         """
 
         def hook(module: Any, args: Any) -> Any:
@@ -397,7 +397,7 @@ class _Reference:
         return out
 
     def load_layer(self, index: int) -> Any:
-        """Returns a context in which a decoder layer is loaded, as a function of hidden states."""
+        """Returns a context in which a decoder layer is loaded; it yields the layer as a function of hidden states."""
         from contextlib import contextmanager
 
         import torch

@@ -124,7 +124,7 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     token_types = [gguf.TokenType.NORMAL] * len(tokens)
     for token in raw["added_tokens"]:
         token_types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(token_types)

@@ -211,7 +211,7 @@ def split_layers(places: Sequence[PlacementEntry], layers: Sequence[int]) -> lis
     for entry in places:
         several = entry.split_devices
         if several:
-            for gpu_index, device in enumerate(several[1:], 1):
+            for gpu_index, device in enumerate(several[1:], 1):  # the first GPU gets the rest, by the entry itself
                 gpu_layers = [layer for layer, layer_gpu in enumerate(layers) if layer_gpu == gpu_index]
                 if gpu_layers:
                     entries.append(

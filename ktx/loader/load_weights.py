@@ -129,6 +129,9 @@ def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dty
 def init_missing_buffers(model: PreTrainedModel, plan: Plan) -> None:
     """Computes buffers that no file holds, such as rotary tables, by transformers' initializer, on their devices.
 
+    Buffers are filled with NaN first, which shows whether the initializer computed them. At the end, output layers that
+    no rule replaced are tied, and all tensors are checked.
+
     Raises:
         BadFile: a buffer cannot be computed, or a parameter is still on the meta device.
     """

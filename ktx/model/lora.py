@@ -403,6 +403,7 @@ def _stack_projection(experts: dict[int, LowRank], projection: str, total: int, 
             f"{path}: the adapter has {projection} of experts {min(experts)} to {max(experts)};"
             f" the model has {total} experts with {' '.join(PROJECTIONS)}"
         )
+    # [experts, rank, columns] and [experts, rows, rank]
     a, b = first.a.new_zeros(total, rank, first.a.shape[-1]), first.b.new_zeros(total, first.b.shape[0], rank)
     for number, matrix in experts.items():
         a[number, : matrix.a.shape[0]], b[number, :, : matrix.b.shape[1]] = matrix.a, matrix.b

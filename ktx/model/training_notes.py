@@ -57,7 +57,10 @@ def note_frozen_weights(model: Any, call_args: Mapping[Any, Any]) -> None:
 
 
 def partly_trained_modules(model: nn.Module) -> list[str]:
-    """Paths of the outermost modules with packed weights whose torch parameters are all trained."""
+    """Returns the paths of the outermost modules with packed weights whose torch parameters are all trained.
+
+    A user who sets these parameters to be trained may believe that the modules are trained completely.
+    """
     paths: list[str] = []
     for path, module in model.named_modules():
         if any(not outer or path.startswith(f"{outer}.") for outer in paths):

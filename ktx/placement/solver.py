@@ -288,8 +288,8 @@ class Placement:
     def device_map(self) -> dict[str, str]:
         """Returns the rule file's `devices`, so that a user can write the computed placement to a file.
 
-        Later entries override earlier ones: all modules on the first GPU, then layers on other GPUs, then the output,
-        the embedding, and the experts on the CPU.
+        An entry for inner modules overrides those for the modules around them: all modules are on the first GPU except
+        layers on other GPUs, the output, the embedding, and the experts on the CPU.
         """
         gpus = sorted(set(self.layers) - {CPU}, key=self.budget.gpus.index)
         if not gpus:
