@@ -62,7 +62,7 @@ def gpus() -> list[Device]:
             )
         fake = match[1] == "fake"
         device = torch.device("cpu") if fake else torch.device("cuda", 0)
-        return [Device(f"cuda:{i}", device, True, fake) for i in range(int(match[2]))]
+        return [Device(f"cuda:{i}", device, True, fake) for i in range(int(match[2]))]  # True: gpu
     return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(num_gpus)]
 
 

@@ -82,8 +82,8 @@ def default_threads() -> int:
     return machine().cores
 
 
-def cpu_share(number: int, of: int) -> set[int]:
-    """The CPUs of process `number` out of `of` processes that share this machine, such as replicas of a model.
+def cpu_share(number: int, num_processes: int) -> set[int]:
+    """The CPUs of process `number` out of `num_processes` that share this machine, such as replicas of a model.
 
     Each gets complete, adjacent cores, on one NUMA node where possible. Returns all usable CPUs when there are more
     processes than cores, or no share remains for this number.
@@ -93,7 +93,7 @@ def cpu_share(number: int, of: int) -> set[int]:
     cores: dict[tuple[int, str], list[int]] = {}
     for cpu in usable:
         cores.setdefault((node_of.get(cpu, 0), _core_of(cpu)), []).append(cpu)
-    size = len(cores) // of
+    size = len(cores) // num_processes
     share = [cores[core] for core in sorted(cores, key=lambda core: (core[0], cores[core]))][number * size :][:size]
     return {cpu for core in share for cpu in core} or set(usable)
 

@@ -112,7 +112,9 @@ class Conversation:
         try:
             saved: Any = json.loads(path.read_text(encoding="utf-8"))
             turns, system = saved["turns"], saved.get("system", "")
-            valid = isinstance(system, str) and all(t["role"] in ROLES and isinstance(t["content"], str) for t in turns)
+            valid = isinstance(system, str) and all(
+                turn["role"] in ROLES and isinstance(turn["content"], str) for turn in turns
+            )
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -121,5 +123,5 @@ class Conversation:
             raise BadFile(f"{path}: is not a saved chat: roles must be {', '.join(ROLES)} and contents must be text")
         self.clear()
         self.system = replace_surrogates(system)
-        self.turns = [{"role": t["role"], "content": replace_surrogates(t["content"])} for t in turns]
+        self.turns = [{"role": turn["role"], "content": replace_surrogates(turn["content"])} for turn in turns]
         return len(self.turns)

@@ -51,7 +51,7 @@ def read_lines(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
     """
     raw = getattr(stream, "buffer", None)
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    if raw is not None:
+    if raw is not None:  # 4: the bytes of the longest byte order mark
         encoding = encoding_of(raw.peek(4), "utf-8" if codecs.lookup(encoding).name == "ascii" else encoding)
         multibyte = encoding in ("utf-16", "utf-32")
         stream = io.TextIOWrapper(raw, encoding, errors="replace" if multibyte else "surrogateescape")

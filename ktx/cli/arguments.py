@@ -168,11 +168,11 @@ class ConfigFile(argparse.Action):
                 )
             texts = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
             parsed = [self._parse_value(parser, action, name, text, f"{location}: {key.value}") for text in texts]
-            if given != name or given.startswith("--no-"):
+            if given != name or given.startswith("--no-"):  # an old name, or `no_x: true` for `x: false`
                 truth = f": {str(parsed[-1]).lower()}" if isinstance(action, argparse.BooleanOptionalAction) else ""
                 new_key = action.dest if truth else name[2:].replace("-", "_")
                 parser.warn(f"{location}: {key.value} is written {new_key}{truth} {OLD_FORM}")
-            if getattr(namespace, action.dest, None) == action.default:
+            if getattr(namespace, action.dest, None) == action.default:  # else the command line has set it
                 setattr(namespace, action.dest, parsed if isinstance(action, argparse._AppendAction) else parsed[-1])
 
     @staticmethod

@@ -201,6 +201,7 @@ def alternate(engines: list[BenchProcess], tests: list[str], repeat: int, all_fi
     Args:
         all_fit: all engines fit in memory, so they alternate test by test; else one engine at a time is loaded.
     """
+    # Either test by test, or engine by engine, each of which is then loaded once per round.
     order = [(e, t) for t in tests for e in engines] if all_fit else [(e, t) for e in engines for t in tests]
     rounds: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
     for _ in range(repeat):

@@ -42,7 +42,7 @@ class Timing:
         """Reads a line of the server-sent events, which arrived at time `now`: tokens, usage, the end or an error."""
         if not line.startswith("data: ") or line == "data: [DONE]":
             return
-        event = json.loads(line[6:])
+        event = json.loads(line[6:])  # after "data: "
         if "error" in event:
             self.error = _error_message(event)
             return

@@ -244,6 +244,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     ids = token_ids(count, vocabulary)
     prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)  # a decode begins after at least 4 tokens
     tok_s = count / forward(model, ids, None if kind == "pp" else 1, prompt)
+    # In GOPS, a multiplication and an addition per weight, or in GB/s, as the limit is.
     used = tok_s * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": tok_s, "limit": limit, "used": used, "share": used / limit}
 

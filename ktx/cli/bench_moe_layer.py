@@ -83,12 +83,12 @@ def reference_output(weights: list[Any], x: Any, ids: Any, routing_weights: Any)
     import torch
 
     out = torch.zeros(len(x), weights[2].shape[1])
-    for e in ids.unique().tolist():
-        tokens, slots = torch.where(ids == e)
-        gate, up, down = (w[e].float() for w in weights)
+    for expert in ids.unique().tolist():
+        tokens, slots = torch.where(ids == expert)
+        gate, up, down = (matrices[expert].float() for matrices in weights)
         rows = x[tokens].float()
-        y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-        out.index_add_(0, tokens, y * routing_weights[tokens, slots, None])
+        outputs = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
+        out.index_add_(0, tokens, outputs * routing_weights[tokens, slots, None])
     return out
 
 

@@ -148,7 +148,7 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
         await send_request(http, load.body(prompts.make(load, 1, -1)[0], 0))  # warm-up: the first request is slower
         lines = [await measure_level(http, load, prompts, level, args) for level in range(len(args.concurrency))]
     for name, speed in (("ratio", "tok_s"), ("decode_ratio", "decode_tok_s")):
-        for line in lines:
+        for line in lines:  # relative to the first level
             if lines[0][speed] and line[speed]:
                 line[name] = line[speed] / lines[0][speed]
     return lines

@@ -61,7 +61,7 @@ def report(quick: bool) -> dict[str, Any]:
             "AMX permitted": amx_permitted(),
             "second opinion (cpufeature)": cpufeature_flags(),
             "memory": f"{info.available / 1e9:.1f} GB free of {info.memory / 1e9:.1f} GB",
-            "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in info.nodes],
+            "NUMA": [f"node {node.number}: {len(node.cpus)} cpus, {node.memory / 1e9:.1f} GB" for node in info.nodes],
             "transparent huge pages": info.huge_pages,
         },
         "versions": {

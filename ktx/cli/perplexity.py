@@ -94,7 +94,7 @@ class Reference:
     def __init__(self, model: Any, tokenizer: Any, text: str, args: argparse.Namespace):
         """Computes the log-probabilities of all windows. Raises UsageError if they would need too much memory."""
         all_windows = list(windows(tokenizer, text, args))
-        needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)
+        needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)  # in f16
         if needed_bytes > MAX_REFERENCE_BYTES:
             raise UsageError(
                 f"{needed_bytes / 1e9:.1f} GB of log-probabilities would have to be stored to compare with"
@@ -187,7 +187,7 @@ def list_formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, An
         if qtype.code >= F8_CODE:  # ktx's own types: not in GGUF
             continue
         try:
-            qtype.quantize(torch.zeros(1, 256))
+            qtype.quantize(torch.zeros(1, 256))  # 256: a multiple of every block size
         except UsageError:  # needs an importance matrix
             continue
         yield name, lambda name=name: load_written(name)  # type: ignore[misc]

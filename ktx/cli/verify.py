@@ -382,9 +382,9 @@ class _Reference:
 
         module = self.model.get_submodule(path)
         for owner in module.modules():
-            for name, p in list(owner._parameters.items()):
-                if p is not None:
-                    owner._parameters[name] = torch.nn.Parameter(p.to("meta"), requires_grad=False)
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is not None:
+                    owner._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def embed(self, ids: Any) -> Any:
         """Returns the embeddings [1, tokens, columns] of token ids [1, tokens]."""

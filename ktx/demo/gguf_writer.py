@@ -71,7 +71,7 @@ def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
     is_sensitive = "ffn_down" in name or "attn_v_b" in name
     is_q6 = name == "output.weight" or (is_sensitive and needs_more_bits(int(name.split(".")[1]), layers))
     qtype = "Q6_K" if is_q6 else "Q4_K"
-    return qtype if value.shape[-1] % 256 == 0 else FALLBACK[qtype]
+    return qtype if value.shape[-1] % 256 == 0 else FALLBACK[qtype]  # 256: the block of Q4_K and Q6_K
 
 
 def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:

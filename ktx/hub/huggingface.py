@@ -59,33 +59,33 @@ class HuggingFace:
         )
         return Listing(repo, revision, info.sha or revision or "main", files)
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
+    def plan(self, listing: Listing, wanted: Sequence[File], local_dir: Path | None) -> DownloadPlan:
         """Returns which files are still to be downloaded, and how many bytes of them are on disk already.
 
         Raises KtxError if the hub denies access, before anything is downloaded.
         """
         with TemporaryDirectory() as empty:  # stands for a folder that does not exist, which the library would create
-            folder = Path(empty) if to is not None and not to.exists() else to
+            folder = Path(empty) if local_dir is not None and not local_dir.exists() else local_dir
             found = self._download_snapshot(listing, listing.revision, wanted, folder, dry_run=True)
         missing = {one.filename for one in found if one.will_download}
         files = tuple(file for file in wanted if file.path in missing)
-        parts = [_partial_path(target, file) for target, file in self._large_files(listing, files, to).items()]
-        return DownloadPlan(files, to or self.cache, sum(part.stat().st_size for part in parts if part.exists()))
+        parts = [_partial_path(target, file) for target, file in self._large_files(listing, files, local_dir).items()]
+        return DownloadPlan(files, local_dir or self.cache, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
         self,
         listing: Listing,
         wanted: Sequence[File],
         plan: DownloadPlan,
-        to: Path | None,
+        local_dir: Path | None,
         advance: Callable[[int], None],
     ) -> Path:
-        """Downloads the files, to the folder `to` or the library's cache; returns the folder.
+        """Downloads the files, to the folder `local_dir` or the library's cache; returns the folder.
 
         Large files are downloaded here, several at once; the first error, or Ctrl-C, stops all of them. The library
         downloads the others. `advance` is called with the bytes that arrived.
         """
-        large, stop = self._large_files(listing, plan.files, to), threading.Event()
+        large, stop = self._large_files(listing, plan.files, local_dir), threading.Event()
         with self._convert_errors(listing.repo, listing.revision), ThreadPoolExecutor(WORKERS) as pool:
             jobs = [pool.submit(self._fetch_file, listing, *item, advance, stop) for item in large.items()]
             try:
@@ -95,30 +95,30 @@ class HuggingFace:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if to is None:  # the library also stores the branch's name, for later offline use
+        if local_dir is None:  # the library also stores the branch's name, for later offline use
             revision, others = listing.requested_revision, wanted
         else:  # the library would compute the SHA-256 of the large files again
-            revision, others = listing.revision, [file for file in wanted if to / file.path not in large]
-        return Path(self._download_snapshot(listing, revision, others, to, tqdm_class=_progress_class(advance)))
+            revision, others = listing.revision, [file for file in wanted if local_dir / file.path not in large]
+        return Path(self._download_snapshot(listing, revision, others, local_dir, tqdm_class=_progress_class(advance)))
 
-    def _large_files(self, listing: Listing, files: Sequence[File], to: Path | None) -> dict[Path, File]:
-        """Returns the files to download here, by their place: the path in the folder `to`, or the digest in the cache.
+    def _large_files(self, listing: Listing, files: Sequence[File], local_dir: Path | None) -> dict[Path, File]:
+        """Returns the files to download here, by their path: in the folder `local_dir`, or by digest in the cache.
 
         The hub's documentation describes the folders of the cache, which other programs share.
         """
         blobs = self.cache / "--".join(["models", *listing.repo.split("/")]) / "blobs"
         large = [file for file in files if file.sha256 is not None and file.size <= MAX_HTTP_BYTES]
-        return {blobs / str(file.sha256) if to is None else to / file.path: file for file in large}
+        return {blobs / str(file.sha256) if local_dir is None else local_dir / file.path: file for file in large}
 
     def _download_snapshot(
-        self, listing: Listing, revision: str | None, wanted: Sequence[File], to: Path | None, **more: Any
+        self, listing: Listing, revision: str | None, wanted: Sequence[File], local_dir: Path | None, **more: Any
     ) -> Any:
         """Calls the library's snapshot_download for exactly these files; `dry_run` only lists what is missing."""
         from huggingface_hub import snapshot_download
 
         names = [glob.escape(file.path) for file in wanted]
         with self._convert_errors(listing.repo, listing.revision):
-            return snapshot_download(listing.repo, revision=revision, allow_patterns=names, local_dir=to, **more)
+            return snapshot_download(listing.repo, revision=revision, allow_patterns=names, local_dir=local_dir, **more)
 
     def _fetch_file(
         self, listing: Listing, target: Path, file: File, advance: Callable[[int], None], stop: threading.Event

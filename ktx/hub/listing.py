@@ -41,8 +41,8 @@ class Hub(Protocol):
         """Lists the files of a repository; the default branch when `revision` is None."""
         ...
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
-        """Plans the download of the `wanted` files to folder `to`, or to the hub's cache when it is None."""
+    def plan(self, listing: Listing, wanted: Sequence[File], local_dir: Path | None) -> DownloadPlan:
+        """Plans the download of the `wanted` files to folder `local_dir`, or to the hub's cache when it is None."""
         ...
 
     def fetch(
@@ -50,7 +50,7 @@ class Hub(Protocol):
         listing: Listing,
         wanted: Sequence[File],
         plan: DownloadPlan,
-        to: Path | None,
+        local_dir: Path | None,
         advance: Callable[[int], None],
     ) -> Path:
         """Downloads the planned files and returns the folder that contains all wanted files.

@@ -38,14 +38,14 @@ class ModelScope:
         files = tuple(File(one.path, one.size, one.sha256) for one in found if not one.is_dir)
         return Listing(repo, revision, revision or "master", files)
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> DownloadPlan:
+    def plan(self, listing: Listing, wanted: Sequence[File], local_dir: Path | None) -> DownloadPlan:
         """Returns which files are still to be downloaded, and how many bytes of them are on disk already.
 
-        Without `to` all files count, because only the client knows what its cache contains.
+        Without `local_dir` all files count, because only the client knows what its cache contains.
         """
-        place = to or self.cache
-        files = tuple(file for file in wanted if to is None or not _is_complete(to / file.path, file))
-        parts = [place / f"{file.path}.incomplete" for file in files if to is not None]
+        place = local_dir or self.cache
+        files = tuple(file for file in wanted if local_dir is None or not _is_complete(local_dir / file.path, file))
+        parts = [place / f"{file.path}.incomplete" for file in files if local_dir is not None]
         return DownloadPlan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
@@ -53,10 +53,10 @@ class ModelScope:
         listing: Listing,
         wanted: Sequence[File],
         plan: DownloadPlan,
-        to: Path | None,
+        local_dir: Path | None,
         advance: Callable[[int], None],
     ) -> Path:
-        """Downloads the files, to the folder `to` or the client's cache; returns the folder.
+        """Downloads the files, to the folder `local_dir` or the client's cache; returns the folder.
 
         `advance` is called with the bytes that arrived.
         """
@@ -73,7 +73,7 @@ class ModelScope:
                     listing.repo,
                     "model",
                     revision=listing.revision,
-                    local_dir=to,
+                    local_dir=local_dir,
                     file_list=entries,
                     progress_callbacks=[Progress],
                 )

@@ -155,7 +155,7 @@ def format_ranges(numbers: Iterable[int]) -> str:
             ranges[-1][1] = layer
         else:
             ranges.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def merge_options(

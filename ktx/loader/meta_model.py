@@ -34,7 +34,7 @@ def resolve_model(model: str | Path, weights: bool = False) -> Path:
     path = Path(model).expanduser()
     if path.exists() or path.suffix == ".gguf":
         return path
-    if str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
+    if str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):  # a path, no OWNER/NAME
         raise BadFile(f"{model}: no such folder; `ktx download` fetches a model from a hub")
     return hub_folder(str(model), weights)
 

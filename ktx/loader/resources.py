@@ -64,7 +64,7 @@ def plan_identity(plan: Plan) -> list[Any]:
             step.quant_target,
             str(step.fraction),
             step.rule.kwargs if step.rule else {},
-            [(s.name, s.offset) for s in step.specs],
+            [(spec.name, spec.offset) for spec in step.specs],
         )
         for step in plan
     ]

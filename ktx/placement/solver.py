@@ -250,7 +250,7 @@ class Placement:
         route, num_cpu_groups = [self.embedding], Counter(layer for layer, _ in self.cpu_groups)
         for layer, device in enumerate(self.layers):
             route += [device, *[CPU, device] * num_cpu_groups[layer]]
-        return sum(a != b for a, b in pairwise(route))
+        return sum(device != next_device for device, next_device in pairwise(route))
 
     def seconds_per_token(self, speeds: Speeds) -> dict[str, float]:
         """Seconds for one token of each sequence: reads by device, and transfers between devices.

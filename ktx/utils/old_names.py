@@ -111,7 +111,7 @@ class _Loader(Loader):
         """Warns, and makes the module's attributes those of the new one, under their old names where these changed."""
         old, new = module.__name__, importlib.import_module(self.new)
         warn_of_name(old, self.new)
-        if hasattr(new, "__path__"):
+        if hasattr(new, "__path__"):  # a package: _Finder finds its modules too
             module.__path__ = []
 
         def attribute(name: str) -> Any:
