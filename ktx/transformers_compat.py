@@ -102,11 +102,11 @@ def apply_converter(converter: Any, name: str, tensors: dict[str, list[Any]], co
 
 
 def text_config(config: Any) -> Any:
-    """The language model's configuration within a multimodal one; any other configuration unchanged.
+    """The language model's configuration within a multimodal one, because ktx loads the language model alone.
 
-    Only when transformers has the language model as a separate class. The output layer is tied when either
-    configuration ties it: the complete model follows the top-level option, which is where `save_pretrained` writes it.
-    An output matrix in the checkpoint is used in any case.
+    Any other configuration is returned unchanged, also if the language model has no class of its own in transformers.
+    The output layer is tied when either configuration ties it: the complete model follows the top-level option, which
+    is where `save_pretrained` writes it. An output matrix in the checkpoint is used in any case.
     """
     text_class = getattr(config, "sub_configs", {}).get("text_config")
     if text_class is None or getattr(causal_lm_class(config), "config_class", None) != text_class:

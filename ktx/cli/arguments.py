@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     ):
         """Parses arguments after replacing their names by those that argparse knows; exits on an unknown one.
 
-        argparse would leave that to the outermost parser, which does not know the subcommand's options.
+        argparse would leave the error to the outermost parser, which does not know the subcommand's options.
         """
         arguments = self._in_current_form(list(sys.argv[1:] if args is None else args))
         parsed, unrecognized = super().parse_known_args(arguments, namespace)

@@ -53,18 +53,18 @@ def main() -> int:
         "bytes_per_token": info.bytes_per_token,
         "load_seconds": info.seconds,
         "load_gb_s": info.load_speed,
-        "cat_gb_s": cat_speed({spec.file for step in info.plan for spec in step.specs}, info.threads),
-        "pack_gb_s": pack_speed(info.plan, info.threads),
+        "cat_gb_s": measure_cat_speed({spec.file for step in info.plan for spec in step.specs}, info.threads),
+        "pack_gb_s": measure_pack_speed(info.plan, info.threads),
         "fresh_gb_s": ops.probe_fresh(info.threads, FRESH_MIB),
         "probe_bytes": pass_bytes(),
         "cache_bytes": last_level_cache(),
         "peak_rss": peak_rss_bytes,
         "rss_bound": int(info.nbytes * 1.15) + (1 << 30),
         "params": active_params(model),
-        "errors": {kind: matrix_errors(model, together) for kind, together in (("pp", 64), ("tg", 1))},
+        "errors": {kind: measure_matrix_errors(model, together) for kind, together in (("pp", 64), ("tg", 1))},
     }
     print(json.dumps(startup_report), flush=True)
-    forward(model, token_ids(16, model.config.vocab_size), 16)
+    time_forward(model, token_ids(16, model.config.vocab_size), 16)
     for line in sys.stdin:
         print(json.dumps(measure(model, json.loads(line)["test"])), flush=True)
     os._exit(0)  # skips the shutdown of the thread pool
@@ -90,7 +90,7 @@ def active_params(model: Any) -> int:
     return total
 
 
-def matrix_errors(model: Any, together: int) -> dict[str, float]:
+def measure_matrix_errors(model: Any, together: int) -> dict[str, float]:
     """Measures the error of one matrix product of each weight type, on Gaussian activations.
 
     Errors of ktx's kernels only: the reference multiplies the same quantized weights in float64. Of stacked matrices,
@@ -126,7 +126,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
 
 
 def packed_matrices(model: Any) -> Iterator[Any]:
-    """Yields every packed matrix of the model's linear layers and experts, for `matrix_errors`."""
+    """Yields every packed matrix of the model's linear layers and experts, for `measure_matrix_errors`."""
     from ktx.ops.experts import Experts
     from ktx.ops.linear import Linear
 
@@ -137,7 +137,7 @@ def packed_matrices(model: Any) -> Iterator[Any]:
             yield from module.weights.values()
 
 
-def cat_speed(files: Iterable[str], threads: int) -> float:
+def measure_cat_speed(files: Iterable[str], threads: int) -> float:
     """Returns the GB/s at which `threads` threads read the files from the page cache, like `cat FILE >/dev/null`.
 
     The better of two passes counts. Loading reads the same bytes, so this speed limits it.
@@ -167,7 +167,7 @@ def cat_speed(files: Iterable[str], threads: int) -> float:
     return best
 
 
-def pack_speed(plan: Any, threads: int) -> float:
+def measure_pack_speed(plan: Any, threads: int) -> float:
     """Returns the GB/s at which `threads` threads pack the plan's largest tensor type into memory already touched.
 
     The best of three passes counts. Loading packs the same types, so this speed limits it.
@@ -198,7 +198,7 @@ def pack_speed(plan: Any, threads: int) -> float:
     return best
 
 
-def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...] | list[int] = ()) -> float:
+def time_forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...] | list[int] = ()) -> float:
     """Returns the seconds that a forward of `ids` takes.
 
     Args:
@@ -243,7 +243,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else read_bandwidth(threads).gb_s
     ids = token_ids(count, vocabulary)
     prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)  # a decode begins after at least 4 tokens
-    tok_s = count / forward(model, ids, None if kind == "pp" else 1, prompt)
+    tok_s = count / time_forward(model, ids, None if kind == "pp" else 1, prompt)
     # In GOPS, a multiplication and an addition per weight, or in GB/s, as the limit is.
     used = tok_s * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": tok_s, "limit": limit, "used": used, "share": used / limit}

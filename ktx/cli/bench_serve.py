@@ -220,7 +220,7 @@ def summarize(timings: list[Timing], concurrency: int) -> Line:
         "answer_tokens": answer_tokens,
         **quantiles,
         **speeds,
-        "decode_tok_s": decode_speed(succeeded, min(concurrency, len(timings))),
+        "decode_tok_s": compute_decode_speed(succeeded, min(concurrency, len(timings))),
     }
 
 
@@ -229,7 +229,7 @@ def quantile(values: list[float], percent: int) -> float | None:
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
-def decode_speed(timings: list[Timing], clients: int) -> float | None:
+def compute_decode_speed(timings: list[Timing], clients: int) -> float | None:
     """Returns tokens per second over the time in which all clients were decoding.
 
     Unlike the total speed it contains no prefill, so it can be compared with a decode benchmark. A client is decoding

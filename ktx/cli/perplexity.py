@@ -62,8 +62,8 @@ def read_text(path: str) -> str:
         raise BadFile(f"{path}: not valid UTF-8, byte {error.start} is {error.object[error.start]:#04x}") from error
 
 
-def windows(tokenizer: Any, text: str, args: argparse.Namespace) -> Iterator[list[int]]:
-    """Yields the text's token ids in windows, each of which begins with the BOS token if the tokenizer has one.
+def split_windows(tokenizer: Any, text: str, args: argparse.Namespace) -> Iterator[list[int]]:
+    """Yields the text's token ids in windows of one forward each, which begin with the BOS token if there is one.
 
     Raises:
         UsageError: the text has too few tokens.
@@ -79,7 +79,7 @@ def windows(tokenizer: Any, text: str, args: argparse.Namespace) -> Iterator[lis
             yield window
 
 
-def log_probabilities(model: Any, ids: list[int]) -> Any:
+def compute_log_probabilities(model: Any, ids: list[int]) -> Any:
     """Returns the log-probabilities of each token after the first: f32 [len(ids) - 1, vocabulary]."""
     import torch
 
@@ -93,7 +93,7 @@ class Reference:
 
     def __init__(self, model: Any, tokenizer: Any, text: str, args: argparse.Namespace):
         """Computes the log-probabilities of all windows. Raises UsageError if they would need too much memory."""
-        all_windows = list(windows(tokenizer, text, args))
+        all_windows = list(split_windows(tokenizer, text, args))
         needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)  # in f16
         if needed_bytes > MAX_REFERENCE_BYTES:
             raise UsageError(
@@ -103,7 +103,7 @@ class Reference:
             )
         self.log_probs, self.top_tokens = [], []
         for window in all_windows:
-            log_probs = log_probabilities(model, window)
+            log_probs = compute_log_probabilities(model, window)
             self.log_probs.append(log_probs.half())
             self.top_tokens.append(log_probs.argmax(-1))
 
@@ -123,8 +123,8 @@ def score(
     divergences: list[Any] = []
     same_token: list[Any] = []
     start = time.perf_counter()
-    for i, window in enumerate(windows(tokenizer, text, args)):
-        log_probs = log_probabilities(model, window)
+    for i, window in enumerate(split_windows(tokenizer, text, args)):
+        log_probs = compute_log_probabilities(model, window)
         losses.append(-log_probs.gather(1, torch.tensor(window[1:])[:, None])[:, 0])
         if reference is not None:
             reference_log_probs = reference.log_probs[i].float()

@@ -136,15 +136,15 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     reference_routing: dict[str, Routing] = {}  # the routing of the reference on its own hidden states
     for i in range(model.config.num_hidden_layers):
         with reference.load_layer(i) as layer:
-            with recorded_routing(reference.model) as routing_same_input:
+            with record_routing(reference.model) as routing_same_input:
                 expected = layer(recorded["inputs"][i])
-            with recorded_routing(reference.model) as routing_accumulated:
+            with record_routing(reference.model) as routing_accumulated:
                 hidden = layer(hidden)
         reference_routing |= routing_accumulated
         changed = _rerouted_tokens(recorded["choices"], routing_same_input, ids.numel())
         error = _error(recorded["outputs"][i][:, ~changed], expected[:, ~changed])
         if changed.any():
-            with torch.inference_mode(), recorded_routing(model, routing_same_input):
+            with torch.inference_mode(), record_routing(model, routing_same_input):
                 call_args, kwargs = recorded["calls"][i]
                 rerouted = _states(model.model.layers[i](*call_args, **kwargs))
             error = max(error, _error(rerouted, expected))
@@ -159,7 +159,7 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     head_error = _error(recorded["logits"], reference.compute_logits(recorded["outputs"][-1]))
     logits, logits_ours = reference.compute_logits(hidden).float(), recorded["logits"].float()
     if _rerouted_tokens(recorded["choices"], reference_routing, ids.numel()).any():
-        with torch.inference_mode(), recorded_routing(model, reference_routing):
+        with torch.inference_mode(), record_routing(model, reference_routing):
             logits_ours = model(input_ids=ids, use_cache=False).logits.float()
     logits_ours = logits_ours.to(logits.device)
     kl_divergence = (
@@ -228,14 +228,16 @@ def _record(model: Any, ids: Any) -> dict[str, Any]:
     finally:
         for hook in hooks:
             hook.remove()
-    with torch.inference_mode(), recorded_routing(model) as recorded["choices"]:
+    with torch.inference_mode(), record_routing(model) as recorded["choices"]:
         model(input_ids=ids, use_cache=False)
     return recorded
 
 
 @contextmanager
-def recorded_routing(model: Any, replacement: Mapping[str, Routing] | None = None) -> Iterator[dict[str, Routing]]:
-    """Records the routing that the experts of each block receive while the context is entered.
+def record_routing(model: Any, replacement: Mapping[str, Routing] | None = None) -> Iterator[dict[str, Routing]]:
+    """Records the routing that the experts of each block receive while the context is entered, or replaces it.
+
+    Errors of experts can only be compared when both models send a token to the same experts.
 
     Args:
         replacement: routing by the path of the experts, to pass to them instead of the router's.

@@ -102,6 +102,7 @@ class Plan(list[Step]):
     source: WeightSource
 
     def __init__(self, steps: Iterable[Step] = ()):
+        """Creates a plan of `steps`; `inject` and ktx.loader set the other fields."""
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # by module path, for all modules
         self.rules = Rules()  # the rules that were applied

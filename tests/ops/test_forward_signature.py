@@ -13,7 +13,7 @@ from torch import nn
 
 import ktx
 from ktx.cache.kv import KVCache
-from ktx.cli.bench_ktx import forward
+from ktx.cli.bench_ktx import time_forward
 from ktx.engine.sampler import SamplingParams
 from ktx.ops.forward_signature import ForwardSignature
 from ktx.ops.fusion.layer import Layer
@@ -154,7 +154,7 @@ def test_our_own_calls_make_transformers_warn_of_nothing(family, tmp_path, caplo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
-            forward(model, [5, 6, 7], None)
+            time_forward(model, [5, 6, 7], None)
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
             with model.ktx.engine(kv_cache_tokens=1024) as engine:
                 assert list(engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=3)))
