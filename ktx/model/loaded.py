@@ -276,8 +276,9 @@ def _make_forward(hf_class: Any) -> Any:
     calls and packed weights would ignore each of these silently. torch.compile sees the original forward only.
     """
 
-    @functools.wraps(hf_class.forward)  # its docstring too
+    @functools.wraps(hf_class.forward)  # with its docstring
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checks what may have changed since loading, then runs the transformers class's forward."""
         if torch.compiler.is_compiling():
             return hf_class.forward(self, *args, **kwargs)
         class_patches.update()  # disables fused calls that would bypass a patch

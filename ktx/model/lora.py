@@ -421,7 +421,10 @@ def _find_module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _adaptable_shapes(module: Any) -> tuple[Collection[Any], bool]:
-    """Returns the shapes of a module's adaptable weights, and whether it is a token lookup; none if unsupported."""
+    """Returns the shapes of a module's adaptable weights, and whether it is a token lookup; none if unsupported.
+
+    A shape is that of the product of the adapter's two matrices, which for an embedding is the transposed weight's.
+    """
     if isinstance(module, MLA):
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
         return ([] if module.placement.gpu else [(rows, module.kv_lora_rank)]), False

@@ -87,7 +87,7 @@ class BuildArguments:
     packed_cache_dir: str | None
 
     def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
-        """Builds model, plan and weight source again, without the warnings that loading has already issued."""
+        """Builds model, plan and weight source again, for a pickle whose weights are loaded from the files."""
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
             model, plan, source, _ = prepare_model(

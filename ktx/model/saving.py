@@ -64,7 +64,8 @@ def save(
     )
     places = {name: TensorSlot(tuple(value.shape), value.dtype) for name, value in written.items()}
     pieces = (
-        (name, first * prod(places[name].shape[1:]), values) for name, first, values in _pieces(places, state, form)
+        (name, first * prod(places[name].shape[1:]), values)
+        for name, first, values in _yield_pieces(places, state, form)
     )
     remedy = "use dtype=torch.bfloat16, packed=True, or another disk"
     target.write(model, config_of(model, dtype), places, pieces, lambda names: {"format": "pt"}, remedy, progress)
@@ -79,7 +80,7 @@ def _written_dtype(
     return next((override for pattern, override in own_types.items() if re.search(pattern, name)), dtype)
 
 
-def _pieces(
+def _yield_pieces(
     places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values.

@@ -83,18 +83,18 @@ def save_packed(
         return packed_metadata({name: stored[name].qtype.name for name in names if name in stored})
 
     config = config_of(model, model.dtype, quantization_config())
-    target.write(model, config, places, _pieces(plain, stored), metadata, "use another disk", progress)
+    target.write(model, config, places, _yield_pieces(plain, stored), metadata, "use another disk", progress)
 
 
-def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:
+def _yield_pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:
     """Yields all tensors in pieces, as `Pieces` describes: the plain ones, then packed matrices some rows at a time."""
     for name, value in plain.items():
         yield name, 0, value
     for name, matrix in stored.items():
-        yield from _rows(name, matrix)
+        yield from _yield_rows(name, matrix)
 
 
-def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tensor]]:
+def _yield_rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yields a matrix in pieces of some rows, with its block scales, so that few rows are unpacked at a time."""
     data_offset, scale_offset = 0, 0
     for rows in matrix.rows():
