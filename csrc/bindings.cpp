@@ -131,7 +131,7 @@ Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, co
   return out;
 }
 
-// Quantizes f32 rows to uint8 blocks, which `pack` takes.
+// Quantizes f32 rows to uint8 blocks, which `pack` takes: load-time quantization.
 Tensor quantize_rows_(const Tensor& x, int64_t code) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
       "x must be contiguous float32 [rows, k]");
@@ -145,7 +145,7 @@ Tensor quantize_rows_(const Tensor& x, int64_t code) {
   return out;
 }
 
-// y [..., n] = x [..., k] W^T + bias, of x's dtype.
+// Returns y [..., n] = x [..., k] W^T + bias, of x's dtype, for a packed matrix W [n, k].
 Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias,
     bool all_bf16) {
   const Layout& layout = layout_of(code, k);
@@ -172,7 +172,8 @@ void bf16_rows_(int64_t tokens, Ints ranges) {
 }
 bool has_bf16_tiles() { return kernels().bf16_tiles; }
 
-// y [matrices, tokens, n]: each matrix times its own tokens x [matrices, tokens, k].
+// Returns y [matrices, tokens, n]: each matrix times its own tokens x [matrices, tokens, k], as absorbed MLA needs it
+// for the heads.
 Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
   const Layout& layout = layout_of(code, k);
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == k && x.is_contiguous(), "x must be contiguous [matrices, tokens, ", k,
@@ -215,8 +216,8 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   return out;
 }
 
-// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h.
-// Tests compare the two.
+// Returns c [rows, 64] + a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or, if `model`, emulated; see
+// cpu/isa/kernels.h. Tests compare the two.
 Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
   const std::string kind = take_string(kind_word);
   for (const Tensor* t : {&a, &b, &c})

@@ -93,8 +93,9 @@ inline int64_t num_columns(const Tensor& t, const char* what) {
   return row_size / Q8_BYTES * Q8_BLOCK;
 }
 
-// Sets which keys the queries of a call attend to: `ranges` [batch, query, (first, end)], or a bool or additive mask
-// with broadcast dimensions, or neither: causal. Sizes and sequences of the call must be set.
+// Sets which keys the queries of a call attend to, after checks of shape and type: `ranges` [batch, query, (first,
+// end)], or a bool or additive mask with broadcast dimensions, or neither: causal. Sizes and sequences of the call must
+// be set.
 inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
   STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
   STD_TORCH_CHECK(!(mask && c.sequences), "sequences on pages take ranges, no mask");
@@ -187,7 +188,8 @@ T parse_enum(const std::string& name, std::initializer_list<std::pair<const char
   STD_TORCH_CHECK(false, what, " '", name, "' is not known");
 }
 
-// Checks the options of a router and returns them as a call without tokens.
+// Checks the options of a router and returns them as a call without tokens, which the operator `route` and MoE steps
+// complete.
 inline RouteCall make_route_call(const std::string& scoring, const std::string& group_mode, const float* bias,
     int64_t experts, int64_t top_k, int64_t n_group, int64_t topk_group, bool renorm, double scale) {
   const Groups groups = parse_enum<Groups>(group_mode,

@@ -147,7 +147,8 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
       columns);
 }
 
-// Stores x [1][head][token][column] in the slots of a pool [page][head][position][column].
+// Stores keys or values x [1][head][token][column] of a ragged call in the slots of a pool
+// [page][head][position][column]. One call per run of consecutive slots on a page.
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) &&
           num_columns(pool, "pool") == x.size(3),
@@ -155,7 +156,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   const int64_t tokens = x.size(2), page = pool.size(2);
   const int64_t* slot_ids = checked_slots(slots, tokens, pool);
   const Strided from = strided(x, "x"), to = strided(pool, "pool", /*is_cache=*/true);
-  for (int64_t first = 0, end; first < tokens; first = end) {  // one call per run of consecutive slots on a page
+  for (int64_t first = 0, end; first < tokens; first = end) {
     for (end = first + 1; end < tokens && slot_ids[end] == slot_ids[end - 1] + 1 && slot_ids[end] % page; ++end) {}
     const Strided slot_run{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)),
         from.type, 0, from.head, from.position};
@@ -175,7 +176,7 @@ Tensor load_q8_0_(const Tensor& x) {
   return y;
 }
 
-// act(gate) * up, of gate's shape. SWIGLU_OAI is not offered, because it has parameters.
+// Returns act(gate) * up, of gate's shape. SWIGLU_OAI is not offered, because it has parameters.
 Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);

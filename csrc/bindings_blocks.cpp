@@ -129,7 +129,8 @@ class Step {
     return false;
   }
   virtual size_t num_caches() const { return 0; }  // number of cache tensors that the step writes
-  // x and out: f32 [batch * length][hidden]; `caches`: the step's num_caches() tensors.
+  // Computes the module: completes a copy of its block with what depends on the call, because threads may share the
+  // step, and runs the copy. x and out: f32 [batch * length][hidden]; `caches`: the step's num_caches() tensors.
   virtual void run(const Call& call, Tensor* caches, const float* x, float* out) const = 0;
   const int64_t hidden;
 
@@ -164,8 +165,9 @@ CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleave
   return plan;
 }
 
-// sizes: hidden, heads, nope, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of q_norm, eps of kv_norm, softmax
-// scale.
+// An absorbed MLA attention module. Its constructor reads the matrices in the order in which Python lists them and
+// checks that they fit each other. sizes: hidden, heads, nope, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of
+// q_norm, eps of kv_norm, softmax scale.
 class MlaStep : public Step {
  public:
   MlaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_norm,
@@ -195,7 +197,7 @@ class MlaStep : public Step {
   }
   size_t num_caches() const override { return 2; }
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
-    MlaBlock b = block_;
+    MlaBlock b = block_;  // completed for this call
     const CachePlan plan = bind_call(b, call, caches[0], interleaved_);
     STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_,
         " are rotated");
@@ -211,8 +213,8 @@ class MlaStep : public Step {
   bool interleaved_;
 };
 
-// sizes: hidden, kv_heads, head_dim. scalars: eps of q_norm, eps of k_norm, softmax scale, softcap (0: none). norm_all:
-// the norms are over all heads' columns at once.
+// A GQA attention module, constructed as MlaStep. sizes: hidden, kv_heads, head_dim. scalars: eps of q_norm, eps of
+// k_norm, softmax scale, softcap (0: none). norm_all: the norms are over all heads' columns at once.
 class GqaStep : public Step {
  public:
   GqaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_bias,
@@ -244,7 +246,7 @@ class GqaStep : public Step {
   }
   size_t num_caches() const override { return 2; }
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
-    GqaBlock b = block_;
+    GqaBlock b = block_;  // completed for this call
     const CachePlan plan = bind_call(b, call, caches[0], /*interleaved=*/false);
     STD_TORCH_CHECK(b.rotation.rope_dim <= b.head_dim, "cos is wider than a head");
     b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"),
@@ -257,8 +259,8 @@ class GqaStep : public Step {
   GqaBlock block_{};
 };
 
-// sizes: hidden, routed experts, their inner width, inner width of the shared expert; 0 experts or width 0: there are
-// none. counts: see optional_stats.
+// A MoE layer or a plain gated MLP, constructed as MlaStep. sizes: hidden, routed experts, their inner width, inner
+// width of the shared expert; 0 experts or width 0: there are none. counts: see optional_stats.
 class MoeStep : public Step {
  public:
   MoeStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& router_bias,
@@ -294,7 +296,7 @@ class MoeStep : public Step {
     retain(packed), retain({&router_bias, &correction, &counts});
   }
   void run(const Call& call, Tensor*, const float* x, float* out) const override {
-    MoeBlock b = block_;
+    MoeBlock b = block_;  // completed for this call
     b.experts.tokens = b.shared.tokens = call.batches * call.length;
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.experts.tokens, hidden, moe_block);

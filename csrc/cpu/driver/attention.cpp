@@ -107,9 +107,9 @@ struct AttentionJob {
     return c.key_ranges + (run.batch * c.queries + run.sequence.first + token) * 2;
   }
 
-  // Applies softcap, then the bool, additive, key-range or causal mask, to one row of scores: scores of the keys [key,
-  // key + keys), `step` floats apart. A hidden key gets -inf. An additive mask hides a key with the lowest float, which
-  // is mapped to -inf too, because a row without a visible key must be recognized.
+  // Applies softcap, then the call's mask (bool, additive, key ranges, or else causal), to one row of scores: scores of
+  // the keys [key, key + keys), `step` floats apart. A hidden key gets -inf. An additive mask hides a key with the
+  // lowest float, which is mapped to -inf too, because a row without a visible key must be recognized.
   void mask_row(const SequenceRun& run, int64_t head, int64_t token, int64_t key, int keys, float* row,
       int64_t step) const {
     if (c.softcap > 0)
@@ -189,9 +189,10 @@ struct AttentionJob {
     }
   }
 
-  // Computes the scores of eight keys, the block's keys from `j` on, and converts the next eight rows to bf16 in the
-  // same kernel call, which interleaves the two. The first eight rows of the next block are converted before the values
-  // of this block are used, so they are stored after its end.
+  // Absorbed MLA: computes the scores of eight keys, the block's keys from `j` on, and converts the next eight rows to
+  // bf16 in the same kernel call, which interleaves the two, because that is faster than one after the other. The first
+  // eight rows of the next block are converted before the values of this block are used, so they are stored after its
+  // end.
   void score_and_convert_latent(const Buffers& buffers, const SequenceRun& run, int64_t head, int lanes, int64_t key,
       int j, int64_t last, float* scores) const {
     const int64_t d = c.dk + c.dr, next = key + 8;
@@ -269,8 +270,9 @@ struct AttentionJob {
     }
   }
 
-  // Computes one item: the partial softmax of a single part, or all parts of the keys and the output. `all`,
-  // `part_state` and `reordered` are buffers of the worker.
+  // Computes one item: loads and scales its queries, then computes the partial softmax of a single part, which
+  // merge_query_block merges later, or all parts of the keys and the output. `all`, `part_state` and `reordered` are
+  // buffers of the worker.
   void attend(int64_t item, const Buffers& buffers, SoftmaxState all, SoftmaxState part_state, float* reordered) const {
     const ItemLocation at_item = locate(item);
     const SequenceRun& run = *at_item.run;
@@ -335,7 +337,8 @@ struct AttentionJob {
     return {partial_max + i * BLOCK_ROWS, partial_sum + i * BLOCK_ROWS, partial_out + i * BLOCK_ROWS * c.dv};
   }
 
-  // Merges the partial softmaxes of the index-th block of queries with split keys, and stores the output.
+  // Merges the partial softmaxes of a block of queries whose keys several workers computed, and stores the output.
+  // `index`: of the block among all blocks with split keys, which finds its sequence.
   void merge_query_block(int64_t index, float* reordered) const {
     const SequenceRun* run = first_run;
     while (run->parts == 1 || index >= run->first_merge + c.kv_heads * split * run->blocks) ++run;
@@ -346,7 +349,8 @@ struct AttentionJob {
     write_output(item, all, reordered);
   }
 
-  // Runs one worker: takes items, then, if keys are split, waits until all items are done and takes merges.
+  // Runs one worker of the pool: reserves its buffers, takes items, then, if keys are split, waits until all items are
+  // done and takes merges.
   void run_worker() {
     Scratch& own = worker_scratch;
     const int64_t d = c.dk + c.dr;
@@ -366,7 +370,8 @@ struct AttentionJob {
     for (int64_t index; (index = merge.take()) < merges;) merge_query_block(index, reordered);
   }
 
-  // Adds the items of a sequence. Its keys are split only if its blocks of queries alone would leave workers idle.
+  // Adds the work items of a sequence to the job. Its keys are split only if its blocks of queries alone would leave
+  // workers idle.
   void add_sequence(const Sequence& sequence, int64_t batch) {
     SequenceRun run{sequence, batch, 0, 1, items, partials, merges};
     run.blocks = (sequence.queries + block_tokens - 1) / block_tokens;

@@ -124,7 +124,8 @@ void mla_block(const MlaBlock& b) {
       {{b.o, b.out}});
 }
 
-// Attention with grouped KV heads: projections, q and k norms, RoPE, store to the cache, attention, o_proj.
+// A full GQA attention module in one call: projections, q and k norms, RoPE, store to the cache, attention, o_proj. The
+// module-by-module path (ktx/ops/attention.py) calls the same kernels.
 void gqa_block(const GqaBlock& b) {
   const int64_t num_tokens = b.batches * b.length, head_dim = b.head_dim, num_heads = b.heads,
                 num_kv_heads = b.kv_heads;
@@ -157,7 +158,8 @@ void gqa_block(const GqaBlock& b) {
   project(context, num_tokens, num_heads * head_dim, {{b.o, b.out}});
 }
 
-// out = routed experts(x) + gate * shared expert(x). A layer without experts (a plain gated MLP) is one shared expert.
+// A full MLP in one call: out = routed experts(x) + gate * shared expert(x). A layer without experts (a plain gated
+// MLP) is one shared expert.
 void moe_block(const MoeBlock& b) {
   const int64_t tokens = b.shared.tokens, hidden = b.shared.hidden, num_experts = b.experts.experts,
                 top = std::max<int64_t>(b.experts.top, 1);

@@ -49,7 +49,8 @@ float mean_square(const float* x, int64_t n) {
 }
 }  // namespace
 
-// Normalizes each row by its root mean square, in f32; other dtypes are converted per row in `buffers`.
+// Normalizes each row by its root mean square and multiplies it by the weight, in f32; other dtypes are converted per
+// row in `buffers`.
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps,
     bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
@@ -64,8 +65,9 @@ void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t st
   });
 }
 
-// Pair i of a row is rotated by the angle i of its position: (low, high) -> (low cos - high sin, high cos + low sin).
-// The pair is columns (i, half + i), or (2i, 2i+1) if interleaved; the result always has the first order.
+// Rotary position embedding: rotates pair i of a row by the angle i of its position: (low, high) -> (low cos - high
+// sin, high cos + low sin). The pair is columns (i, half + i), or (2i, 2i+1) if interleaved; the result always has the
+// first order.
 void rope(const RopeCall& c) {
   const int64_t size = int64_t(size_of(c.type)), half = c.rope_dim / 2;
   for_each_row(c.batches * c.heads * c.positions, c.width, [&](int64_t r) {
@@ -86,7 +88,8 @@ void rope(const RopeCall& c) {
   });
 }
 
-// Converts row by row, because in both layouts only the columns are contiguous.
+// Copies keys or values to another dtype and layout (caches in half precision or Q8_0). Row by row, because in both
+// layouts only the columns are contiguous.
 void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions,
     int64_t columns) {
   for_each_row(batches * heads * positions, columns, [&](int64_t r) {
@@ -138,8 +141,8 @@ void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_sc
 }
 }  // namespace
 
-// Per token: scores of all experts; choice scores (with bias, groups masked), which decide the top experts; weights
-// from the plain scores of the chosen experts, renormalized and scaled.
+// Chooses the experts of each token, in one pass per token: scores of all experts; choice scores (with bias, groups
+// masked), which decide the top experts; weights from the plain scores of the chosen experts, renormalized and scaled.
 void route(const RouteCall& c) {
   constexpr int64_t COST_PER_EXPERT = 8;  // exp, and the partial sort
   constexpr float EPSILON = 1e-20f;       // against a division by a zero sum
@@ -172,12 +175,12 @@ void apply_gated_activation(int act, const void* gate, const void* up, DType typ
   const int64_t size = int64_t(size_of(type)), padded = (width + 15) / 16 * 16;
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(padded);
-    const uint8_t *g = static_cast<const uint8_t*>(gate) + r * stride * size,
-                  *u = static_cast<const uint8_t*>(up) + r * stride * size;
-    const float* gf = as_floats(g, type, width, buffers.a.data());
-    const float* uf = as_floats(u, type, width, buffers.b.data());
-    if (gf != buffers.a.data()) std::copy(gf, gf + width, buffers.a.data());
-    if (uf != buffers.b.data()) std::copy(uf, uf + width, buffers.b.data());
+    const uint8_t *gate_row = static_cast<const uint8_t*>(gate) + r * stride * size,
+                  *up_row = static_cast<const uint8_t*>(up) + r * stride * size;
+    const float* gate_values = as_floats(gate_row, type, width, buffers.a.data());
+    const float* up_values = as_floats(up_row, type, width, buffers.b.data());
+    if (gate_values != buffers.a.data()) std::copy(gate_values, gate_values + width, buffers.a.data());
+    if (up_values != buffers.b.data()) std::copy(up_values, up_values + width, buffers.b.data());
     kernels().gated_activation(Activation(act), NO_ALPHA, NO_LIMIT, buffers.a.data(), buffers.b.data(),
         buffers.a.data(), padded);
     from_floats(buffers.a.data(), type, width, static_cast<uint8_t*>(out) + r * width * size);

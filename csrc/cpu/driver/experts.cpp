@@ -52,7 +52,7 @@ struct RowBlocks {
   int64_t blocks_per_matrix(int node) const { return (first[node + 1] - first[node] + groups - 1) / groups; }
   int64_t count() const { return begin[nodes()]; }
 
-  // group: the item's first; last: end of the node's share of groups
+  // Where an item is; group: the item's first; last: end of the node's share of groups
   struct Location {
     int64_t matrix, group, last;
     int node;
@@ -216,7 +216,8 @@ struct MoEJob {
       });
   }
 
-  // First phase, per item: gate and up products of some rows of one expert, activation, quantization. Each product
+  // Runs a worker in the first phase, per item: gate and up products of some rows of one expert, activation,
+  // quantization of the result as the input of down. Each product
   // prefetches the weights of the next one; the last item prefetches the first weights of the down phase.
   void gate_up_phase(Scratch& own, int worker) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]);
@@ -246,8 +247,8 @@ struct MoEJob {
     });
   }
 
-  // Second phase, per item: some rows of down of every expert with tokens, summed per token by router weight, and
-  // written to the output. An item covers all experts, so no two workers add to one output row.
+  // Runs a worker in the second phase, per item: some rows of down of every expert with tokens, summed per token by
+  // router weight, and written to the output. An item covers all experts, so no two workers add to one output row.
   void down_phase(Scratch& own) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]),
                   columns = down_queue.max_length * down_blocks.groups * 16;
@@ -289,7 +290,8 @@ struct MoEJob {
     worker_ns[current_node()].fetch_add(nanoseconds, std::memory_order_relaxed),
         num_workers[current_node()].fetch_add(1, std::memory_order_relaxed);
   }
-  // Adds this job to the layer's counters: tokens per expert, weight bytes, and mean compute time per node.
+  // Adds this job to the layer's counters, which Python reads for statistics: tokens per expert, weight bytes, and mean
+  // compute time per node.
   void report_stats() const {
     const ExpertStats& stats = c.stats;
     if (!stats.activations) return;

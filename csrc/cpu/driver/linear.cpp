@@ -75,8 +75,8 @@ struct LinearJob {
   Queue rows{};
   StealingRange items{};
 
-  // Quantizes x into tiles. A worker fills complete tiles, because two workers that write one cache line would contend
-  // for it.
+  // Quantizes x into the tiles of tokens that the kernels read. A worker fills complete tiles, because two workers that
+  // write one cache line would contend for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(k);
     const RowView row = all.q ? take_row(own, k) : RowView{};

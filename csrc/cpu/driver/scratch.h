@@ -60,8 +60,8 @@ inline ActTiles take_activations(Scratch& s, int64_t rows, int64_t k, bool ints,
     t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
-// Returns a view of the n tokens from row `first` on, cut into tiles for these kernels. Up to gemv_tokens quantized
-// tokens are one tile, which takes the GEMV path.
+// Returns a view of the n tokens from row `first` on (those of one expert, or of one set of rows), cut into tiles for
+// these kernels. Up to gemv_tokens quantized tokens are one tile, which takes the GEMV path.
 inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& kernels) {
   ActTiles t = all;
   const int64_t k = all.k;

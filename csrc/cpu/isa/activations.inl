@@ -25,9 +25,9 @@ static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
 static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
-  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16,
-          *s32 = to.sum32 + at32;
-  float *scale = to.scale + at32, *p16 = to.scaled_sum16 + at16, *p32 = to.scaled_sum32 + at32;
+  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *sum16 = to.sum16 + at16,
+          *sum32 = to.sum32 + at32;
+  float *scale = to.scale + at32, *scaled16 = to.scaled_sum16 + at16, *scaled32 = to.scaled_sum32 + at32;
 #ifdef KTX_AMX
   if (to.n > KTX_GEMV_TOKENS) {
     int8_t* amx_q = to.q + first * to.k + from * T + t * 32;
@@ -39,10 +39,12 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
     for (int64_t i = 0; i < length / 4; ++i) q[i * T] = source[i];
   }
   for (int64_t i = 0; i < length / 32; ++i) {
-    const int32_t a = row.sum16[2 * i], b = row.sum16[2 * i + 1];
+    const int32_t even_sum = row.sum16[2 * i], odd_sum = row.sum16[2 * i + 1];
     const float d = row.scale[i];
-    scale[i * T] = d, s16[2 * i * T] = -a, s16[(2 * i + 1) * T] = -b, s32[i * T] = -a - b;
-    p16[2 * i * T] = d * float(a), p16[(2 * i + 1) * T] = d * float(b), p32[i * T] = d * float(a + b);
+    scale[i * T] = d;
+    sum16[2 * i * T] = -even_sum, sum16[(2 * i + 1) * T] = -odd_sum, sum32[i * T] = -even_sum - odd_sum;
+    scaled16[2 * i * T] = d * float(even_sum), scaled16[(2 * i + 1) * T] = d * float(odd_sum),
+                     scaled32[i * T] = d * float(even_sum + odd_sum);
   }
 }
 
@@ -115,7 +117,8 @@ AI F exp_(F x) {
 }
 AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
 
-// out = activation(gate) * up for n values, a multiple of 16. alpha and limit belong to SWIGLU_OAI:
+// The middle of a gated MLP: out = activation(gate) * up for n values, a multiple of 16. alpha and limit belong to
+// SWIGLU_OAI:
 //   gate * sigmoid(alpha * gate) * (up + 1), with gate clamped from above and up from both sides by limit.
 static void gated_activation(Activation act, float alpha, float limit, const float* gate_in, const float* up_in,
     float* out, int64_t n) {
@@ -125,10 +128,10 @@ static void gated_activation(Activation act, float alpha, float limit, const flo
     else if (act == SWIGLU_OAI) {
       gate = minf(gate, setf(limit)), up = addf(minf(maxf(up, setf(-limit)), setf(limit)), setf(1));
       gate = mulf(gate, sigmoid(mulf(gate, setf(alpha))));
-    } else if (act == GELU_TANH) {  // 0.5 (1 + tanh z) is sigmoid(2 z)
+    } else if (act == GELU_TANH) {  // 0.5 (1 + tanh z) is sigmoid(2 z); 0.798 is sqrt(2 / pi)
       const F z = mulf(mulf(gate, setf(0.79788456f)), fma(mulf(gate, gate), setf(0.044715f), setf(1)));
       gate = mulf(gate, sigmoid(addf(z, z)));
-    } else if (act == GELU) {
+    } else if (act == GELU) {  // 0.707 is sqrt(1 / 2)
       float values[16];
       storef(values, gate);
       for (float& value : values) value *= 0.5f * (1.0f + erff(value * 0.70710678f));

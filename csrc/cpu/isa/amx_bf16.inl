@@ -15,8 +15,8 @@ static_assert(GROUPS_AT_ONCE * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in
 // decode_span dequantizes `length` columns of a group, from column `from` on, to pairs of bf16: `to` [column/2][16
 // rows]. `next`: the weights multiplied next, whose start is prefetched at the end of this group.
 template <class D> struct Bf16FromInts {
-  // A code's byte is placed in the mantissa of 1.0, which saves the conversion to float; one multiply-add then applies
-  // scale, offset and minimum.
+  // Dequantizes integer weights. A code's byte is placed in the mantissa of 1.0, which saves the conversion to float;
+  // one multiply-add then applies scale, offset and minimum.
   static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to,
       const uint8_t* next) {
     typedef Traits<D> DTraits;
@@ -50,7 +50,8 @@ template <class D> struct Bf16FromInts {
   }
 };
 template <class L> struct Bf16FromFloats {
-  // Weights of two bytes are bf16 already; e4m3 is converted and multiplied by the scale of its row and 128 columns.
+  // Copies weights of two bytes, which are bf16 already, as pairs; converts e4m3 and multiplies it by the scale of its
+  // row and 128 columns.
   static void decode_span(const Layout&, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to,
       const uint8_t*) {
     for (int at = 0; at < length; at += FLOAT_SPAN) {

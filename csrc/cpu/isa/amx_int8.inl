@@ -66,7 +66,8 @@ static void amx_int8_group(const Span& span, int length, const int8_t* q, int to
 #undef KTX_STORE
 }
 
-// Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]. `work` holds one dequantized span.
+// Multiplies `groups` groups by all tiles of tokens: out [group][token][16 rows]. `work` holds one dequantized span,
+// which every tile uses while it is cached. Tiles are configured anew only when their number of tokens changes.
 template <class D>
 static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
     uint8_t* work, const uint8_t* next) {

@@ -16,9 +16,9 @@ static void convert(const void* from, DType type, int64_t n, float* to) {
     for (; i < n; i += Q8_BLOCK, p += Q8_BYTES) {
       uint16_t scale;
       __builtin_memcpy(&scale, p, 2);
-      const F by = setf(from_f16(scale));
-      storef(to + i, mulf(to_float(load_s8(p + 2)), by));
-      storef(to + i + 16, mulf(to_float(load_s8(p + 18)), by));
+      const F factors = setf(from_f16(scale));
+      storef(to + i, mulf(to_float(load_s8(p + 2)), factors));
+      storef(to + i + 16, mulf(to_float(load_s8(p + 18)), factors));
     }
     return;
   }
@@ -38,7 +38,8 @@ static void convert(const void* from, DType type, int64_t n, float* to) {
   }
 }
 
-// Computes the scores of R rows and C keys. If d is no multiple of 16, the last columns are added one by one.
+// Computes the scores (dot products of queries and keys) of R rows and C keys, with all sums in registers. If d is no
+// multiple of 16, the last columns are added one by one.
 template <int R, int C> static void score_tile(const float* q, const float* k, int d, float* scores) {
   F acc[R * C];
 #pragma GCC unroll 16
@@ -113,7 +114,8 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
   }
 }
 
-// out [R rows][16 * C columns] += probabilities . v over `keys` keys; sums are in registers.
+// out [R rows][16 * C columns] += probabilities . v over `keys` keys; sums are in registers, so that a vector of v is
+// loaded once for R rows.
 template <int R, int C>
 static void accumulate_pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
   F acc[R * C];

@@ -4,8 +4,8 @@
 // adds. Letters: `lanes` and L = vectors of 16 rows (l its index), R = rows, C = keys or chunks of 32 columns, d =
 // columns of q and k, dv = columns of v.
 
-// Transposes q f32 [rows][d] to pairs of columns [d/2][lanes*16 rows], once for all blocks of keys. Lanes past `rows`
-// are zero.
+// Transposes q f32 [rows][d] to pairs of bf16 columns [d/2][lanes*16 rows], as score_bf16 multiplies them, once for all
+// blocks of keys. Lanes past `rows` are zero.
 static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
   __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
   for (int r = 0; r < rows; ++r, q += d)
@@ -33,7 +33,8 @@ template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {
   }
 }
 
-// Converts one row of d columns of the KV cache to bf16 (Q8_0: d is a multiple of 32).
+// Converts one row of d columns of the KV cache to bf16 (Q8_0: d is a multiple of 32), 32 columns at a time; those that
+// remain are loaded and stored with a mask, because memory past the row may not be ours.
 static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
   const uint16_t* p = static_cast<const uint16_t*>(from);
   if (type == DType::BF16) {

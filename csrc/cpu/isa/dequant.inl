@@ -133,7 +133,8 @@ struct DQ2_K : DecoderDefaults {  // words: 16 of codes, 4 of scales (low nibble
     F d, dmin;
   };
   AI static BlockScales load_scales(const Block& b) { return {load_f16(b.narrow0), load_f16(b.narrow1)}; }
-  // Sub-block s, 16 columns: two bits of each byte of four words; byte s of words 16 to 19 has scale and minimum.
+  // Decodes sub-block s, 16 columns: two bits of each byte of four words; byte s of words 16 to 19 has scale and
+  // minimum, a nibble each.
   AI static void decode_sub_block(const BlockScales& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     const V packed = take_byte(b.word(16 + s / 4), s % 4);
     scale = mulf(h.d, to_float(and_(packed, set(15)))), minimum = mulf(h.dmin, to_float(shr(packed, 4)));
@@ -146,17 +147,18 @@ struct DQ3_K : DecoderDefaults {  // words: 16 of low codes, 8 of high bits, 3 o
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 16 columns: the two low bits of the codes are in four of the words 0 to 15, the high bit in four of
-  // the words 16 to 23. A scale is stored as six bits, 32 too large: a nibble of words 24 and 25, two bits of word 26.
+  // Decodes sub-block s, 16 columns: the two low bits of the codes are field `field` of four of the words 0 to 15, the
+  // high bit is in four of the words 16 to 23. A scale has six bits, 32 too large, which ggml stores apart: four in a
+  // nibble of words 24 and 25, two in word 26.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V low = and_(shr(take_byte(b.word(24 + (s % 8) / 4), s % 4), s < 8 ? 0 : 4), set(15));
     const V high = and_(shr(take_byte(b.word(26), s % 4), s / 4 * 2), set(3));
     scale = mulf(d, to_float(add(or_(low, shl(high, 4)), set(uint32_t(-32)))));
-    const int half = s / 8, j = (s % 8) / 2, sixteen = s % 2;
+    const int half = s / 8, field = (s % 8) / 2, sixteen = s % 2;
     for (int i = 0; i < 4; ++i) {
-      const V code = and_(shr(b.word(half * 8 + sixteen * 4 + i), 2 * j), set8(3));
-      const V bit = and_(shr(b.word(16 + sixteen * 4 + i), half * 4 + j), set8(1));
-      w[i] = or_(code, shl(bit, 2));
+      const V low_bits = and_(shr(b.word(half * 8 + sixteen * 4 + i), 2 * field), set8(3));
+      const V high_bit = and_(shr(b.word(16 + sixteen * 4 + i), half * 4 + field), set8(1));
+      w[i] = or_(low_bits, shl(high_bit, 2));
     }
   }
 };
@@ -213,14 +215,15 @@ struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs,
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 16 columns: byte s of words 48 to 51 is the scale. g: which 32 columns of the half; it determines the
-  // word and nibble of the low bits, and the two bits of the high ones.
+  // Decodes sub-block s, 16 columns of six-bit codes: four low bits from words 0 to 31, two high bits from words 32 to
+  // 47; byte s of words 48 to 51 is the scale. `quarter`: which 32 columns of the half; it determines the word and
+  // nibble of the low bits, and the two bits of the high ones.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = mulf(d, to_float(sign_extend8(shr(b.word(48 + s / 4), s % 4 * 8))));
-    const int half = s / 8, g = (s % 8) / 2, sixteen = s % 2;
+    const int half = s / 8, quarter = (s % 8) / 2, sixteen = s % 2;
     for (int i = 0; i < 4; ++i) {
-      const V low = take_nibbles(b.word(half * 16 + (g & 1) * 8 + sixteen * 4 + i), g >> 1);
-      w[i] = with_bits(low, move_bits(b.word(32 + half * 8 + sixteen * 4 + i), 2 * g, 4), set8(48));
+      const V low = take_nibbles(b.word(half * 16 + (quarter & 1) * 8 + sixteen * 4 + i), quarter >> 1);
+      w[i] = with_bits(low, move_bits(b.word(32 + half * 8 + sixteen * 4 + i), 2 * quarter, 4), set8(48));
     }
   }
 };
@@ -262,7 +265,8 @@ struct DMXFP4 : OffsetDecoder {
   typedef NoScales BlockScales;
   AI static BlockScales load_scales(const Block&) { return {}; }
   AI static void decode_sub_block(const BlockScales&, const Block& b, int, V* w, F& scale, F&) {
-    // half of 2^(e-127): exponent field e-1, and the subnormals 2^-128 and 2^-127 for e = 0 and 1
+    // The scale is half of 2^(e-127), because VALUES_MXFP4 are doubled: exponent field e-1, and the subnormals 2^-128
+    // and 2^-127 for e = 0 and 1.
     const V e = load_u8(b.narrow0), zero_e = lane_is(e, 0);
     const V bits = shl(sub(e, xor_(zero_e, set(1))), 23);
     scale = as_float(or_(bits, or_(shl(zero_e, 21), shl(lane_is(e, 1), 22))));
@@ -340,8 +344,9 @@ struct DTQ1_0 : DecoderDefaults {  // words: 12 of five trits a byte, 1 of four 
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 16 columns: digit s / 2 of four of the words 0 to 7, then digit s - 10 of words 8 to 11; the last one
-  // has the four digits of word 12.
+  // Decodes sub-block s, 16 columns, to ternary digits (weight + 1), in the order in which ggml packs five in a byte:
+  // digit s / 2 of four of the words 0 to 7, then digit s - 10 of words 8 to 11; the last sub-block has the four digits
+  // of word 12.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = d;
     if (s < 10)
@@ -402,10 +407,11 @@ template <int LEFT>
 AI V shift_left(V x) {
   return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT);
 }
-// Without VBMI a look-up takes two 16-bit indices per lane: `first` has indices 0 and 1 (bytes 0 and 2 of a lane, by
-// the order 0 2 1 3), `second` has indices 2 and 3. Their missing high bits are moved to bits 8 and 24.
+// Looks up four entries per row in code book B (see above). Without VBMI a look-up takes two 16-bit indices per lane:
+// `first` has indices 0 and 1 (bytes 0 and 2 of a lane, by the order 0 2 1 3), `second` has indices 2 and 3. Their
+// missing high bits, from `more`, are moved to bits 8 and 24.
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
-  constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
+  constexpr uint32_t BITS = B::N / 256 - 1;  // mask of an index's bits that its low byte lacks
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
   if (BITS) {
     first = or_(first,
@@ -437,19 +443,19 @@ AI uint64_t load_sign_mask(const uint8_t* sign_words, int vector) {
   __builtin_memcpy(&m, sign_words + 8 * vector, 8);
   return m;
 }
-// The signs of an octet of which seven are stored: the number of negative weights is even, so the eighth sign is the
-// parity of the others. The bit in its place belongs to a scale or an index and is returned in `spare`, one bit for
-// each row (spread_signs in quant/layout.cpp).
+// Returns the eight signs of an octet of which seven are stored: the number of negative weights is even, so the eighth
+// sign is the parity of the others. The bit in its place belongs to a scale or an index and is returned in `spare`, one
+// bit for each row (spread_signs in quant/layout.cpp).
 struct Signs {
   uint64_t first, second, spare;
 };  // masks of the first and second four weights
 AI Signs load_even_signs(const uint8_t* sign_words, int octet) {
-  constexpr uint64_t LOW = 0x1111111111111111ull;
+  constexpr uint64_t LOW = 0x1111111111111111ull;  // bit 0 of each row's four
   const uint64_t first = load_sign_mask(sign_words, 2 * octet), stored = load_sign_mask(sign_words, 2 * octet + 1),
                  second = stored & ~(LOW << 3);
-  uint64_t odd = first ^ second;
-  odd ^= odd >> 1, odd ^= odd >> 2;
-  return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
+  uint64_t parity = first ^ second;  // of each row's signs, in bit 0 of its four
+  parity ^= parity >> 1, parity ^= parity >> 2;
+  return {first, second | (parity & LOW) << 3, stored >> 3 & LOW};
 }
 
 // Tables repeat, so that bits above a field are ignored.
@@ -475,7 +481,8 @@ struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then s
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 32 columns: word 2s has four indices, word 2s + 1 the signs, whose four spare bits are the scale.
+  // Decodes sub-block s, 32 columns: looks up four octets and applies their signs. Word 2s has the four indices, word
+  // 2s + 1 the signs, whose four spare bits are the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const Entries e = look_up_entries<BIQ2_XXS, 0>(b.word(2 * s), set(0));
     uint64_t scale_bits = 0;
@@ -493,8 +500,8 @@ struct DIQ2_XS : OffsetPairDecoder {
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Unit u, 32 columns: word 2u has four low index bytes, word 2u + 1 the signs with the ninth index bits, byte u % 4
-  // of word 16 + u / 4 the two scales.
+  // Decodes unit u, 32 columns: looks up four octets and applies their signs. Word 2u has four low index bytes, word
+  // 2u + 1 the signs with the ninth index bits, byte u % 4 of word 16 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -515,8 +522,8 @@ struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs,
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Unit u, 32 columns: word u has four low index bytes, word 8 + u the signs, byte u % 4 of word 16 + u / 4 the high
-  // index bits, byte u % 4 of word 18 + u / 4 the two scales.
+  // Decodes unit u, 32 columns: looks up four octets and applies their signs. Word u has four low index bytes, word
+  // 8 + u the signs, byte u % 4 of word 16 + u / 4 the high index bits, byte u % 4 of word 18 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -530,8 +537,8 @@ struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whos
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 32 columns: words 2s and 2s + 1 have eight indices, word 16 + s the signs, whose four spare bits are
-  // the scale.
+  // Decodes sub-block s, 32 columns: looks up eight quads and applies their signs. Words 2s and 2s + 1 have the eight
+  // indices, word 16 + s the signs, whose four spare bits are the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     uint64_t scale_bits = 0;
     for (int half = 0; half < 2; ++half) {
@@ -551,8 +558,9 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Sub-block s, 32 columns: words 2s and 2s + 1 have eight low index bytes, word 16 + s the signs, byte s % 4 of word
-  // 24 + s / 4 the ninth index bits, nibble s of word 26 the scale, as (scale - 1) / 2.
+  // Decodes sub-block s, 32 columns: looks up eight quads and applies their signs. Words 2s and 2s + 1 have eight low
+  // index bytes, word 16 + s the signs, byte s % 4 of word 24 + s / 4 the ninth index bits, nibble s of word 26 the
+  // scale, as (scale - 1) / 2.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));
@@ -570,8 +578,9 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
 // A weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; codes are in eighths, 8 * digit - 8 +- 1.
 // Packing expands the code book entries to digits (expand_iq1_indices in quant/layout.cpp).
 
-// Decodes the digits of unit u (32 columns), times eight. Two units share 15 of the 16 vectors of digits in three
-// words; the sixteenth is in word 12.
+// Decodes the ternary digits of unit u (32 columns), times eight: w has a vector for every four columns. A pair of
+// units has 16 such vectors: 15 are in three words of five digits a byte, the sixteenth is in word 12 (pack_digits in
+// quant/layout.cpp).
 AI void decode_iq1_digits(const Block& b, int u, V* w) {
   const int pair = u / 2;
   if (u % 2) {
@@ -593,10 +602,10 @@ struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of de
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V nibble = shr(b.word(13), 4 * s), from = iq1_offset(shr(nibble, 3));
+    const V nibble = shr(b.word(13), 4 * s), offset = iq1_offset(shr(nibble, 3));
     scale = scale_from_odd_steps(d, nibble);
     decode_iq1_digits(b, s, w);
-    for (int i = 0; i < 8; ++i) w[i] = add8(w[i], from);
+    for (int i = 0; i < 8; ++i) w[i] = add8(w[i], offset);
   }
 };
 
@@ -609,15 +618,15 @@ struct DIQ1_M : OffsetPairDecoder {
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
-  // Unit u, 32 columns: nibble u of word 13 has the signs of delta of four times eight columns; word 14 or 15 has two
-  // scales of three bits.
+  // Decodes unit u, 32 columns: digits (decode_iq1_digits) plus the offset that the sign of delta selects. Nibble u of
+  // word 13 has the signs of delta of four times eight columns; word 14 or 15 has the two scales of three bits.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
     scale[0] = scale_from_odd_steps(d, scale_bits), scale[1] = scale_from_odd_steps(d, shr(scale_bits, 3));
     decode_iq1_digits(b, u, w);
     for (int i = 0; i < 8; i += 2) {
-      const V from = iq1_offset(shr(signs, i / 2));
-      w[i] = add8(w[i], from), w[i + 1] = add8(w[i + 1], from);
+      const V offset = iq1_offset(shr(signs, i / 2));
+      w[i] = add8(w[i], offset), w[i + 1] = add8(w[i + 1], offset);
     }
   }
 };

@@ -5,8 +5,8 @@
 
 // ---- integer weights ------------------------------------------------------------------------------------------------
 
-// D: decoder (dequant.inl). Up to KTX_GEMV_TOKENS tokens in one tile take the GEMV path, which has no intermediate
-// buffer.
+// Multiplies integer weights; D: decoder (dequant.inl). Up to KTX_GEMV_TOKENS tokens in one tile take the GEMV path,
+// which has no intermediate buffer; more take AMX or the GEMM, two groups at a time where registers allow it.
 template <class D>
 static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
     uint8_t* work, const uint8_t* next) {
@@ -69,7 +69,8 @@ AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, con
   float_gemv<L, T>(packed, x.k, x.f, out, prefetcher);
 }
 
-// L: loader (float_gemm.inl). Up to FLOAT_TILE tokens in one tile take the GEMV path.
+// Multiplies float weights; L: loader (float_gemm.inl). Up to FLOAT_TILE tokens in one tile take the GEMV path, more
+// AMX or the GEMM.
 template <class L>
 static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out,
     uint8_t* work, const uint8_t* next) {

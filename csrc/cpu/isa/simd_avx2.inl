@@ -155,7 +155,7 @@ AI void store_f16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
 }
-AI __m128i bf16_halves(__m256 x) {  // rounds to nearest even, keeps NaN
+AI __m128i bf16_halves(__m256 x) {  // eight floats as bf16: rounds to nearest even, keeps NaN
   const __m256i bits = _mm256_castps_si256(x),
                 even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)),

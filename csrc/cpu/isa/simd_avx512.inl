@@ -74,7 +74,7 @@ template <int N> struct TableIndices {
   AI V select_from(const uint8_t* table) const { return permute<N>(table, low, bits); }
 };
 // Tables of the ternary digits of a byte (see take_trit in dequant.inl): the first four in two bits each, and eight
-// times the fifth.
+// times the fifth. Each multiplication by 3 carries the next digit above the byte.
 struct Trits {
   alignas(64) uint8_t first_four[256], fifth[256];
   constexpr Trits() : first_four{}, fifth{} {
@@ -185,8 +185,8 @@ AI V with_offset(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(
 AI V duplicate_low16(V x) {  // the low halves of lanes in both halves
   return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
 }
-// Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by`
-// and `add`.
+// Returns signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half
+// for `by` and `add`.
 template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
   const V even = _mm512_slli_epi16(codes, SHIFT),
           odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
@@ -216,7 +216,7 @@ AI V pair_as_bf16(F even, F odd) {  // bf16 of even in the lower, of odd in the 
 // Two columns of 16 bf16, one after the other
 AI Pairs load_column_pairs(const void* p) { return (Pairs)zip_halves(load(p)); }
 
-// The bytes of the bf16 that are 2^-8 of e4m3 codes 0 to 127.
+// The low and the high byte of the bf16 that are 2^-8 of e4m3 codes 0 to 127, for load_e4m3_pairs.
 struct E4m3Bytes {
   alignas(64) uint8_t low[128], high[128];
   constexpr E4m3Bytes() : low{}, high{} {
@@ -235,7 +235,9 @@ struct E4m3Bytes {
 };
 constexpr E4m3Bytes E4M3_BYTES;
 
-// Four columns of 16 codes: two look-ups a byte of bf16.
+// Loads four columns of 16 e4m3 codes as two vectors of bf16 pairs, 2^-8 of their values: looks up both bytes of a bf16
+// by the code's low seven bits (the instruction ignores the sign), then adds the sign. `order` puts the codes where the
+// unpacking of bytes makes pairs of them.
 AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {
   const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57,
       41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8, 55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50,

@@ -160,22 +160,23 @@ AI void load_e4m3(const uint8_t* p, F& a, F& b) {
     b.v[i] = f16_value((p[16 + i] & 0x80u) << 8 | (p[16 + i] & 0x7fu) << 7);
   }
 }
-// Rounds to the nearest f16, ties to even.
+// Rounds to the nearest f16, ties to even, as vcvtps2ph does. Magnitudes are compared as bits.
 AI uint32_t f16_bits(float f) {
   uint32_t x;
   __builtin_memcpy(&x, &f, 4);
-  const uint32_t sign = (x >> 16) & 0x8000u, mag = x & 0x7fffffffu;
-  if (mag > 0x7f800000u) return sign | 0x7e00u;
-  if (mag >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
-  if (mag < 0x38800000u) {                        // subnormal result
+  const uint32_t sign = (x >> 16) & 0x8000u, magnitude = x & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (magnitude < 0x38800000u) {                        // subnormal result
     float m;
-    __builtin_memcpy(&m, &mag, 4);
+    __builtin_memcpy(&m, &magnitude, 4);
     m += 0.5f;  // one unit in the last place of 0.5 is the f16 subnormal step
     uint32_t bits;
     __builtin_memcpy(&bits, &m, 4);
     return sign | (bits - 0x3f000000u);
   }
-  return sign | ((mag + 0xc8000fffu + ((mag >> 13) & 1)) >> 13);
+  // subtracts 112 from the exponent, whose bias is 15 in place of 127, and rounds off 13 bits of mantissa
+  return sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13);
 }
 AI void store_f16(void* p, F x) {
   uint8_t* q = static_cast<uint8_t*>(p);

@@ -37,12 +37,12 @@ inline float from_f16(uint16_t h) {
   std::memcpy(&f, &x, 4);
   return f;
 }
-// Rounds to nearest even; keeps NaN.
+// Rounds to nearest even; keeps NaN. Magnitudes are compared as bits: they order as the floats do.
 inline uint16_t to_f16(float f) {
   uint32_t x;
   std::memcpy(&x, &f, 4);
   const uint32_t sign = (x >> 16) & 0x8000u, magnitude = x & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
   if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
   if (magnitude < 0x38800000u) {                                  // subnormal: adding 0.5 lines the bits up
     float m;
@@ -51,6 +51,7 @@ inline uint16_t to_f16(float f) {
     std::memcpy(&x, &m, 4);
     return uint16_t(sign | (x - 0x3f000000u));
   }
+  // subtracts 112 from the exponent, whose bias is 15 in place of 127, and rounds off 13 bits of mantissa
   return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
@@ -60,12 +61,13 @@ inline size_t size_of(DType type) { return type == DType::F32 ? 4 : type == DTyp
 // Quantizes n values (a multiple of Q8_BLOCK) to Q8_0. A block that holds an infinity or a NaN becomes NaN, because an
 // int8 code cannot represent it and an error in a key must stay visible in the output.
 inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
+  constexpr uint16_t F16_NAN = 0x7e00;
   for (; n > 0; n -= Q8_BLOCK, x += Q8_BLOCK, out += Q8_BYTES) {
-    float amax = 0;
+    float largest = 0;
     bool finite = true;
     for (int i = 0; i < Q8_BLOCK; ++i)
-      finite &= std::isfinite(x[i]), amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
-    const uint16_t scale = finite ? to_f16(amax / 127) : 0x7e00;
+      finite &= std::isfinite(x[i]), largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    const uint16_t scale = finite ? to_f16(largest / 127) : F16_NAN;
     const float stored = from_f16(scale), inverse = finite && stored > 0 && std::isfinite(stored) ? 1 / stored : 0;
     std::memcpy(out, &scale, 2);
     for (int i = 0; i < Q8_BLOCK; ++i) {

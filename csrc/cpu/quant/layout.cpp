@@ -50,8 +50,9 @@ uint32_t load32(const uint8_t* p) {
 // In the comments below, a vector is 64 bytes: the same 32-bit word of the 16 rows of a group, as one register of the
 // decoder holds it.
 
-// Reorders the fifth bits of 32 weights of Q5_0 or Q5_1. The file has bit 4*i+b for byte b of vector i of the decoded
-// codes; the decoder needs bit 8*b+i, because one shift and one mask then serve all four bytes of a vector.
+// Reorders the fifth bits of 32 weights of Q5_0 or Q5_1, which the file stores apart from the four low bits. The file
+// has bit 4*i+b for byte b of vector i of the decoded codes; the decoder needs bit 8*b+i, because one shift and one
+// mask then serve all four bytes of a vector.
 uint32_t transpose_fifth_bits(uint32_t bits) {
   // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect
   // shuffles.
@@ -144,7 +145,7 @@ void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
       quad[d] = i < 12 ? quads[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? quads[16 * d + 15] : ZEROS;
     uint8_t vector[64];
     for (int r = 0; r < 16; ++r) {
-      uint32_t x = quad[0][r];
+      uint32_t x = quad[0][r];  // four bytes, each of which becomes a number of five digits to the base 3
       for (int d = 1; d < 5; ++d) x = 3 * x + quad[d][r];
       std::memcpy(vector + 4 * r, &x, 4);
     }
@@ -186,7 +187,8 @@ template <bool IS_IQ1_S> void expand_iq1_indices(uint8_t* words) {
 }
 
 // Reorders the bits of a packed block of the types whose decoder (isa/dequant.inl) needs another order than the file's.
-// Loading pays for the reordering once; the decoder would pay for it in every product.
+// Loading pays for the reordering once; the decoder would pay for it in every product. Which words are indices and
+// which signs: see the comments `words` of the decoders.
 void reorder_bits(int code, uint8_t* words) {
   switch (code) {
     case Q5_0:
@@ -215,8 +217,8 @@ void reorder_bits(int code, uint8_t* words) {
   }
 }
 
-// Packs block `index` of up to 16 rows into their group: one word of all rows at a time, so that a store fills a cache
-// line.
+// Packs block `index` of up to 16 rows into their group: its narrow fields into their planes, then its words, one word
+// of all rows at a time, so that a store fills a cache line.
 void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64_t index, int64_t k, uint8_t* group) {
   const size_t plane = narrow_plane_bytes(l, k), block_offset = size_t(index) * l.bytes;
   for (int i = 0; i < l.num_narrow_fields; ++i) {
@@ -225,10 +227,10 @@ void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64
       std::memcpy(field + r * l.narrow_bytes, rows[r] + block_offset + l.narrow_offset[i], l.narrow_bytes);
   }
   uint8_t* words = group + words_offset(l, k) + index * l.word_count() * 64;
-  for (const WordRange& s : l.words)
-    for (int offset = s.offset; offset < s.offset + s.bytes; offset += 4, words += 64) {
+  for (const WordRange& range : l.words)
+    for (int offset = range.offset; offset < range.offset + range.bytes; offset += 4, words += 64) {
       uint32_t vector[16] = {};
-      if (num_rows == 16)
+      if (num_rows == 16)  // the usual case, with a constant count, which the compiler unrolls
         for (int r = 0; r < 16; ++r) vector[r] = load32(rows[r] + block_offset + offset);
       else
         for (int r = 0; r < num_rows; ++r) vector[r] = load32(rows[r] + block_offset + offset);

@@ -39,9 +39,10 @@ Mapped map_file(const char* path) {
 
 void unmap(const Mapped& file) { munmap(file.base, file.size + HUGE_PAGE); }
 
-// The page cache of a file has small pages, so only anonymous memory can have huge ones. The copy is made elsewhere, in
-// an area with one huge page more for the alignment, and mremap puts it at `address` in one atomic step: a reader sees
-// the old page or the equal new one. Then the unused ends of the area are unmapped.
+// Replaces mapped file pages by a copy in huge pages. The page cache of a file has small pages, so only anonymous
+// memory can have huge ones. The copy is made elsewhere, in an area with one huge page more for the alignment, and
+// mremap puts it at `address` in one atomic step: a reader sees the old page or the equal new one. Then the unused ends
+// of the area are unmapped.
 bool remap_huge_pages(uint8_t* address, size_t length) {
   const size_t huge_bytes = length / HUGE_PAGE * HUGE_PAGE;
   if (!huge_bytes || address != align_to_huge_page(address)) return false;

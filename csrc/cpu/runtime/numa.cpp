@@ -48,7 +48,7 @@ std::vector<int> usable_cpus(int node) {
   return cpus;
 }
 
-// Reads the real nodes from sysfs, then applies KTX_NUMA.
+// Reads the real nodes from sysfs, then applies KTX_NUMA (auto, off or fake:N; see numa.h) to their number.
 NodeTopology detect_nodes() {
   NodeTopology found;
   for (int node = 0; node <= MAX_OS_ID && int(found.os_ids.size()) < MAX_NODES; ++node)
@@ -82,8 +82,8 @@ int nodes() { return topology().num_nodes; }
 bool fake_nodes() { return topology().fake; }
 const std::vector<int>& node_cpus(int node) { return topology().cpus.at(size_t(node)); }
 
-// mbind takes whole pages: the range is rounded outwards. With fake nodes, node i is the real node i modulo their
-// number.
+// Asks the system (mbind) to place the pages of `memory` on a node when they are first written. mbind takes whole
+// pages: the range is rounded outwards. With fake nodes, node i is the real node i modulo their number.
 void bind_to_node(void* memory, size_t bytes, int node) {
   const NodeTopology& detected = topology();
   if (detected.os_ids.empty()) return;
@@ -98,8 +98,8 @@ void bind_to_node(void* memory, size_t bytes, int node) {
       0);
 }
 
-// move_pages without target nodes moves nothing and returns the node of each page. Queries BATCH pages at a time, to
-// keep the arrays on the stack.
+// Counts the pages of `memory` on each node, so that tests can check where weights are. move_pages without target nodes
+// moves nothing and returns the node of each page. Queries BATCH pages at a time, to keep the arrays on the stack.
 std::vector<int64_t> pages_on(const void* memory, size_t bytes) {
   constexpr size_t BATCH = 1024;
   const NodeTopology& detected = topology();

@@ -62,8 +62,8 @@ struct State {                                 // of the current run
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
-// Returns the lowest logical CPU of the core of `cpu`, which identifies the core; `cpu` itself if sysfs does not have
-// it.
+// Returns the lowest logical CPU of the core of `cpu`, which identifies the core: CPUs with the same result are
+// hyper-thread siblings. `cpu` itself if sysfs does not have it.
 int first_sibling(int cpu) {
   char path[96];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
@@ -88,11 +88,11 @@ int node_of_cpu(int cpu) {
 // Orders CPUs: the first of each node, then the second of each, and so on. The pool takes a prefix of this order, so
 // that a small pool uses the memory bandwidth of all nodes.
 std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
-  std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
-  for (int cpu : cpus) of[size_t(node_of_cpu(cpu))].push_back(cpu);
+  std::vector<std::vector<int>> cpus_of_node(static_cast<size_t>(nodes()));
+  for (int cpu : cpus) cpus_of_node[size_t(node_of_cpu(cpu))].push_back(cpu);
   std::vector<int> interleaved;
   for (size_t i = 0; interleaved.size() < cpus.size(); ++i)
-    for (const std::vector<int>& own : of)
+    for (const std::vector<int>& own : cpus_of_node)
       if (i < own.size()) interleaved.push_back(own[i]);
   return interleaved;
 }
@@ -218,7 +218,8 @@ class ThreadPool {
     if (completes_phase) barrier_signal.notify();
     if (!updated.joined && !is_caller) done_signal.notify();
   }
-  // The life of a pool thread: sleeps until a run starts, and joins it unless the run is closed already.
+  // The life of a pool thread: sleeps until a run starts, and joins the run unless it is closed already, because all
+  // its work is done then.
   void worker_loop(int worker) {
     for (uint32_t last_run = 0, start_value = 0;;) {
       start_signal.wait_while(start_value, SPINS_BETWEEN_RUNS);
@@ -294,6 +295,8 @@ void set_threads(int n) {
   pool_size = n;
 }
 
+// Holds the lock for the whole run, so runs of several threads follow one another. RunTimer records when the run ends,
+// an exception included, for idle_seconds().
 void run(void (*fn)(void*, int), void* context) {
   if (in_run) throw std::runtime_error("ktx: a kernel called the thread pool from inside a run");
   std::lock_guard<std::mutex> lock(pool_mutex);

@@ -31,7 +31,7 @@ double time_threads(int threads, F&& body) {
 
 // Reads `count` words and returns a value that depends on all of them, so that the compiler cannot drop the reads. Four
 // independent sums and a prefetch 4 KiB ahead, because the probe must wait for memory only.
-uint64_t xor_words(const uint64_t* words, size_t count) {
+uint64_t read_words(const uint64_t* words, size_t count) {
   uint64_t a = 0, b = 0, c = 0, d = 0;
   for (size_t i = 0; i + 8 <= count; i += 8) {
     __builtin_prefetch(words + i + 512);
@@ -100,7 +100,7 @@ void fma256_rounds() {
 }
 #pragma GCC pop_options
 
-volatile int32_t sink;
+volatile int32_t sink;  // takes results, so that the compiler cannot drop the loops
 void scalar_int_rounds() {
   int32_t sum[CHAINS] = {};
   for (int i = 0; i < ROUNDS; ++i)
@@ -120,16 +120,18 @@ struct Loop {
   double operations;     // of one instruction; a multiply-add is two
 };
 
-// Returns the Gops/s of a loop on `threads` threads, which run for `seconds` each.
+// Returns the Gops/s of a loop on `threads` threads, which run for `seconds` each: the rate that the arithmetic units
+// reach without memory, of which ktx prints the share that its kernels reach.
 double measure_rate(int threads, double seconds, Loop loop) {
+  constexpr int CALLS_PER_CLOCK_READ = 16;
   if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
   std::vector<int64_t> calls(threads);
   const double elapsed_s = time_threads(threads, [&](int t) {
     const double end = now_s() + seconds;
     int64_t count = 0;
     do {
-      for (int i = 0; i < 16; ++i) loop.run_rounds();
-      count += 16;
+      for (int i = 0; i < CALLS_PER_CLOCK_READ; ++i) loop.run_rounds();
+      count += CALLS_PER_CLOCK_READ;
     } while (now_s() < end);
     calls[t] = count;
   });
@@ -164,7 +166,8 @@ double probe_fresh(int threads, int mebibytes) {
   return double(memory.bytes_per_thread) * threads / elapsed_s / 1e9;
 }
 
-// The best of three: other work on the machine only makes a repeat slower.
+// Measures sequential reads, each thread its own range, which was written before, so that its pages exist. The best of
+// three, because other work on the machine only makes a repeat slower.
 double probe_read(int threads, int mebibytes) {
   FreshMemory memory(threads, mebibytes);
   const size_t bytes_per_thread = memory.bytes_per_thread;
@@ -173,7 +176,8 @@ double probe_read(int threads, int mebibytes) {
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {
     const double elapsed_s = time_threads(threads, [&](int t) {
-      sums[t] += xor_words(reinterpret_cast<const uint64_t*>(memory.data + t * bytes_per_thread), bytes_per_thread / 8);
+      sums[t] += read_words(reinterpret_cast<const uint64_t*>(memory.data + t * bytes_per_thread),
+          bytes_per_thread / 8);
     });
     best = std::max(best, double(bytes_per_thread) * threads / elapsed_s / 1e9);
   }
