@@ -5,7 +5,7 @@ gradients in gradients.py, and a fake implementation for torch.compile below.
 
 Terms: a *packed* matrix has its bytes in the order in which the kernels read them (csrc/cpu/quant/layout.h). It
 consists of *row groups* of 16 rows, because a SIMD register holds one column of 16 rows. On a machine with several
-NUMA nodes the row groups of a matrix are divided among the nodes; the bytes on one node are its *span*.
+NUMA nodes the row groups of a matrix are divided among the nodes; the bytes on one node are its *share*.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Packed:
         n: rows of a matrix.
         k: columns of a matrix.
         matrices: number of matrices.
-        numa_ends: offsets in `data` at which the span of each NUMA node ends; empty on a machine with one node.
+        numa_ends: offsets in `data` at which the share of each NUMA node ends; empty on a machine with one node.
         origin: arguments of `_load_again`, so that a pickle refers to the weight files; None if the matrix comes from
             no file.
     """
@@ -132,14 +132,15 @@ class Packed:
     def matrix(self, index: int) -> Packed:
         """Returns one of the matrices that `pack_experts` packed.
 
-        It is a view where there is one NUMA node, and a copy where several nodes hold spans of the matrix.
+        It is a view where there is one NUMA node, and a copy where several nodes hold shares of the matrix: each node
+        holds its rows of all matrices, one after another.
         """
-        start, spans = 0, []
+        start, shares = 0, []
         for end in self.numa_ends or (self.nbytes,):
             size = (end - start) // self.matrices
-            spans.append(self.data[start + index * size : start + (index + 1) * size])
+            shares.append(self.data[start + index * size : start + (index + 1) * size])
             start = end
-        return Packed(spans[0] if len(spans) == 1 else torch.cat(spans), self.qtype, self.n, self.k)
+        return Packed(shares[0] if len(shares) == 1 else torch.cat(shares), self.qtype, self.n, self.k)
 
 
 def _load_again(origin: Any, name: str, number: int) -> Packed:
@@ -287,7 +288,10 @@ def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
 def _list_matrices(
     weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
 ) -> tuple[list[QuantizedTensor], int, int, QType]:
-    """Returns the matrices one by one (as a list), their rows, their columns, and the type they are packed as."""
+    """Returns the matrices one by one (a list), their rows, their columns, and the type they are packed as.
+
+    Experts come stacked or as one tensor each; both packing functions take either form.
+    """
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
     first = matrices[0]
@@ -303,8 +307,8 @@ def _list_matrices(
 def _pack_rows(matrix: QuantizedTensor, rows: range, target: QType | None, data: torch.Tensor) -> None:
     """Packs some rows of a matrix into `data`, which holds as many rows, PACK_ROWS rows at a time.
 
-    The rows are quantized to `target` first, if given.
-    The first row must be a multiple of FP8_BLOCK if the matrix has scales.
+    The rows are quantized to `target` first, if given. The first row must be a multiple of FP8_BLOCK if the matrix has
+    scales, because FP8_BLOCK rows share one.
     """
     n, k = matrix.shape
     scale = None if target is not None or matrix.scale is None else matrix.scale

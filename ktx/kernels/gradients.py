@@ -128,19 +128,19 @@ def _expert_row_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields the rows of one expert's matrix in chunks, as `_row_chunks` does.
 
-    Each NUMA node holds a span of the rows of every matrix (cpu.pack_experts), so the rows of one expert are not
+    Each NUMA node holds its share of the rows of every matrix (cpu.pack_experts), so the rows of one expert are not
     contiguous in `data`.
     """
     groups = -(-n // GROUP_ROWS)
     group_bytes = data.numel() // (experts * groups)
     node_groups = [ops.node_begin(groups, node) for node in range(ops.nodes() + 1)]
     for start, end in pairwise(node_groups):
-        span_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
-        if not span_bytes:
+        share_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
+        if not share_bytes:
             continue
-        offset = start * group_bytes * experts + index * span_bytes
+        offset = start * group_bytes * experts + index * share_bytes
         for rows, values in _row_chunks(
-            data[offset : offset + span_bytes], code, min(n, end * GROUP_ROWS) - first_row, k
+            data[offset : offset + share_bytes], code, min(n, end * GROUP_ROWS) - first_row, k
         ):
             yield slice(first_row + rows.start, first_row + rows.stop), values
 
@@ -283,6 +283,8 @@ class Experts(torch.autograd.Function):
     """Autograd function of ktx::experts.
 
     It is needed because torch.library registers no formula for an operator that modifies an input, here the counts.
+    Indices of inputs are those of the schema: x, ids, weights, three matrices, five codes and sizes, three biases, act,
+    alpha, limit, counts.
     """
 
     @staticmethod

@@ -123,8 +123,11 @@ def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
 
 
 def prompt_rate(qtype: QType) -> float:
-    """Returns the GOPS of experts of a type in a prompt, with as many tokens at once as an expert gets on average."""
-    packed = split_matrices(cpu.pack(random_matrices(qtype, 8, 512, COLUMNS)))
+    """Returns the GOPS of experts of a type in a prompt, with as many tokens at once as an expert gets on average.
+
+    It decides, with `link_bandwidth`, from which batch size on experts are streamed.
+    """
+    packed = split_matrices(cpu.pack(random_matrices(qtype, 8, 512, COLUMNS)))  # 8 experts of 512 rows
     x = torch.randn(TOKENS_PER_EXPERT, COLUMNS, dtype=torch.float32)
     elapsed_s = median_seconds(lambda: [cpu.linear(x, matrix, all_bf16=True) for matrix in packed], 3)
     return 2 * TOKENS_PER_EXPERT * 512 * COLUMNS * len(packed) / elapsed_s / 1e9
@@ -167,7 +170,7 @@ def peak_gops(qtype: QType, threads: int) -> float:
 
 
 def split_matrices(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
-    """Returns each of the first `count` matrices (default: all) as a `Packed` of its own."""
+    """Returns each of the first `count` matrices (default: all) as a `Packed` of its own, which `cpu.linear` takes."""
     size = packed.nbytes // packed.matrices
     return [
         cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k)

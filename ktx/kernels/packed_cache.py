@@ -257,7 +257,7 @@ def open_cache(folder: str | Path, name: str, key: Any, required_bytes: int) -> 
     Args:
         folder: the cache directory.
         name: the model's name, which becomes part of the folder's name.
-        key: everything that determines how the model is packed, apart from `cpu.packing()`.
+        key: everything that determines how the model is packed, apart from `cpu.packing_key()`.
         required_bytes: bytes of the packed weights.
     """
     key_parts = [key, *cpu.packing_key()]

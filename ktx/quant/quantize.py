@@ -106,7 +106,7 @@ def _to_codes(x: Array, scale: Array, minimum: Array, max_code: int) -> Bytes:
 
 
 def _quantize_k_offset(x: Array, sub_size: int, max_code: int, max_scale: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """Quantizes to codes with a minimum, as Q2_K, Q4_K and Q5_K do.
+    """Quantizes to codes with a minimum, as Q2_K, Q4_K and Q5_K do, with scales and minimums in units of d and dmin.
 
     Returns:
         Codes [n, subs, sub_size], quantized scales and minimums [n, subs], and the bytes of d and dmin [n, 4].
@@ -169,7 +169,7 @@ def _q2_k(x: Array) -> Bytes:
 
 
 def _quantize_k_signed(x: Array, low: int, high: int, max_scale: int) -> tuple[Bytes, NDArray[np.int64], Bytes]:
-    """Quantizes to codes without a minimum, as Q3_K and Q6_K do.
+    """Quantizes to codes low..high without a minimum, as Q3_K and Q6_K do, with 16 scales in units of d per block.
 
     Returns:
         Codes minus `low` [n, 256], signed scales [n, 16] in -max_scale..max_scale, and the bytes of d [n, 2].
@@ -184,7 +184,7 @@ def _quantize_k_signed(x: Array, low: int, high: int, max_scale: int) -> tuple[B
 
 
 def _q6_k(x: Array) -> Bytes:
-    """Stores the lower four bits of a code and its upper two bits in separate fields."""
+    """Quantizes to Q6_K, whose blocks have the lower four bits of the codes and the upper two in separate fields."""
     codes, s, d = _quantize_k_signed(x, -32, 31, 127)
     halves = codes.reshape(len(x), 2, 4, 32)
     low_bits = halves & 15
@@ -195,9 +195,9 @@ def _q6_k(x: Array) -> Bytes:
 
 
 def _q3_k(x: Array) -> Bytes:
-    """Stores the lower two bits of a code and its third bit in separate fields, as are parts of the six-bit scales.
+    """Quantizes to Q3_K, whose blocks have the lower two bits of the codes and the third ones in separate fields.
 
-    The lower four bits of 16 scales are in eight bytes, two in each; the upper two bits in four bytes, four in each.
+    The lower four bits of the 16 scales are in eight bytes, two in each; the upper two in four bytes, four in each.
     """
     codes, s, d = _quantize_k_signed(x, -4, 3, 31)
     high = np.zeros((len(x), 32), np.uint8)
@@ -217,7 +217,7 @@ _FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -
 
 
 def _nearest(x: Array, codebook: Array) -> Bytes:
-    """Returns the index of the codebook value nearest to each x."""
+    """Returns the index of the codebook value nearest to each x; codebooks need not be sorted."""
     order = np.argsort(codebook, kind="stable")
     midpoints = (codebook[order][1:] + codebook[order][:-1]) / 2
     return order[np.searchsorted(midpoints, x)].astype(np.uint8)

@@ -15,7 +15,8 @@ def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) 
     """Returns uint8 [n, row_bytes] of valid random blocks whose weights have about the standard deviation `std`.
 
     Works for every type, float or quantized. Types with a quantizer quantize normal numbers. The IQ types need an
-    importance matrix, so their bytes are random, and the f16 scales of the blocks are set so that `std` comes out.
+    importance matrix, so their bytes are random, and the f16 scales of the blocks are set so that `std` comes out:
+    first to numbers around 1, to measure the deviation that they give, then in proportion.
     """
     rng = np.random.default_rng(seed)
     if qtype.name not in _SCALE_OFFSETS:

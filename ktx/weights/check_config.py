@@ -25,22 +25,22 @@ COMPARED_KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 def gguf_mismatches(
     metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: PreTrainedConfig
 ) -> list[str]:
-    """Mismatches between GGUF metadata and configuration, one line each; empty when they agree."""
+    """Returns the mismatches between GGUF metadata and configuration, one line each; empty when they agree."""
     mismatches: list[str | None] = [
-        _layers(metadata, arch, config),
-        _vocabulary(tensors, config),
-        _kv_heads(metadata, arch, config),
+        _layers_mismatch(metadata, arch, config),
+        _vocabulary_mismatch(tensors, config),
+        _kv_heads_mismatch(metadata, arch, config),
     ]
-    mismatches += _per_layer_values(metadata, arch)
+    mismatches += _varying_values(metadata, arch)
     for key, attributes, what in COMPARED_KEYS:
-        in_file, in_config = to_scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
+        in_file, in_config = to_scalar(metadata.get(f"{arch}.{key}")), _first_set(config, attributes)
         if isinstance(in_file, int) and in_file and isinstance(in_config, int) and in_file != in_config:
             mismatches.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
     return [line for line in mismatches if line]
 
 
-def _per_layer_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
-    """Lines for values that vary by layer, which no supported family has."""
+def _varying_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
+    """Returns a line for each value that differs from layer to layer, which no supported family has."""
     keys = (
         "attention.head_count",
         "attention.head_count_kv",
@@ -52,12 +52,12 @@ def _per_layer_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
     return [f"{key} differs from layer to layer" for key, value in varying if isinstance(value, list)]
 
 
-def _first(config: PreTrainedConfig, attributes: tuple[str, ...]) -> Any:
+def _first_set(config: PreTrainedConfig, attributes: tuple[str, ...]) -> Any:
     return next((getattr(config, name) for name in attributes if getattr(config, name, None) is not None), None)
 
 
-def _layers(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
-    """The mismatch in the number of layers, or None. The file may count the layers of multi-token prediction or not."""
+def _layers_mismatch(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
+    """The mismatch in the number of layers, or None. A file may count the layers of multi-token prediction or not."""
     blocks = metadata.get(f"{arch}.block_count")
     extra = metadata.get(f"{arch}.nextn_predict_layers", 0)
     layers = int(config.num_hidden_layers)
@@ -66,7 +66,7 @@ def _layers(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) ->
     return f"layers: {blocks} in the file, {layers} in the configuration"
 
 
-def _vocabulary(tensors: Mapping[str, TensorSpec], config: PreTrainedConfig) -> str | None:
+def _vocabulary_mismatch(tensors: Mapping[str, TensorSpec], config: PreTrainedConfig) -> str | None:
     """The mismatch in the size of the vocabulary, or None."""
     spec, vocabulary = tensors.get("token_embd.weight"), getattr(config, "vocab_size", None)
     if spec is None or vocabulary is None or spec.shape[0] == vocabulary:
@@ -74,8 +74,11 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: PreTrainedConfig) -> 
     return f"vocabulary: {spec.shape[0]} in the file, {vocabulary} in the configuration"
 
 
-def _kv_heads(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
-    """The mismatch in the number of key/value heads, or None. Not compared for MLA models, which cache one latent."""
+def _kv_heads_mismatch(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> str | None:
+    """The mismatch in the number of key/value heads, or None.
+
+    It is not compared for MLA models, which cache one latent: their files in absorbed form have one head.
+    """
     in_file = to_scalar(metadata.get(f"{arch}.attention.head_count_kv"))
     in_config = getattr(config, "num_key_value_heads", None)
     if (
@@ -84,5 +87,5 @@ def _kv_heads(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) 
         or in_config is None
         or in_file == in_config
     ):
-        return None  # MLA files in absorbed form have 1
+        return None
     return f"key/value heads: {in_file} in the file, {in_config} in the configuration"

@@ -32,8 +32,8 @@ COMMON = {
 REMEDY = "pass the Hugging Face folder to --model and this file to --weights"
 
 
-def _family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
-    """The family whose configuration the metadata describes.
+def _find_family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
+    """Finds the family whose configuration the metadata describes: of the architecture, with or without experts.
 
     Raises:
         BadFile: the architecture is not supported, or its metadata lacks part of the configuration.
@@ -49,11 +49,11 @@ def _family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
         raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
     has_experts = bool(metadata.get(f"{arch}.expert_count"))
     return next(
-        (family for family in complete if has_experts == ("expert_count" in _keys(family).values())), complete[0]
+        (family for family in complete if has_experts == ("expert_count" in _config_keys(family).values())), complete[0]
     )
 
 
-def _keys(family: Family) -> Mapping[str, str]:
+def _config_keys(family: Family) -> Mapping[str, str]:
     return (family.gguf.config_keys if family.gguf else None) or {}
 
 
@@ -69,24 +69,24 @@ def config_from_gguf(path: Path) -> PreTrainedConfig:
 
     header = read_split_header(path)
     arch = architecture(header.metadata, str(path))
-    family = _family(arch, header.metadata, path)
+    family = _find_family(arch, header.metadata, path)
     model_type = family.model_types[0]
     check_file_type(header.metadata, str(path))
     values = {
         name: value
-        for name, key in (COMMON | dict(_keys(family))).items()
-        if (value := _value(header, arch, key)) is not None
+        for name, key in (COMMON | dict(_config_keys(family))).items()
+        if (value := _read_value(header, arch, key)) is not None
     }
     values |= {
-        "vocab_size": _vocabulary(header),
+        "vocab_size": _vocabulary_size(header),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_theta": float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
     }
     values["num_hidden_layers"] -= header.metadata.get(f"{arch}.nextn_predict_layers", 0)
     if arch == "deepseek2":
-        model_type = _deepseek(header, values)
-    values |= _biases(header, model_type) | dict(family.gguf.fixed if family.gguf else {})
-    values |= _rope(header, arch, values)
+        model_type = _add_deepseek_values(header, values)
+    values |= _bias_options(header, model_type) | dict(family.gguf.fixed if family.gguf else {})
+    values |= _rope_parameters(header, arch, values)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
     ends = eog_token_ids(header.metadata, str(path))
@@ -99,8 +99,8 @@ def config_from_gguf(path: Path) -> PreTrainedConfig:
         raise BadFile(f"{path}: its metadata is not a valid {model_type} configuration: {detail}") from error
 
 
-def _biases(header: Header, model_type: str) -> dict[str, bool]:
-    """Configuration options for biases, set by whether the file contains the bias tensors."""
+def _bias_options(header: Header, model_type: str) -> dict[str, bool]:
+    """Returns the configuration's options for biases; no metadata key has them, so the presence of tensors decides."""
     options = (
         {"attention_bias": "blk.0.attn_q.bias" in header.tensors}
         if model_type in ("llama", "qwen3", "qwen3_moe")
@@ -115,10 +115,10 @@ def _biases(header: Header, model_type: str) -> dict[str, bool]:
     return options
 
 
-def _value(header: Header, arch: str, key: str) -> Any:
+def _read_value(header: Header, arch: str, key: str) -> Any:
     """The value of one metadata key of the architecture, the same for all layers.
 
-    A key that ends in "?" may be missing: then None. Raises BadFile for a missing key, or a value per layer.
+    A `key` that ends in "?" may be missing: then None. Raises BadFile for a missing key, or a value per layer.
     """
     full_key = f"{arch}.{key.removesuffix('?')}"
     if full_key in header.metadata:
@@ -131,21 +131,23 @@ def _value(header: Header, arch: str, key: str) -> Any:
     raise BadFile(f"{header.file}: the metadata key {full_key} is missing; {REMEDY}")
 
 
-def _vocabulary(header: Header) -> int:
+def _vocabulary_size(header: Header) -> int:
     """The vocabulary's size, from the embedding's rows; files need not store it as a key."""
     if "token_embd.weight" not in header.tensors:
         raise BadFile(f"{header.file}: the tensor token_embd.weight is missing")
     return header.tensors["token_embd.weight"].shape[0]
 
 
-def _deepseek(header: Header, values: dict[str, Any]) -> str:
+def _add_deepseek_values(header: Header, values: dict[str, Any]) -> str:
     """Adds to `values` what deepseek2 files store in llama.cpp's own terms; returns the model type.
 
     V2 and V3 are told apart by their routing: V3's router is a sigmoid.
     """
-    m = header.metadata
-    key_length = m.get("deepseek2.attention.key_length_mla", m.get("deepseek2.attention.key_length"))
-    value_length = m.get("deepseek2.attention.value_length_mla", m.get("deepseek2.attention.value_length"))
+    metadata = header.metadata
+    key_length = metadata.get("deepseek2.attention.key_length_mla", metadata.get("deepseek2.attention.key_length"))
+    value_length = metadata.get(
+        "deepseek2.attention.value_length_mla", metadata.get("deepseek2.attention.value_length")
+    )
     if not isinstance(key_length, int) or not isinstance(value_length, int):
         raise BadFile(
             f"{header.file}: the metadata keys deepseek2.attention.key_length_mla and value_length_mla are missing"
@@ -157,7 +159,7 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     }
     values["head_dim"] = values["qk_rope_head_dim"]
     values["q_lora_rank"] = values.get("q_lora_rank") or None
-    sigmoid = m.get("deepseek2.expert_gating_func", 1) == 2
+    sigmoid = metadata.get("deepseek2.expert_gating_func", 1) == 2
     values["n_group"], values["topk_group"] = values.get("n_group") or 1, values.get("topk_group") or 1
     values.setdefault("norm_topk_prob", False)  # llama.cpp's default when the key is missing
     values["routed_scaling_factor"] = values.get("routed_scaling_factor") or 1.0
@@ -166,60 +168,61 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     return "deepseek_v3" if sigmoid else "deepseek_v2"
 
 
-def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters and the related options of the configuration. Removes rope_theta from `values`.
+def _rope_parameters(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns rope_parameters and the related options of the configuration. Removes rope_theta from `values`.
 
     Files store Llama 3's and longrope's scaling as tables, of which these are recovered, and yarn's and linear scaling
     as keys. Raises BadFile for any other scaling.
     """
-    m = header.metadata
-    kind, factor = rope_scaling(m, arch)
+    metadata = header.metadata
+    kind, factor = rope_scaling(metadata, arch)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     related: dict[str, Any] = {}
-    original = m.get(f"{arch}.rope.scaling.original_context_length") or values["max_position_embeddings"]
-    rotated = m.get(f"{arch}.rope.dimension_count")
+    original = metadata.get(f"{arch}.rope.scaling.original_context_length") or values["max_position_embeddings"]
+    rotated = metadata.get(f"{arch}.rope.dimension_count")
     width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     if arch != "deepseek2" and isinstance(rotated, int) and 0 < rotated < width:
         rope["partial_rotary_factor"] = related["partial_rotary_factor"] = rotated / width
     if "rope_freqs.weight" in header.tensors:
-        rope |= _llama3(header, rope["rope_theta"], width)
+        rope |= _recover_llama3_scaling(header, rope["rope_theta"], width)
     elif "rope_factors_long.weight" in header.tensors:
         rope |= {
             "rope_type": "longrope",
-            "short_factor": _floats(header, "rope_factors_short.weight"),
-            "long_factor": _floats(header, "rope_factors_long.weight"),
+            "short_factor": _read_floats(header, "rope_factors_short.weight"),
+            "long_factor": _read_floats(header, "rope_factors_long.weight"),
         }
         related["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original)
-        if f"{arch}.rope.scaling.attn_factor" in m:
-            rope["attention_factor"] = float(m[f"{arch}.rope.scaling.attn_factor"])
+        if f"{arch}.rope.scaling.attn_factor" in metadata:
+            rope["attention_factor"] = float(metadata[f"{arch}.rope.scaling.attn_factor"])
     elif kind == "yarn":
         # The file stores a tenth of mscale_all_dim.
-        mscale = float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
+        mscale = float(metadata.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
         rope |= {
             "rope_type": "yarn",
             "factor": factor,
-            "beta_fast": m.get(f"{arch}.rope.scaling.yarn_beta_fast") or 32,
-            "beta_slow": m.get(f"{arch}.rope.scaling.yarn_beta_slow") or 1,
+            "beta_fast": metadata.get(f"{arch}.rope.scaling.yarn_beta_fast") or 32,
+            "beta_slow": metadata.get(f"{arch}.rope.scaling.yarn_beta_slow") or 1,
             "original_max_position_embeddings": int(original),
         }
-        if attention := m.get(f"{arch}.rope.scaling.yarn_attn_factor"):
+        if attention := metadata.get(f"{arch}.rope.scaling.yarn_attn_factor"):
             rope["attention_factor"] = float(attention)
         rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
     elif kind == "linear":
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind not in ("none", "longrope"):
         raise BadFile(f"{header.file}: rope scaling {kind!r} is not supported; {REMEDY}")
-    if f"{arch}.attention.sliding_window" in m and arch == "phi3":
-        related["sliding_window"] = _value(header, arch, "attention.sliding_window") or None
+    if f"{arch}.attention.sliding_window" in metadata and arch == "phi3":
+        related["sliding_window"] = _read_value(header, arch, "attention.sliding_window") or None
     return {"rope_parameters": rope} | related
 
 
-def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
+def _recover_llama3_scaling(header: Header, theta: float, width: int) -> dict[str, Any]:
     """Recovers Llama 3's rope scaling from the table of frequency divisors that GGUF files store instead.
 
-    Raises BadFile when no parameters reproduce the table.
+    The configuration has the original context length, which follows from the wavelengths at which the divisors change
+    from 1 to `factor`. Raises BadFile when no parameters reproduce the table.
     """
-    table = np.array(_floats(header, "rope_freqs.weight"))
+    table = np.array(_read_floats(header, "rope_freqs.weight"))
     factor = float(table.max())
     if (table == 1).all():
         return {}  # no scaling
@@ -242,7 +245,7 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
     raise BadFile(f"{header.file}: rope_freqs.weight does not contain a table of Llama 3's rope scaling; {REMEDY}")
 
 
-def _floats(header: Header, name: str) -> list[float]:
+def _read_floats(header: Header, name: str) -> list[float]:
     if name not in header.tensors:
         raise BadFile(f"{header.file}: the tensor {name} is missing")
     spec = header.tensors[name]

@@ -86,7 +86,7 @@ class _Reader:
         return value
 
     def string(self, what: str, max_bytes: int = 1 << 30) -> str:
-        """Reads a string: a 64-bit length and UTF-8. `what` names it in errors; longer than `max_bytes` is rejected."""
+        """Reads a string: a 64-bit length and UTF-8. `what` names it in errors; more than `max_bytes` are rejected."""
         length = self.scalar("Q", what)
         if length > max_bytes:
             raise self.fail(f"{what} claims {length} bytes")
@@ -171,6 +171,7 @@ def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
             f"{file}: {reason}; ktx reads little-endian versions 2 and 3: convert it with a current llama.cpp"
         )
     n_tensors, n_keys = r.scalar("Q", "the tensor count"), r.scalar("Q", "the metadata count")
+    # A tensor's entry takes at least 32 bytes, a metadata key with its value 13.
     if n_tensors > min(MAX_ITEMS, r.end // 32) or n_keys > min(MAX_ITEMS, r.end // 13):
         raise r.fail(f"the header claims {n_tensors} tensors and {n_keys} metadata keys")
     metadata = _read_metadata(r, n_keys)
@@ -199,7 +200,7 @@ def _read_metadata(r: _Reader, count: int) -> dict[str, Any]:
 
 
 def _read_tensor(r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
-    """The (name, dimensions, type code, offset in the data section) of the next tensor."""
+    """Reads the next tensor entry: (name, dimensions, type code, offset in the data section)."""
     name = r.string("a tensor name", 1 << 10)
     if not name:
         raise r.fail("a tensor has no name")
@@ -223,7 +224,7 @@ def _check_tensor(
         size: the file's size in bytes.
     """
     qtype = BY_CODE.get(code)
-    if qtype is None or code >= 1000:
+    if qtype is None or code >= 1000:  # types of ktx, which files do not have
         raise BadFile(f"{file}: tensor {name} has unsupported ggml type {code}; supported: {_supported_types()}")
     if 0 in dims:
         raise BadFile(f"{file}: tensor {name} is empty: its shape is {dims}")

@@ -131,7 +131,7 @@ def _theta(config: PreTrainedConfig) -> Any:
     return rope_parameters_of(config).get("rope_theta") or getattr(config, "rope_theta", None)
 
 
-def _first(*names: str) -> Callable[[Any], Any]:
+def _first_set(*names: str) -> Callable[[Any], Any]:
     """Returns a function from a configuration to the first of these attributes that is set."""
     return lambda config: next(
         (getattr(config, name) for name in names if getattr(config, name, None) is not None), None
@@ -167,7 +167,7 @@ def _kv_width(config: PreTrainedConfig) -> Any:
 
 # key without the architecture prefix -> (description for messages, the expected value from a configuration)
 EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "attention.layer_norm_rms_epsilon": ("RMS norm's epsilon", _first("rms_norm_eps")),
+    "attention.layer_norm_rms_epsilon": ("RMS norm's epsilon", _first_set("rms_norm_eps")),
     "attention.key_length": ("key width", _kv_width),
     "attention.value_length": ("value width", _kv_width),
     "attention.key_length_mla": ("key width", _if_mla(lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim)),
@@ -183,18 +183,18 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "rope.freq_base_swa": ("rope theta of sliding-window layers", _theta),
     "rope.dimension_count": ("rotated columns", _num_rotated_columns),
     "rope.dimension_count_swa": ("rotated columns of sliding-window layers", _num_rotated_columns),
-    "expert_used_count": ("experts per token", _first("num_experts_per_tok", "moe_k")),
-    "expert_weights_scale": ("scale of routing weights", _first("routed_scaling_factor")),
+    "expert_used_count": ("experts per token", _first_set("num_experts_per_tok", "moe_k")),
+    "expert_weights_scale": ("scale of routing weights", _first_set("routed_scaling_factor")),
     "expert_weights_norm": ("normalized routing weights", _norm_topk_prob),
     "expert_gating_func": ("router's gating function", _gating_functions),
     "expert_group_count": ("expert groups", _expert_groups("n_group")),
     "expert_group_used_count": ("expert groups per token", _expert_groups("topk_group")),
-    "leading_dense_block_count": ("leading dense layers", _first("first_k_dense_replace", "moe_layer_start_index")),
-    "interleave_moe_layer_step": ("distance between MoE layers", _first("moe_layer_interval")),
-    "ssm.conv_kernel": ("convolution width", _first("linear_conv_kernel_dim")),
-    "ssm.state_size": ("key width of linear attention", _first("linear_key_head_dim")),
-    "ssm.group_count": ("key heads of linear attention", _first("linear_num_key_heads")),
-    "ssm.time_step_rank": ("value heads of linear attention", _first("linear_num_value_heads")),
+    "leading_dense_block_count": ("leading dense layers", _first_set("first_k_dense_replace", "moe_layer_start_index")),
+    "interleave_moe_layer_step": ("distance between MoE layers", _first_set("moe_layer_interval")),
+    "ssm.conv_kernel": ("convolution width", _first_set("linear_conv_kernel_dim")),
+    "ssm.state_size": ("key width of linear attention", _first_set("linear_key_head_dim")),
+    "ssm.group_count": ("key heads of linear attention", _first_set("linear_num_key_heads")),
+    "ssm.time_step_rank": ("value heads of linear attention", _first_set("linear_num_value_heads")),
     "ssm.inner_size": (
         "value columns of linear attention",
         lambda c: c.linear_value_head_dim * c.linear_num_value_heads if hasattr(c, "linear_value_head_dim") else None,
@@ -202,11 +202,11 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def _declared(config: PreTrainedConfig) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+def _declared_keys(config: PreTrainedConfig) -> dict[str, tuple[str, Callable[[Any], Any]]]:
     """The keys that the declaration of the configuration's family names, each with the attribute of its value."""
     family = gguf_of(config.model_type)
     keys = (family.config_keys if family else None) or {}
-    return {key.removesuffix("?"): (name, _first(name)) for name, key in keys.items()}
+    return {key.removesuffix("?"): (name, _first_set(name)) for name, key in keys.items()}
 
 
 def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
@@ -216,7 +216,7 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedCon
     computation. UNCHECKED values follow from the tensors' shapes, which are checked elsewhere.
     """
     mismatches = []
-    expected_values = _declared(config) | EXPECTED
+    expected_values = _declared_keys(config) | EXPECTED
     for full_key, raw in metadata.items():
         key = full_key.removeprefix(f"{arch}.")
         if key == full_key or key in CHECKED_ELSEWHERE or key.startswith("attention.sliding_window"):
@@ -237,7 +237,11 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedCon
             mismatches.append(
                 f"{what}: {_format(value)} in the file ({full_key}), {_format(expected)} in the configuration"
             )
-    return [*mismatches, *_sliding_window(metadata, arch, config), *_linear_layers(metadata, arch, config)]
+    return [
+        *mismatches,
+        *_sliding_window_mismatches(metadata, arch, config),
+        *_linear_layer_mismatches(metadata, arch, config),
+    ]
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -253,8 +257,11 @@ def _format(value: Any) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)[:80]
 
 
-def _sliding_window(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
-    """Mismatches in the size of the sliding window, or in the layers that use it."""
+def _sliding_window_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
+    """Returns mismatches in the size of the sliding window, or in the layers that use it.
+
+    A file gives the layers as a list of booleans or as the period of a pattern; without either only sizes are compared.
+    """
     in_file = to_scalar(metadata.get(f"{arch}.attention.sliding_window"))
     context = metadata.get(f"{arch}.context_length")
     if not in_file or (isinstance(in_file, int) and isinstance(context, int) and in_file >= context):
@@ -277,7 +284,7 @@ def _sliding_window(metadata: Mapping[str, Any], arch: str, config: PreTrainedCo
     return []
 
 
-def _linear_layers(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
+def _linear_layer_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
     """Mismatches in which layers have linear attention: a list in the file, or full attention in every N-th layer."""
     kinds = getattr(config, "layer_types", None) or []
     listed, interval = (
@@ -342,18 +349,18 @@ def rope_mismatches(
 
 
 def _expected_scaling(rope: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, tuple[Any, ...]]:
-    """The accepted values of each key under rope.scaling, computed from the configuration."""
+    """Returns the accepted values of each key under rope.scaling that the configuration implies."""
     factor = float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
     attention = rope.get("attention_factor")
     extension = config.max_position_embeddings / original
-    longrope = math.sqrt(1 + math.log(extension) / math.log(original)) if extension > 1 else 1.0
+    longrope_factor = math.sqrt(1 + math.log(extension) / math.log(original)) if extension > 1 else 1.0
     return {
         "factor": (factor,),
         "original_context_length": (original,),
         "attn_factor": (
-            attention if attention is not None else longrope if rope.get("rope_type") == "longrope" else 1.0,
+            attention if attention is not None else longrope_factor if rope.get("rope_type") == "longrope" else 1.0,
         ),
         "yarn_ext_factor": (1, -1),
         "yarn_attn_factor": (
@@ -383,7 +390,7 @@ def _table_mismatches(
             mismatches.append(f"rope scaling: {kind} in the file ({name}), {config_kind} in the configuration")
             continue
         expected = (
-            _divisors(rope, len(table), config)
+            _llama3_divisors(rope, len(table), config)
             if kind == "llama3"
             else rope[f"{name.split('_')[2].split('.')[0]}_factor"]
         )
@@ -394,8 +401,11 @@ def _table_mismatches(
     return mismatches
 
 
-def _divisors(rope: Mapping[str, Any], count: int, config: PreTrainedConfig) -> list[float]:
-    """Llama 3's frequency divisors (transformers' _compute_llama3_parameters)."""
+def _llama3_divisors(rope: Mapping[str, Any], count: int, config: PreTrainedConfig) -> list[float]:
+    """Returns Llama 3's divisor of each frequency (transformers' _compute_llama3_parameters).
+
+    Low frequencies are divided by `factor`, high ones by 1, those between by a smooth transition.
+    """
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     divisors = []
     for i in range(count):

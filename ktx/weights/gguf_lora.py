@@ -94,7 +94,10 @@ class GGUFAdapter:
             )
 
     def _check_read(self, unread: Collection[str], num_layers: int) -> None:
-        """Raises UsageError for tensors that no module uses, BadFile for tensors of a layer beyond the model's."""
+        """Raises UsageError for tensors that no module uses, BadFile for tensors of a layer beyond the model's.
+
+        An adapter that is applied in part would answer differently, without notice.
+        """
         if not unread:
             return
         path, first = self.adapter.path, min(unread)
@@ -149,16 +152,19 @@ def read_gguf_adapter(requested: AdapterSpec) -> GGUFAdapter:
     except OSError as error:
         raise BadFile(f"adapter {path}: cannot be read: {error.strerror}") from error
     header = parse_header(content, path)
-    alpha = _alpha(header)
+    alpha = _read_alpha(header)
     digest = hashlib.sha256(content)
     digest.update(repr(requested.scale).encode())
-    matrices = _matrices(header, content, alpha, requested.scale)
+    matrices = _read_matrices(header, content, alpha, requested.scale)
     adapter = Adapter(requested.name, path, requested.scale, digest.digest()[:16])
     return GGUFAdapter(adapter, architecture(header.metadata, path), matrices)
 
 
-def _alpha(header: Header) -> float:
-    """adapter.lora.alpha, 0 when missing. Raises UsageError for anything but a LoRA in a single file."""
+def _read_alpha(header: Header) -> float:
+    """Returns adapter.lora.alpha, 0 when missing, after checks that the file is a supported adapter.
+
+    Raises UsageError for anything but a LoRA in a single file.
+    """
     path, metadata = header.file, header.metadata
     kind, adapter_type = metadata.get("general.type", "model"), metadata.get("adapter.type", "")
     if kind != "adapter":
@@ -177,8 +183,8 @@ def _alpha(header: Header) -> float:
     return float(alpha)
 
 
-def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dict[str, LowRank]:
-    """The adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B.
+def _read_matrices(header: Header, content: bytes, alpha: float, scale: float) -> dict[str, LowRank]:
+    """Returns the adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B.
 
     Raises BadFile for a missing or unsuitable half, UsageError for a tensor that is neither lora_a nor lora_b.
     """
@@ -195,7 +201,7 @@ def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dic
         if len(pair) < 2:
             present = next(iter(pair))
             raise BadFile(f"adapter {header.file}: {name} has lora_{present} but no lora_{'ba'['ab'.index(present)]}")
-        a, b = (_values(pair[half], content) for half in "ab")
+        a, b = (_dequantize_entry(pair[half], content) for half in "ab")
         embedding = name == EMBEDDING
         if a.ndim == 1:  # rank 1, from a writer that omits trailing dimensions of 1
             a = a[None]
@@ -211,8 +217,8 @@ def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dic
     return found
 
 
-def _values(spec: TensorSpec, content: bytes) -> torch.Tensor:
-    """A tensor's values, f32 of its shape."""
+def _dequantize_entry(spec: TensorSpec, content: bytes) -> torch.Tensor:
+    """Returns a tensor of the file, f32 of its shape."""
     data = torch.frombuffer(bytearray(content[spec.offset : spec.offset + spec.nbytes]), dtype=torch.uint8)
     rows = data.reshape(*spec.shape[:-1], -1)
     return QuantizedTensor(rows, spec.qtype, spec.shape).dequantize()

@@ -244,12 +244,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> PreTrainedTok
         if (token := vocabulary.token(key)) is not None
     }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    tokenizer.chat_template = _templates(metadata)
+    tokenizer.chat_template = _chat_templates(metadata)
     return tokenizer
 
 
-def _templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or several by name, in transformers' form."""
+def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Returns the file's chat template, or several by name, in transformers' form."""
     key = "tokenizer.chat_template"
     unnamed = metadata.get(key)
     default = {"default": unnamed} if isinstance(unnamed, str) else {}
@@ -262,7 +262,7 @@ def _templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 
 
 def _add_special(backend: Any, vocabulary: Vocabulary) -> None:
-    """Adds control tokens and user-defined tokens to the backend."""
+    """Adds control tokens and user-defined tokens to the backend, so that it finds them before it splits a text."""
     from tokenizers import AddedToken
 
     name = str(vocabulary.metadata.get("general.name", "")).lower()
@@ -307,7 +307,10 @@ def _build_byte_level(vocabulary: Vocabulary) -> Any:
 
 
 def _build_sentencepiece(vocabulary: Vocabulary) -> Any:
-    """llama's SentencePiece: BPE with merges derived from the scores, and byte tokens for unknown characters."""
+    """Builds llama's SentencePiece tokenizer: BPE, with byte tokens for unknown characters.
+
+    Files store scores of tokens and no merges: every split of a token in two tokens is a merge, in the order of scores.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens, ids = vocabulary.tokens, vocabulary.ids

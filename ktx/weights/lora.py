@@ -195,7 +195,7 @@ def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
         for key in list(tensors)
         if "lora_" not in key and (match := BASE_COPY.fullmatch(key))
     }
-    matrices = _matrices(tensors, config, requested.scale, path)
+    matrices = _build_matrices(tensors, config, requested.scale, path)
     return AdapterFile(Adapter(requested.name, path, requested.scale, digest.digest()[:16]), matrices, copies)
 
 
@@ -219,10 +219,13 @@ def _check(config: Mapping[str, Any], path: str) -> None:
     _check_patterns(config, path)
 
 
-def _matrices(
+def _build_matrices(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scale: float, path: str
 ) -> dict[str, list[LowRank]]:
-    """The updates by module path: one for a plain module, several for nested parameters, innermost wrapper first."""
+    """Pairs lora_A and lora_B, checks ranks, and multiplies B by scale and alpha.
+
+    Returns the updates by module path: one for a plain module, several for nested parameters, innermost wrapper first.
+    """
     halves: dict[tuple[str, int, bool], dict[str, torch.Tensor]] = {}
     for key, values in tensors.items():
         match = KEY.fullmatch(key)
@@ -248,8 +251,8 @@ def _matrices(
                 "of different ranks"
             )
         name = _pattern_paths(config, module, depths[module], path)[len(found.get(module, ()))]
-        rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
-        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
+        alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or pair["A"].shape[0] % rank:
             raise BadFile(f"adapter {path}: r is {rank!r}, but lora_A of {name} is {list(pair['A'].shape)}")
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -279,7 +282,10 @@ def _pattern_paths(config: Mapping[str, Any], module: str, count: int, path: str
     if (
         len(
             {
-                (_pattern(config.get("rank_pattern"), p, None), _pattern(config.get("alpha_pattern"), p, None))
+                (
+                    _pattern_value(config.get("rank_pattern"), p, None),
+                    _pattern_value(config.get("alpha_pattern"), p, None),
+                )
                 for p in paths
             }
         )
@@ -292,7 +298,7 @@ def _pattern_paths(config: Mapping[str, Any], module: str, count: int, path: str
     return paths[:1] * count
 
 
-def _pattern(patterns: Any, path: str, default: Any) -> Any:
+def _pattern_value(patterns: Any, path: str, default: Any) -> Any:
     """The value of rank_pattern or alpha_pattern for a path; as in PEFT, keys are regular expressions for its end."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):

@@ -70,8 +70,11 @@ def _metadata(raw: bytes) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _types(raw: bytes, file: Path) -> dict[str, str]:
-    """A file's `ktx.types`. Raises BadFile for a file that is not packed or has another version."""
+def _read_types(raw: bytes, file: Path) -> dict[str, str]:
+    """Reads a file's `ktx.types`: tensor name -> type name, without which packed tensors are mere bytes.
+
+    Raises BadFile for a file that is not packed or has another version.
+    """
     metadata = _metadata(raw)
     version = metadata.get("ktx.version")
     if version != str(VERSION):
@@ -102,7 +105,7 @@ class PackedSource(SafetensorsSource):
     def _specs_of(self, file: Path) -> list[TensorSpec]:
         """The file's tensors, with packed ones as matrices of their type instead of bytes."""
         raw, size = read_header_bytes(file)
-        types = _types(raw, file)
+        types = _read_types(raw, file)
         found = {spec.name: spec for spec in parse_safetensors_header(raw, str(file), size)}
         for name, type_name in types.items():
             if name not in found:

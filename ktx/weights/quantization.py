@@ -100,7 +100,7 @@ METHOD_FILES: Mapping[str, str] = {  # separate configuration files, and their m
 
 
 def check_quantization(config: Mapping[str, Any], where: str, *folders: Path) -> str:
-    """A one-line description of a checkpoint's quantization; empty when it is not quantized.
+    """Checks a checkpoint's quantization; returns a one-line description of it, empty when it is not quantized.
 
     Args:
         config: the raw config.json.
@@ -110,15 +110,15 @@ def check_quantization(config: Mapping[str, Any], where: str, *folders: Path) ->
     Raises:
         BadFile: the scheme is not supported.
     """
-    found = [_check(quantization, place) for place, quantization in _quantizations(config, where)]
+    found = [_check_scheme(quantization, place) for place, quantization in _find_quantizations(config, where)]
     for folder in dict.fromkeys(folders):
         for name, method in METHOD_FILES.items():
             if (file := folder / name).is_file() and (quantization := _read_file(file, method)):
-                found.append(_check(quantization, str(file)))
+                found.append(_check_scheme(quantization, str(file)))
     return found[0] if found else ""
 
 
-def _quantizations(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+def _find_quantizations(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """Yields the place and the value of every quantization entry in a configuration."""
     for sub_config in ("", *SUB_CONFIGS):
         section: Any = config.get(sub_config) if sub_config else config
@@ -128,7 +128,10 @@ def _quantizations(config: Mapping[str, Any], where: str) -> Iterator[tuple[str,
 
 
 def _read_file(file: Path, method: str) -> dict[str, Any] | None:
-    """The entry of a separate quantization file, with its method; None when it quantizes nothing."""
+    """Reads the entry of a separate quantization file and adds its method; None when the file quantizes nothing.
+
+    A ModelOpt file without an algorithm quantizes nothing.
+    """
     content = read_object(file, "quantization")
     quantization = content.get("quantization", content) if method == "modelopt" else content
     if (
@@ -142,8 +145,11 @@ def _read_file(file: Path, method: str) -> dict[str, Any] | None:
     )
 
 
-def _check(quantization: Any, place: str) -> str:
-    """The description of a supported scheme. Raises BadFile for any other."""
+def _check_scheme(quantization: Any, place: str) -> str:
+    """Returns the description of a supported scheme. Raises BadFile for any other.
+
+    Every key must be known and have an accepted value, because an ignored one could change the meaning of the weights.
+    """
     if not isinstance(quantization, Mapping):
         raise BadFile(f"{place}: expected the keys of a quantization, found {type(quantization).__name__}")
     method = quantization.get("quant_method")
@@ -152,7 +158,7 @@ def _check(quantization: Any, place: str) -> str:
     scheme = SCHEMES.get(method) if isinstance(method, str) else None
     supported = "; ".join(f"ktx supports {name} ({known.what})" for name, known in SCHEMES.items())
     if scheme is None:
-        raise BadFile(f"{place}: {_method_problem(method)}{_values(quantization)}; {supported}; {REMEDY}")
+        raise BadFile(f"{place}: {_method_problem(method)}{_format_values(quantization)}; {supported}; {REMEDY}")
     for key, value in quantization.items():
         if key not in scheme.keys:
             raise BadFile(
@@ -163,7 +169,7 @@ def _check(quantization: Any, place: str) -> str:
         value = quantization.get(key, ABSENT)
         if not (_is_module_list(value) if allowed is MODULE_LIST else _is_one(value, allowed)):
             raise BadFile(
-                f"{place}: {method} with {key} {_short(value)}, not {_expected(allowed)}; {supported}; {REMEDY}"
+                f"{place}: {method} with {key} {_short(value)}, not {_format_expected(allowed)}; {supported}; {REMEDY}"
             )
     return f"quantized: {method}, {scheme.what} ({place})"
 
@@ -176,7 +182,7 @@ def _method_problem(method: Any) -> str:
     return f"quant_method {_short(method)} is unknown{did_you_mean(str(method), [*SCHEMES, *UNSUPPORTED_METHODS])}"
 
 
-def _values(quantization: Mapping[str, Any]) -> str:
+def _format_values(quantization: Mapping[str, Any]) -> str:
     """The values of a quantization entry for an error message, at most eight."""
     values = [f"{key} {_short(v)}" for key, v in quantization.items() if key != "quant_method" and v is not None]
     return f" ({', '.join(values[:8])}{', ...' if len(values) > 8 else ''})" if values else ""
@@ -197,7 +203,7 @@ def _is_module_list(value: Any) -> bool:
     )
 
 
-def _expected(allowed: Any) -> str:
+def _format_expected(allowed: Any) -> str:
     return (
         "a list of modules"
         if allowed is MODULE_LIST

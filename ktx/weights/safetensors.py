@@ -127,7 +127,7 @@ class SafetensorsSource:
         return self.converted[name].sources if name in self.converted else []
 
     def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
-        """The tensors of one projection of a layer's experts (`which`: gate, up or down).
+        """Returns the names of the tensors of one projection of a layer's experts (`which`: gate, up or down).
 
         Checkpoints store it fused for all experts (gate and up together), or as one tensor per expert, in Mixtral's
         files under other names. Biases exist only in fused form.
@@ -160,7 +160,10 @@ class SafetensorsSource:
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
-        """The shape in which modules request a parameter, from the shapes of its tensors; no weights are read."""
+        """Returns the shape in which modules request a parameter, from the shapes of its tensors.
+
+        No weights are read, because plans need the shapes before that. The cases are those of `get_parts`.
+        """
         if self._is_converted(name, sources):
             empty = partial(torch.empty, device="meta")
             return tuple(self.converted[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
@@ -357,7 +360,10 @@ def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
 
 
 def list_shards(path: Path) -> list[Path]:
-    """The files of a checkpoint. Raises BadFile for an invalid index or a missing shard."""
+    """Returns the files of a checkpoint: a folder, an index of shards, or a single file.
+
+    Raises BadFile for an invalid index, a missing shard, or one outside the index's folder.
+    """
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
         if not indices:

@@ -43,8 +43,8 @@ static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int6
     const float d = row.scale[i];
     scale[i * T] = d;
     sum16[2 * i * T] = -even_sum, sum16[(2 * i + 1) * T] = -odd_sum, sum32[i * T] = -even_sum - odd_sum;
-    scaled16[2 * i * T] = d * float(even_sum), scaled16[(2 * i + 1) * T] = d * float(odd_sum),
-                     scaled32[i * T] = d * float(even_sum + odd_sum);
+    scaled16[2 * i * T] = d * float(even_sum), scaled16[(2 * i + 1) * T] = d * float(odd_sum);
+    scaled32[i * T] = d * float(even_sum + odd_sum);
   }
 }
 

@@ -35,7 +35,7 @@ def shift_right(words, shifts):
 def order_by_column(codes, CHUNK: tl.constexpr):
     """Orders codes [rows, W, 4 bytes x codes of a byte] by column: [rows, columns].
 
-    CHUNK words hold a run of columns.
+    CHUNK words hold a run of columns: the first codes of all their bytes, then the second codes, and so on.
     """
     ROWS: tl.constexpr = codes.shape[0]
     WORDS: tl.constexpr = codes.shape[1]
@@ -46,7 +46,7 @@ def order_by_column(codes, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_nibbles(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
-    """Loads four-bit codes, int32 [rows, SPAN]."""
+    """Loads four-bit codes in the order of the columns, int32 [rows, SPAN]."""
     WORDS_PER_BLOCK: tl.constexpr = BLOCK // 8
     words = load_elements(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
     return order_by_column(shift_right(words, tl.arange(0, 8) * 4) & 15, CHUNK)

@@ -118,7 +118,7 @@ def attention(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ktx.kernels.gpu.paged_attention.attention.
+    """As ktx.kernels.gpu.paged_attention.attention; the first layer with some scale and dtypes plans for all.
 
     Raises:
         ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
@@ -146,7 +146,7 @@ def mla_attention(
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ktx.kernels.gpu.mla_decode.mla_attention.
+    """As ktx.kernels.gpu.mla_decode.mla_attention; the first layer with some scale and dtypes plans for all.
 
     Raises:
         ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
@@ -168,7 +168,7 @@ def _exclusive_sums(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _page_lists(plan: Plan, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the pages of all sequences for FlashInfer.
+    """Returns the pages of all sequences as FlashInfer takes them, one after another without padding.
 
     Returns:
         Start of each sequence in the list of pages (on the host), the list, and the lengths (on the host).
@@ -219,7 +219,7 @@ def _plan_mla(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor,
         ckv.shape[2],
         kpe.shape[2],
         ckv.shape[1],
-        True,
+        True,  # causal
         scale,
         q.dtype,
         ckv.dtype,

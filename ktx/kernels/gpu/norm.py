@@ -54,7 +54,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool =
     if rows:
         block = triton.next_power_of_2(columns)
         rows_per_program = min(max(1, MIN_ELEMENTS // block), triton.next_power_of_2(rows))
-        warps = min(16, max(1, block * rows_per_program // 512))
+        warps = min(16, max(1, block * rows_per_program // 512))  # one per 512 elements
         sizes = rows, columns, eps
         _rms_norm[(triton.cdiv(rows, rows_per_program),)](
             x, weight, out, *sizes, PLUS_ONE=plus_one, ROWS=rows_per_program, BLOCK=block, num_warps=warps

@@ -120,12 +120,12 @@ def _make_iq1_index_table(device: torch.device) -> torch.Tensor:
 def _unpack_base3(x: Words) -> Words:
     """Unpacks 13 words of base-3 digits to the 64 groups of four digits of a block: uint8 [..., 64, 16].
 
-    A digit has two bits.
+    A digit has two bits. Packing for the CPU expands IQ1's codebook indices to digits (csrc/cpu/quant/layout.cpp).
     """
     even, odd, digits = x & 0x00FF00FF, (x >> 8) & 0x00FF00FF, []
     for _ in range(5):  # a byte is a fraction in base 3: the next digit is 3 * byte / 256
         even, odd = even * 3, odd * 3
-        digit_group = ((even >> 8) & 0x00030003) | (odd & 0x03000300)
+        digit_group = ((even >> 8) & 0x00030003) | (odd & 0x03000300)  # a digit in each byte of the word
         digits.append(
             (
                 (digit_group & 3) | ((digit_group >> 6) & 12) | ((digit_group >> 12) & 48) | ((digit_group >> 18) & 192)

@@ -135,7 +135,7 @@ class TileGroup:
 
     Attributes:
         tile: the kind of tile.
-        items: int32 [tiles, 2], sequence and first row of each tile.
+        tile_starts: int32 [tiles, 2], sequence and first row of each tile.
         head_blocks: number of blocks of query heads.
         heads_per_block: query heads of a block.
         programs: number of programs that divide the work units.
