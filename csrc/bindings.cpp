@@ -117,7 +117,7 @@ void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, in
       static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
 }
 
-// Returns rows of a packed matrix, dequantized to f32 [count, k].
+// Returns rows of a packed matrix, dequantized to f32 [count, k], for embeddings and for gradients.
 Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, const Tensor& rows) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");

@@ -129,6 +129,7 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
 struct Ragged {
   std::vector<Sequence> sequences;
   int64_t page = 0;
+  // Copies the sequences. Checks that their queries, keys and pages are in bounds, because the kernels do not.
   Ragged(const Tensor& sequences_, const Optional& pages, const Tensor& pool, int64_t queries) {
     STD_TORCH_CHECK(pages && pages->scalar_type() == ScalarType::Int && pages->dim() == 2 && pages->is_contiguous(),
         "pages must be contiguous int32 [sequences, most pages]");
@@ -138,16 +139,17 @@ struct Ragged {
     const int64_t pool_pages = pool.size(0), max_pages = pages->size(1);
     page = pool.size(pool.dim() - 2);
     STD_TORCH_CHECK(page > 0 && page % 64 == 0, "a page must hold whole blocks of 64 positions, it holds ", page);
-    const int64_t* s = static_cast<const int64_t*>(sequences_.const_data_ptr());
-    const int32_t* p = static_cast<const int32_t*>(pages->const_data_ptr());
-    for (int64_t i = 0; i < sequences_.size(0); ++i, s += 3, p += max_pages) {
-      STD_TORCH_CHECK(s[0] >= 0 && s[1] > 0 && s[0] + s[1] <= queries && s[2] >= s[1] && s[2] <= max_pages * page,
-          "sequence ", i, " has ", s[1], " queries from ", s[0], " on and ", s[2], " keys: the call has ", queries,
+    const int64_t* fields = static_cast<const int64_t*>(sequences_.const_data_ptr());
+    const int32_t* page_ids = static_cast<const int32_t*>(pages->const_data_ptr());
+    for (int64_t i = 0; i < sequences_.size(0); ++i, fields += 3, page_ids += max_pages) {
+      const int64_t first = fields[0], count = fields[1], keys = fields[2];
+      STD_TORCH_CHECK(first >= 0 && count > 0 && first + count <= queries && keys >= count && keys <= max_pages * page,
+          "sequence ", i, " has ", count, " queries from ", first, " on and ", keys, " keys: the call has ", queries,
           " queries, and room for ", max_pages * page, " keys");
-      for (int64_t j = 0; j * page < s[2]; ++j)
-        STD_TORCH_CHECK(p[j] >= 0 && p[j] < pool_pages, "sequence ", i, " has page ", p[j], ", the pool has ",
-            pool_pages);
-      sequences.push_back({s[0], s[1], s[2], p});
+      for (int64_t j = 0; j * page < keys; ++j)
+        STD_TORCH_CHECK(page_ids[j] >= 0 && page_ids[j] < pool_pages, "sequence ", i, " has page ", page_ids[j],
+            ", the pool has ", pool_pages);
+      sequences.push_back({first, count, keys, page_ids});
     }
   }
   // Makes `c` a ragged call.

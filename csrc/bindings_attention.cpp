@@ -135,7 +135,8 @@ std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHan
   return {ids, weights};
 }
 
-// Quantizes x [batch][head][position][column] to the Q8_0 blocks of `to`, which may be a slice of a longer cache.
+// Quantizes keys or values x [batch][head][position][column] to the Q8_0 blocks of `to`, which may be a slice of a
+// longer cache.
 void store_q8_0_(const Tensor& x, Tensor& to) {
   STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte,
       "x and to must be [batch, heads, positions, columns], to in bytes");

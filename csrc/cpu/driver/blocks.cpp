@@ -158,8 +158,8 @@ void gqa_block(const GqaBlock& b) {
   project(context, num_tokens, num_heads * head_dim, {{b.o, b.out}});
 }
 
-// A full MLP in one call: out = routed experts(x) + gate * shared expert(x). A layer without experts (a plain gated
-// MLP) is one shared expert.
+// A full MLP in one call, for decode steps: out = routed experts(x) + gate * shared expert(x). A layer without experts
+// (a plain gated MLP) is one shared expert.
 void moe_block(const MoeBlock& b) {
   const int64_t tokens = b.shared.tokens, hidden = b.shared.hidden, num_experts = b.experts.experts,
                 top = std::max<int64_t>(b.experts.top, 1);

@@ -70,6 +70,7 @@ void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t st
 // first order.
 void rope(const RopeCall& c) {
   const int64_t size = int64_t(size_of(c.type)), half = c.rope_dim / 2;
+  // A row r is the columns of one head at one position: rotates its first rope_dim columns and copies the others.
   for_each_row(c.batches * c.heads * c.positions, c.width, [&](int64_t r) {
     buffers.fit(c.width);
     const int64_t p = r % c.positions, h = r / c.positions % c.heads, b = r / c.positions / c.heads;
@@ -92,6 +93,7 @@ void rope(const RopeCall& c) {
 // layouts only the columns are contiguous.
 void convert_kv(const Strided& from, void* to, const Strided& layout, int64_t batches, int64_t heads, int64_t positions,
     int64_t columns) {
+  // A row r is the columns of one head at one position p of sequence b: finds it in both layouts and converts it.
   for_each_row(batches * heads * positions, columns, [&](int64_t r) {
     buffers.fit(columns);
     const int64_t p = r % positions, h = r / positions % heads, b = r / positions / heads;
@@ -146,6 +148,7 @@ void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_sc
 void route(const RouteCall& c) {
   constexpr int64_t COST_PER_EXPERT = 8;  // exp, and the partial sort
   constexpr float EPSILON = 1e-20f;       // against a division by a zero sum
+  // Routes token t: scores, choice, weights.
   for_each_row(c.tokens, c.experts * COST_PER_EXPERT, [&](int64_t t) {
     thread_local std::vector<float> group_score;
     thread_local std::vector<int64_t> order;
@@ -173,6 +176,7 @@ void apply_gated_activation(int act, const void* gate, const void* up, DType typ
     int64_t stride, void* out) {
   constexpr float NO_ALPHA = 0, NO_LIMIT = 0;  // parameters of SWIGLU_OAI, which callers do not pass here
   const int64_t size = int64_t(size_of(type)), padded = (width + 15) / 16 * 16;
+  // Row r: f32 copies of gate and up in padded buffers, the activation in place, the result to `out`.
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(padded);
     const uint8_t *gate_row = static_cast<const uint8_t*>(gate) + r * stride * size,

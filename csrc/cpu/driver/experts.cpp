@@ -156,16 +156,17 @@ struct MoEJob {
     return slice(gate_up_input, offset[experts_by_load[i]], count(experts_by_load[i]), k);
   }
 
-  // A single token is the same input for all of its experts. Each worker quantizes it, which is faster than waiting for
-  // another worker.
+  // Returns the input of gate and up for a single token, which is the same for all of its experts. Each worker
+  // quantizes it, which is faster than waiting for another worker.
   ActTiles single_token_input(Scratch& own) const {
+    constexpr TileSlot ONLY_TOKEN{.first = 0, .count = 1, .at = 0};
     ActTiles one = slice(take_activations(own, 1, c.hidden, gate_up_input.q, gate_up_input.f, /*bf16=*/false), 0, 1, k);
     const float* values = values_of(0, own.take<float>(c.hidden));
     if (one.q) {
       const RowView row = take_row(own, c.hidden);
-      k.quantize(values, 16, c.hidden, row), k.scatter(row, one, {0, 1, 0}, 0, c.hidden);
+      k.quantize(values, /*step=*/16, c.hidden, row), k.scatter(row, one, ONLY_TOKEN, /*from=*/0, c.hidden);
     }
-    if (one.f) k.scatter_floats(values, one, {0, 1, 0}, 0, c.hidden);
+    if (one.f) k.scatter_floats(values, one, ONLY_TOKEN, /*from=*/0, c.hidden);
     return one;
   }
 
@@ -217,8 +218,8 @@ struct MoEJob {
   }
 
   // Runs a worker in the first phase, per item: gate and up products of some rows of one expert, activation,
-  // quantization of the result as the input of down. Each product
-  // prefetches the weights of the next one; the last item prefetches the first weights of the down phase.
+  // quantization of the result as the input of down. Each product prefetches the weights of the next one; the last item
+  // prefetches the first weights of the down phase.
   void gate_up_phase(Scratch& own, int worker) {
     const int64_t max_tokens = count(experts_by_load.empty() ? 0 : experts_by_load[0]);
     const int64_t max_rows = gate_up_queue.max_length * GATE_UP_GROUPS * 16;
@@ -365,6 +366,8 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
   const size_t worker_bytes = row_bytes(c.hidden) + activation_bytes(1, c.hidden, in_ints, in_floats) +
       row_bytes(gate_up_rows) + size_t(2 * gate_up_rows * max_tokens) * 4 +
       size_t(down_rows) * (max_tokens + tokens) * 4 + WORK_BYTES + 8192;
+  // Each worker takes part in three phases: quantization, gate and up, down. A barrier separates them, because a phase
+  // reads what all workers wrote in the one before; each reuses the worker's scratch memory.
   parallel([&](int worker) {
     worker_scratch.reset(worker_bytes);
     if (!job.single_token) {

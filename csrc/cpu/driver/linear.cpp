@@ -127,8 +127,8 @@ struct LinearJob {
     const MatrixShare& p = share_of_item(item, group);
     return p.packed + group * group_bytes(*p.layout, k);
   }
-  // Takes items until none are left, and writes their part of y. `single_token`: the worker's own input, or null:
-  // `all`.
+  // Multiplies: takes items (row groups of a matrix) until none are left, and writes their part of y. Each product
+  // prefetches the weights of the worker's next item. `single_token`: the worker's own input, or null: `all`.
   void multiply(Scratch& own, const ActTiles* single_token) {
     float* sums = own.take<float>(items.max_length * groups_per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
@@ -178,6 +178,8 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
       .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
   for (int node = 0; node < nodes(); ++node)
     job.items.set_share(node, first_item[first_share_of_node[node]], first_item[first_share_of_node[node + 1]]);
+  // Each worker: quantizes its part of x, waits for the others, then multiplies. A single row is quantized by each
+  // worker for itself, without a barrier.
   parallel([&](int) {
     worker_scratch.reset(row_bytes(k) + activation_bytes(1, k, ints, floats) +
         size_t(max_length * groups_per_item) * tokens * 64 + WORK_BYTES + 1024);
@@ -199,6 +201,7 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
 void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const LinearPart* parts, int count,
     bool all_bf16) {
   const int64_t bytes_per_value = int64_t(size_of(type));
+  // Multiplies one range of rows of x, all in bf16 or all in int8, pass by pass.
   for_bf16_ranges(tokens, all_bf16, [&](int64_t first, int64_t num_rows, bool bf16) {
     for (int64_t t = first; t < first + num_rows; t += MAX_PASS_TOKENS) {
       shares.clear();
@@ -274,6 +277,7 @@ void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const i
     if (!i || rows[i] / 16 != rows[i - 1] / 16) runs.push_back(i);
   runs.push_back(count);
   Queue queue;
+  // Each worker takes runs: dequantizes their group to [column][16] and transposes the requested rows to `out`.
   parallel([&](int) {
     worker_scratch.reset(size_t(k) * 64 + 64);
     float* columns = worker_scratch.take<float>(k * 16);

@@ -408,8 +408,8 @@ AI V shift_left(V x) {
   return LEFT >= 0 ? shl(x, LEFT >= 0 ? LEFT : 0) : shr(x, LEFT >= 0 ? 0 : -LEFT);
 }
 // Looks up four entries per row in code book B (see above). Without VBMI a look-up takes two 16-bit indices per lane:
-// `first` has indices 0 and 1 (bytes 0 and 2 of a lane, by the order 0 2 1 3), `second` has indices 2 and 3. Their
-// missing high bits, from `more`, are moved to bits 8 and 24.
+// `first` has indices 0 and 1 (bytes 0 and 2 of a lane, because packing puts the four in the order 0 2 1 3), `second`
+// has indices 2 and 3. Their missing high bits, from `more`, are moved to bits 8 and 24.
 template <class B, int STRIDE> AI Entries look_up_entries(V low, V more) {
   constexpr uint32_t BITS = B::N / 256 - 1;  // mask of an index's bits that its low byte lacks
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
@@ -481,8 +481,8 @@ struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then s
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes sub-block s, 32 columns: looks up four octets and applies their signs. Word 2s has the four indices, word
-  // 2s + 1 the signs, whose four spare bits are the scale.
+  // Decodes sub-block s, 32 columns: looks up four octets (code book entries of eight weights) and applies their signs.
+  // Word 2s has the four indices, word 2s + 1 the signs, whose four spare bits are the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const Entries e = look_up_entries<BIQ2_XXS, 0>(b.word(2 * s), set(0));
     uint64_t scale_bits = 0;
@@ -500,8 +500,9 @@ struct DIQ2_XS : OffsetPairDecoder {
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes unit u, 32 columns: looks up four octets and applies their signs. Word 2u has four low index bytes, word
-  // 2u + 1 the signs with the ninth index bits, byte u % 4 of word 16 + u / 4 the two scales.
+  // Decodes unit u, 32 columns: looks up four octets (code book entries of eight weights) and applies their signs. Word
+  // 2u has four low index bytes, word 2u + 1 the signs with the ninth index bits, byte u % 4 of word 16 + u / 4 the two
+  // scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -522,8 +523,9 @@ struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs,
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes unit u, 32 columns: looks up four octets and applies their signs. Word u has four low index bytes, word
-  // 8 + u the signs, byte u % 4 of word 16 + u / 4 the high index bits, byte u % 4 of word 18 + u / 4 the two scales.
+  // Decodes unit u, 32 columns: looks up four octets (code book entries of eight weights) and applies their signs. Word
+  // u has four low index bytes, word 8 + u the signs, byte u % 4 of word 16 + u / 4 the high index bits, byte u % 4 of
+  // word 18 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -537,8 +539,8 @@ struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whos
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes sub-block s, 32 columns: looks up eight quads and applies their signs. Words 2s and 2s + 1 have the eight
-  // indices, word 16 + s the signs, whose four spare bits are the scale.
+  // Decodes sub-block s, 32 columns: looks up eight quads (code book entries of four weights) and applies their signs.
+  // Words 2s and 2s + 1 have the eight indices, word 16 + s the signs, whose four spare bits are the scale.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     uint64_t scale_bits = 0;
     for (int half = 0; half < 2; ++half) {
@@ -558,9 +560,9 @@ struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes sub-block s, 32 columns: looks up eight quads and applies their signs. Words 2s and 2s + 1 have eight low
-  // index bytes, word 16 + s the signs, byte s % 4 of word 24 + s / 4 the ninth index bits, nibble s of word 26 the
-  // scale, as (scale - 1) / 2.
+  // Decodes sub-block s, 32 columns: looks up eight quads (code book entries of four weights) and applies their signs.
+  // Words 2s and 2s + 1 have eight low index bytes, word 16 + s the signs, byte s % 4 of word 24 + s / 4 the ninth
+  // index bits, nibble s of word 26 the scale, as (scale - 1) / 2.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));

@@ -17,8 +17,9 @@ AI float weighted_error(const float* x, int n, float scale, float low, float hig
 }
 
 // Quantizes a block of n weights: an f16 scale, then int8 codes, or (four_bits) nibbles plus 8, byte i of 16 holding
-// weights i and i + 16. For four bits nine scales within 12 % of extreme / low are tried, where `extreme` is the weight
-// of the largest magnitude: with its sign, so that it gets the code -8, which has no positive counterpart.
+// weights i and i + 16. For four bits the scale with the least error of nine within 12 % of extreme / low is taken,
+// where `extreme` is the weight of the largest magnitude: with its sign, so that it gets the code -8, which has no
+// positive counterpart.
 static void quantize_block(const float* x, int n, bool four_bits, uint8_t* out) {
   float extreme = 0, mean = 0;
   for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];

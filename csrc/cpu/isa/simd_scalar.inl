@@ -132,7 +132,8 @@ AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   }
   return r;
 }
-// Converts the bits of an f16: exponent and mantissa move to their places in an f32, and the bias is corrected.
+// Converts the bits of an f16 without F16C: exponent and mantissa move to their places in an f32, and the exponent's
+// bias is corrected.
 AI float f16_value(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
   uint32_t bits = rest + ((127 - 15) << 23);
@@ -141,7 +142,7 @@ AI float f16_value(uint32_t h) {
   if ((h & 0x7c00u) == 0) {                                // subnormal: the FPU normalizes it
     bits += 1 << 23;
     __builtin_memcpy(&f, &bits, 4);
-    f -= 6.103515625e-05f;
+    f -= 6.103515625e-05f;  // 2^-14, the leading one that a subnormal lacks
     __builtin_memcpy(&bits, &f, 4);
   }
   bits |= sign;

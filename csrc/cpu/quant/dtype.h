@@ -24,7 +24,8 @@ inline uint16_t to_bf16(float f) {  // rounds to nearest even, keeps NaN
   if ((x & 0x7fffffffu) > 0x7f800000u) return uint16_t(x >> 16 | 0x40);
   return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
 }
-// Exact for all values: multiplying by 2^112 also normalizes subnormals, which a shift of the exponent would not.
+// Converts the bits of an f16 to f32, exactly for all values: multiplying by 2^112 also normalizes subnormals, which a
+// shift of the exponent would not.
 inline float from_f16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7fffu) << 13;
   float f;
@@ -37,7 +38,8 @@ inline float from_f16(uint16_t h) {
   std::memcpy(&f, &x, 4);
   return f;
 }
-// Rounds to nearest even; keeps NaN. Magnitudes are compared as bits: they order as the floats do.
+// Converts an f32 to the bits of an f16: rounds to nearest even, keeps NaN. Magnitudes are compared as bits, which
+// order as the floats do.
 inline uint16_t to_f16(float f) {
   uint32_t x;
   std::memcpy(&x, &f, 4);
@@ -71,7 +73,7 @@ inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
     const float stored = from_f16(scale), inverse = finite && stored > 0 && std::isfinite(stored) ? 1 / stored : 0;
     std::memcpy(out, &scale, 2);
     for (int i = 0; i < Q8_BLOCK; ++i) {
-      const float q = finite ? std::nearbyintf(x[i] * inverse) : 1;
+      const float q = finite ? std::nearbyintf(x[i] * inverse) : 1;  // 1: any code, times the NaN
       out[2 + i] = uint8_t(int8_t(q > 127 ? 127 : q < -127 ? -127 : q));
     }
   }

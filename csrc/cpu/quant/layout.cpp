@@ -54,8 +54,8 @@ uint32_t load32(const uint8_t* p) {
 // has bit 4*i+b for byte b of vector i of the decoded codes; the decoder needs bit 8*b+i, because one shift and one
 // mask then serve all four bytes of a vector.
 uint32_t transpose_fifth_bits(uint32_t bits) {
-  // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect
-  // shuffles.
+  // The index of a bit has five bits. Swaps the roles of i and b by exchanging adjacent bits of it: i2 i1 i0 b1 b0 ->
+  // b1 b0 i2 i1 i0 in three perfect shuffles.
   auto swap = [](uint32_t x, uint32_t mask, int by) {
     const uint32_t t = (x ^ (x >> by)) & mask;
     return x ^ t ^ (t << by);

@@ -193,7 +193,8 @@ class ThreadPool {
       if (state.compare_exchange_weak(seen, next)) return next;
     }
   }
-  // Runs the function of the run on this thread, remembers the first exception of the run, and leaves.
+  // Runs the function of the run on this thread and leaves the run. Stores the run's first exception, which run()
+  // throws again in the caller.
   void run_worker(int worker) {
     in_run = true, worker_phase = 0;
     try {
