@@ -250,7 +250,7 @@ def measure_errors() -> dict[str, dict[str, object]]:
 
 
 def random_matrix(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
-    """Returns a random matrix of a type, in the form that a weight source returns it."""
+    """Returns a random matrix of a type, in the form that a weight source returns it; tests use it too."""
     import torch
 
     from ktx.quant.random_blocks import random_rows

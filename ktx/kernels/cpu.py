@@ -152,7 +152,7 @@ def _load_again(origin: Any, name: str, number: int) -> Packed:
 def _from_bytes(
     data: torch.Tensor, qtype: str, n: int, k: int, matrices: int, ends: tuple[int, ...], packed_with: tuple[Any, ...]
 ) -> Packed:
-    """Unpickles a matrix from packed bytes.
+    """Unpickles a matrix from packed bytes, into memory on the NUMA nodes of this process.
 
     Raises:
         KtxError: if the kernels of this process read another order than the bytes were packed in.

@@ -32,14 +32,14 @@ WRITE_CHUNK_BYTES = 256 << 20  # bytes of one write to disk
 PROMOTE_CHUNK_BYTES = 8 << 20  # bytes that are moved to huge pages at once
 # A chunk is moved when no kernel has run for IDLE_S seconds, or after MAX_WAIT_S seconds in any case.
 IDLE_S, MAX_WAIT_S = 0.1, 0.25
-_context = threading.local()  # arguments of `loading`, per thread
+_context = threading.local()  # arguments of `cache_context`, per thread
 
 
 def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
     """Returns packed weights from the cache, or packs them.
 
-    Inside `loading` with a complete cache folder the weights are mapped from disk and `pack` is not called. With a new
-    folder they are packed and written to it.
+    Inside `cache_context` with a complete cache folder the weights are mapped from disk and `pack` is not called. With
+    a new folder they are packed and written to it.
 
     Args:
         pack: packs the weights.
@@ -149,7 +149,7 @@ class PackedCache:
         """Maps one matrix. Where its rows are divided among several NUMA nodes it is copied to their memory."""
         assert self.data is not None
         data = self.data[entry["at"] : entry["at"] + entry["nbytes"]]
-        if entry["ends"] and cpu.ops.nodes() > 1:  # pages of a file may be on any node
+        if entry["ends"] and cpu.ops.nodes() > 1:  # mapped pages of a file may be on any node
             placed = cpu.ops.empty_packed(entry["nbytes"], entry["ends"])
             placed.copy_(data)
             data = placed

@@ -115,10 +115,10 @@ def _quantize_k_offset(x: Array, sub_size: int, max_code: int, max_scale: int) -
     scale, minimum = _fit_offset(x, max_code)
     d, d_bytes = _round_to_f16(scale.max(-1) / max_scale)
     dmin, dmin_bytes = _round_to_f16(minimum.max(-1) / max_scale)
-    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), 0, max_scale)
-    qm = np.clip(np.rint(minimum * _inverse(dmin)[:, None]), 0, max_scale)
-    codes = _to_codes(x, d[:, None] * qs, dmin[:, None] * qm, max_code)
-    return codes, qs.astype(np.uint8), qm.astype(np.uint8), np.concatenate([d_bytes, dmin_bytes], -1)
+    scale_codes = np.clip(np.rint(scale * _inverse(d)[:, None]), 0, max_scale)
+    min_codes = np.clip(np.rint(minimum * _inverse(dmin)[:, None]), 0, max_scale)
+    codes = _to_codes(x, d[:, None] * scale_codes, dmin[:, None] * min_codes, max_code)
+    return codes, scale_codes.astype(np.uint8), min_codes.astype(np.uint8), np.concatenate([d_bytes, dmin_bytes], -1)
 
 
 def _pack_six_bit_pairs(scales: Bytes, minimums: Bytes) -> Bytes:
@@ -177,10 +177,10 @@ def _quantize_k_signed(x: Array, low: int, high: int, max_scale: int) -> tuple[B
     subs = x.reshape(len(x), 16, 16)
     scale = _fit_signed(subs, low, high)
     d, d_bytes = _round_to_f16(np.abs(scale).max(-1) / max_scale)
-    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), -max_scale, max_scale)
-    scales = d[:, None] * qs
+    scale_codes = np.clip(np.rint(scale * _inverse(d)[:, None]), -max_scale, max_scale)
+    scales = d[:, None] * scale_codes
     codes = np.clip(np.rint(subs * _inverse(scales)[..., None]), low, high) - low
-    return codes.astype(np.uint8).reshape(len(x), 256), qs.astype(np.int64), d_bytes
+    return codes.astype(np.uint8).reshape(len(x), 256), scale_codes.astype(np.int64), d_bytes
 
 
 def _q6_k(x: Array) -> Bytes:

@@ -33,7 +33,7 @@ class GGUFSource:
     """Reads the headers on construction; tensors are views of the mapping, so pages are loaded on first access."""
 
     def __init__(self, path: Path, config: PreTrainedConfig):
-        """Raises BadFile when the file is not a model, or not one that ktx loads with this configuration."""
+        """Reads the headers. Raises BadFile when they are not of a model that ktx loads with this configuration."""
         self.path = str(path)
         header = read_split_header(path)
         self.metadata, self.tensors = header.metadata, header.tensors
@@ -63,7 +63,7 @@ class GGUFSource:
         return self._recipes[name]
 
     def spec(self, name: str) -> TensorSpec | None:
-        """Shape, type and size of a parameter.
+        """Returns shape, type and size of a parameter, which plans need before any weight is read.
 
         For one built from several file tensors: the type of the largest, the sum of their bytes.
         """
@@ -191,7 +191,7 @@ def read_split_header(path: Path) -> Header:
 
 
 def _list_files(path: Path) -> list[Path]:
-    """The file, or all parts of the split model it belongs to; a folder must contain exactly one model."""
+    """Returns the file, or all parts of the split model it belongs to; a folder must contain exactly one model."""
     if path.is_dir():
         files = ggufs_in(path)
         firsts = [file for file in files if not (m := SPLIT.match(file.name)) or m[2] == "00001"]
@@ -216,7 +216,7 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def _merge_tensors(headers: list[Header]) -> dict[str, TensorSpec]:
-    """The tensors of all parts of a split model.
+    """Returns the tensors of all parts of a split model, by name.
 
     Raises BadFile when a tensor is in two parts, or the parts are fewer, or have fewer tensors, than the first one
     states.

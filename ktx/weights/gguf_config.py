@@ -116,7 +116,7 @@ def _bias_options(header: Header, model_type: str) -> dict[str, bool]:
 
 
 def _read_value(header: Header, arch: str, key: str) -> Any:
-    """The value of one metadata key of the architecture, the same for all layers.
+    """Returns the value of one metadata key of the architecture, which must be equal for all layers.
 
     A `key` that ends in "?" may be missing: then None. Raises BadFile for a missing key, or a value per layer.
     """
@@ -139,7 +139,7 @@ def _vocabulary_size(header: Header) -> int:
 
 
 def _add_deepseek_values(header: Header, values: dict[str, Any]) -> str:
-    """Adds to `values` what deepseek2 files store in llama.cpp's own terms; returns the model type.
+    """Adds to `values` what deepseek2 files store in llama.cpp's own terms; returns transformers' model type.
 
     V2 and V3 are told apart by their routing: V3's router is a sigmoid.
     """

@@ -214,7 +214,9 @@ def _read_tensor(r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 def _check_tensor(
     file: str, name: str, dims: tuple[int, ...], code: int, at: int, alignment: int, offset: int, size: int
 ) -> TensorSpec:
-    """The spec of one tensor of the header. Raises BadFile when its type, shape or position cannot be right.
+    """Checks one tensor of the header and returns its spec.
+
+    Raises BadFile when its type, shape or position cannot be right.
 
     Args:
         dims: dimensions in GGUF's order, the row's length first.

@@ -43,7 +43,7 @@ class GGUFAdapter:
     matrices: Mapping[str, LowRank]
 
     def by_module(self, config: PreTrainedConfig, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
-        """Maps the matrices to module paths.
+        """Maps the matrices to module paths, by the recipes that read the weights themselves from a GGUF file.
 
         Args:
             config: the model's configuration.
@@ -53,7 +53,7 @@ class GGUFAdapter:
             BadFile: the adapter belongs to another model.
             UsageError: a tensor belongs to none of the weights.
         """
-        self._check(config)
+        self._check_architecture(config)
         specs = {name: TensorSpec(name, m.shape, QTYPES["F32"], 0, "", 0) for name, m in self.matrices.items()}
         names, read = GGUFNames(self.arch, config, specs), set[str]()
         found: dict[str, list[LowRank]] = {}
@@ -77,8 +77,8 @@ class GGUFAdapter:
         self._check_read(specs.keys() - read, int(config.num_hidden_layers))
         return AdapterFile(self.adapter, found, {})
 
-    def _check(self, config: PreTrainedConfig) -> None:
-        """Raises BadFile when the adapter's architecture is not the model's."""
+    def _check_architecture(self, config: PreTrainedConfig) -> None:
+        """Raises BadFile when the adapter's architecture is not the model's; many architectures share tensor names."""
         path, model_type = self.adapter.path, config.model_type
         if self.arch not in GGUF_MODEL_TYPES and model_type not in {
             t for types in GGUF_MODEL_TYPES.values() for t in types

@@ -94,7 +94,10 @@ class Vocabulary:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], file: str) -> Vocabulary:
-        """Reads the vocabulary. Raises BadFile when its arrays contradict each other."""
+        """Reads the vocabulary; empty tokens get texts of their own, because a text must have one id.
+
+        Raises BadFile when its arrays contradict each other.
+        """
         tokens = [
             token or f"[EMPTY_{token_id}]" for token_id, token in enumerate(metadata.get("tokenizer.ggml.tokens", []))
         ]
@@ -159,7 +162,10 @@ class Vocabulary:
 
     @property
     def pre_tokenizer(self) -> PreTokenizer:
-        """The pre-tokenizer. Raises BadFile when it is unknown or not byte-level."""
+        """Returns the pre-tokenizer that tokenizer.ggml.pre names: what cuts a text before BPE.
+
+        Raises BadFile when it is unknown or not byte-level.
+        """
         name = self.metadata.get("tokenizer.ggml.pre")
         if name is None:
             warnings.warn(

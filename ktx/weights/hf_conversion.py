@@ -43,7 +43,7 @@ class ConvertedTensor:
 def find_converted(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
     """Returns the parameters that can be converted from tensors with these names, by parameter name.
 
-    Tensors are grouped by the parameter and converter (`i`) that they belong to. Only converters with one target are
+    Tensors are grouped by the parameter and converter (`i`) they belong to. Only converters with one target are
     used; a parameter needs tensors for all source patterns of its converter.
     """
     converters = [converter for converter in converters if len(converter.target_patterns) == 1]

@@ -159,7 +159,7 @@ def _number(text: str) -> float | None:
 
 
 def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
-    """Reads a PEFT adapter.
+    """Reads a PEFT adapter: checks its configuration, pairs its matrices, and computes its digest.
 
     Raises:
         BadFile: a file is missing or damaged.
@@ -200,7 +200,10 @@ def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
 
 
 def _check(config: Mapping[str, Any], path: str) -> None:
-    """Raises UsageError unless the configuration is of a plain LoRA, BadFile for invalid rank or alpha patterns."""
+    """Raises UsageError unless the configuration is of a plain LoRA, BadFile for invalid rank or alpha patterns.
+
+    An option that is not known must be off, because it could change what the adapter computes.
+    """
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
         raise UsageError(f"adapter {path}: peft_type {kind or 'is missing'}, only LORA is supported; {MERGE_REMEDY}")

@@ -172,7 +172,7 @@ class PackedSource(SafetensorsSource):
 
 
 def _typed(spec: TensorSpec, type_name: str) -> TensorSpec:
-    """The spec of a U8 tensor with its packed type and logical shape.
+    """Returns the spec of a U8 tensor with the type and shape of the weights in it, in place of those of its bytes.
 
     Raises BadFile for an unknown type, or bytes that are not complete rows of it.
     """

@@ -77,7 +77,10 @@ class SafetensorsSource:
     types: Collection[str] = DTYPES  # types that modules can read
 
     def __init__(self, path: Path, config: PreTrainedConfig):
-        """Raises BadFile for an invalid header, a missing shard, or a tensor that is in two files."""
+        """Reads the headers of all files, under the names of the current modeling code.
+
+        Raises BadFile for an invalid header, a missing shard, or a tensor that is in two files.
+        """
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
         rename, self._converters = self._renaming()
@@ -115,7 +118,7 @@ class SafetensorsSource:
         return find_converted(self.tensors, self._converters)
 
     def _sources(self, name: str) -> list[str]:
-        """The names of the tensors that a parameter is built from, in row order; empty when there are none."""
+        """Returns the names of the tensors that a parameter is built from, in row order; empty when there are none."""
         if name in self.tensors:
             return [name]
         expert = EXPERT.match(name)
@@ -197,7 +200,9 @@ class SafetensorsSource:
     # ---- values
 
     def get_parts(self, name: str) -> list[QuantizedTensor]:
-        """A parameter as blocks of rows; tensors stored per expert are one part per expert.
+        """Returns a parameter as blocks of rows, from whichever tensors the checkpoint stores it in.
+
+        Tensors stored per expert are one part per expert.
 
         Raises BadFile when the checkpoint has no tensor for it.
         """
@@ -393,7 +398,10 @@ def read_safetensors_header(path: Path) -> list[TensorSpec]:
 
 
 def read_header_bytes(path: Path) -> tuple[bytes, int]:
-    """A file's header bytes and the file's size in bytes. Raises BadFile for a truncated file or another format."""
+    """Returns a file's header bytes and the file's size in bytes; checks the claimed length before it allocates.
+
+    Raises BadFile for a truncated file or another format.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

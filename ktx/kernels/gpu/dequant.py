@@ -149,7 +149,10 @@ def dequantize_rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype =
 def _launch_dequantize(
     packed: SoAWeight, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
 ) -> torch.Tensor:
-    """Launches `_dequantize` for `count` rows: those that `index` names if `indexed`, else those from `first` on."""
+    """Launches `_dequantize` for `count` rows: those that `index` names if `indexed`, else those from `first` on.
+
+    Without `indexed`, `index` is any tensor, which the kernel does not read.
+    """
     out = torch.empty(count, packed.k, dtype=dtype, device=packed.data.device)
     if count:
         grid = (triton.cdiv(count, ROWS), triton.cdiv(packed.k, SPAN))

@@ -71,7 +71,7 @@ def _quantize_tile(x, codes, scale, tokens, k, TOKENS: tl.constexpr, BLOCK: tl.c
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes x [tokens, k] to e4m3 [tokens, k] and scales f32 [tokens, ceil(k/128)]; code * scale is x.
 
-    The scales of a block of columns are contiguous over tokens.
+    The scales of a block of columns are contiguous over tokens, as cuBLAS takes them.
     """
     x = x.contiguous()
     tokens, k = x.shape

@@ -48,7 +48,7 @@ def activate(gate, up, ACT: tl.constexpr, alpha, limit):
 def load_group(
     pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Loads the pairs that a program computes: a group of one expert's pairs (SORTED), or a single pair.
+    """Loads which pairs a program computes: a group of one expert's pairs (SORTED), or a single pair.
 
     Returns:
         Its expert (`experts` or more if there is none), its pairs [PAIRS], and the mask of valid pairs.

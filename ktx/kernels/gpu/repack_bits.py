@@ -30,7 +30,7 @@ def _restore_bytes(x: Words) -> Words:
 
 
 def _restore_fifth_bits(x: Words) -> Words:
-    """Moves bit 8*b + i to bit 4*i + b.
+    """Moves bit 8*b + i to bit 4*i + b: undoes `transpose_fifth_bits` of csrc/cpu/quant/layout.cpp.
 
     The index of a bit has five bits, and a perfect shuffle rotates it by one; two shuffles rotate it by two.
     """

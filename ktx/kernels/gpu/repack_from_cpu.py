@@ -23,7 +23,7 @@ WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the bytes o
 
 
 def unpack(data: torch.Tensor, into: SoAWeight, first: int = 0) -> None:
-    """Unpacks row groups of every matrix into planes.
+    """Unpacks row groups of every matrix into planes, for the GPU kernels or for a file.
 
     Args:
         data: uint8 [matrices, groups, bytes of a row group], on the device of `into`.
@@ -94,7 +94,8 @@ def _pair_fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Te
 def _copy_scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
     """Copies the scales of F8_E4M3.
 
-    The CPU's order repeats a scale for every row; planes have one for 128 rows and columns.
+    The CPU's order repeats a scale for every row; planes have one for 128 rows and columns, so one row group of eight
+    gives it.
     """
     assert into.scale is not None
     columns, groups_per_scale = into.scale.shape[-1], FP8_BLOCK // GROUP_ROWS
