@@ -598,7 +598,7 @@ def _route_backward(ctx: Any, ids_grad: Any, grad: Tensor) -> tuple[Any, ...]:
         scores = logits.sigmoid() if ctx.scoring == "sigmoid" else logits.softmax(-1)
         selected = scores.gather(1, ids)
     if ctx.renorm:
-        total = selected.sum(-1, keepdim=True) + 1e-20
+        total = selected.sum(-1, keepdim=True) + 1e-20  # as in the kernel, against a zero sum
         grad = (grad - (grad * selected).sum(-1, keepdim=True) / total) / total
     if ctx.scoring == "softmax_topk":
         grad = _softmax_backward(grad, selected)

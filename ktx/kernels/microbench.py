@@ -160,7 +160,7 @@ def random_matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor
 
 
 def peak_gops(qtype: QType, threads: int) -> float:
-    """Returns the peak GOPS of the dot product that multiplies a prompt's tokens by weights of this type.
+    """Returns the peak GOPS of the dot product that multiplies a prompt's tokens by weights of this type, within 50 ms.
 
     A multiplication and an addition count as two operations.
     """
@@ -201,6 +201,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     share, rate = statistics.median_low(rounds)
     results = {"gemv_gb_s": rate, "gemv_share": share}
     for num_tokens in tokens:
+        # fewer matrices for more tokens, so that each size takes about as long
         packs = split_matrices(packed, min(packed.matrices, max(1, 512 // num_tokens)))
         batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
         limit_gops = peak_gops(qtype, threads)

@@ -48,6 +48,7 @@ def unread_tensors(source: WeightSource, reads: Reads, ignored: Iterable[str] = 
         harmless = verdict.reason and not verdict.rejected
         if not harmless and any(pattern.search(text) for pattern in ignored_patterns for text in (key, name)):
             verdict = Verdict("ignored by transformers")
+        # numbers in the name, of layers and experts, become *
         pattern = verdict.pattern or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         groups.setdefault((not verdict.rejected, pattern, verdict.reason), []).append(name)
     return [

@@ -38,7 +38,7 @@ class LazyArray:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields numbers, or strings, each of which is stored after its length."""
+        """Yields numbers, or strings, each of which is stored after its length in eight bytes."""
         at = self.offset
         if self.kind in SCALARS:
             yield from (value for (value,) in struct.iter_unpack("<" + SCALARS[self.kind], self._bytes()))

@@ -210,7 +210,7 @@ def _declared_keys(config: PreTrainedConfig) -> dict[str, tuple[str, Callable[[A
 
 
 def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
-    """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported.
+    """Returns a line for each key of `arch` that contradicts the configuration or is not supported.
 
     Unknown keys are reported too unless their value means "off", because a key that ktx ignores may change the
     computation. UNCHECKED values follow from the tensors' shapes, which are checked elsewhere.
@@ -222,20 +222,20 @@ def key_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedCon
         if key == full_key or key in CHECKED_ELSEWHERE or key.startswith("attention.sliding_window"):
             continue
         value = to_scalar(raw)
-        off = value in (0, "", []) or value in OFF_VALUES.get(key, ())
+        is_off = value in (0, "", []) or value in OFF_VALUES.get(key, ())
         if key not in expected_values:
-            if not off:
+            if not is_off:
                 mismatches.append(f"{full_key} is {_format(value)}, which ktx does not support")
             continue
-        what, expected_of = expected_values[key]
+        description, expected_of = expected_values[key]
         expected = expected_of(config)
         if expected is UNCHECKED:
             continue
-        if expected is None and not off:
+        if expected is None and not is_off:
             mismatches.append(f"{full_key} is {_format(value)}, which {config.model_type} does not support")
         elif expected is not None and not _same(value, expected) and not (value == 0 and key in UNSET_IF_ZERO):
             mismatches.append(
-                f"{what}: {_format(value)} in the file ({full_key}), {_format(expected)} in the configuration"
+                f"{description}: {_format(value)} in the file ({full_key}), {_format(expected)} in the configuration"
             )
     return [
         *mismatches,
@@ -319,7 +319,7 @@ def rope_scaling(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
 def rope_mismatches(
     metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
-    """Mismatches in rope scaling, of the keys and of the tables of frequency divisors.
+    """Returns mismatches in rope scaling, of the keys and of the tables of frequency divisors.
 
     `tables`: readers of the ROPE_TABLES that the file has, by tensor name; they replace the keys for type and factor.
     """
@@ -375,7 +375,7 @@ def _expected_scaling(rope: Mapping[str, Any], config: PreTrainedConfig) -> dict
 def _table_mismatches(
     rope: Mapping[str, Any], config_kind: str, config: PreTrainedConfig, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
-    """Mismatches between the file's rope tables and the configuration's rope scaling.
+    """Returns mismatches between the file's rope tables and the configuration's rope scaling.
 
     A file stores scaling of Llama 3 (rope_freqs) and of longrope (rope_factors_long, rope_factors_short) as divisors of
     each frequency. A table of ones means no scaling.

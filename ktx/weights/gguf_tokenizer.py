@@ -220,7 +220,7 @@ def recommended_sampling(metadata: Mapping[str, Any], file: str) -> dict[str, An
     if unsupported:
         warnings.warn(f"{file}: recommends {', '.join(unsupported)}, which ktx does not support; ignored", stacklevel=2)
     found = {SAMPLING_KEYS[key]: value for key, value in recommended.items() if key in SAMPLING_KEYS}
-    if not found.get("temperature", 1.0):
+    if not found.get("temperature", 1.0):  # a temperature of 0 means greedy
         return {"do_sample": False}
     return found | {"do_sample": True} if found else {}
 

@@ -279,6 +279,7 @@ def _pattern_paths(config: Mapping[str, Any], module: str, count: int, path: str
     targets = {str(target) for target in config.get("target_parameters") or ()}
     names = {target.rpartition(".")[2] for target in targets}
     own = [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
+    # gate_up_proj first: the innermost wrapper
     paths = [f"{module}.{name}" for name in sorted(own, key=lambda name: (name.startswith("down"), name))] or [module]
     if len(paths) == count:
         return paths

@@ -319,7 +319,7 @@ class SafetensorsSource:
         """
         name, layer = self.tensors[key].name, re.match(r"(?:.+?\.)?layers\.(\d+)\.", key)
         if layer and int(layer[1]) >= int(self.config.num_hidden_layers):
-            mtp = f"{layer[0]}eh_proj.weight" in self.tensors
+            mtp = f"{layer[0]}eh_proj.weight" in self.tensors  # joins hidden state and embedding, in MTP layers only
             reason = MTP if mtp else f"after the {self.config.num_hidden_layers} layers of the configuration"
             return Verdict(reason, pattern=f"{layer[0]}*")
         for pattern, reason in UNUSED_PARTS:
