@@ -473,14 +473,15 @@ def mla_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of MLA: of q_nope, q_rope, ckv and kpe.
 
-    The gradient of the latent ckv is the sum of its gradients as keys and as values.
+    MLA is attention with one key/value head: keys are the latent ckv and kpe, values the latent. So the gradient of ckv
+    is the sum of its gradients as keys and as values.
     """
     q, k = torch.cat([q_nope, q_rope], -1), torch.cat([ckv, kpe], -1)[:, None]
     d_q, d_k, d_v, _ = _attention_grads(grad, q, k, ckv[:, None], ranges, mask, scale)
     (d_nope, d_rope), (d_ckv, d_kpe) = (part.split([ckv.shape[2], kpe.shape[2]], -1) for part in (d_q, d_k))
     parts = (d_nope, q_nope), (d_rope, q_rope), ((d_ckv + d_v)[:, 0], ckv), (d_kpe[:, 0], kpe)
-    a, b, c, d = (part.to(like.dtype).contiguous() for part, like in parts)
-    return a, b, c, d
+    grad_nope, grad_rope, grad_ckv, grad_kpe = (part.to(like.dtype).contiguous() for part, like in parts)
+    return grad_nope, grad_rope, grad_ckv, grad_kpe
 
 
 def _refuse_paged_or_quantized(kernel: str, keys: Tensor, sequences: Tensor | None) -> None:

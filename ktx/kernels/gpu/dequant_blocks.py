@@ -131,6 +131,7 @@ def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 @triton.jit
 def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q3_K: codes of two bits and a third one from a mask, with offset 4; 16 six-bit scales."""
+    # planes: low codes, mask of third bits, scales, f16 scale of the block
     start = first // BLOCK
     word = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block determines its bits of the mask
     mask = (
@@ -179,6 +180,7 @@ def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 @triton.jit
 def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_K: as Q4_K, with the fifth bits of the codes in a plane of their own."""
+    # planes: low codes, fifth bits, scales and minimums, their f16 factors
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)
     words = load_elements(planes[0], row, start * 32 + word, blocks * 32)
@@ -193,6 +195,7 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 @triton.jit
 def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q6_K: codes of four and two bits with offset 32, and a signed scale per 16 columns."""
+    # planes: lower bits of codes, upper bits of codes, scales, f16 scale of the block
     start = first // BLOCK
     word = tl.arange(0, SPAN // 8)  # 8 words of high bits belong to 16 words of low bits, and are read twice
     words = load_elements(planes[0], row, start * 32 + word, blocks * 32)
@@ -245,6 +248,7 @@ def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 @triton.jit
 def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns, stored as four and two bits."""
+    # planes: codes, lower bits of scales, f16 scale of the block, upper bits of scales
     start = first // BLOCK
     codes = tl.load(book + load_nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
     group = tl.arange(0, SPAN // 32)

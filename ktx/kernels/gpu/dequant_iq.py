@@ -88,6 +88,7 @@ def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 @triton.jit
 def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
+    # planes: low index bytes, signs, high index bits, scales, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     high_bits = (
         load_elements(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
@@ -105,6 +106,7 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
     The word holds four times seven signs below a scale of four bits. The values are 4, 12, ... 52, 62.
     """
+    # planes: indices, words of signs and scales, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
     value_index = load_indices(book, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
     signs = (load_elements(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
@@ -122,6 +124,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
     Each column has a sign, and 32 columns a scale of four bits. The values are 1, 3, ... 15.
     """
+    # planes: low index bytes, signs, ninth index bits, scales, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
     high_bits = (
         load_elements(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]
@@ -145,6 +148,7 @@ def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     A 16-bit word per 32 columns holds the upper three bits of each of four codebook indices, three bits of scale, and
     the sign of an offset of one eighth that is added to all 32 values.
     """
+    # planes: low index bytes, 16-bit words, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     high_bits = (
         load_elements(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
@@ -163,6 +167,7 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     Scales have three bits per 16 columns; the nibbles of an f16 scale of the block are stored above them. The offset
     changes within 16 columns, so it is subtracted from the codes here and is no minimum as in IQ1_S.
     """
+    # planes: low index bytes, high index bits with signs, scales
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     high_bits = (
         load_elements(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
