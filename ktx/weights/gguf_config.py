@@ -82,6 +82,7 @@ def config_from_gguf(path: Path) -> PreTrainedConfig:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_theta": float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
     }
+    # block_count includes the layers of multi-token prediction
     values["num_hidden_layers"] -= header.metadata.get(f"{arch}.nextn_predict_layers", 0)
     if arch == "deepseek2":
         model_type = _add_deepseek_values(header, values)

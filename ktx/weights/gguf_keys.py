@@ -364,6 +364,7 @@ def _expected_scaling(rope: Mapping[str, Any], config: PreTrainedConfig) -> dict
         ),
         "yarn_ext_factor": (1, -1),
         "yarn_attn_factor": (
+            # YaRN's own factor by default
             attention if attention is not None else 0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
         ),
         "yarn_beta_fast": (rope.get("beta_fast") or 32,),

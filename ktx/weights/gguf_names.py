@@ -55,7 +55,7 @@ class GGUFNames:
         self.name_map = _name_map(arch, max(1, int(config.num_hidden_layers)) + mtp_layers)
 
     def recipe(self, name: str) -> Recipe | None:
-        """The recipe for a parameter; None when the file does not contain it.
+        """Returns the recipe for a parameter; None when the file does not contain it.
 
         SPECIAL_NAMES take precedence over gguf-py's name map, which does not know llama.cpp's changes of values and
         order.
@@ -69,21 +69,21 @@ class GGUFNames:
                     found = make_recipe(self, block, match)
                     if found is not None:
                         return found
-        elif self.arch in PLUS_ONE and name == "model.norm.weight":
-            return self.one("output_norm.weight", value=lambda w: w - 1)
-        return self.plain(name)
+        elif self.arch in PLUS_ONE and name == "model.norm.weight":  # stored as 1 + w
+            return self.from_tensor("output_norm.weight", value=lambda w: w - 1)
+        return self.from_name_map(name)
 
     # ---- the common case
 
-    def plain(self, name: str) -> Recipe | None:
+    def from_name_map(self, name: str) -> Recipe | None:
         """The recipe for a weight or bias that gguf-py's name map lists."""
         for suffix in (".weight", ".bias"):
             if name.endswith(suffix):
                 base = self.name_map.get_name(name.removesuffix(suffix))
-                return self.one(base + suffix) if base else None
+                return self.from_tensor(base + suffix) if base else None
         return None
 
-    def one(self, tensor: str, **options: Any) -> Recipe | None:
+    def from_tensor(self, tensor: str, **options: Any) -> Recipe | None:
         """A recipe of one whole file tensor. `options`: fields of `Recipe`; `shape` defaults to the tensor's."""
         spec = self.tensors.get(tensor)
         return None if spec is None else Recipe((Part(tensor),), options.pop("shape", spec.shape), **options)
@@ -164,10 +164,10 @@ def _make_q_k_or_v(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe
     if names.has(tensor):
         rows = names.shape(tensor)[0]
         if names.arch not in INTERLEAVED_QK or which == "v":
-            return names.one(tensor)
+            return names.from_tensor(tensor)
         if suffix == "bias":
-            return names.one(tensor, value=lambda v: v[_deinterleave(rows, heads)])
-        return names.one(tensor, order=lambda: _deinterleave(rows, heads))
+            return names.from_tensor(tensor, value=lambda v: v[_deinterleave(rows, heads)])
+        return names.from_tensor(tensor, order=lambda: _deinterleave(rows, heads))
     if not names.has(fused):
         return None
     kv_rows = _num_heads(names, "k") * _head_dim(names.config)
@@ -185,7 +185,7 @@ def _make_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | No
     """The recipe of a fused projection: the fused tensor, or the rows of separate q, k and v."""
     suffix = match[1]
     if names.has(f"{block}attn_qkv.{suffix}"):
-        return names.one(f"{block}attn_qkv.{suffix}")
+        return names.from_tensor(f"{block}attn_qkv.{suffix}")
     return _stack_rows(names, [f"{block}attn_{which}.{suffix}" for which in "qkv"])
 
 
@@ -215,18 +215,18 @@ def _make_k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | No
     """The keys of MLA's absorbed form, [heads, rank, nope]: stored so, or taken from kv_b and transposed."""
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_k_b.weight"):
-        return names.one(f"{block}attn_k_b.weight", shape=(heads, rank, nope))
+        return names.from_tensor(f"{block}attn_k_b.weight", shape=(heads, rank, nope))
     up = lambda kv: kv.reshape(heads, nope + value, rank)[:, :nope].transpose(1, 2)  # noqa: E731
-    return names.one(f"{block}attn_kv_b.weight", shape=(heads, rank, nope), value=up)
+    return names.from_tensor(f"{block}attn_kv_b.weight", shape=(heads, rank, nope), value=up)
 
 
 def _make_v_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     """The values of MLA's absorbed form, [heads, value, rank]: stored so, or taken from kv_b."""
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_v_b.weight"):
-        return names.one(f"{block}attn_v_b.weight", shape=(heads, value, rank))
+        return names.from_tensor(f"{block}attn_v_b.weight", shape=(heads, value, rank))
     order = lambda: torch.arange(heads * (nope + value)).reshape(heads, -1)[:, nope:].reshape(-1)  # noqa: E731
-    return names.one(f"{block}attn_kv_b.weight", shape=(heads, value, rank), order=order)
+    return names.from_tensor(f"{block}attn_kv_b.weight", shape=(heads, value, rank), order=order)
 
 
 def _make_kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
@@ -237,7 +237,7 @@ def _make_kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | N
     """
     heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_kv_b.weight"):
-        return names.one(f"{block}attn_kv_b.weight")
+        return names.from_tensor(f"{block}attn_kv_b.weight")
     tensors = (f"{block}attn_k_b.weight", f"{block}attn_v_b.weight")
     if not names.has(*tensors):
         return None
@@ -261,12 +261,11 @@ def _make_experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe 
     which = match[1]
     tensor, fused = f"{block}ffn_{which}_exps.weight", f"{block}ffn_gate_up_exps.weight"
     if names.has(tensor):
-        return names.one(tensor)
+        return names.from_tensor(tensor)
     if which != "down" and names.has(fused):
         experts, rows, columns = names.shape(fused)
         half = slice(0, rows // 2) if which == "gate" else slice(rows // 2, rows)
         return Recipe((Part(fused, half),), (experts, rows // 2, columns))
-    # Files from before March 2024 have one tensor per expert.
     per_expert = [f"{block}ffn_{which}.{e}.weight" for e in range(_num_experts(names.config))]
     if per_expert and names.has(*per_expert):
         return Recipe(tuple(Part(expert) for expert in per_expert), (len(per_expert), *names.shape(per_expert[0])))
@@ -282,26 +281,26 @@ def _num_experts(config: PreTrainedConfig) -> int:
 
 
 def _make_expert_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
-    return names.one(f"{block}ffn_{match[1]}_exps.bias")
+    return names.from_tensor(f"{block}ffn_{match[1]}_exps.bias")
 
 
 def _make_correction_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     for tensor in (f"{block}exp_probs_b.bias", f"{block}exp_probs_b"):
         if names.has(tensor):
             experts = names.shape(tensor)[-1]
-            return names.one(tensor, shape=(1, experts) if "moe_statics" in match[0] else (experts,))
+            return names.from_tensor(tensor, shape=(1, experts) if "moe_statics" in match[0] else (experts,))
     return None
 
 
 def _make_shared_gate(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     tensor = f"{block}ffn_gate_inp_shexp.weight"
-    return names.one(tensor, shape=(1, names.shape(tensor)[-1])) if names.has(tensor) else None
+    return names.from_tensor(tensor, shape=(1, names.shape(tensor)[-1])) if names.has(tensor) else None
 
 
 def _make_gate_up(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     if names.has(f"{block}ffn_gate.weight", f"{block}ffn_up.weight"):
         return _stack_rows(names, [f"{block}ffn_gate.weight", f"{block}ffn_up.weight"])
-    return names.one(f"{block}ffn_up.weight")  # phi3's ffn_up contains both
+    return names.from_tensor(f"{block}ffn_up.weight")  # phi3's ffn_up contains both
 
 
 # ---- linear attention of Qwen3-Next and Qwen3.5, and their norms stored as 1 + w
@@ -322,7 +321,7 @@ def _only_for(
 def _make_norm_minus_one(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     """The recipe of a norm that the file stores as 1 + w."""
     base = names.name_map.get_name(f"model.layers.{block[4:-1]}.{match[1]}")
-    return names.one(f"{base}.weight", value=lambda w: w - 1) if base else None
+    return names.from_tensor(f"{base}.weight", value=lambda w: w - 1) if base else None
 
 
 def _make_conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
@@ -332,7 +331,7 @@ def _make_conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe |
         return None
     channels, kernel = names.shape(tensor)
     order = (lambda: _qkv_order(names.config)) if names.arch in TILED else None
-    return names.one(tensor, shape=(channels, 1, kernel), order=order)
+    return names.from_tensor(tensor, shape=(channels, 1, kernel), order=order)
 
 
 def _value_head_order(config: PreTrainedConfig, width: int) -> torch.Tensor:
@@ -348,7 +347,10 @@ def _qkv_order(config: PreTrainedConfig) -> torch.Tensor:
 
 
 def _make_tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
-    """A projection whose rows are value heads, or end with them; the recipe regroups those by key head."""
+    """The recipe of a projection of linear attention whose rows are value heads, or end with them.
+
+    The file orders these as TILED says, the model groups them by key head.
+    """
     c = names.config
     tensor, order = {
         "qkv": ("attn_qkv", lambda: _qkv_order(c)),
@@ -356,22 +358,24 @@ def _make_tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Reci
         "a": ("ssm_alpha", lambda: _value_head_order(c, 1)),
         "b": ("ssm_beta", lambda: _value_head_order(c, 1)),
     }[match[1]]
-    return names.one(f"{block}{tensor}.weight", order=order)
+    return names.from_tensor(f"{block}{tensor}.weight", order=order)
 
 
 def _make_tiled_columns(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     c = names.config
-    return names.one(f"{block}ssm_out.weight", columns=lambda: _value_head_order(c, int(c.linear_value_head_dim)))
+    return names.from_tensor(
+        f"{block}ssm_out.weight", columns=lambda: _value_head_order(c, int(c.linear_value_head_dim))
+    )
 
 
 def _make_a_log(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
-    return names.one(f"{block}ssm_a", value=lambda a: torch.log(-a.reshape(-1)[order]))
+    return names.from_tensor(f"{block}ssm_a", value=lambda a: torch.log(-a.reshape(-1)[order]))
 
 
 def _make_dt_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
-    return names.one(f"{block}ssm_dt.bias", value=lambda dt: dt.reshape(-1)[order])
+    return names.from_tensor(f"{block}ssm_dt.bias", value=lambda dt: dt.reshape(-1)[order])
 
 
 def _make_qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
@@ -381,7 +385,7 @@ def _make_qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | N
     grouped by key head instead: q, k, v, z of the first head, then of the second, ...
     """
     if names.has(f"{block}ssm_in.weight"):
-        return names.one(f"{block}ssm_in.weight")
+        return names.from_tensor(f"{block}ssm_in.weight")
     stacked = _stack_rows(names, [f"{block}attn_qkv.weight", f"{block}attn_gate.weight"])
     if stacked is None:
         return None
@@ -410,13 +414,13 @@ SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[st
         (r"self_attn\.k_b_proj\.weight", _make_k_b),
         (r"self_attn\.v_b_proj\.weight", _make_v_b),
         (r"self_attn\.kv_b_proj\.weight", _make_kv_b),
-        (r"self_attn\.sinks", lambda n, b, match: n.one(f"{b}attn_sinks.weight")),
+        (r"self_attn\.sinks", lambda n, b, match: n.from_tensor(f"{b}attn_sinks.weight")),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _make_experts),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _make_expert_bias),
         (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _make_correction_bias),
         (
             r"(?:mlp|block_sparse_moe|feed_forward)\.router\.weight",
-            lambda n, b, match: n.one(f"{b}ffn_gate_inp.weight"),
+            lambda n, b, match: n.from_tensor(f"{b}ffn_gate_inp.weight"),
         ),
         (r"mlp\.shared_expert_gate\.weight", _make_shared_gate),
         (r"mlp\.gate_up_proj\.weight", _make_gate_up),

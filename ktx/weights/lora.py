@@ -283,6 +283,7 @@ def _pattern_paths(config: Mapping[str, Any], module: str, count: int, path: str
     paths = [f"{module}.{name}" for name in sorted(own, key=lambda name: (name.startswith("down"), name))] or [module]
     if len(paths) == count:
         return paths
+    # Which path a matrix has does not matter if all have the same rank and alpha.
     if (
         len(
             {

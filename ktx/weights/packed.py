@@ -151,6 +151,7 @@ class PackedSource(SafetensorsSource):
         if sources == self._parts.get(name):
             return (sum(self.tensors[source].shape[0] for source in sources), *first[1:])
         if KV_B.match(name):
+            # k_b is [heads, rank, nope], v_b [heads, value, rank]: joined they are all elements in `rank` columns
             rows = sum(prod(shape) for shape in (self.tensors[source].shape for source in sources)) // first[1]
             return (rows, first[1])
         return super()._shape_of(name, sources)

@@ -124,6 +124,7 @@ class SafetensorsSource:
         expert = EXPERT.match(name)
         if expert:
             return self._expert_sources(expert[1], expert[2], bool(expert[3]))
+        # MLA's absorbed k_b and v_b, which checkpoints store as one kv_b
         fused = re.match(r"^(.+\.self_attn)\.([kv])_b_proj\.weight$", name)
         if fused and f"{fused[1]}.kv_b_proj.weight" in self.tensors:
             return [f"{fused[1]}.kv_b_proj.weight"]
