@@ -182,18 +182,6 @@ AI V dot(V acc, V weights, V x) {
 }
 constexpr int SIGNED_OFFSET = 128;
 AI V with_offset(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
-AI V duplicate_low16(V x) {  // the low halves of lanes in both halves
-  return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
-}
-// Returns signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half
-// for `by` and `add`.
-template <int SHIFT> AI V scale_bytes(V codes, V by, V add) {
-  const V even = _mm512_slli_epi16(codes, SHIFT),
-          odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
-  const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add),
-          high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
-  return with_bits(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)));
-}
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
 #ifdef KTX_BF16
 // Pairs of bf16: one instruction multiplies both and adds them to an f32 lane.
