@@ -128,10 +128,10 @@ def by_budget(args: argparse.Namespace) -> int:
         args.model,
         args.weights,
         args.rules,
-        args.trust_remote_code,
-        args.quantize,
-        args.quantize_experts,
-        args.num_experts_per_tok,
+        trust_remote_code=args.trust_remote_code,
+        quantize=args.quantize,
+        quantize_experts=args.quantize_experts,
+        num_experts_per_tok=args.num_experts_per_tok,
     )
     kv_dtype = kv_type(args.kv_dtype) or kv_type("f16")
     chunk_size = args.chunk_size or max_step_tokens(args.ctx)

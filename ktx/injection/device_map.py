@@ -50,8 +50,27 @@ class PlacementEntry:
         return self.device.split(",") if "," in self.device else []
 
 
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Placement options of `ktx.load`, as a user gives them; None: not given.
+
+    Attributes:
+        device: cpu, cuda, cuda:N, or several GPUs; replaces a rule file's device map.
+        moe_device: cpu, cuda, cuda:N or numa; device of the routed experts.
+        shared_expert_device: device of the shared experts.
+        devices: device by key, as in a rule file's device map.
+        gpu_experts: number of experts per layer on the layer's GPU.
+    """
+
+    device: str | Sequence[str] | None = None
+    moe_device: str | None = None
+    shared_expert_device: str | None = None
+    devices: Mapping[str, str | Sequence[str]] | None = None
+    gpu_experts: int | None = None
+
+
 def parse_entry(
-    key: str, device: str | Sequence[str], where: str = "devices", explicit: bool = False, implied: bool = False
+    key: str, device: str | Sequence[str], where: str = "devices", *, explicit: bool = False, implied: bool = False
 ) -> PlacementEntry:
     """Parses an entry of a device map.
 
@@ -158,14 +177,7 @@ def format_ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def merge_options(
-    file: Sequence[PlacementEntry],
-    device: str | Sequence[str] | None = None,
-    moe_device: str | None = None,
-    shared_expert_device: str | None = None,
-    devices: Mapping[str, str | Sequence[str]] | None = None,
-    gpu_experts: int | None = None,
-) -> list[PlacementEntry]:
+def merge_options(file: Sequence[PlacementEntry], options: PlacementOptions) -> list[PlacementEntry]:
     """Returns a rule file's device map with the entries of options in front.
 
     `device` replaces the file's map, but not its `gpu_experts`, and leaves the routed experts on the CPU unless
@@ -173,14 +185,17 @@ def merge_options(
 
     Args:
         file: the entries of the rule file.
-        device, moe_device, shared_expert_device, devices, gpu_experts: as in `ktx.load`.
+        options: the placement options.
 
     Raises:
         UsageError: an option is invalid.
     """
-    entries = [parse_entry(key, value, f"devices, {key}", explicit=True) for key, value in (devices or {}).items()]
-    if gpu_experts is not None:
-        entries.append(parse_gpu_experts("all", gpu_experts))
+    moe_device, shared_expert_device = options.moe_device, options.shared_expert_device
+    entries = [
+        parse_entry(key, value, f"devices, {key}", explicit=True) for key, value in (options.devices or {}).items()
+    ]
+    if options.gpu_experts is not None:
+        entries.append(parse_gpu_experts("all", options.gpu_experts))
     else:
         entries += [entry for entry in file if entry.num_gpu_experts is not None]
     file = [entry for entry in file if entry.num_gpu_experts is None]
@@ -190,9 +205,9 @@ def merge_options(
         )
     if shared_expert_device is not None:
         entries.append(parse_entry("shared_experts", shared_expert_device, "shared_expert_device", explicit=True))
-    if device is None:
+    if options.device is None:
         return [*entries, *file]
-    all_entry = parse_entry("all", device, "device", explicit=True)
+    all_entry = parse_entry("all", options.device, "device", explicit=True)
     if all_entry.device != "cpu" and moe_device is None:
         entries.append(parse_entry("experts", "cpu", implied=True))
     return [*entries, all_entry]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import prod
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -261,42 +260,46 @@ def _fold_layers(plan: Plan) -> Iterator[tuple[str, Step]]:
         yield _with_layers(pattern, layers), replace(steps[0], specs=[spec for step in steps for spec in step.specs])
 
 
-def inject(
-    model: nn.Module,
-    rules: Sequence[Rule],
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype | str | None = None,
-    warn_unmatched: bool = True,
-    targets: Mapping[str, str | None] = MappingProxyType({}),
-    entries: Sequence[PlacementEntry] = (),
-) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class InjectOptions:
+    """How `inject` builds and places operators.
+
+    Attributes:
+        dtype: compute type.
+        kv_dtype: type of the KV cache; None: the type that keys and values are computed in.
+        targets: quantized type of float weights by operator class.
+        entries: device map for modules whose rule names no device, one GPU per entry.
+        warn_unmatched: whether to warn of rules that match no module, except shipped ones; false for default rules.
+    """
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype | str | None = None
+    targets: Mapping[str, str | None] = field(default_factory=dict)
+    entries: Sequence[PlacementEntry] = ()
+    warn_unmatched: bool = True
+
+
+def inject(model: nn.Module, rules: Sequence[Rule], config: PreTrainedConfig, options: InjectOptions) -> Plan:
     """Replaces modules of a meta-device model, top down in the new tree, and returns the plan.
 
     Args:
         model: the transformers model.
         rules: the first rule that matches a module applies.
         config: the model's configuration.
-        dtype: compute type.
-        kv_dtype: type of the KV cache.
-        warn_unmatched: whether to warn of rules that match no module, except shipped ones; false for default rules.
-        targets: quantized type of float weights by operator class.
-        entries: device map for modules whose rule names no device, one GPU per entry.
+        options: types, device map and warnings.
 
     Raises:
         UsageError: a rule or an entry of the device map is invalid for this model.
     """
-    injector = _Injector(model, rules, config, dtype, kv_dtype)
-    injector.targets, injector.entries = targets, [entry for entry in entries if entry.num_gpu_experts is None]
-    injector.gpu_expert_entries = [entry for entry in entries if entry.num_gpu_experts is not None]
+    injector = _Injector(model, rules, config, options)
     injector.visit("", model, CPU)
-    if warn_unmatched or entries:
+    if options.warn_unmatched or options.entries:
         injector.warn_unsplit()
     for i, entry in enumerate(injector.entries):
         if i not in injector.matched_entries and not entry.implied:
             warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     injector.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in injector.matched_rules]
-    for rule in (rule for rule in injector.plan.unmatched if warn_unmatched and not is_shipped(rule)):
+    for rule in (rule for rule in injector.plan.unmatched if options.warn_unmatched and not is_shipped(rule)):
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
         hint = did_you_mean(unknown, sorted(injector.classes)) if unknown and unknown not in injector.classes else ""
@@ -310,20 +313,12 @@ class _Injector:
     `matched_rules` and `matched_entries` are indices, for the warnings about those that matched nothing.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rules: Sequence[Rule],
-        config: PreTrainedConfig,
-        dtype: torch.dtype,
-        kv_dtype: torch.dtype | str | None,
-    ):
-        """Stores arguments of `inject`, which sets the device map and the quantized types afterwards."""
-        self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
+    def __init__(self, model: nn.Module, rules: Sequence[Rule], config: PreTrainedConfig, options: InjectOptions):
+        """Stores arguments of `inject`; a device map's entries with a number of GPU experts apply to experts only."""
+        self.model, self.rules, self.config, self.options = model, rules, config, options
         self.plan, self.matched_rules = Plan(), set[int]()
-        self.targets: Mapping[str, str | None] = {}
-        self.entries: Sequence[PlacementEntry] = ()
-        self.gpu_expert_entries: Sequence[PlacementEntry] = ()
+        self.entries = [entry for entry in options.entries if entry.num_gpu_experts is None]
+        self.gpu_expert_entries = [entry for entry in options.entries if entry.num_gpu_experts is not None]
         self.unsplit: dict[str, int] = {}  # by origin: experts requested on a GPU, 0 once placed
         self.matched_entries, self.warned = set[int](), set[str]()
         self.classes = {type(module).__name__ for module in model.modules()}
@@ -345,23 +340,23 @@ class _Injector:
             module = self.build_operator(path, module, rule, device)
             self.model.set_submodule(path, module)
             if isinstance(module, Experts):
-                self.split_experts(path, original, module, rule, parent_device)
-        self.record(path, old_class, module, rule, device)
-        if isinstance(module, Experts) and module.on_gpu is not None:
-            self.record(f"{path}.on_gpu", old_class, module.on_gpu, rule, parent_device)  # same class and tensors
+                self.split_experts(original, module, rule, parent_device)
+        self.record(path, module, device, old_class=old_class, rule=rule)
+        if isinstance(module, Experts) and module.on_gpu is not None:  # same class and tensors
+            self.record(f"{path}.on_gpu", module.on_gpu, parent_device, old_class=old_class, rule=rule)
         elif rule is None or rule.recursive:
             for name, child in list(module.named_children()):
                 self.visit(f"{path}.{name}" if path else name, child, device)
         else:
             self.record_below(path, module, device)
 
-    def split_experts(self, path: str, old: nn.Module, new: Experts, rule: Rule, parent_device: Device) -> None:
+    def split_experts(self, old: nn.Module, new: Experts, rule: Rule, parent_device: Device) -> None:
         """Assigns some of a layer's CPU experts to the enclosing block's GPU, as the rule or the map requests.
 
         Nothing changes unless the experts are on the CPU and the enclosing MoE block is on a GPU; `unsplit` records
         requests that no layer could follow, for `warn_unsplit`.
         """
-        entry = next((entry for entry in self.gpu_expert_entries if entry.pattern.search(path)), None)
+        entry = next((entry for entry in self.gpu_expert_entries if entry.pattern.search(new.path)), None)
         num_gpu_experts, where = new.gpu_experts, f"{rule.where}: gpu_experts"
         if not num_gpu_experts and entry is not None:
             num_gpu_experts, where = entry.num_gpu_experts or 0, entry.where
@@ -371,12 +366,12 @@ class _Injector:
         if (
             new.placement.gpu
             or not parent_device.gpu
-            or not isinstance(self.model.get_submodule(path.rpartition(".")[0]), MoE)
+            or not isinstance(self.model.get_submodule(new.path.rpartition(".")[0]), MoE)
         ):
             return
         self.unsplit[where] = 0
         kwargs = {key: value for key, value in rule.kwargs.items() if key != "gpu_experts"}
-        gpu_experts = self.build_operator(path, old, replace(rule, kwargs=kwargs), parent_device)
+        gpu_experts = self.build_operator(new.path, old, replace(rule, kwargs=kwargs), parent_device)
         assert isinstance(gpu_experts, Experts)
         try:
             new.split_to_gpu(gpu_experts, num_gpu_experts)
@@ -439,18 +434,18 @@ class _Injector:
         if device.gpu:
             cls = on_gpu(cls, rule.where)
         check_kwargs(cls, rule)
+        options = self.options
+        context = Context(path, self.config, device.torch, options.dtype, options.kv_dtype, device.gpu)
         try:
-            new = cls.from_hf(
-                old, Context(path, self.config, device.torch, self.dtype, self.kv_dtype, device.gpu), **rule.kwargs
-            )
+            new = cls.from_hf(old, context, **rule.kwargs)
         except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
         new.path, new.placement = path, device  # set here, so that custom operators need not do it
-        if cls.__name__ in self.targets:
-            new.quant_target = self.targets[cls.__name__]
+        if cls.__name__ in options.targets:
+            new.quant_target = options.targets[cls.__name__]
         return new
 
-    def record(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: Device) -> None:
+    def record(self, path: str, module: nn.Module, device: Device, *, old_class: str, rule: Rule | None = None) -> None:
         """Records a module's device, and a step if the module was replaced or has weights of its own.
 
         The step lists the tensors that the module reads, its own parameters and those of its operator; output layers
@@ -477,18 +472,16 @@ class _Injector:
         if tensors or isinstance(module, Operator):
             operator = type(module).__name__ if rule is not None and rule.replace else ""
             target = module.quant_target if isinstance(module, Operator) else None
-            fraction = (
-                Fraction(module.num_experts, module.total_experts) if isinstance(module, Experts) else Fraction(1)
-            )
-            self.plan.append(
-                Step(path, old, operator, rule, str(device), tensors, shapes, quant_target=target, fraction=fraction)
-            )
+            step = Step(path, old_class, operator, rule, str(device), tensors, shapes, quant_target=target)
+            if isinstance(module, Experts):
+                step.fraction = Fraction(module.num_experts, module.total_experts)
+            self.plan.append(step)
 
     def record_below(self, path: str, module: nn.Module, device: Device) -> None:
         """Records the submodules of a module whose rule is not recursive."""
         for name, child in module.named_modules():
             if name:
-                self.record(f"{path}.{name}", type(child).__name__, child, None, device)
+                self.record(f"{path}.{name}", child, device, old_class=type(child).__name__)
 
 
 def check_kwargs(cls: type[Operator], rule: Rule) -> None:

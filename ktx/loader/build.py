@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,14 @@ from ktx.cache.kv import KVType, kv_type
 from ktx.devices import CPU, gpus
 from ktx.environment import check_environment
 from ktx.errors import BadFile, UsageError
-from ktx.injection.device_map import PlacementEntry, merge_options, parse_stream_experts, split_layers
-from ktx.injection.inject import Plan, inject
+from ktx.injection.device_map import (
+    PlacementEntry,
+    PlacementOptions,
+    merge_options,
+    parse_stream_experts,
+    split_layers,
+)
+from ktx.injection.inject import InjectOptions, Plan, inject
 from ktx.injection.rule import Rule
 from ktx.injection.rules import Rules, load_rules
 from ktx.loader.meta_model import build_meta_model, read_config, resolve_model, set_experts_per_token
@@ -51,6 +57,50 @@ OLD_ARGUMENTS = {  # names in ktx 0.1 of arguments of `load` -> the names of tod
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Options of `ktx.load`, parsed, that determine the planned model; their defaults are in its signature.
+
+    Attributes:
+        rules: name or path of a rule file, or a list of Rule; None: the rules of the model's architecture.
+        dtype: compute type; None: chosen by the devices in use.
+        kv_dtype: type of the KV cache (ktx.cache.kv.kv_type); None: not requested.
+        num_experts_per_tok: number of experts per token; None: the configuration's.
+        trust_remote_code: whether Python code from the model's folder may run.
+        targets: quantized type of float weights by operator class (`quant_targets`).
+        mtp: whether the layer for multi-token prediction is part of the model.
+        placement: devices of modules, which come before the device map of the rules.
+        config: a configuration that replaces the model's own.
+    """
+
+    rules: str | Path | Sequence[Rule] | None
+    dtype: torch.dtype | None
+    kv_dtype: KVType
+    num_experts_per_tok: int | None
+    trust_remote_code: bool
+    targets: Mapping[str, str | None]
+    mtp: bool
+    placement: PlacementOptions
+    config: PreTrainedConfig | None
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model before its weights are loaded.
+
+    Attributes:
+        model: transformers' model on the meta device, with its operators.
+        plan: devices, operators and tensors of its modules.
+        source: the weight files.
+        dtype: compute type.
+    """
+
+    model: PreTrainedModel
+    plan: Plan
+    source: WeightSource
+    dtype: torch.dtype
+
+
 @deprecated_arguments(**OLD_ARGUMENTS)
 @torch_defaults()
 def plan(
@@ -78,25 +128,24 @@ def plan(
     """
     adapter_files = [read_adapter(adapter) for adapter in parse_adapters(lora)]
     parse_stream_experts(stream_experts_min_tokens)
-    targets = quant_targets(quantize, quantize_experts)
-    placement = placement_options(device, moe_device, shared_expert_device, devices, gpu_experts)
-    cache_dtype = kv_type(kv_dtype)
-    meta_model, result, *_ = prepare_model(
-        model,
-        weights,
-        rules,
+    options = BuildOptions(
+        rules=rules,
         dtype=torch.float32,
-        kv_dtype=cache_dtype,
+        kv_dtype=kv_type(kv_dtype),
         num_experts_per_tok=num_experts_per_tok,
         trust_remote_code=trust_remote_code,
-        targets=targets,
+        targets=quant_targets(quantize, quantize_experts),
         mtp=False,
-        placement=placement,
+        placement=PlacementOptions(device, moe_device, shared_expert_device, devices, gpu_experts),
+        config=None,
     )
-    result.adapters = {file.adapter.name: adapter_bytes(match_modules(meta_model, file)) for file in adapter_files}
+    planned = prepare_model(model, weights, options)
+    planned.plan.adapters = {
+        file.adapter.name: adapter_bytes(match_modules(planned.model, file)) for file in adapter_files
+    }
     if defer_experts:
-        expert_deferral.install_deferral(meta_model, defer_experts)
-    return result
+        expert_deferral.install_deferral(planned.model, defer_experts)
+    return planned.plan
 
 
 @torch_defaults()
@@ -104,6 +153,7 @@ def measure_footprint(
     model: str | Path,
     weights: str | Path | None = None,
     rules: Any = None,
+    *,
     trust_remote_code: bool = False,
     quantize: str | None = None,
     quantize_experts: str | None = None,
@@ -129,39 +179,21 @@ def measure_footprint(
             " a placement by budget needs rules that do not"
         )
     unplaced = Rules(base_rules, base=base_rules.base, explicit=base_rules.explicit)
-    targets = quant_targets(quantize, quantize_experts)
-    meta_model, plan, source, _ = prepare_model(
-        model,
-        weights,
-        unplaced,
+    options = BuildOptions(
+        rules=unplaced,
         dtype=torch.float32,
         kv_dtype=None,
         num_experts_per_tok=num_experts_per_tok,
         trust_remote_code=trust_remote_code,
-        targets=targets,
+        targets=quant_targets(quantize, quantize_experts),
         mtp=False,
+        placement=PlacementOptions(),
+        config=None,
     )
-    plan.check(source)
-    plan.warn_unread()
-    return compute_footprint(meta_model, plan, source), unplaced
-
-
-# Rule file's device map -> device map in effect.
-PlacementOptions = Callable[[Sequence[PlacementEntry]], list[PlacementEntry]]
-
-
-def placement_options(
-    device: str | Sequence[str] | None,
-    moe_device: str | None,
-    shared_expert_device: str | None,
-    devices: Mapping[str, str | Sequence[str]] | None,
-    gpu_experts: int | None,
-) -> PlacementOptions:
-    """Returns a function that puts these options in front of a rule file's device map.
-
-    The device map is known only once `prepare_model` has read the rules, so the options cannot be merged earlier.
-    """
-    return lambda file: merge_options(file, device, moe_device, shared_expert_device, devices, gpu_experts)
+    planned = prepare_model(model, weights, options)
+    planned.plan.check(planned.source)
+    planned.plan.warn_unread()
+    return compute_footprint(planned.model, planned.plan, planned.source), unplaced
 
 
 def quant_targets(quantize: str | None, quantize_experts: str | None) -> dict[str, str | None]:
@@ -180,26 +212,13 @@ def quant_targets(quantize: str | None, quantize_experts: str | None) -> dict[st
     }
 
 
-def prepare_model(
-    model: str | Path,
-    weights: str | Path | None,
-    rules: Any,
-    dtype: torch.dtype | None,
-    kv_dtype: KVType,
-    num_experts_per_tok: int | None,
-    trust_remote_code: bool,
-    targets: Mapping[str, str | None],
-    mtp: bool,
-    placement: PlacementOptions = list,
-    config_override: PreTrainedConfig | None = None,
-) -> tuple[PreTrainedModel, Plan, WeightSource, torch.dtype]:
-    """Returns the meta-device model with its operators, the plan, the weight source and the compute type.
+def prepare_model(model: str | Path, weights: str | Path | None, options: BuildOptions) -> PlannedModel:
+    """Returns a model's plan and its meta-device model with operators, from headers alone.
 
     Args:
-        dtype: the compute type; None chooses it by the devices in use.
-        targets: quantized type of float weights by operator class.
-        placement: maps the rule file's device map to the one in effect.
-        config_override: a configuration that replaces the model's own.
+        model: a folder, hub id or GGUF file.
+        weights: the weight files; None: those of `model`.
+        options: rules, types and placement.
 
     Raises:
         BadFile: the files are missing or do not fit the configuration.
@@ -207,14 +226,46 @@ def prepare_model(
     """
     check_environment()
     model = resolve_model(model, not weights)
-    config = copy.deepcopy(read_config(model, trust_remote_code) if config_override is None else config_override)
+    config = copy.deepcopy(read_config(model, options.trust_remote_code) if options.config is None else options.config)
     weights_path = Path(weights or model).expanduser()
     if not weights_path.exists():
         raise BadFile(f"{weights_path}: no such file or folder; `ktx download` fetches a model from a hub")
-    base_rules = load_rules(rules, config.model_type)
+    rules = load_rules(options.rules, config.model_type)
     source = open_weights(weights_path, config)
     scheme = _scheme(model, weights_path) if isinstance(source, SafetensorsSource) else ""
-    if not weights and is_packed_config(config) and not isinstance(source, PackedSource):
+    _check_source(source, config, must_be_packed=not weights and is_packed_config(config))
+    if options.num_experts_per_tok is not None:
+        set_experts_per_token(config, options.num_experts_per_tok)
+
+    entries = merge_options(rules.entries, options.placement)
+    injection = InjectOptions(
+        dtype=options.dtype or _default_dtype(_names_gpu(rules, entries)),
+        kv_dtype=options.kv_dtype,
+        targets=options.targets,
+        entries=entries,
+        warn_unmatched=rules.explicit,
+    )
+    builder = _Builder(config, source, options)
+    injection = builder.split_layers(rules, injection)
+    planned = builder.build(rules, injection)
+    dtype = options.dtype or _default_dtype(any(device.gpu for device in planned.plan.devices.values()))
+    if dtype != planned.dtype:  # no module matched the GPU entries, which was warned of already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            planned = builder.build(rules, replace(injection, dtype=dtype, warn_unmatched=False))
+
+    plan = planned.plan
+    plan.scheme, plan.rules, plan.stream_experts_min_tokens = scheme, rules, rules.stream_experts_min_tokens
+    plan.model_notes = notes.collect_notes(planned.model, plan, injection)
+    return planned
+
+
+def _check_source(source: WeightSource, config: PreTrainedConfig, must_be_packed: bool) -> None:
+    """Raises BadFile if a weight source does not fit the configuration.
+
+    `must_be_packed`: the configuration, which is from the same folder, declares packed weights.
+    """
+    if must_be_packed and not isinstance(source, PackedSource):
         raise BadFile(
             f"{source.path}: its config.json declares packed weights (quant_method ktx), but its files hold none;"
             " name the weights, or write the model again with save_pretrained"
@@ -223,46 +274,43 @@ def prepare_model(
     if mismatches:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(mismatches)}")
 
-    if num_experts_per_tok is not None:
-        set_experts_per_token(config, num_experts_per_tok)
 
-    def build_plan(
-        rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
-    ) -> tuple[PreTrainedModel, Plan]:
-        """Builds the meta-device model with its operators and their plan, from headers alone.
+@dataclass(frozen=True)
+class _Builder:
+    """Builds the meta-device model with its operators and their plan, from headers alone.
 
-        It may run three times: for the bytes by which layers are split between GPUs, for the result, and once more if
-        the devices in use call for another compute type than expected.
+    `prepare_model` may build three times: for the bytes by which layers are split between GPUs, for the result, and
+    once more if the devices in use call for another compute type than expected.
+    """
+
+    config: PreTrainedConfig
+    source: WeightSource
+    options: BuildOptions
+
+    def build(self, rules: Sequence[Rule], injection: InjectOptions) -> PlannedModel:
+        """Builds the model with the operators of `rules`, and the plan with its tensors."""
+        model = build_meta_model(self.config, injection.dtype, self.options.trust_remote_code)
+        if self.options.mtp:
+            mtp_layer.append_layer(model, self.source)
+        plan = inject(model, rules, self.config, injection)
+        plan.ignored_patterns = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        _tie(model, plan, self.source)
+        plan.fill(self.source)
+        return PlannedModel(model, plan, self.source, injection.dtype)
+
+    def split_layers(self, rules: Rules, injection: InjectOptions) -> InjectOptions:
+        """Returns the options with one device per entry of the device map.
+
+        Layers of an entry with several GPUs are split by their bytes, which are taken from a plan on the CPU.
         """
-        meta_model = build_meta_model(config, compute_dtype, trust_remote_code)
-        if mtp:
-            mtp_layer.append_layer(meta_model, source)
-        plan = inject(meta_model, rules, config, compute_dtype, kv_dtype, warn, targets, entries)
-        plan.scheme, plan.ignored_patterns = (
-            scheme,
-            tuple(getattr(meta_model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        )
-        _tie(meta_model, plan, source)
-        plan.fill(source)
-        return meta_model, plan
-
-    entries = placement(base_rules.entries)
-    compute_dtype = dtype or _default_dtype(_names_gpu(base_rules, entries))
-    num_gpus = next((len(entry.split_devices) for entry in entries if entry.split_devices), 0)
-    if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
-        cpu_footprint = compute_footprint(
-            *build_plan([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
-        )
-        entries = split_layers(entries, split_evenly(cpu_footprint, num_gpus, entries, base_rules))
-    meta_model, plan = build_plan(base_rules, entries, compute_dtype, base_rules.explicit)
-    final_dtype = dtype or _default_dtype(any(device.gpu for device in plan.devices.values()))
-    if final_dtype != compute_dtype:  # no module matched the GPU entries, which was warned of already
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            meta_model, plan = build_plan(base_rules, entries, final_dtype, False)
-    plan.rules, plan.stream_experts_min_tokens = base_rules, base_rules.stream_experts_min_tokens
-    plan.model_notes = notes.collect_notes(meta_model, plan, base_rules, targets, kv_dtype)
-    return meta_model, plan, source, final_dtype
+        num_gpus = next((len(entry.split_devices) for entry in injection.entries if entry.split_devices), 0)
+        if not num_gpus:
+            return injection
+        cpu_rules = [replace(rule, device=None) for rule in rules]
+        on_cpu = self.build(cpu_rules, replace(injection, entries=(), warn_unmatched=False))
+        footprint = compute_footprint(on_cpu.model, on_cpu.plan, self.source)
+        layers = split_evenly(footprint, num_gpus, injection.entries, rules)
+        return replace(injection, entries=split_layers(injection.entries, layers))
 
 
 def _scheme(model: str | Path, weights: Path) -> str:

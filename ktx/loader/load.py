@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import time
@@ -20,18 +19,26 @@ from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.devices import GPU_VARIABLE
 from ktx.errors import UsageError
 from ktx.hardware import tune_malloc
-from ktx.injection.device_map import parse_stream_experts
+from ktx.injection.device_map import PlacementOptions, parse_stream_experts
 from ktx.injection.inject import Plan
 from ktx.injection.rule import Rule
 from ktx.kernels import cpu
-from ktx.loader.build import OLD_ARGUMENTS, placement_options, prepare_model, quant_targets
+from ktx.loader.build import OLD_ARGUMENTS, BuildOptions, PlannedModel, prepare_model, quant_targets
 from ktx.loader.load_weights import ProgressSink, init_missing_buffers, load_weights, progress_bar
 from ktx.loader.meta_model import read_tokenizer, resolve_model, set_generation_config
 from ktx.loader.resources import check_memory, open_packed_cache, plan_identity
 from ktx.model import notes
 from ktx.model import self_test as selftest
 from ktx.model.loaded import set_loaded_class
-from ktx.model.lora import AdapterArgument, Adapters, adapter_bytes, match_modules, parse_adapters, read_adapter
+from ktx.model.lora import (
+    AdapterArgument,
+    Adapters,
+    MatchedModules,
+    adapter_bytes,
+    match_modules,
+    parse_adapters,
+    read_adapter,
+)
 from ktx.model.pickling import BuildArguments, WeightFiles
 from ktx.model.self_test import SelfTest
 from ktx.ops import device_hooks, expert_deferral
@@ -43,7 +50,8 @@ from ktx.ops.fusion.layer_group import group_layers
 from ktx.ops.weight_traffic import module_bytes as own_sizes
 from ktx.utils.deprecation import deprecated_arguments, deprecated_members
 from ktx.utils.torch_defaults import torch_defaults
-from ktx.weights.lora import Adapter, AdapterSpec
+from ktx.weights.gguf_lora import GGUFAdapter
+from ktx.weights.lora import Adapter, AdapterFile, AdapterSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +155,36 @@ class LoadInfo:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of `load`, parsed; their defaults are in its signature.
+
+    Attributes:
+        build: options that determine the planned model.
+        adapter_files: the LoRA adapters' files, which are read before the model.
+        num_threads: size of the kernels' thread pool.
+        attn_implementation: argument of `model.set_attn_implementation`; None: the model's default.
+        defer_experts: number of experts of a token whose output is added one layer later.
+        stream_experts_min_tokens: min number of tokens from which the CPU's experts are streamed to the GPU, auto or
+            off; None: the rule file's value.
+        packed_cache_dir: folder that caches packed weights on disk; None: no such cache.
+        progress: whether to draw a progress bar, or a sink that receives the bytes.
+        self_test: whether the model is tested, or only by its engine.
+        tokenizer: whether the tokenizer is read.
+    """
+
+    build: BuildOptions
+    adapter_files: Sequence[AdapterFile | GGUFAdapter]
+    num_threads: int
+    attn_implementation: str | None
+    defer_experts: int
+    stream_experts_min_tokens: int | str | None
+    packed_cache_dir: str | Path | None
+    progress: bool | ProgressSink
+    self_test: SelfTest
+    tokenizer: bool
+
+
 @deprecated_arguments(**OLD_ARGUMENTS)
 @torch_defaults()
 def load(
@@ -220,112 +258,142 @@ def load(
     check_implementation(attn_implementation)
     if dtype not in (None, *COMPUTE_DTYPES):
         raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTE_DTYPES))}")
-    adapter_files = [read_adapter(requested) for requested in parse_adapters(lora)]
     parse_stream_experts(stream_experts_min_tokens)
     selftest.check_option(self_test)
-    num_threads = cpu.pool_size(threads)
-    cpu.ops.set_threads(num_threads)
-    kv_dtype = kv_type(kv_dtype)
-    targets = quant_targets(quantize, quantize_experts)
-    placement = placement_options(device, moe_device, shared_expert_device, devices, gpu_experts)
-    model = resolve_model(model, not weights)
+    options = LoadOptions(
+        build=BuildOptions(
+            rules=rules,
+            dtype=dtype,
+            kv_dtype=kv_type(kv_dtype),
+            num_experts_per_tok=num_experts_per_tok,
+            trust_remote_code=trust_remote_code,
+            targets=quant_targets(quantize, quantize_experts),
+            mtp=mtp,
+            placement=PlacementOptions(device, moe_device, shared_expert_device, devices, gpu_experts),
+            config=config,
+        ),
+        adapter_files=[read_adapter(requested) for requested in parse_adapters(lora)],
+        num_threads=cpu.pool_size(threads),
+        attn_implementation=attn_implementation,
+        defer_experts=defer_experts,
+        stream_experts_min_tokens=stream_experts_min_tokens,
+        packed_cache_dir=packed_cache_dir,
+        progress=progress,
+        self_test=self_test,
+        tokenizer=tokenizer,
+    )
+    return _load_model(resolve_model(model, not weights), weights, options)
+
+
+def _load_model(model: Path, weights: str | Path | None, options: LoadOptions) -> tuple[Any, Any]:
+    """Plans a model, checks the plan, loads the weights, completes the model and tests it.
+
+    Args, return values and errors are those of `load`.
+    """
+    cpu.ops.set_threads(options.num_threads)
     with notes.capture_warnings() as load_warnings:
-        hf_model, plan, source, dtype = prepare_model(
-            model,
-            weights,
-            rules,
-            dtype,
-            kv_dtype,
-            num_experts_per_tok,
-            trust_remote_code,
-            targets,
-            mtp,
-            placement,
-            config,
-        )
-    _set_attention(hf_model, attn_implementation)
-    plan.check(source)
-    adapters = [(file.adapter, match_modules(hf_model, file)) for file in adapter_files]
+        planned = prepare_model(model, weights, options.build)
+    hf_model: Any = planned.model
+    _set_attention(hf_model, options.attn_implementation)
+    adapters = _check_plan(planned, options)
+    if options.defer_experts:
+        expert_deferral.install_deferral(hf_model, options.defer_experts)
+    tokenizer = read_tokenizer(model, planned.source, options.build.trust_remote_code) if options.tokenizer else None
+    files = WeightFiles(
+        BuildArguments.of(planned, options.build, options.packed_cache_dir),
+        {spec.file for step in planned.plan for spec in step.specs},
+    )
+    start_s = time.perf_counter()
+    _load_weights(planned, options, files)
+    _complete_model(planned, options)
+    weight_sizes = own_sizes(hf_model)
+    hf_model.ktx = info = LoadInfo(
+        plan=planned.plan,
+        weights=planned.source.path,
+        seconds=time.perf_counter() - start_s,
+        nbytes=sum(size.held_bytes for size in weight_sizes),
+        bytes_per_token=sum(size.bytes_per_token for size in weight_sizes),
+        isa=cpu.ops.isa(),
+        threads=options.num_threads,
+        kv_dtype=_resolve_kv_dtype(hf_model, options.build.kv_dtype),
+        model=weakref.ref(hf_model),
+        tokenizer=tokenizer,
+        identity=[
+            plan_identity(planned.plan),
+            hf_model.config.to_dict(),
+            cpu.ops.isa(),
+            str(planned.dtype),
+            options.defer_experts,
+        ],
+        self_test=options.self_test,
+        files=files,
+    )
+    for adapter, modules in adapters:
+        info.adapters.add(adapter, modules)
+    info.adapters.use([adapter.name for adapter, _ in adapters])
+    notes.add_notes(info.notes, [*planned.plan.model_notes, *load_warnings, *notes.openmp_notes()])
+    set_generation_config(hf_model, model, planned.source)
+    if options.self_test is True:
+        selftest.check(hf_model)
+    return hf_model, tokenizer
+
+
+def _check_plan(planned: PlannedModel, options: LoadOptions) -> list[tuple[Adapter, MatchedModules]]:
+    """Checks everything that can be checked before weights are read.
+
+    Returns:
+        The adapters with the modules that they match; their bytes become part of the plan.
+
+    Raises:
+        BadFile, DoesNotFit, UsageError: the model cannot be loaded.
+    """
+    model, plan, kv_dtype = planned.model, planned.plan, options.build.kv_dtype
+    plan.check(planned.source)
+    adapters = [(file.adapter, match_modules(model, file)) for file in options.adapter_files]
     plan.adapters = {adapter.name: adapter_bytes(modules) for adapter, modules in adapters}
     plan.warn_unread()
     _check_fake_gpus(plan)
     if kv_dtype == FP8:
         _check_fp8(plan)
-    if defer_experts:
-        expert_deferral.install_deferral(hf_model, defer_experts)
-    _resolve_kv_dtype(hf_model, kv_dtype)
+    _resolve_kv_dtype(model, kv_dtype)
     check_memory(plan)
-    loaded_tokenizer = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
-    files = WeightFiles(
-        BuildArguments(
-            weights=str(Path(source.path).absolute()),
-            config=copy.deepcopy(hf_model.config),
-            rules=plan.rules,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            trust_remote_code=trust_remote_code,
-            targets=targets,
-            mtp=mtp,
-            placement_args=(device, moe_device, shared_expert_device, devices, gpu_experts),
-            packed_cache_dir=None if packed_cache_dir is None else str(Path(packed_cache_dir).expanduser().absolute()),
-        ),
-        {spec.file for step in plan for spec in step.specs},
-    )
-    start_s = time.perf_counter()
-    packed_cache = None if packed_cache_dir is None else open_packed_cache(packed_cache_dir, plan, source)
-    with progress_bar(sum(step.nbytes for step in plan), progress) as advance:
+    return adapters
+
+
+def _load_weights(planned: PlannedModel, options: LoadOptions, files: WeightFiles) -> None:
+    """Loads the weights with a progress bar, from the packed cache on disk if there is one, and all other buffers."""
+    plan, cache_dir = planned.plan, options.packed_cache_dir
+    packed_cache = None if cache_dir is None else open_packed_cache(cache_dir, plan, planned.source)
+    with progress_bar(sum(step.nbytes for step in plan), options.progress) as advance:
         try:
-            load_weights(hf_model, plan, source, dtype, num_threads, advance, packed_cache, files)
+            load_weights(planned, advance, threads=options.num_threads, store=packed_cache, origin=files)
         except BaseException:
             if packed_cache is not None:
                 packed_cache.abort()
             raise
     if packed_cache is not None and (error := packed_cache.commit()):
         warnings.warn(error, stacklevel=2)
-    init_missing_buffers(hf_model, plan)
-    for module in reversed(list(hf_model.modules())):  # children before their parents
+    init_missing_buffers(planned.model, plan)
+
+
+def _complete_model(planned: PlannedModel, options: LoadOptions) -> None:
+    """Computes what operators derive from weights, installs transfers, fusion and offloading, and sets the class."""
+    model, plan = planned.model, planned.plan
+    for module in reversed(list(model.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.use_live_parameters()
             module.ready()
             module.is_ready = True
-    devices_of = {hf_model.get_submodule(path): place for path, place in plan.devices.items()}
-    if mtp:
-        mtp_model = mtp_layer.detach_layer(hf_model)
+    devices_of = {model.get_submodule(path): place for path, place in plan.devices.items()}
+    if options.build.mtp:
+        mtp_model = mtp_layer.detach_layer(model)
         devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
-    device_hooks.install_transfer_hooks(hf_model, devices_of, dtype)
-    group_layers(hf_model)
-    _install_expert_offload(
-        hf_model,
-        plan,
-        plan.stream_experts_min_tokens if stream_experts_min_tokens is None else stream_experts_min_tokens,
-    )
+    device_hooks.install_transfer_hooks(model, devices_of, planned.dtype)
+    group_layers(model)
+    requested = options.stream_experts_min_tokens
+    _install_expert_offload(model, plan, plan.stream_experts_min_tokens if requested is None else requested)
     tune_malloc()  # only now: loading has returned its temporary memory
-    set_loaded_class(hf_model)
-    weight_sizes = own_sizes(hf_model)
-    hf_config: Any = hf_model.config
-    info = hf_model.ktx = LoadInfo(
-        plan=plan,
-        weights=source.path,
-        seconds=time.perf_counter() - start_s,
-        nbytes=sum(size.held_bytes for size in weight_sizes),
-        bytes_per_token=sum(size.bytes_per_token for size in weight_sizes),
-        isa=cpu.ops.isa(),
-        threads=num_threads,
-        kv_dtype=_resolve_kv_dtype(hf_model, kv_dtype),
-        model=weakref.ref(hf_model),
-        tokenizer=loaded_tokenizer,
-        identity=[plan_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
-        self_test=self_test,
-        files=files,
-    )  # type: ignore[assignment]
-    for adapter, modules in adapters:
-        info.adapters.add(adapter, modules)
-    info.adapters.use([adapter.name for adapter, _ in adapters])
-    notes.add_notes(info.notes, [*plan.model_notes, *load_warnings, *notes.openmp_notes()])
-    set_generation_config(hf_model, model, source)
-    if self_test is True:
-        selftest.check(hf_model)
-    return hf_model, loaded_tokenizer
+    set_loaded_class(model)
 
 
 def _set_attention(model: PreTrainedModel, attn_implementation: str | None) -> None:

@@ -14,37 +14,36 @@ from torch import nn
 from ktx.errors import BadFile
 from ktx.injection.inject import Plan
 from ktx.kernels.packed_cache import Origin, PackedCache, cache_context
+from ktx.loader.build import PlannedModel
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
 from ktx.ops.tied import TiedLinear
 from ktx.transformers_compat import dtype_plan
-from ktx.weights.base import WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_weights(
-    model: nn.Module,
-    plan: Plan,
-    source: WeightSource,
-    dtype: torch.dtype,
-    threads: int,
+    planned: PlannedModel,
     advance: Callable[[int], None],
-    store: PackedCache | None = None,
-    origin: Origin | None = None,
+    *,
+    threads: int,
+    store: PackedCache | None,
+    origin: Origin,
 ) -> None:
     """Loads the plan's steps in file order on a thread pool; the first error cancels the remaining steps.
 
     Args:
-        dtype: compute type, for parameters that transformers keeps in no other type.
-        threads: size of the thread pool.
+        planned: the meta-device model, which receives the weights.
         advance: called with the number of bytes of each step that is done.
+        threads: size of the thread pool.
         store: the packed cache on disk, which is read or filled.
         origin: the files that pickles of the packed weights refer to.
     """
-    dtype_for = _dtype_of(model, dtype)
+    model, plan, source = planned.model, planned.plan, planned.source
+    dtype_for = _dtype_of(model, planned.dtype)
     ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def load_step(index: int) -> None:

@@ -18,8 +18,7 @@ from torch import nn
 from ktx.devices import Device
 from ktx.families import RULE_FILES
 from ktx.hardware import format_bytes
-from ktx.injection.inject import Plan
-from ktx.injection.rules import Rules
+from ktx.injection.inject import InjectOptions, Plan
 from ktx.kernels import cpu
 from ktx.ops.base import target_qtype
 from ktx.utils import openmp
@@ -105,21 +104,17 @@ def openmp_notes() -> list[Note]:
     ]
 
 
-def collect_notes(
-    model: nn.Module, plan: Plan, rules: Rules, targets: Mapping[str, str | None], kv_dtype: object
-) -> list[Note]:
+def collect_notes(model: nn.Module, plan: Plan, options: InjectOptions) -> list[Note]:
     """Returns notes on a planned model.
 
     Args:
         model: the meta-device model after injection.
-        plan: its plan.
-        rules: the rules that were applied.
-        targets: quantized type of float weights by operator class.
-        kv_dtype: the requested type of the KV cache.
+        plan: its plan, with the rules that were applied.
+        options: the requested types.
     """
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     notes = []
-    if not rules.explicit and model_type not in RULE_FILES:
+    if not plan.rules.explicit and model_type not in RULE_FILES:
         notes.append(
             Note(
                 "generic",
@@ -136,7 +131,7 @@ def collect_notes(
             )
         )
     notes += _plain_modules(plan)
-    notes += _ignored_options(plan, targets, kv_dtype)
+    notes += _ignored_options(plan, options.targets, options.kv_dtype)
     notes += [Note("weights", text) for text in plan.notes]
     return notes
 

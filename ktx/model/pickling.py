@@ -12,14 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ktx.errors import BadFile
 from ktx.injection.inject import Plan, Step
-from ktx.injection.rules import Rules
 from ktx.kernels import cpu
 from ktx.kernels.packed_cache import PackedCache, cache_context
-from ktx.loader.build import placement_options, prepare_model
+from ktx.loader.build import BuildOptions, PlannedModel, prepare_model
 from ktx.loader.resources import check_memory, open_packed_cache
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
@@ -73,38 +70,38 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class BuildArguments:
-    """Arguments of `ktx.loader.build.prepare_model`; `placement_args` are those of `placement_options`."""
+    """Arguments of `ktx.loader.build.prepare_model` that build a loaded model again.
+
+    Attributes:
+        weights: absolute path of the weight files.
+        options: as the model was planned, with its rules, compute type and configuration.
+        packed_cache_dir: absolute path of the folder that caches packed weights on disk; None: no such cache.
+    """
 
     weights: str
-    config: Any
-    rules: Rules
-    dtype: Any
-    kv_dtype: Any
-    trust_remote_code: bool
-    targets: dict[str, str | None]
-    mtp: bool
-    placement_args: tuple[Any, ...]
+    options: BuildOptions
     packed_cache_dir: str | None
 
-    def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
-        """Builds model, plan and weight source again, for a pickle whose weights are loaded from the files."""
+    @classmethod
+    def of(cls, planned: PlannedModel, options: BuildOptions, packed_cache_dir: str | Path | None) -> BuildArguments:
+        """Returns the arguments for a planned model; `options` are those that it was planned with."""
+        resolved = replace(
+            options,
+            rules=planned.plan.rules,
+            dtype=planned.dtype,
+            num_experts_per_tok=None,  # the configuration has it
+            config=copy.deepcopy(planned.model.config),
+        )
+        folder = None if packed_cache_dir is None else str(Path(packed_cache_dir).expanduser().absolute())
+        return cls(str(Path(planned.source.path).absolute()), resolved, folder)
+
+    def prepare(self) -> PlannedModel:
+        """Plans the model again, for a pickle whose weights are loaded from the files, without the warnings of loading."""
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
-            model, plan, source, _ = prepare_model(
-                model=self.weights,
-                weights=self.weights,
-                rules=self.rules,
-                dtype=self.dtype,
-                kv_dtype=self.kv_dtype,
-                num_experts_per_tok=None,  # the configuration has it
-                trust_remote_code=self.trust_remote_code,
-                targets=self.targets,
-                mtp=self.mtp,
-                placement=placement_options(*self.placement_args),
-                config_override=self.config,
-            )
-            plan.check(source)
-        return model, plan, source
+            planned = prepare_model(self.weights, self.weights, self.options)
+            planned.plan.check(planned.source)
+        return planned
 
 
 class WeightFiles:
@@ -126,7 +123,7 @@ class WeightFiles:
         """Clears the state that belongs to reading a pickle."""
         self.unpickled = False
         self.found: dict[tuple[str, int], cpu.Packed] = {}
-        self.prepared: tuple[nn.Module, Plan, WeightSource] | None = None
+        self.prepared: PlannedModel | None = None
 
     def register(self, name: str, packed_weights: list[cpu.Packed]) -> list[cpu.Packed]:
         """Registers an operator's packed weights (ktx.kernels.packed_cache.Origin); returns them."""
@@ -200,7 +197,7 @@ class WeightFiles:
         """
         if self.prepared is None:
             self.prepared = self.recipe.prepare()
-        model, plan, source = self.prepared
+        model, plan, source = self.prepared.model, self.prepared.plan, self.prepared.source
         steps = [step for step in plan if step.path in names]
         steps.sort(key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
         # Only a full model is loaded from the packed cache.

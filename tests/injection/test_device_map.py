@@ -10,7 +10,7 @@ import pytest
 import ktx
 import ktx.demo
 from ktx.errors import BadFile, UsageError
-from ktx.injection.device_map import format_ranges, merge_options, parse_entry, split_layers
+from ktx.injection.device_map import PlacementOptions, format_ranges, merge_options, parse_entry, split_layers
 from ktx.injection.rules import load_rules, parse_rules, rule_folder
 from tests.support.tiny_models import FAMILIES, tiny
 
@@ -178,7 +178,7 @@ def test_an_option_counts_more_than_the_file(two, tmp_path):
     assert set(devices(ktx.plan(*DEMO, rules=file, device="cpu")).values()) == {"cpu"}
     found = devices(ktx.plan(*DEMO, rules=file, moe_device="cuda:1"))
     assert found["model.layers.1.mlp.experts"] == "cuda:1" and found["lm_head"] == "cuda:0"
-    first = merge_options((), "cuda", devices={"experts": "cuda:1"})[0]
+    first = merge_options((), PlacementOptions("cuda", devices={"experts": "cuda:1"}))[0]
     assert (first.key, first.device, first.explicit) == ("experts", "cuda:1", True)
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from ktx.errors import UsageError
-from ktx.injection.inject import inject
+from ktx.injection.inject import InjectOptions, inject
 from ktx.injection.rules import load_rules
 from ktx.ops import contract
 from ktx.transformers_compat import default_cache_name
@@ -48,7 +48,7 @@ def rewritten(family, changes):
 def planned(family, changes=()):
     model = rewritten(family, changes)
     rules = load_rules(family.replace("_", "-"))
-    return inject(model, rules, model.config, torch.float32, warn_unmatched=False)
+    return inject(model, rules, model.config, InjectOptions(dtype=torch.float32, warn_unmatched=False))
 
 
 @pytest.mark.parametrize(
