@@ -51,6 +51,23 @@ class TensorSlot:
 
 
 @dataclass(frozen=True)
+class CheckpointContent:
+    """The content of a checkpoint's files.
+
+    Attributes:
+        config: the configuration.
+        places: all tensors, in the order of the files.
+        pieces: the values of the tensors.
+        metadata: returns a file's metadata by the names of its tensors.
+    """
+
+    config: Any
+    places: dict[str, TensorSlot]
+    pieces: Pieces
+    metadata: Callable[[Iterable[str]], dict[str, str]]
+
+
+@dataclass(frozen=True)
 class CheckpointFolder:
     """A folder for a checkpoint, in files of at most `max_shard_bytes` or one tensor; `variant` is in their names."""
 
@@ -72,31 +89,20 @@ class CheckpointFolder:
             raise UsageError(f"save_pretrained: {folder} is a file; give a folder")
         return cls(folder, limit, variant)
 
-    def write(
-        self,
-        model: Any,
-        config: Any,
-        places: dict[str, TensorSlot],
-        pieces: Pieces,
-        metadata: Callable[[Iterable[str]], dict[str, str]],
-        remedy: str,
-        progress: bool | ProgressSink,
-    ) -> None:
+    def write(self, model: Any, content: CheckpointContent, remedy: str, progress: bool | ProgressSink) -> None:
         """Writes tensors, configuration, generation configuration and tokenizer.
 
         Args:
             model: the loaded model.
-            config: the configuration to write.
-            places: all tensors, in the order of the files.
-            pieces: the values of the tensors.
-            metadata: returns a file's metadata by the names of its tensors.
+            content: configuration and tensors.
             remedy: what to do if the disk is full, for the message.
             progress: as in ktx.load.
 
         Raises:
             DoesNotFit: the disk has too little space; the folder is unchanged.
-            UsageError: `pieces` does not contain all values.
+            UsageError: the pieces of `content` do not contain all values.
         """
+        places = content.places
         stem = f"model.{self.variant}" if self.variant else "model"
         files = _assign_places(places, self.max_shard_bytes, stem)
         num_bytes = sum(place.nbytes for place in places.values())
@@ -110,7 +116,7 @@ class CheckpointFolder:
         drafts = [self.path / f"{name}.{os.getpid()}.part" for name in files]
         try:
             with progress_bar(num_bytes, progress, "saving") as advance:
-                _write(drafts, places, pieces, metadata, advance)
+                _write(drafts, content, advance)
             (self.path / "config.json").unlink(missing_ok=True)
             self._index_path().unlink(missing_ok=True)
             for draft, name in zip(drafts, files, strict=True):
@@ -119,7 +125,7 @@ class CheckpointFolder:
             for draft in drafts:
                 draft.unlink(missing_ok=True)
         self._finish(files, stem, places, model)
-        _write_settings(model, config, self.path)
+        _write_settings(model, content.config, self.path)
 
     def _index_path(self) -> Path:
         """Path of the index of several files."""
@@ -181,21 +187,15 @@ def _assign_places(places: dict[str, TensorSlot], limit: int, stem: str) -> list
     )
 
 
-def _write(
-    drafts: list[Path],
-    places: dict[str, TensorSlot],
-    pieces: Pieces,
-    metadata: Callable[[Iterable[str]], dict[str, str]],
-    advance: Callable[[int], None],
-) -> None:
+def _write(drafts: list[Path], content: CheckpointContent, advance: Callable[[int], None]) -> None:
     """Writes the headers of all files, then every piece at its offset, in any order.
 
     Raises UsageError for a missing piece. Offsets are known beforehand from the shapes, so no file has to be in memory.
     """
-    data_offsets = []
+    places, data_offsets = content.places, []
     for i, draft in enumerate(drafts):
         own_places = {name: place for name, place in places.items() if place.file == i}
-        header: dict[str, Any] = {"__metadata__": metadata(own_places)}
+        header: dict[str, Any] = {"__metadata__": content.metadata(own_places)}
         for name, place in own_places.items():
             header[name] = {
                 "dtype": DTYPE_NAMES[place.dtype],
@@ -210,7 +210,7 @@ def _write(
     written = dict.fromkeys(places, 0)
     handles = [os.open(draft, os.O_WRONLY) for draft in drafts]
     try:
-        for name, first, values in pieces:
+        for name, first, values in content.pieces:
             place = places[name]
             raw = values.detach().to("cpu", place.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
             position, num_written = data_offsets[place.file] + place.offset + first * place.dtype.itemsize, 0

@@ -18,6 +18,7 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.loader.load_weights import ProgressSink
 from ktx.model import training_notes
+from ktx.model.checkpoint_folder import CheckpointFolder
 from ktx.model.saving import save
 from ktx.model.saving_packed import save_packed
 from ktx.ops import class_patches
@@ -157,10 +158,13 @@ class LoadedModel(PreTrainedModel):
                 f"save_pretrained: {unsupported} is not supported for a model with packed weights;"
                 " write it to a folder and upload that with huggingface_hub"
             )
-        if is_main_process and packed:
-            save_packed(self, save_directory, max_shard_size, variant, progress)
-        elif is_main_process:
-            save(self, save_directory, dtype, max_shard_size, variant, save_original_format, progress)
+        if not is_main_process:
+            return
+        folder = CheckpointFolder.of(save_directory, max_shard_size, variant)
+        if packed:
+            save_packed(self, folder, progress)
+        else:
+            save(self, folder, dtype=dtype, save_original_format=save_original_format, progress=progress)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As torch's, but finds the input embedding by BERT's name too.

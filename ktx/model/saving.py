@@ -5,7 +5,6 @@ Weights are dequantized in pieces, which are written directly to their offsets i
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from math import prod
@@ -15,7 +14,14 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.loader.load_weights import ProgressSink
-from ktx.model.checkpoint_folder import CheckpointFolder, TensorSlot, checkpoint_state, config_of, omitted_names
+from ktx.model.checkpoint_folder import (
+    CheckpointContent,
+    CheckpointFolder,
+    TensorSlot,
+    checkpoint_state,
+    config_of,
+    omitted_names,
+)
 from ktx.ops.float_views import Dequantized, Floats
 from ktx.transformers_compat import dtype_plan, to_checkpoint_form
 
@@ -26,12 +32,11 @@ Form = Callable[[dict[str, Any]], dict[str, Any]]
 
 def save(
     model: Any,
-    folder: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "50GB",
-    variant: str | None = None,
-    save_original_format: bool = True,
-    progress: bool | ProgressSink = True,
+    folder: CheckpointFolder,
+    *,
+    dtype: torch.dtype | None,
+    save_original_format: bool,
+    progress: bool | ProgressSink,
 ) -> None:
     """Writes weights, configuration, generation configuration, and the tokenizer unless the folder has one.
 
@@ -40,8 +45,8 @@ def save(
     Args:
         model: a loaded model.
         folder: the target folder.
-        dtype: type of the written floats, except for those that the family keeps in f32. Default: the compute type.
-        max_shard_size, variant, save_original_format: as in transformers' save_pretrained.
+        dtype: type of the written floats, except for those that the family keeps in f32; None: the compute type.
+        save_original_format: as in transformers' save_pretrained.
         progress: as in ktx.load.
 
     Raises:
@@ -51,7 +56,7 @@ def save(
     dtype = dtype or model.dtype
     if dtype not in WRITABLE:
         raise UsageError(f"save_pretrained: dtype {dtype} is not supported; use one of {', '.join(map(str, WRITABLE))}")
-    target, state = CheckpointFolder.from_arguments(folder, max_shard_size, variant), checkpoint_state(model)
+    state = checkpoint_state(model)
     for name in omitted_names(model, state):
         del state[name]
     form: Form = to_checkpoint_form(model) if save_original_format else dict
@@ -67,8 +72,8 @@ def save(
         (name, first * prod(places[name].shape[1:]), values)
         for name, first, values in _yield_pieces(places, state, form)
     )
-    remedy = "use dtype=torch.bfloat16, packed=True, or another disk"
-    target.write(model, config_of(model, dtype), places, pieces, lambda names: {"format": "pt"}, remedy, progress)
+    content = CheckpointContent(config_of(model, dtype), places, pieces, lambda names: {"format": "pt"})
+    folder.write(model, content, "use dtype=torch.bfloat16, packed=True, or another disk", progress)
 
 
 def _written_dtype(

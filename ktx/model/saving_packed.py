@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ktx.errors import UsageError
 from ktx.loader.load_weights import ProgressSink
 from ktx.model.checkpoint_folder import (
+    CheckpointContent,
     CheckpointFolder,
     Pieces,
     TensorSlot,
@@ -34,13 +34,7 @@ from ktx.weights.safetensors import scale_name
 State = dict[str, list[PackedState] | torch.Tensor]
 
 
-def save_packed(
-    model: Any,
-    folder: str | os.PathLike[str],
-    max_shard_size: int | str = "50GB",
-    variant: str | None = None,
-    progress: bool | ProgressSink = True,
-) -> None:
+def save_packed(model: Any, folder: CheckpointFolder, progress: bool | ProgressSink) -> None:
     """Writes weights, configuration, generation configuration, and the tokenizer unless the folder has one.
 
     A model that ktx.load loads from the folder computes the same bits. A matrix is written as rows of blocks of its
@@ -49,17 +43,15 @@ def save_packed(
     Args:
         model: a loaded model.
         folder: the target folder.
-        max_shard_size, variant: as in transformers' save_pretrained.
         progress: as in ktx.load.
 
     Raises:
         UsageError: a module cannot return its packed weights, or a loaded model would not have some of the tensors.
         DoesNotFit: the disk has too little space; the folder is unchanged.
     """
-    target = CheckpointFolder.from_arguments(folder, max_shard_size, variant)
-    if target.path.is_dir() and (ggufs := ggufs_in(target.path)):
+    if folder.path.is_dir() and (ggufs := ggufs_in(folder.path)):
         raise UsageError(
-            f"save_pretrained: {target.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"
+            f"save_pretrained: {folder.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"
             " use another folder"
         )
     state = _collect_state(model)
@@ -83,7 +75,8 @@ def save_packed(
         return packed_metadata({name: stored[name].qtype.name for name in names if name in stored})
 
     config = config_of(model, model.dtype, quantization_config())
-    target.write(model, config, places, _yield_pieces(plain, stored), metadata, "use another disk", progress)
+    content = CheckpointContent(config, places, _yield_pieces(plain, stored), metadata)
+    folder.write(model, content, "use another disk", progress)
 
 
 def _yield_pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import ktx
 import ktx.demo
 from ktx.errors import DoesNotFit, UsageError
-from ktx.model import saving
+from ktx.model import checkpoint_folder
 from ktx.ops import float_views
 from ktx.ops.float_views import Dequantized
 from tests.families.test_families import load
@@ -193,7 +193,7 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.os, "pwrite", full)
+    monkeypatch.setattr(checkpoint_folder.os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
         mine.save_pretrained(tmp_path / "mine", dtype=torch.bfloat16)
     assert {file: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == before
