@@ -102,6 +102,7 @@ class PromptRenderer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        *,
         template_kwargs: Mapping[str, Any] | None = None,
         force_think: bool = False,
         add_generation_prompt: bool = True,

@@ -160,7 +160,7 @@ class LoadedModel(PreTrainedModel):
             )
         if not is_main_process:
             return
-        folder = CheckpointFolder.of(save_directory, max_shard_size, variant)
+        folder = CheckpointFolder.from_arguments(save_directory, max_shard_size, variant)
         if packed:
             save_packed(self, folder, progress)
         else:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ktx.chat_formats import ChatFormat, Parser, forced_call_grammar
@@ -29,6 +30,41 @@ from ktx.server.worker_threads import (
 )
 
 log = logging.getLogger("ktx.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatInput:
+    """A chat request of any protocol, without its sampling parameters.
+
+    Attributes:
+        messages: the conversation, in OpenAI's format.
+        tools: the tools, in OpenAI's format.
+        tool_choice: auto, none, required, a function's name, or a list of allowed names.
+        parallel_tool_calls: whether a forced call may be several calls.
+        template_kwargs: arguments of the chat template.
+        response_format: the format of the answer.
+        thinking: whether the model reasons; None: the model's default.
+        add_generation_prompt: the prompt ends with the start of an assistant message.
+        continue_final_message: the answer continues the last message.
+        template: name of the chat template, for a model with several.
+        truncate: keep this many of the prompt's last tokens, see `last_tokens`.
+        count: number of answers.
+        salt: the hashed cache salt.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] = ()
+    tool_choice: str | list[str] = "auto"
+    parallel_tool_calls: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    response_format: Format | None = None
+    thinking: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template: str | None = None
+    truncate: int | None = None
+    count: int = 1
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -162,91 +198,55 @@ def cache_salt(fields: SamplingFields) -> bytes:
     return hashlib.sha256(fields.cache_salt.encode()).digest()[:16] if fields.cache_salt else b""
 
 
-async def build_engine_input(
-    model: LoadedModel,
-    messages: Sequence[dict[str, Any]],
-    sampling: SamplingParams,
-    *,
-    tools: Sequence[dict[str, Any]] = (),
-    tool_choice: str | list[str] = "auto",
-    parallel_tool_calls: bool = True,
-    template_kwargs: Mapping[str, Any] | None = None,
-    response_format: Format | None = None,
-    thinking: bool | None = None,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    template: str | None = None,
-    truncate: int | None = None,
-    count: int = 1,
-    salt: bytes = b"",
-) -> EngineInput:
+async def build_engine_input(model: LoadedModel, chat: ChatInput, sampling: SamplingParams) -> EngineInput:
     """Renders a chat request to tokens and builds the grammar of its tool choice or response format.
 
     Args:
         model: the loaded model.
-        messages: the conversation, in OpenAI's format.
+        chat: the request.
         sampling: the sampling parameters.
-        tools: the tools, in OpenAI's format.
-        tool_choice: auto, none, required, a function's name, or a list of allowed names.
-        parallel_tool_calls: whether a forced call may be several calls.
-        template_kwargs: arguments of the chat template.
-        response_format: the format of the answer.
-        thinking: whether the model reasons; None: the model's default.
-        add_generation_prompt: the prompt ends with the start of an assistant message.
-        continue_final_message: the answer continues the last message.
-        template: name of the chat template, for a model with several.
-        truncate: keep this many of the prompt's last tokens, see `last_tokens`.
-        count: number of answers.
-        salt: the hashed cache salt.
 
     Raises:
         APIError: the request is invalid, or rendering or compiling timed out.
     """
-    if tool_choice == "none":
-        tools = ()
-    is_forced_call = bool(tools) and tool_choice != "auto"
-    has_format = response_format is not None and response_format.type != "text"
-    if continue_final_message and (has_format or is_forced_call):
+    tools = () if chat.tool_choice == "none" else chat.tools
+    is_forced_call = bool(tools) and chat.tool_choice != "auto"
+    has_format = chat.response_format is not None and chat.response_format.type != "text"
+    if chat.continue_final_message and (has_format or is_forced_call):
         kind, param = ("a response format", "response_format") if has_format else ("tool calls", "tool_choice")
         raise APIError(400, f"an answer that continues the last message cannot be constrained to {kind}", param)
-    kwargs = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-    kwargs |= template_kwargs or {}
-    force_think = model.settings.force_think and thinking is not False and kwargs.get("enable_thinking") is not False
-    rendered = await run_with_timeout(
-        RENDER_TIMEOUT_S,
-        RENDER_THREADS,
-        "the prompt",
+    kwargs = {} if chat.thinking is None else {"enable_thinking": chat.thinking, "thinking": chat.thinking}
+    kwargs |= chat.template_kwargs
+    may_think = chat.thinking is not False and kwargs.get("enable_thinking") is not False
+    render = partial(
         model.prompts.render,
-        messages,
+        chat.messages,
         tools,
-        kwargs,
-        force_think,
-        add_generation_prompt,
-        continue_final_message,
-        template,
+        template_kwargs=kwargs,
+        force_think=model.settings.force_think and may_think,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        template_name=chat.template,
     )
+    rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", render)
     if tools:
         _check_tools(model, rendered.tools_not_rendered)
-    if truncate is not None:
-        rendered = replace(rendered, ids=last_tokens(model, rendered.ids, truncate, sampling))
+    if chat.truncate is not None:
+        rendered = replace(rendered, ids=last_tokens(model, rendered.ids, chat.truncate, sampling))
     grammar = None
     if is_forced_call:
-        grammar = await _build_call_grammar(model, tools, tool_choice, parallel_tool_calls, rendered.thinking)
+        grammar = await _build_call_grammar(model, chat, rendered.thinking)
     elif has_format:
-        grammar = await build_grammar(response_format, _answer_start(model.prompts.chat_format, rendered.thinking))
-    return EngineInput(rendered, sampling, grammar, tools, salt, count)
+        grammar = await build_grammar(chat.response_format, _answer_start(model.prompts.chat_format, rendered.thinking))
+    return EngineInput(rendered, sampling, grammar, tools, chat.salt, chat.count)
 
 
-async def _build_call_grammar(
-    model: LoadedModel, tools: Sequence[dict[str, Any]], tool_choice: str | list[str], parallel: bool, thinking: bool
-) -> tuple[str, str]:
+async def _build_call_grammar(model: LoadedModel, chat: ChatInput, thinking: bool) -> tuple[str, str]:
     """Returns Lark rules that allow only tool calls, and an empty text: they apply from the start of the output.
 
     Args:
         model: the loaded model.
-        tools: the tools.
-        tool_choice: required, a function's name, or a list of allowed names.
-        parallel: whether several calls are allowed.
+        chat: the request, whose tool choice is required, a function's name, or a list of allowed names.
         thinking: whether the prompt ends inside the reasoning block.
 
     Raises:
@@ -260,16 +260,17 @@ async def _build_call_grammar(
             " forced to call a function",
             "tool_choice",
         )
-    names = tool_choice if isinstance(tool_choice, list) else None if tool_choice == "required" else [tool_choice]
+    choice = chat.tool_choice
+    names = choice if isinstance(choice, list) else None if choice == "required" else [choice]
     rules = await run_with_timeout(
         COMPILE_TIMEOUT_S,
         COMPILE_THREADS,
         "the grammar",
         _forced_call_rules,
         chat_format,
-        tools,
+        chat.tools,
         names,
-        parallel,
+        chat.parallel_tool_calls,
         model.prompts.special,
         thinking,
     )

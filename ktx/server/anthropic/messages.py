@@ -15,6 +15,7 @@ from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import Finish, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
+    ChatInput,
     EngineInput,
     build_engine_input,
     build_sampling_params,
@@ -97,10 +98,8 @@ async def _build_input(model: LoadedModel, fields: CountTokensRequest, sampling:
     effort = reasoning_kwargs(fields.output_config.effort if fields.output_config else None)
     # Only the effort: the field `thinking` determines whether the model thinks.
     template_kwargs = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}
-    return await build_engine_input(
-        model,
-        messages,
-        sampling,
+    chat = ChatInput(
+        messages=messages,
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel,
@@ -109,6 +108,7 @@ async def _build_input(model: LoadedModel, fields: CountTokensRequest, sampling:
         thinking=thinking,
         continue_final_message=_continues(fields.messages[-1]),
     )
+    return await build_engine_input(model, chat, sampling)
 
 
 def _continues(message: AnthropicMessage) -> bool:

@@ -22,6 +22,7 @@ from ktx.server.errors import APIError
 from ktx.server.model_names import LATEST_TAG
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
+    ChatInput,
     EngineInput,
     build_engine_input,
     build_grammar,
@@ -100,16 +101,16 @@ async def chat(model: LoadedModel, fields: OllamaChat) -> Response:
     params, limit = _sampling_params(fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     template_kwargs = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
-    engine_input = await build_engine_input(
-        model,
-        messages,
-        build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields)),
+    sampling = build_sampling_params(model, params, limit, logprobs=_num_logprobs(fields))
+    chat_input = ChatInput(
+        messages=messages,
         tools=tools,
         template_kwargs=template_kwargs,
         response_format=_response_format(fields),
         thinking=None if fields.think is None else bool(fields.think),
         continue_final_message=fields.messages[-1].role == "assistant",
     )
+    engine_input = await build_engine_input(model, chat_input, sampling)
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         """Returns the fields of /api/chat: a message."""
@@ -151,13 +152,12 @@ async def generate(model: LoadedModel, fields: OllamaGenerate) -> Response:
         )
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
-        engine_input = await build_engine_input(
-            model,
-            [*messages, {"role": "user", "content": fields.prompt}],
-            sampling,
+        chat_input = ChatInput(
+            messages=[*messages, {"role": "user", "content": fields.prompt}],
             response_format=_response_format(fields),
             thinking=None if fields.think is None else bool(fields.think),
         )
+        engine_input = await build_engine_input(model, chat_input, sampling)
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         """Returns the fields of /api/generate: text; it has no tool calls."""

@@ -16,6 +16,7 @@ from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
+    ChatInput,
     build_engine_input,
     build_sampling_params,
     cache_salt,
@@ -41,10 +42,8 @@ async def answer(model: LoadedModel, fields: ChatCompletionRequest) -> Response:
     num_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     sampling = build_sampling_params(model, fields, limit, logprobs=num_logprobs)
     tools, tool_choice = _select_tools(fields)
-    engine_input = await build_engine_input(
-        model,
-        [to_template_message(message) for message in fields.messages],
-        sampling,
+    chat = ChatInput(
+        messages=[to_template_message(message) for message in fields.messages],
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=fields.parallel_tool_calls is not False,
@@ -57,6 +56,7 @@ async def answer(model: LoadedModel, fields: ChatCompletionRequest) -> Response:
         count=fields.n or 1,
         salt=cache_salt(fields),
     )
+    engine_input = await build_engine_input(model, chat, sampling)
     check_context_length(model, engine_input.rendered.ids, limit)
     group = await submit(model, [engine_input], fields.model, fields.lora)
     base = {

@@ -7,7 +7,7 @@ from typing import Any
 from ktx.engine.sampler import SamplingParams
 from ktx.server.errors import APIError
 from ktx.server.openai.chat import to_template_message
-from ktx.server.preprocess import build_engine_input
+from ktx.server.preprocess import ChatInput, build_engine_input
 from ktx.server.protocol.openai import DetokenizeRequest, TokenizeRequest
 from ktx.server.state import LoadedModel
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
@@ -17,17 +17,15 @@ async def tokenize(model: LoadedModel, fields: TokenizeRequest) -> dict[str, Any
     """Returns the token ids of a text or of the prompt of a chat."""
     engine = model.engine
     if fields.messages is not None:
-        engine_input = await build_engine_input(
-            model,
-            [to_template_message(message) for message in fields.messages],
-            SamplingParams(),
+        chat = ChatInput(
+            messages=[to_template_message(message) for message in fields.messages],
             tools=[tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
             template_kwargs=fields.template_kwargs,
             add_generation_prompt=fields.add_generation_prompt is not False,
             continue_final_message=fields.continues,
             template=fields.chat_template,
         )
-        ids = engine_input.rendered.ids
+        ids = (await build_engine_input(model, chat, SamplingParams())).rendered.ids
     else:
         special = fields.add_special_tokens is not False
         ids = await run_with_timeout(

@@ -16,7 +16,7 @@ from ktx.server import streaming
 from ktx.server.errors import APIError
 from ktx.server.output import LogprobFormatter, OutputParser
 from ktx.server.preprocess import (
-    EngineInput,
+    ChatInput,
     build_engine_input,
     build_sampling_params,
     check_context_length,
@@ -68,7 +68,7 @@ async def answer(model: LoadedModel, store: ResponseStore, owner: bytes, fields:
     previous_items, new_items, previous = resolve_input(store, owner, fields)
     messages = to_messages(fields.instructions, previous_items, new_items)
     tools, namespaces = _convert_tools(fields)
-    engine_input = await _build_input(model, fields, messages, tools, sampling)
+    engine_input = await build_engine_input(model, _chat_input(fields, messages, tools), sampling)
     check_context_length(model, engine_input.rendered.ids, fields.max_output_tokens)
     group = await submit(model, [engine_input], fields.model)
     events = ResponseEvents(
@@ -100,23 +100,18 @@ async def count(
     """
     previous_items, new_items, _ = resolve_input(store, owner, fields)
     messages = to_messages(fields.instructions, previous_items, new_items)
-    engine_input = await _build_input(model, fields, messages, _convert_tools(fields)[0], SamplingParams())
+    chat = _chat_input(fields, messages, _convert_tools(fields)[0])
+    engine_input = await build_engine_input(model, chat, SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(engine_input.rendered.ids)}
 
 
-async def _build_input(
-    model: LoadedModel,
-    fields: ResponseTokensRequest,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]],
-    sampling: SamplingParams,
-) -> EngineInput:
-    """Converts a request, whose messages and tools are in OpenAI's chat format, to the engine's input."""
+def _chat_input(
+    fields: ResponseTokensRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> ChatInput:
+    """Converts a request to a chat request; its messages and tools are in OpenAI's chat format already."""
     tools, tool_choice = _resolve_tool_choice(fields, tools)
-    return await build_engine_input(
-        model,
-        messages,
-        sampling,
+    return ChatInput(
+        messages=messages,
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=fields.parallel_tool_calls is not False,
