@@ -246,7 +246,7 @@ def prepare_model(model: str | Path, weights: str | Path | None, options: BuildO
         warn_unmatched=rules.explicit,
     )
     builder = _Builder(config, source, options)
-    injection = builder.split_layers(rules, injection)
+    injection = builder.split_among_gpus(rules, injection)
     planned = builder.build(rules, injection)
     dtype = options.dtype or _default_dtype(any(device.gpu for device in planned.plan.devices.values()))
     if dtype != planned.dtype:  # no module matched the GPU entries, which was warned of already
@@ -298,7 +298,7 @@ class _Builder:
         plan.fill(self.source)
         return PlannedModel(model, plan, self.source, injection.dtype)
 
-    def split_layers(self, rules: Rules, injection: InjectOptions) -> InjectOptions:
+    def split_among_gpus(self, rules: Rules, injection: InjectOptions) -> InjectOptions:
         """Returns the options with one device per entry of the device map.
 
         Layers of an entry with several GPUs are split by their bytes, which are taken from a plan on the CPU.
