@@ -16,6 +16,7 @@ import torch
 
 import ktx
 from ktx.engine.engine import Options
+from ktx.loader.build import measure_footprint
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "python-api.md").read_text(encoding="utf-8")
 SIGNATURE = re.compile(r"`(ktx(?:\.\w+)+)\(([^`]*)\)`")
@@ -82,6 +83,13 @@ def test_a_signature_is_the_functions_own(path, written):
         if "factory" in repr(default):  # a dataclass's: what it makes
             default = next(f.default_factory() for f in dataclasses.fields(thing(path)) if f.name == theirs.name)  # type: ignore[arg-type, misc]
         assert mine.default == default, f"{path}: {theirs.name}"
+
+
+@pytest.mark.parametrize("function", [ktx.plan, measure_footprint])
+def test_arguments_of_load_have_its_defaults_elsewhere_too(function):
+    own = inspect.signature(ktx.load).parameters
+    arguments = inspect.signature(function).parameters
+    assert {name: p.default for name, p in arguments.items()} == {name: own[name].default for name in arguments}
 
 
 def test_the_tables_explain_every_argument_and_no_other():
