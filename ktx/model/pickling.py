@@ -96,7 +96,7 @@ class BuildArguments:
         return cls(str(Path(planned.source.path).absolute()), resolved, folder)
 
     def prepare(self) -> PlannedModel:
-        """Plans the model again, for a pickle whose weights are loaded from the files, without the warnings of loading."""
+        """Plans the model again, to load the weights of a pickle from their files; gives no warnings of loading."""
         with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
             planned = prepare_model(self.weights, self.weights, self.options)
