@@ -185,6 +185,31 @@ def draw(folder: str, count: int, seed: int, skip: frozenset[str]) -> list[Mutan
 # ---- which tests call a function
 
 
+# For each Python process that a test starts (a command, a server): writes the functions that it calls to a file, with
+# the test's name, which pytest puts into the environment.
+IN_CHILDREN = """
+import os
+if folder := os.environ.get("KTX_MUTANTS_CALLS"):
+    import atexit, json, sys, threading
+
+    calls = set()
+
+    def profile(frame, event, _):
+        if event == "call":
+            calls.add(frame.f_code)
+
+    def write():
+        sys.setprofile(None)
+        names = [f"{code.co_filename}:{code.co_firstlineno}" for code in set(calls) if "/ktx/" in code.co_filename]
+        with open(os.path.join(folder, str(os.getpid())), "w") as file:
+            json.dump([os.environ.get("PYTEST_CURRENT_TEST", ""), names], file)
+
+    atexit.register(write)
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+"""
+
+
 class Recorder:
     """A pytest plugin that records the functions of ktx that each test calls, and how long it takes.
 
@@ -224,13 +249,28 @@ class Recorder:
         }
         self.tests[nodeid] = time.monotonic() - self.start, called
 
+    def add_child(self, test: str, names: list[str]) -> None:
+        """Adds the calls of a process that a test started; one of a fixture counts for all tests of the module."""
+        nodeid, _, phase = test.rpartition(" ")
+        called = {name.removeprefix(f"{self.prefix[:-4]}") for name in names if name.startswith(self.prefix)}
+        module = nodeid.partition("::")[0]
+        for name, (_, known) in self.tests.items():
+            if name == nodeid or (phase == "(setup)" and name.partition("::")[0] == module):
+                known.update(called)
+
 
 def record(root: Path, tests: Sequence[str], file: Path) -> None:
     """Runs the tests in this process, and writes test -> [seconds, functions called] as JSON."""
     import pytest
 
     recorder = Recorder(root)
-    pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--reruns", "0", *tests], plugins=[recorder])
+    with tempfile.TemporaryDirectory() as folder:
+        (root / "sitecustomize.py").write_text(IN_CHILDREN)
+        os.environ["KTX_MUTANTS_CALLS"] = folder
+        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--reruns", "0", *tests], plugins=[recorder])
+        (root / "sitecustomize.py").unlink()
+        for child in Path(folder).iterdir():
+            recorder.add_child(*json.loads(child.read_text() or '["", []]'))
     file.write_text(json.dumps({name: [seconds, sorted(called)] for name, (seconds, called) in recorder.tests.items()}))
 
 
