@@ -281,7 +281,7 @@ def debug_option(parser: argparse.ArgumentParser) -> None:
 
 
 def threads_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --threads under KTransformers' name, --cpu-infer."""
+    """Adds --threads, with KTransformers' name for it, --cpu-infer, as the main one, so that its command lines work."""
     group.add_argument(
         "--cpu-infer",
         "--threads",
@@ -294,7 +294,7 @@ def threads_option(group: argparse._ArgumentGroup) -> None:
 
 
 def speculation_options(group: argparse._ArgumentGroup) -> None:
-    """Adds --speculative and --draft-tokens, for commands that create an engine."""
+    """Adds the options of speculative decoding, --speculative and --draft-tokens, for commands with an engine."""
     group.add_argument(
         "--speculative",
         choices=("mtp", "prompt_lookup"),
@@ -313,7 +313,11 @@ def speculation_options(group: argparse._ArgumentGroup) -> None:
 
 
 def chunk_size_option(group: argparse._ArgumentGroup, default: str) -> None:
-    """Adds --max-num-batched-tokens under its two names; `default` describes the default in the help text."""
+    """Adds --max-num-batched-tokens (vLLM's name) and --chunk-size, KTransformers' name for the same option.
+
+    Args:
+        default: the command's default, as the help text describes it.
+    """
     group.add_argument(
         "--max-num-batched-tokens",
         "--chunk-size",
@@ -325,7 +329,7 @@ def chunk_size_option(group: argparse._ArgumentGroup, default: str) -> None:
 
 
 def batching_options(group: argparse._ArgumentGroup) -> None:
-    """Adds an engine's --max-num-batched-tokens and --max-itl-ms."""
+    """Adds --max-num-batched-tokens and --max-itl-ms, which limit the prompt tokens of an engine's step."""
     chunk_size_option(group, "2048, up to 8192 after a long context, fewer if memory is short")
     group.add_argument(
         "--max-itl-ms",
@@ -349,7 +353,7 @@ def graphs_option(group: argparse._ArgumentGroup) -> None:
 
 
 def lora_option(parser: argparse.ArgumentParser, when_repeated: str) -> argparse._ArgumentGroup:
-    """Adds --lora and vLLM's name for it in a group, which is returned.
+    """Adds --lora and vLLM's name for it, --lora-modules, in a new group; returns the group, for further options.
 
     Args:
         when_repeated: the effect of several adapters, for the help text.
@@ -509,7 +513,7 @@ def placement_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_arguments(args: argparse.Namespace, engine: bool = False) -> dict[str, Any]:
-    """Returns the arguments of ktx.load, except the model itself, from the options above.
+    """Returns the arguments of ktx.load, except model, weights and rules, from the parsed model and placement options.
 
     Args:
         engine: the caller creates an engine of the model, which runs the self-test instead of ktx.load.
@@ -559,10 +563,10 @@ def reject_options(args: argparse.Namespace, options: Mapping[str, argparse.Acti
 
 
 def infer_model(args: argparse.Namespace) -> bool:
-    """Sets `args.model` from --weights where --model is not given.
+    """Sets `args.model` from --weights where --model is not given, because a GGUF file or a complete folder is enough.
 
     Returns:
-        False when neither is given.
+        Whether a model is given; False when neither option is.
 
     Raises:
         BadFile: --weights does not exist.

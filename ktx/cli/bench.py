@@ -106,7 +106,10 @@ def measurement_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints; with --peer the engines alternate, so that both run under the same conditions."""
+    """Measures a model's prefill and decode, one MoE layer (--layer) or a server (`ktx bench serve`); prints a table.
+
+    With --peer both engines take turns, so that they run under the same conditions.
+    """
     if args.bench == "serve":
         return bench_serve.run(args)
     if args.layer:
@@ -173,7 +176,7 @@ def measure_model(
         peer_bytes: size of the weights that the peer loads.
     """
     ktx_engine = BenchProcess("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
-    peer_tests, best_alone = _best_peers(peers, tests) if peers else ({None: tests}, {})
+    peer_tests, best_alone = _best_peers(peers, tests) if peers else ({None: tests}, {})  # None: no peer
     rounds: Rounds = {}
     startup_report = ktx_engine.start()
     both_fit, memory_note = _both_fit(peer_bytes) if peers else (True, "")
@@ -237,7 +240,7 @@ def gguf_path(args: argparse.Namespace) -> Path:
 
 
 def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> BenchProcess:
-    """Returns llama.cpp's or ik_llama.cpp's process in one configuration.
+    """Returns the process that runs llama.cpp or ik_llama.cpp with weights repacked or not and one micro-batch size.
 
     Repacked weights and larger micro-batches are each faster on some machines and tests only, so all combinations are
     tried. A larger micro-batch cannot change tests of fewer tokens: `more_than` skips those.
@@ -267,10 +270,12 @@ def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, uba
 def _best_peers(
     configurations: Sequence[BenchProcess], tests: list[str]
 ) -> tuple[dict[BenchProcess | None, list[str]], dict[str, float]]:
-    """Measures the peer in each configuration, alone in memory; the better of two runs counts.
+    """Finds the peer's fastest configuration for each test, because ktx is compared with the peer at its best.
+
+    Each configuration runs alone in memory; the better of two runs counts.
 
     Returns:
-        The tests of each configuration that was best for some, and the best speed of each test.
+        For each configuration that was fastest in some tests these tests; and the best speed of each test in tokens/s.
     """
     speeds: dict[BenchProcess, dict[str, float]] = {}
     for engine in configurations:
@@ -333,7 +338,7 @@ def _make_records(
             | medians
         )
     lines[0] |= {key: startup_report[key] for key in (*LOAD_FIELDS, *PROBE_FIELDS)}
-    errors = startup_report["errors"][test[:2]]
+    errors = startup_report["errors"][test[:2]]  # of one token per call ("tg") or of many ("pp")
     lines[0] |= {"errors": errors, "relative_error": max(errors.values(), default=0.0)}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
     for peer in lines[1:]:

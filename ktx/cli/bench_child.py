@@ -81,7 +81,7 @@ class ServerProcess:
     def _is_ready(self, base: str) -> bool:
         """Whether the server has loaded its model. Raises KtxError with the end of its log if the process ended."""
         assert self.process
-        if base:
+        if base:  # else the log ended before the server listened
             try:
                 return httpx.get(f"{base}/health", timeout=60).status_code == 200
             except httpx.TransportError:  # the process is ending
@@ -92,7 +92,10 @@ class ServerProcess:
         raise error
 
     def _read_log(self) -> None:
-        """Reads the log to its end, so that the child never blocks on a full pipe, and passes warnings on."""
+        """Reads the child's log to its end, so that the child never blocks on a full pipe; prints warnings and errors.
+
+        `address` gets the server's address, and "" at the end, so that `__enter__` does not wait forever.
+        """
         assert self.process and self.process.stderr
         for line in self.process.stderr:
             try:

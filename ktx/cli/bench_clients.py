@@ -137,9 +137,10 @@ class Prompts:
 
 
 async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts:
-    """Returns prompts for a server, after asking for its vocabulary size or measuring its tokens per word.
+    """Returns a source of prompts that have a given number of the server's tokens.
 
-    Two texts of different length separate the tokens per word from those that the server adds to each prompt.
+    They are token ids if the server reports its vocabulary size, as ktx does; else words, after two texts of different
+    length have shown the tokens per word, and those that the server adds to each prompt.
 
     Raises:
         KtxError: the server refuses, or does not report the number of prompt tokens.
@@ -193,7 +194,7 @@ async def send_request(http: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
 
 
 async def run_level(http: httpx.AsyncClient, load: Load, prompts: Sequence[Any], concurrency: int) -> list[Timing]:
-    """Sends a request for each prompt, `concurrency` at a time, and returns their times."""
+    """Measures one number of clients: sends a request for each prompt, `concurrency` at a time. Returns all timings."""
     queue, timings = enumerate(prompts), list[Timing]()  # all clients take their next prompt from the queue
 
     async def client() -> None:

@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def active_params(model: Any) -> int:
-    """Returns the number of weights that a prompt token is multiplied with.
+    """Returns the number of weights that a prompt token is multiplied with, from which `measure` computes operations.
 
     Of the routed experts those of top-k count; the output layer does not, because it is computed for one token only.
     """
@@ -230,7 +230,7 @@ def time_forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int
 
 
 def measure(model: Any, test: str) -> dict[str, Any]:
-    """Runs one test, and measures its limit right before.
+    """Runs one test, and right before it measures the machine's limit: int8 GOPS for a prefill, GB/s read for a decode.
 
     "ppN" is the prefill of N tokens, "tgN" the decode of N tokens after a short prompt; "@dD" after a context of D
     tokens.
@@ -244,7 +244,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     ids = token_ids(count, vocabulary)
     prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)  # a decode begins after at least 4 tokens
     tok_s = count / time_forward(model, ids, None if kind == "pp" else 1, prompt)
-    # In GOPS, a multiplication and an addition per weight, or in GB/s, as the limit is.
+    # What the test used of the limit: GOPS, with a multiplication and an addition per weight, or GB/s.
     used = tok_s * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": tok_s, "limit": limit, "used": used, "share": used / limit}
 

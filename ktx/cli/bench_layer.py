@@ -95,7 +95,9 @@ def _measure_row(
     tokens: int,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Measures one format at one number of tokens on both engines in turn, and prints a line per engine.
+    """Measures the layer with one weight format and number of tokens on both engines in turn; prints a line per engine.
+
+    `name` is ktx's name of the format, `peer_format` the peer's; without a peer only ktx is measured.
 
     Returns the records: medians of `--repeat` rounds; ktx's contains `ratio`, the peer's time divided by its own.
     """

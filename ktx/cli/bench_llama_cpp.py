@@ -146,7 +146,7 @@ def main() -> int:
         return 1
     print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
     engine.clear()
-    engine.decode(token_ids(16, engine.vocabulary))
+    engine.decode(token_ids(16, engine.vocabulary))  # warm-up
     isa = instruction_sets(engine.system_info())
     for line in sys.stdin:
         test = json.loads(line)["test"]
@@ -158,7 +158,8 @@ def main() -> int:
 def measure(engine: LlamaCpp, test: str) -> float:
     """Returns the tokens per second of one test.
 
-    Before it, `depth` tokens are put into the empty KV cache, not timed; before a decode at least 4.
+    Before the timed part, `depth` tokens are put into the empty KV cache; before a decode at least 4, as in bench_ktx,
+    because a decode continues a prompt.
     """
     kind, count, depth = parse_test(test)
     engine.clear()

@@ -26,7 +26,10 @@ class MoELayer:
 
     @classmethod
     def read(cls, text: str) -> MoELayer:
-        """Parses "64,8,2048,1536": experts, experts per token, hidden size, width of an expert."""
+        """Parses "64,8,2048,1536": experts, experts per token, hidden size, width of an expert.
+
+        The sizes must be multiples of 256, the largest block of a quant type, so that every format can be measured.
+        """
         try:
             numbers = [int(part) for part in text.split(",")]
             experts, top, hidden, width = numbers
@@ -105,7 +108,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 def serve_tests(
     startup_report: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None
 ) -> None:
-    """Runs the engine's side of the protocol until standard input ends, then exits.
+    """Answers requests of `ktx bench --layer`, JSON lines on standard input, with one JSON line each; exits at the end.
 
     Args:
         startup_report: the first line of output, for the benchmark that started the engine.

@@ -93,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures level by level. Exit status 1 when all requests of a level failed."""
+    """Measures a server (--url, or a `ktx serve` started for it) with each number of clients in turn, and reports.
+
+    Exit status 1 when all requests of one number of clients failed.
+    """
     _check_arguments(args)
     import asyncio
 
@@ -123,10 +126,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 async def measure(base: str, args: argparse.Namespace) -> list[Line]:
-    """Measures all levels on the server at `base`.
+    """Measures the server at `base` with each number of clients, after a warm-up request.
 
     Returns:
-        A line per level.
+        A record per number of clients (a level), with its speed relative to the first one's.
 
     Raises:
         KtxError: no OpenAI-compatible server answers at `base`.
@@ -188,9 +191,9 @@ async def first_model(http: Any) -> str:
 
 
 def summarize(timings: list[Timing], concurrency: int) -> Line:
-    """Summarizes a level, without the requests that failed.
+    """Returns the results of one number of clients for its record: quantiles of latencies, and speeds.
 
-    Latencies are in seconds, speeds in tokens per second of the level's total time.
+    Failed requests are only counted. Latencies are in seconds, speeds in tokens per second of the level's total time.
     """
     succeeded = [timing for timing in timings if not timing.error]
     total_s = max(timing.end for timing in timings) - min(timing.start for timing in timings)
@@ -250,7 +253,7 @@ def compute_decode_speed(timings: list[Timing], clients: int) -> float | None:
 
 
 def report(lines: list[Line], args: argparse.Namespace) -> None:
-    """Prints the table or JSON, and writes the record and the plot."""
+    """Prints the results as a table or JSON; appends them to --record and plots them to --plot, if given."""
     if args.json:
         print(*map(json.dumps, lines), sep="\n")
     else:

@@ -18,7 +18,7 @@ MAX_REFERENCE_BYTES = 1 << 33  # of the reference model's log-probabilities, whi
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line for the given model, or a line per format for the demo model."""
+    """Measures perplexity on the text: of the given model, or without one of the demo model in every format."""
     text = read_text(args.perplexity)
     if args.window < 2:
         raise UsageError(f"--window {args.window}: a window needs at least 2 tokens")
@@ -92,7 +92,10 @@ class Reference:
     """The reference model's log-probabilities on the same windows, in f16, and its most probable tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, text: str, args: argparse.Namespace):
-        """Computes the log-probabilities of all windows. Raises UsageError if they would need too much memory."""
+        """Computes the reference model's log-probabilities of all windows, with which `score` compares another model's.
+
+        Raises UsageError if they would need too much memory.
+        """
         all_windows = list(split_windows(tokenizer, text, args))
         needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)  # in f16
         if needed_bytes > MAX_REFERENCE_BYTES:

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table or the placement.
+    """Prints a table of modules and their devices, or with --vram or --ram a placement chosen for that memory.
 
     Exit status 4 if tensors are missing or do not match the model, 3 if the model does not fit the budget.
     """
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             {name: options[name] for name in PLAN_OPTIONS},
             "has no effect on a placement by budget (--vram, --ram): leave it out",
         )
-        return by_budget(args)
+        return place_by_budget(args)
     reject_options(
         args,
         {name: options[name] for name in BUDGET_OPTIONS},
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def by_budget(args: argparse.Namespace) -> int:
+def place_by_budget(args: argparse.Namespace) -> int:
     """Chooses a placement for the memory of --vram and --ram, prints its memory and estimated speed.
 
     Writes it as a rule file to --write if given. Raises UsageError if options place modules too.

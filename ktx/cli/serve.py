@@ -299,7 +299,7 @@ def _model_name(path: str) -> str:
 
 
 def _server_settings(args: argparse.Namespace) -> Any:
-    """Returns the server's settings.
+    """Returns the server's settings (limits, sampling defaults, chat template, ...) from the command line.
 
     Raises UsageError for sampling defaults out of range, BadFile for a chat template that cannot be used.
     """
@@ -310,7 +310,7 @@ def _server_settings(args: argparse.Namespace) -> Any:
     from ktx.engine.sampler import SamplingParams
 
     SamplingParams(**sampling)  # raises for values out of range
-    max_stored = (
+    max_stored = (  # 0 by default with --ray, because replicas share no stored responses
         (0 if args.ray else ServerSettings.max_stored_responses)
         if args.max_stored_responses is None
         else args.max_stored_responses

@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line per layer, then the logits' errors; with --perplexity, measures that instead.
+    """Compares the model with transformers on the dequantized weights: prints each layer's error, then the logits'.
+
+    With --perplexity, measures perplexity instead.
 
     Exit status 1 when an error exceeds its bound, 4 when the self-test fails.
     """
@@ -248,7 +250,9 @@ def record_routing(model: Any, replacement: Mapping[str, Routing] | None = None)
     recorded: dict[str, Routing] = {}
 
     def make_hook(path: str, store: bool) -> Any:
-        """Returns a pre-hook for experts, which records their routing if `store`, then replaces it if one is given.
+        """Returns a pre-hook for the experts at `path`, which records the routing that they get if `store`.
+
+        The hook then replaces the routing by that of `replacement`, if it has one for this path.
 
         `store` is false for the part of a layer's experts that is on a GPU, because it receives the same routing.
         """
@@ -292,9 +296,10 @@ class _Reference:
     """transformers' own modules, whose weights are loaded one module at a time and freed again."""
 
     def __init__(self, model: Any, source: Any, args: argparse.Namespace):
-        """Builds transformers' model on the meta device, with eager attention and the tested model's experts per token.
+        """Builds the model to compare with: transformers' own, with eager attention and the tested model's top-k.
 
-        Only its rotary tables are computed here; the weights of a module are loaded when the module runs.
+        It is on the meta device, so that it needs no memory for all its weights: a module's weights are loaded when
+        the module runs. Only the rotary tables are computed here.
         """
         import copy
 
@@ -341,9 +346,10 @@ class _Reference:
         """
         import torch
 
-        name = self.tied.get(name, name) if self.source.spec(name) is None else name  # a tied one: the origin's values
+        # a tied parameter that the checkpoint lacks has its origin's values
+        name = self.tied.get(name, name) if self.source.spec(name) is None else name
         if name.endswith(
-            ("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")
+            ("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")  # fused in transformers
         ) and self._has_separate_gate(name):
             return self._fuse_experts(name)
         if self.source.spec(name) is None:
