@@ -92,10 +92,13 @@ class CheckpointFolder:
     def write(self, model: Any, content: CheckpointContent, remedy: str, progress: bool | ProgressSink) -> None:
         """Writes tensors, configuration, generation configuration and tokenizer.
 
+        Tensors are written to drafts, which get their names once all are complete. The old config.json is removed
+        before that and the new one written last, so that an interrupted save does not look like a complete checkpoint.
+
         Args:
             model: the loaded model.
             content: configuration and tensors.
-            remedy: what to do if the disk is full, for the message.
+            remedy: what a user can do if the disk is full, for the error's message.
             progress: as in ktx.load.
 
         Raises:

@@ -241,7 +241,7 @@ class LoadedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
-        """As transformers'; embedding and output layer become plain torch modules first.
+        """As transformers'; embedding and output layer become plain torch modules first, which it can resize.
 
         Their weights are the floats that were packed, in the compute type.
         """
@@ -256,7 +256,7 @@ class LoadedModel(PreTrainedModel):
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
-            self.set_input_embeddings(embedding.to_torch(None))
+            self.set_input_embeddings(embedding.to_torch(None))  # None: in the compute type
         if isinstance(head, Linear):
             plain_head = head.to_torch(None)
             if head.tied_to and isinstance(tied := self.get_input_embeddings(), nn.Embedding):

@@ -83,34 +83,37 @@ class Adapters:
         return result
 
     def attach(self, adapter: Adapter, modules: PackedModules) -> None:
-        """Attaches a packed adapter to its modules. Raises UsageError if its name is taken."""
+        """Attaches a packed adapter to its modules. Raises UsageError if its name is taken.
+
+        `modules` has for each module the Lora that applies adapters to it, and the packed low-rank matrices (`pack`).
+        """
         if adapter.name in self.known:
             raise UsageError(
                 f"adapter {adapter.path}: an adapter named {adapter.name!r} is loaded already; use another name"
             )
         for module, lora, factors in modules:
             self.loras.setdefault(module, lora).factors[adapter.name] = factors
-        self.attached_modules = None
+        self.attached_modules = None  # `check` looks them up again
         self.known[adapter.name] = adapter
 
     def drop(self, name: str) -> None:
         """Detaches and frees an adapter. Raises UsageError if no adapter has this name."""
-        self.resolve([name])
+        self.resolve([name])  # raises for an unknown name
         self.use([used for used in self.in_use if used.name != name])
         for module, lora in list(self.loras.items()):
             lora.factors.pop(name, None)
             if not lora.factors:
                 self._disable(module)
                 del self.loras[module]
-        self.attached_modules = None
+        self.attached_modules = None  # `check` looks them up again
         del self.known[name]
 
     def retire(self, name: str) -> str:
-        """Renames an adapter so that only the requests that use it already can find it; returns its new name.
+        """Renames an adapter that is unloaded while requests use it; returns its new name, which only these get.
 
-        Raises UsageError if no adapter has this name.
+        The old name is then free for another adapter. Raises UsageError if no adapter has this name.
         """
-        self.resolve([name])
+        self.resolve([name])  # raises for an unknown name
         self.use([used for used in self.in_use if used.name != name])
         self.num_retired += 1
         retired_name = f"{name}{RETIRED}{self.num_retired}"
@@ -352,9 +355,10 @@ def match_modules(model: Any, file: AdapterFile | GGUFAdapter) -> MatchedModules
 
 
 def _weight_owners(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Returns by a matrix's name in files the path of its module, and of stacked experts the projection (else "").
+    """Returns the module of each matrix, by the matrix's name in files, because adapters are attached to modules.
 
-    A GGUF adapter names matrices, but adapters are attached to modules.
+    A value is the module's path, and which projection of stacked experts the matrix is ("" for other modules). GGUF
+    adapters need this mapping: they name matrices.
     """
     result: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
@@ -421,8 +425,9 @@ def _find_module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _adaptable_shapes(module: Any) -> tuple[Collection[Any], bool]:
-    """Returns the shapes of a module's adaptable weights, and whether it is a token lookup; none if unsupported.
+    """Returns the shapes that a LoRA adapter of this module may have, and whether the module is an embedding.
 
+    There are none for a module without support for adapters, such as MLA on a GPU; the caller rejects any other shape.
     A shape is that of the product of the adapter's two matrices, which for an embedding is the transposed weight's.
     """
     if isinstance(module, MLA):

@@ -105,7 +105,7 @@ def openmp_notes() -> list[Note]:
 
 
 def collect_notes(model: nn.Module, plan: Plan, options: InjectOptions) -> list[Note]:
-    """Returns notes on a planned model.
+    """Returns notes on a planned model: parts that will be slow, and options that take no effect.
 
     Args:
         model: the meta-device model after injection.

@@ -84,7 +84,10 @@ class BuildArguments:
 
     @classmethod
     def of(cls, planned: PlannedModel, options: BuildOptions, packed_cache_dir: str | Path | None) -> BuildArguments:
-        """Returns the arguments for a planned model; `options` are those that it was planned with."""
+        """Returns the arguments by which an unpickled model is built like this one.
+
+        `options` are those that it was planned with; rules, types and configuration are replaced by the plan's.
+        """
         resolved = replace(
             options,
             rules=planned.plan.rules,

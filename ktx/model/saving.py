@@ -116,10 +116,11 @@ def _yield_pieces(
 def _describe_written(
     places: dict[str, TensorSlot], state: dict[str, torch.Tensor], form: Form
 ) -> dict[str, tuple[str | None, dict[str, tuple[int, ...]]]] | None:
-    """Returns by parameter its name if it is written unchanged (else None), and the shapes that are written, by name.
+    """Finds out how `form`, which converts a state dict to a checkpoint's names and shapes, changes each parameter.
 
-    `form` tells by converting each parameter alone, on the meta device. Returns None if the shapes then differ from
-    `places`: a written tensor combines several parameters.
+    Returns by parameter its written name if the values stay unchanged (else None), and the written shapes by name; for
+    this, each parameter is converted alone, on the meta device. `_yield_pieces` needs it to write pieces of parameters.
+    Returns None if the shapes differ from `places`, because a written tensor then combines several parameters.
     """
     result = {}
     shapes: dict[str, tuple[int, ...]] = {}

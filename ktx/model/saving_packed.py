@@ -128,7 +128,7 @@ def _check_names(model: Any, state: State) -> None:
     Names are compared without layer and expert numbers.
     """
     read_names = {_any_layer(name) for step in model.ktx.plan for name in step.tensors}
-    read_names |= {f"{name}{EXPANDED}" for name in read_names}
+    read_names |= {f"{name}{EXPANDED}" for name in read_names}  # MLA's weights for the expanded form
     read_names |= {
         _any_layer(name) for pair in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() for name in pair
     }

@@ -94,9 +94,10 @@ def find_fault(model: Any, forward: Forward) -> str:
 
 
 def judge(attempt: Callable[[int], Fault | None]) -> str:
-    """Returns the text of the fault that counts among attempts 0, 1, ...; empty if the first attempt shows none.
+    """Decides whether the model fails the self-test: returns the text of the fault that counts, else "".
 
-    A certain fault counts at once. Another one counts if most of MAX_PAIRS attempts show one, and if their median
+    `attempt(i)` tests the model with the i-th pair of tokens; if the first shows no fault, no other is tested. A
+    certain fault counts at once. Another one counts if most of MAX_PAIRS attempts show one, and if their median
     distance exceeds MAX_NOISE_FACTOR times the effect of a rounding error or MAX_NOISE_DISTANCE.
     """
     faults: list[Fault] = []
@@ -163,7 +164,10 @@ class CachedForward:
             self._forward(ids[:past], 0)
 
     def _forward(self, ids: list[int], past: int) -> torch.Tensor:
-        """Computes ids after `past` cached tokens. The first call shows whether the family accepts a KVCache."""
+        """Computes the logits of `ids` after `past` cached tokens.
+
+        Without cached tokens it creates the cache: a KVCache, or the model's own after the model has rejected that.
+        """
         if past or self.uses_own_cache:
             return self._call(ids, past)
         self.cache = KVCache(self.model.config, self.model.ktx.kv_dtype)
@@ -249,7 +253,7 @@ def _has_zero_matrix(model: Any, path: str) -> bool:
     Equal outputs of such a module are not a fault.
     """
     plan = model.ktx.plan
-    if model.get_submodule(path) is model.get_output_embeddings():
+    if model.get_submodule(path) is model.get_output_embeddings():  # its outputs are the logits, which must differ
         return False
     names = [name for step in plan if step.path == path or step.path.startswith(f"{path}.") for name in step.tensors]
     matrices = [name for name in names if (spec := plan.source.spec(name)) is not None and len(spec.shape) > 1]
@@ -300,7 +304,10 @@ def _measure_noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.T
 
 
 def _first_difference(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
-    """Describes for the message the first module whose output for the second token differs between the two forwards."""
+    """Describes for the message the first module whose outputs for the second token differ between the two forwards.
+
+    One computes both tokens of `ids`, the other the second alone through the cache; `bound` is the accepted distance.
+    """
     both_rows = _module_outputs(model, lambda: forward(ids, 0), 2)
     second_rows = _module_outputs(model, lambda: forward(ids, 1), 1)
     for path, row in second_rows.items():
