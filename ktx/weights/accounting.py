@@ -31,11 +31,11 @@ class UnreadTensors:
 
 
 def unread_tensors(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> list[UnreadTensors]:
-    """Groups the tensors of `source` that no module reads, rejected groups first.
+    """Groups the tensors of `source` that no module reads, for a note or an error; rejected groups first.
 
     Args:
         source: the checkpoint.
-        reads: the tensors and modules that read from it.
+        reads: the names of the tensors that are read, and of the modules that read them.
         ignored: regular expressions of tensor names that the modeling code ignores.
     """
     ignored_patterns = [re.compile(pattern) for pattern in ignored]

@@ -138,7 +138,10 @@ class WeightSource(Protocol):
 
 
 def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:
-    """Concatenates parts along the rows into `shape`: packed when all have one type, else dequantized to F32."""
+    """Concatenates the parts in which a file stores one parameter, such as single experts, into a tensor of `shape`.
+
+    The result stays quantized when all parts have one type, else it is dequantized to F32.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first if first.shape == shape else first.reshape(*shape)

@@ -144,6 +144,7 @@ class GGUFSource:
         """Lines for each contradiction between the file's metadata and the configuration; empty when they agree."""
         from ktx.weights.check_config import gguf_mismatches
 
+        # readers of the rope tables, by name
         tables = {name: partial(self._float_list, name) for name in ROPE_TABLES if name in self.tensors}
         return [
             *gguf_mismatches(self.metadata, self.arch, self.tensors, config),

@@ -38,7 +38,10 @@ class LazyArray:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields numbers, or strings, each of which is stored after its length in eight bytes."""
+        """Decodes the items from the mapped file, one after another: numbers, or strings with their lengths.
+
+        A string is stored after its length in eight bytes.
+        """
         at = self.offset
         if self.kind in SCALARS:
             yield from (value for (value,) in struct.iter_unpack("<" + SCALARS[self.kind], self._bytes()))
@@ -129,7 +132,10 @@ class _Reader:
         return LazyArray(self.data, start, kind, count)
 
     def skip_strings(self, count: int, key: str) -> None:
-        """Skips `count` strings, in local variables because vocabularies have hundreds of thousands of them."""
+        """Skips `count` strings of an array, because only their lengths tell where the next entry begins.
+
+        Works on local variables, for speed: vocabularies have hundreds of thousands of strings.
+        """
         at, end, data, unpack = self.at, self.end, self.data, struct.Struct("<Q").unpack_from
         for i in range(count):
             if end - at < 8:

@@ -285,7 +285,10 @@ def _sliding_window_mismatches(metadata: Mapping[str, Any], arch: str, config: P
 
 
 def _linear_layer_mismatches(metadata: Mapping[str, Any], arch: str, config: PreTrainedConfig) -> list[str]:
-    """Mismatches in which layers have linear attention: a list in the file, or full attention in every N-th layer."""
+    """Returns a line if file and configuration disagree on the layers with linear attention, else an empty list.
+
+    A file lists these layers, or gives N for full attention in every N-th layer.
+    """
     kinds = getattr(config, "layer_types", None) or []
     listed, interval = (
         metadata.get(f"{arch}.attention.recurrent_layers"),

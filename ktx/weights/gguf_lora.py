@@ -43,7 +43,9 @@ class GGUFAdapter:
     matrices: Mapping[str, LowRank]
 
     def by_module(self, config: PreTrainedConfig, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
-        """Maps the matrices to module paths, by the recipes that read the weights themselves from a GGUF file.
+        """Maps the matrices, which have GGUF tensor names, to the paths of the modules that they adapt.
+
+        The recipes are those that build the weights themselves from the tensors of a GGUF file.
 
         Args:
             config: the model's configuration.
@@ -114,7 +116,9 @@ class GGUFAdapter:
         )
 
     def _build(self, recipe: Recipe) -> LowRank:
-        """Applies a parameter's recipe to the adapter: reordered rows are B's rows, reordered columns A's columns.
+        """Builds a parameter's low-rank matrices A and B by the recipe that builds the parameter from file tensors.
+
+        Where the recipe reorders rows, the rows of B are reordered; where it reorders columns, those of A.
 
         Raises UsageError when the recipe computes values, which have no low-rank form.
         """
@@ -184,7 +188,9 @@ def _read_alpha(header: Header) -> float:
 
 
 def _read_matrices(header: Header, content: bytes, alpha: float, scale: float) -> dict[str, LowRank]:
-    """Returns the adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B.
+    """Pairs each tensor's lora_a and lora_b to low-rank matrices, by GGUF tensor name.
+
+    The factor alpha / rank * scale is multiplied into B.
 
     Raises BadFile for a missing or unsuitable half, UsageError for a tensor that is neither lora_a nor lora_b.
     """

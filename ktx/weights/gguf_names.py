@@ -55,7 +55,7 @@ class GGUFNames:
         self.name_map = _name_map(arch, max(1, int(config.num_hidden_layers)) + mtp_layers)
 
     def recipe(self, name: str) -> Recipe | None:
-        """Returns the recipe for a parameter; None when the file does not contain it.
+        """Returns how to build the parameter `name` from the file's tensors; None when the file does not contain it.
 
         SPECIAL_NAMES take precedence over gguf-py's name map, which does not know llama.cpp's changes of values and
         order.
@@ -349,7 +349,8 @@ def _qkv_order(config: PreTrainedConfig) -> torch.Tensor:
 def _make_tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     """The recipe of a projection of linear attention whose rows are value heads, or end with them.
 
-    The file orders these as TILED says, the model groups them by key head.
+    The file has the first value head of each key head, then the second ones, ... (TILED); the model groups value heads
+    by key head.
     """
     c = names.config
     tensor, order = {
@@ -439,9 +440,9 @@ SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[st
 
 
 def build_parameter(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
-    """Reads a recipe's parts and undoes the conversion.
+    """Builds a parameter by its recipe: reads the file's tensors with `read` and undoes llama.cpp's conversion.
 
-    Returns one tensor, or several of different types whose rows are consecutive.
+    Returns one tensor, or several whose rows follow one another, because they may have different types.
     """
     parts = [read(part.tensor) if part.rows is None else read(part.tensor).rows(part.rows) for part in recipe.parts]
     if recipe.value is not None:

@@ -41,7 +41,7 @@ class ConvertedTensor:
 
 
 def find_converted(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
-    """Returns the parameters that can be converted from tensors with these names, by parameter name.
+    """Returns the parameters that transformers' `converters` can build from checkpoint tensors of these names.
 
     Tensors are grouped by the parameter and converter (`i`) they belong to. Only converters with one target are
     used; a parameter needs tensors for all source patterns of its converter.

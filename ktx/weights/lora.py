@@ -123,6 +123,8 @@ class AdapterSpec:
     def parse(cls, text: str | Path | AdapterSpec) -> AdapterSpec:
         """Parses [NAME=]PATH[=SCALE]; the default name is the folder's or the GGUF file's.
 
+        The text, or all of it before the scale, is the path if such a file exists, because paths may contain =.
+
         Raises UsageError when the scale is not a finite number or the name is empty.
         """
         if isinstance(text, AdapterSpec):
@@ -161,6 +163,8 @@ def _number(text: str) -> float | None:
 def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
     """Reads a PEFT adapter: checks its configuration, pairs its matrices, and computes its digest.
 
+    The digest keeps pages of the prefix cache that were computed with another adapter, or at another scale, apart.
+
     Raises:
         BadFile: a file is missing or damaged.
         UsageError: the adapter is not a plain LoRA.
@@ -178,7 +182,7 @@ def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
         )
     config = read_object(folder / CONFIG_FILE, "adapter configuration")
     path = str(requested.path)
-    _check(config, path)
+    _check_config(config, path)
     content = file.read_bytes()
     try:
         from safetensors.torch import load
@@ -190,7 +194,7 @@ def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
     digest.update(
         repr((sorted((key, str(value)) for key, value in config.items() if key in READ), requested.scale)).encode()
     )
-    copies = {
+    copies = {  # shapes of the base model's embeddings, which PEFT may write too
         match["module"]: tuple(tensors.pop(key).shape)
         for key in list(tensors)
         if "lora_" not in key and (match := BASE_COPY.fullmatch(key))
@@ -199,7 +203,7 @@ def read_peft_adapter(requested: AdapterSpec) -> AdapterFile:
     return AdapterFile(Adapter(requested.name, path, requested.scale, digest.digest()[:16]), matrices, copies)
 
 
-def _check(config: Mapping[str, Any], path: str) -> None:
+def _check_config(config: Mapping[str, Any], path: str) -> None:
     """Raises UsageError unless the configuration is of a plain LoRA, BadFile for invalid rank or alpha patterns.
 
     An option that is not known must be off, because it could change what the adapter computes.

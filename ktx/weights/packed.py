@@ -103,7 +103,7 @@ class PackedSource(SafetensorsSource):
         return lambda name: name, []
 
     def _specs_of(self, file: Path) -> list[TensorSpec]:
-        """The file's tensors, with packed ones as matrices of their type instead of bytes."""
+        """Returns the file's tensors; packed ones, which the header lists as bytes, as matrices of their own type."""
         raw, size = read_header_bytes(file)
         types = _read_types(raw, file)
         found = {spec.name: spec for spec in parse_safetensors_header(raw, str(file), size)}
@@ -133,7 +133,10 @@ class PackedSource(SafetensorsSource):
         return super()._sources(name)
 
     def spec(self, name: str) -> TensorSpec | None:
-        """Shape, type and size; for several parts the type of the largest and the sum of the bytes."""
+        """Returns a parameter's shape, type and size, which plans need before any weight is read.
+
+        For one that is stored in several parts: the type of the largest, the sum of their bytes.
+        """
         specs = [self.tensors[source] for source in self._sources(name)]
         if len(specs) == 1:
             return super().spec(name)

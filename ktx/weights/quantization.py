@@ -128,9 +128,9 @@ def _find_quantizations(config: Mapping[str, Any], where: str) -> Iterator[tuple
 
 
 def _read_file(file: Path, method: str) -> dict[str, Any] | None:
-    """Reads the entry of a separate quantization file and adds its method; None when the file quantizes nothing.
+    """Reads a quantization from a file of its own and adds the method, which only the file's name tells.
 
-    A ModelOpt file without an algorithm quantizes nothing.
+    Returns None for a ModelOpt file without an algorithm, which quantizes nothing.
     """
     content = read_object(file, "quantization")
     quantization = content.get("quantization", content) if method == "modelopt" else content

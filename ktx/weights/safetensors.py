@@ -438,7 +438,10 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(path: str, name: str, entry: Any, data_start: int, size: int) -> TensorSpec:
-    """Validates one header entry. `data_start`: the offset of the data section; `size`: the file's size, in bytes."""
+    """Validates one header entry, because a damaged file may claim any numbers, and returns the tensor's spec.
+
+    `data_start` is the offset of the data section, `size` the file's size, in bytes.
+    """
     if (
         not isinstance(entry, dict)
         or not isinstance(entry.get("shape"), list)

@@ -48,6 +48,8 @@ ADAPTERS = re.compile(
 def check_companion(key: str, reads: Reads, present: Collection[str]) -> Verdict | None:
     """Rejects an unread tensor that changes others: quantization parameters, adapters, biases. None for any other.
 
+    A model that ignored such a tensor would compute with other weights than intended.
+
     Args:
         key: the tensor's name.
         reads: what the model reads.
