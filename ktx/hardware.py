@@ -111,7 +111,8 @@ def memory() -> tuple[int, int]:
 def last_level_cache() -> int:
     """Total size in bytes of the usable CPUs' last-level caches; 0 when the system has no data.
 
-    A cache that several CPUs share counts once: its key is its level and the list of these CPUs.
+    A measurement of the memory's bandwidth must read more than this. A cache that several CPUs share counts once: its
+    key is its level and the list of these CPUs.
     """
     found: dict[tuple[int, str], int] = {}
     for cpu in os.sched_getaffinity(0):
@@ -160,7 +161,10 @@ def cpufeature_flags() -> str:
 
 
 def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
-    """(limit, used, reclaimable page cache) in bytes for each limited cgroup of this process, such as a container's."""
+    """Yields (limit, used, reclaimable page cache) in bytes for each limited cgroup of this process, as of a container.
+
+    `memory` needs them because /proc/meminfo shows the memory of the machine.
+    """
     for folder in _own_cgroups(""):
         limit = _read_stripped(folder / "memory.max", "max")
         if limit != "max":
@@ -177,7 +181,7 @@ def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and its parents, each of which may limit it.
+    """Yields the folders of this process's cgroup and its parents, each of which may limit its memory or CPU time.
 
     `controller` is the name in /proc/self/cgroup: "" for cgroup v2.
     """

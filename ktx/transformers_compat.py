@@ -63,7 +63,7 @@ def has_causal_lm(config: Any) -> bool:
 
 
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
-    """The mapping from a checkpoint's names to the model's parameters, from transformers' own table.
+    """Returns the mapping from a checkpoint's names to the model's parameters, from transformers' own table.
 
     Older checkpoints have the names of modeling code that has changed since.
 
@@ -145,9 +145,9 @@ def _collector() -> Any:
 
 
 def collects_output(what: str) -> bool:
-    """Whether the current forward collects module outputs of kind `what` ("attentions").
+    """Whether the current forward collects module outputs of kind `what` ("attentions"), which kernels do not return.
 
-    An argument or the configuration requests it.
+    An argument or the configuration requests them.
     """
     import torch
 
@@ -196,7 +196,7 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 
 def to_checkpoint_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function that converts a model's state dict, or a part of it, to the form that `save_pretrained` writes.
+    """Returns a function that converts a state dict, or a part of it, to the form that `save_pretrained` writes.
 
     Names change, and stacked experts are split. With it ktx saves checkpoints of the same form as transformers does.
     """

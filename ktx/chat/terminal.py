@@ -77,8 +77,9 @@ class Chat:
             signal.signal(signal.SIGINT, previous_handler)
 
     def turn(self, text: str) -> bool:
-        """Processes a line or block from the user; returns False to leave. Errors are printed and the chat
-        continues.
+        """Processes a line or block from the user; returns False to leave. Errors are printed and the chat continues.
+
+        An empty first message stands for the text of `prompt_file`; later ones are ignored.
         """
         try:
             if text.startswith("/"):
@@ -95,7 +96,7 @@ class Chat:
     # ---- commands
 
     def command(self, line: str) -> bool:
-        """Runs a slash command; returns False to leave. UsageError for an unknown one."""
+        """Runs a slash command by its `do_...` method; returns False to leave. UsageError for an unknown one."""
         word, _, rest = line.strip().partition(" ")
         if word not in COMMANDS:
             raise UsageError(
@@ -209,7 +210,7 @@ class Chat:
 
 
 def split_turns(lines: Any) -> Iterator[str]:
-    """Yields the turns of a text stream: a line each, or for several lines a block.
+    """Yields the user's turns in a text stream, such as standard input: a line each, or a block of several lines.
 
     A block begins at a line that begins with three quotes and ends at one that ends with them.
     """

@@ -25,7 +25,7 @@ def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
 
 
 def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (GGUF name, float values) in file order.
+    """Yields (GGUF name, float values) of the demo model's tensors in file order.
 
     The MTP layer is dropped, the experts of a layer are stacked, and kv_b is split into its key part (transposed) and
     value part, as llama.cpp's converter does for deepseek2.

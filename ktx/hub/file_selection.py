@@ -193,7 +193,7 @@ def _find_quantization(repo: str, found: Sequence[Quantization], tag: str) -> Qu
     if not found:
         raise UsageError(f"{repo}: contains no GGUF, so no quantization {tag!r}; leave :{tag} out")
     requested = tag.upper()
-    for names in ((requested,), (f"UD-{requested}",)):
+    for names in ((requested,), (f"UD-{requested}",)):  # the second only if nothing has the requested name
         matching = [one for one in found if one.name.upper() in names or _quantization_name(one.stem) in names]
         if matching:
             break

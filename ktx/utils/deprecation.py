@@ -21,10 +21,10 @@ def warn_of_name(old: str, new: str, stacklevel: int = 4) -> None:
 
 
 def deprecated_names(module: str, **names: str) -> Callable[[str], Any]:
-    """Returns a module's `__getattr__`, by which it has names under their old ones too.
+    """Returns a `__getattr__` for a module, by which its renamed classes and functions have their old names too.
 
     Args:
-        module: its `__name__`.
+        module: the module's `__name__`.
         names: the current name by the old one.
     """
 

@@ -54,7 +54,10 @@ def install_command(extra: str) -> str:
 
 
 def _wheel() -> str:
-    """The wheel that ktx was installed from, for a pip command, or the file name that `make wheel` creates."""
+    """Returns the wheel to name in the pip command that adds an extra: the one that ktx was installed from.
+
+    If pip recorded none, it is the file that `make wheel` creates.
+    """
     try:
         url = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}").get(
             "url", ""
