@@ -59,7 +59,7 @@ class Conversation:
             for event in self.session.stream(prompt, self.sampling):
                 if isinstance(event, Finished):
                     self.last = event
-                elif event.kind == "answer":
+                elif event.kind == "answer":  # reasoning is not stored
                     output += event.text
                 yield event
         except UsageError:

@@ -180,6 +180,7 @@ def measure_pack_speed(plan: Any, threads: int) -> float:
     for spec in (spec for step in plan for spec in step.specs if len(spec.shape) > 1):
         nbytes[spec.qtype] += spec.nbytes
     qtype, rows, columns = nbytes.most_common(1)[0][0], 1 << 15, 2048  # larger than the caches
+    # FP8 weights have a scale per 128 x 128 block, other types have theirs in the rows
     scale = torch.ones(rows // 128, columns // 128) if qtype.name == "F8_E4M3" else None
     sources = [torch.zeros(rows, qtype.row_bytes(columns), dtype=torch.uint8) for _ in range(threads)]
     targets = [torch.zeros(packed_nbytes(qtype, rows, columns), dtype=torch.uint8) for _ in range(threads)]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(quick: bool) -> dict[str, Any]:
-    """Returns the report as JSON data.
+    """Collects what `ktx doctor` reports: machine, versions, kernels, missing packages, warnings; as JSON data.
 
     Args:
         quick: skip the measurements.
@@ -187,7 +187,7 @@ def _list_warnings(machine: Any, report_data: dict[str, Any]) -> list[str]:
 
 
 def show(report_data: dict[str, Any]) -> None:
-    """Prints the report as aligned tables."""
+    """Prints the report of `ktx doctor` as aligned tables, then the GPU, missing packages and warnings."""
     from rich.console import Console
     from rich.table import Table
 

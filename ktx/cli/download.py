@@ -136,7 +136,7 @@ def print_quantizations(quantizations: Sequence[Quantization]) -> None:
 
 
 def print_files(selection: FileSelection, plan: DownloadPlan) -> None:
-    """Prints the files and their sizes, the parts of a split file in one row, then the totals."""
+    """Prints the selected files with sizes, the parts of a split file in one row, totals, and the skipped pickles."""
     missing = set(plan.files)
     table = _create_table("file", "size", "")
     for group in _group_parts(selection.files):

@@ -15,7 +15,7 @@ from ktx.utils.versions import install_command
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of replicas to the parser of `ktx serve`."""
+    """Adds the options of replicas, several copies of the model behind one address, to the parser of `ktx serve`."""
     group = parser.add_argument_group("several replicas (Ray Serve)")
     flag(
         group,

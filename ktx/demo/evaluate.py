@@ -134,7 +134,7 @@ def evaluate(name: str, folder: Path) -> Report:
 
 
 def main() -> None:
-    """Measures the chosen formats and prints a report of each."""
+    """Measures wrong answers and perplexity of the demo model in the chosen formats, and prints a report of each."""
     parser = argparse.ArgumentParser(prog="python -m ktx.demo.evaluate", description=__doc__)
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to measure (default: all)"

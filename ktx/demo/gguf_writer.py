@@ -137,7 +137,10 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_gguf(folder: Path, file: Path, mix: str) -> None:
-    """Writes the folder's model as one GGUF; ``mix`` is Q4_K_M or a type for all matrices."""
+    """Writes the folder's model as one GGUF, to measure ktx in formats that the demo model is not shipped in.
+
+    ``mix`` is Q4_K_M or a type for all matrices.
+    """
     import gguf
 
     state, config = read_folder(folder)

@@ -200,7 +200,7 @@ class HuggingFace:
             raise self.to_ktx_error(error, repo, revision) from error
 
     def to_ktx_error(self, error: Exception, repo: str, revision: str | None) -> KtxError:
-        """Converts an error of the library to a KtxError with a remedy."""
+        """Converts an error of the library to a KtxError with a remedy, which commands print as one line."""
         from huggingface_hub import errors, get_token
 
         token = "the account of your token has no access" if get_token() else "set HF_TOKEN to a token of that account"

@@ -82,7 +82,7 @@ class ModelScope:
             raise self.to_ktx_error(error, listing.repo) from error
 
     def to_ktx_error(self, error: Exception, repo: str) -> KtxError:
-        """Converts an error of the client to a KtxError with a remedy."""
+        """Converts an error of the client to a KtxError with a remedy, which commands print as one line."""
         import modelscope_hub.errors as errors
 
         known: list[tuple[Any, type[KtxError], str]] = [

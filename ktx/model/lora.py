@@ -387,7 +387,7 @@ def stack_experts(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> d
         if match is None or not isinstance(_find_module(model, match["experts"]), Experts):
             result[path] = low_rank
         else:
-            name = MIXTRAL.get(match["projection"], match["projection"])
+            name = MIXTRAL.get(match["projection"], match["projection"])  # w1, w2, w3 under their current names
             by_expert.setdefault((match["experts"], name), {})[int(match["number"])] = low_rank[0]
     for (path, name), experts in by_expert.items():
         owner = _find_module(model, path)

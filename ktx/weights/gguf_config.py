@@ -47,7 +47,7 @@ def _find_family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
             else f"the architecture is not supported{did_you_mean(arch, GGUF_MODEL_TYPES)}"
         )
         raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
-    has_experts = bool(metadata.get(f"{arch}.expert_count"))
+    has_experts = bool(metadata.get(f"{arch}.expert_count"))  # a family with experts reads their number
     return next(
         (family for family in complete if has_experts == ("expert_count" in _config_keys(family).values())), complete[0]
     )
@@ -160,7 +160,7 @@ def _add_deepseek_values(header: Header, values: dict[str, Any]) -> str:
     }
     values["head_dim"] = values["qk_rope_head_dim"]
     values["q_lora_rank"] = values.get("q_lora_rank") or None
-    sigmoid = metadata.get("deepseek2.expert_gating_func", 1) == 2
+    sigmoid = metadata.get("deepseek2.expert_gating_func", 1) == 2  # llama.cpp's numbers: 1 softmax, 2 sigmoid
     values["n_group"], values["topk_group"] = values.get("n_group") or 1, values.get("topk_group") or 1
     values.setdefault("norm_topk_prob", False)  # llama.cpp's default when the key is missing
     values["routed_scaling_factor"] = values.get("routed_scaling_factor") or 1.0

@@ -352,7 +352,7 @@ def rope_mismatches(
 
 
 def _expected_scaling(rope: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, tuple[Any, ...]]:
-    """Returns the accepted values of each key under rope.scaling that the configuration implies."""
+    """Returns the values that each GGUF key under rope.scaling may have, if the file has it, for this configuration."""
     factor = float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
@@ -396,7 +396,7 @@ def _table_mismatches(
         expected = (
             _llama3_divisors(rope, len(table), config)
             if kind == "llama3"
-            else rope[f"{name.split('_')[2].split('.')[0]}_factor"]
+            else rope[f"{name.split('_')[2].split('.')[0]}_factor"]  # long_factor or short_factor
         )
         if len(expected) != len(table) or not all(
             math.isclose(a, b, rel_tol=1e-2) for a, b in zip(table, expected, strict=True)

@@ -205,7 +205,7 @@ def _read_matrices(header: Header, content: bytes, alpha: float, scale: float) -
     found = {}
     for name, pair in halves.items():
         if len(pair) < 2:
-            present = next(iter(pair))
+            present = next(iter(pair))  # "a" or "b"
             raise BadFile(f"adapter {header.file}: {name} has lora_{present} but no lora_{'ba'['ab'.index(present)]}")
         a, b = (_dequantize_entry(pair[half], content) for half in "ab")
         embedding = name == EMBEDDING

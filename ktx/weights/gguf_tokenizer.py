@@ -149,7 +149,7 @@ class Vocabulary:
         for key, texts in FIM_EOG_TEXTS.items():
             token_id = self.id(key)
             found |= set(self.ids_of(texts)[:1]) if token_id is None else {token_id}
-        for text, others in NOT_EOG:
+        for text, others in NOT_EOG:  # `text` does not end generation in a vocabulary with all the others
             if text in self.ids and all(other in self.ids for other in others):
                 found.discard(self.ids[text])
         return sorted(found, key=lambda token_id: (token_id != eos, token_id))
