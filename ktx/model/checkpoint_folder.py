@@ -79,7 +79,7 @@ class CheckpointFolder:
     def from_arguments(
         cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None
     ) -> CheckpointFolder:
-        """Returns the target folder of save_pretrained's arguments, after checking these; UsageError for an invalid one."""
+        """Checks save_pretrained's arguments and returns the target folder; UsageError for an invalid argument."""
         limit, folder = _parse_size(max_shard_size), Path(path)
         if not os.fspath(path):
             raise UsageError("save_pretrained: the path of the folder is empty")

@@ -47,7 +47,8 @@ def _find_family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
             else f"the architecture is not supported{did_you_mean(arch, GGUF_MODEL_TYPES)}"
         )
         raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
-    has_experts = bool(metadata.get(f"{arch}.expert_count"))  # a family with experts reads their number
+    has_experts = bool(metadata.get(f"{arch}.expert_count"))
+    # The configuration of a family with experts is read from expert_count too.
     return next(
         (family for family in complete if has_experts == ("expert_count" in _config_keys(family).values())), complete[0]
     )
