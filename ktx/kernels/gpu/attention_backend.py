@@ -35,7 +35,7 @@ class AttentionKernels:
 
 
 def known_backend(name: str) -> str:
-    """Returns the name of a backend.
+    """Checks that a backend exists and returns its name, so that operators reject a wrong option on creation.
 
     Raises:
         UsageError: if the name is unknown.
@@ -58,7 +58,7 @@ def kernels_for(
     sinks: bool = False,
     cache_dtype: torch.dtype = torch.bfloat16,
 ) -> AttentionKernels:
-    """Selects the attention kernels when a model is built.
+    """Selects the attention kernels for a shape of heads and an option of the user.
 
     Args:
         shape: heads and columns.

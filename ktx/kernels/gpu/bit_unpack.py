@@ -69,7 +69,10 @@ def mask_raw_nibbles(words):
 def load_nibble_codes(
     plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr
 ):
-    """Loads four-bit codes as f32 [rows, SPAN]; RAW: without shifts and conversion, see mask_raw_nibbles."""
+    """Loads four-bit codes as f32 [rows, SPAN], in the order of the columns.
+
+    With RAW they are neither shifted nor converted, which saves instructions: see mask_raw_nibbles.
+    """
     WORDS_PER_BLOCK: tl.constexpr = BLOCK // 8
     if RAW:
         words = load_elements(plane, row, start * WORDS_PER_BLOCK + tl.arange(0, SPAN // 8), blocks * WORDS_PER_BLOCK)
@@ -83,7 +86,8 @@ def load_nibble_codes(
 def add_high_bits(words, high, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
     """Combines four-bit codes in `words` with BITS more bits each in `high`: f32 [rows, columns].
 
-    The high bits of the first code of byte b are at bit 8 * b of `high`, those of its second code STEP bits above.
+    Q5_K and Q6_K store their codes in these two parts. The high bits of the first code of byte b are at bit 8 * b of
+    `high`, those of its second code STEP bits above.
     """
     index = tl.arange(0, 8)
     byte, second = index // 2, index % 2

@@ -117,7 +117,8 @@ def _dequantize(
 ):
     """Dequantizes `count` rows from `first` on, or the rows that `index` names (INDEXED).
 
-    A program dequantizes a tile of ROWS rows and SPAN columns with DECODE, a decoder of dequant_blocks.
+    A program dequantizes a tile of ROWS rows and SPAN columns with DECODE, a decoder of dequant_blocks. A matrix has n
+    rows of k columns, a row `blocks` blocks.
     """
     out_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = out_row < count

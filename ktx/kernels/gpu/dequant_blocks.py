@@ -56,7 +56,7 @@ def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     codes = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
     codes = tl.where((bits & 127) == 127, float("nan"), codes)
     scale = load_elements(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr,
     """Decodes Q8_0 and INT8_128: signed bytes, and a scale per block."""
     codes = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
     scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
     """Decodes IQ4_NL: nibbles that index a codebook of 16 values, and a scale per block."""
     codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
     top = load_elements(planes[3], row, start + group // 8, blocks).to(tl.int32) >> (group % 8 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32
     scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * repeat_scales(factor.to(tl.float32))
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -269,4 +269,4 @@ def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     exponent = load_elements(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
     scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23).to(tl.float32, bitcast=True)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read

@@ -72,7 +72,7 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), add_eighth_sign(signs))
     factor = (load_elements(planes[0], row, start * 16 + tl.arange(0, SPAN // 16) // 2 * 2 + 1, blocks * 16) >> 28) & 15
     scale = load_per_block(planes[1], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
     word = load_elements(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
     codes = apply_signs(compute_iq2_values(load_indices(book, word & 511, 8)), add_eighth_sign((word >> 9) & 127))
     scale = load_nibble_scales(planes[1], planes[2], row, start, blocks, SPAN)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     signs = load_elements(planes[1], row, start * 32 + entry, blocks * 32).to(tl.int32)
     codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), signs)
     scale = load_nibble_scales(planes[3], planes[4], row, start, blocks, SPAN)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     )
     factor = (load_elements(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8) >> 28) & 15
     scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.5
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
         load_elements(planes[3], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
     ) & 15
     scale = load_per_block(planes[4], row, start, blocks, BLOCK, SPAN) * (1 + 2 * factor).to(tl.float32)
-    return apply_signs(1 + 2 * value_index, signs), scale, scale
+    return apply_signs(1 + 2 * value_index, signs), scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
         planes[2], row, block, 3, blocks
     )
     scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (2 * factor + 1).to(tl.float32)
-    return codes, scale, scale
+    return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit

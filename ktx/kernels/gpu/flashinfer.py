@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 128 << 20
 def unsupported_reason(
     shape: AttentionShape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16
 ) -> str:
-    """Returns why FlashInfer cannot compute this; "" if it can.
+    """Returns why FlashInfer cannot compute attention of this shape; "" if it can.
 
     Args:
         shape: heads and columns.
@@ -94,7 +94,9 @@ class AttentionSchedule:
         self.scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if scratch is None else scratch
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
-        """As ktx.kernels.gpu.split_kv.AttentionSchedule.plan.
+        """Stores the sequences of a forward, with the interface of ktx.kernels.gpu.split_kv.AttentionSchedule.plan.
+
+        FlashInfer itself plans in the first `attention` that uses the plan, where scale and dtypes are known.
 
         Raises:
             ValueError: for a sliding window with MLA.

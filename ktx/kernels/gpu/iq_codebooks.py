@@ -30,6 +30,6 @@ def make_codebook(name: str, device: torch.device) -> torch.Tensor:
     quant_class = getattr(quants, "IQ1_S" if name == "IQ1" else name)
     quant_class.init_grid()
     grid = quant_class.grid.reshape(quant_class.grid_shape)
-    bits = 16 // grid.shape[1]
+    bits = 16 // grid.shape[1]  # of a weight in an entry, which holds its value's index among the grid's few values
     entries = np.searchsorted(np.unique(grid), grid) << (bits * np.arange(grid.shape[1]))
     return torch.from_numpy(entries.sum(1).astype(np.int32)).to(device)

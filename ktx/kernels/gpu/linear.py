@@ -131,9 +131,10 @@ def choose_tile(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any
 
 
 def _linear_packed(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Runs the GEMV or the GEMM kernel.
+    """Multiplies x [matrices, tokens, k] by packed weights with the GEMV or the GEMM kernel, which unpack in registers.
 
-    If several programs compute different columns of a product, torch sums their results, in the order of the columns.
+    If the rows alone would be too few programs to use the memory bandwidth, the columns are split among several
+    programs, and torch sums the results of these splits, in the order of the columns; the bias is added after that.
     """
     matrices, tokens, _ = x.shape
     if not x.numel():

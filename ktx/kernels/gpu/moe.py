@@ -48,7 +48,10 @@ def activate(gate, up, ACT: tl.constexpr, alpha, limit):
 def load_group(
     pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Loads which pairs a program computes: a group of one expert's pairs (SORTED), or a single pair.
+    """Loads which pairs of a token and an expert a program computes: a group of one expert's (SORTED), or a single one.
+
+    The first four arguments are the tensors of `Sorting`, which only SORTED reads. `first` and `experts` are the first
+    expert on this device and the number of experts on it.
 
     Returns:
         Its expert (`experts` or more if there is none), its pairs [PAIRS], and the mask of valid pairs.
@@ -75,7 +78,8 @@ def expert_matmul(
 ):  # fmt: skip
     """Multiplies rows of x by a program's rows of an expert's matrix and adds the bias: f32 [PAIRS, ROWS].
 
-    Rows past the end are computed as the last row, so that no address is out of bounds; the caller masks them.
+    `token` are the rows of x; PRODUCT is quant_matmul.gemv or gemm, which takes the rest. Rows past the end are
+    computed as the last row, so that no address is out of bounds; the caller masks them.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_row = expert * n + tl.minimum(row, n - 1)
@@ -94,7 +98,11 @@ def _gate_up(
     GATE_BLOCK: tl.constexpr, GATE_DECODE: tl.constexpr, GATE_MINIMUM: tl.constexpr, GATE_RUN: tl.constexpr,
     UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr, UP_RUN: tl.constexpr,
 ):  # fmt: skip
-    """Computes act(gate(x)) * up(x) of pairs -> out [pairs, n], the input of `_down`."""
+    """Computes act(gate(x)) * up(x) for pairs of a token and a selected expert -> out [pairs, n], the input of `_down`.
+
+    `sorting` has the tensors of `Sorting`, which `load_group` reads. `first` and `experts` are the first expert on this
+    device and the number of experts on it, `top` the selected experts of a token; the rest goes to `expert_matmul`.
+    """
     expert, pair, pair_mask = load_group(
         sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
     )
@@ -120,7 +128,10 @@ def _down(
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies x [pairs, k] by the matrix of each pair's expert -> out [pairs, n]."""
+    """Multiplies x [pairs, k], the result of `_gate_up`, by the down matrix of each pair's expert -> out [pairs, n].
+
+    Arguments as those of `_gate_up`. `_combine` adds up the results of a token's pairs.
+    """
     expert, pair, pair_mask = load_group(
         sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
     )
@@ -254,7 +265,8 @@ def group_pairs(ids: torch.Tensor, first: int, experts: int, max_pairs: int) -> 
     """Sorts pairs by expert and divides them into groups of at most `max_pairs` pairs of one expert.
 
     The number of groups has to be known without reading the device, so it is the largest that any distribution of
-    pairs can need: each expert may add one incomplete group.
+    pairs can need: each expert may add one incomplete group. `first` and `experts` are the first expert on this device
+    and the number of experts on it; pairs of other experts are in no group.
 
     Returns:
         The tensors of `Sorting`, and the number of groups, including empty ones.

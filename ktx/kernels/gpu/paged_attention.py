@@ -331,7 +331,7 @@ def _run(
 def _compute_dtype(dtype: torch.dtype) -> tl.dtype:
     """Returns the dtype of the products, which is that of the queries.
 
-    In the interpreter it is f32 for bf16, because it would multiply bf16 codes as integers.
+    For bf16 it is f32 in Triton's interpreter, because the interpreter would multiply the bits of bf16 as integers.
     """
     if dtype == torch.float32:
         return tl.float32

@@ -78,7 +78,8 @@ def gemv(
     """Multiplies activations by packed weights on the CUDA cores, for few tokens.
 
     `token` int64 [TOKENS] are rows of x [.., k], valid where `token_mask` is set; `row` int64 [ROWS] are rows of the
-    weights; columns [begin, end) are summed. Returns f32 [TOKENS, ROWS].
+    weights; columns [begin, end) are summed. The other arguments describe the weights, as in dequant._dequantize and
+    dequant.decode_constants. Returns f32 [TOKENS, ROWS].
 
     A step decodes SPAN columns. Products of eight columns are summed before they are multiplied by their scale, and
     minimums are multiplied by sums of activations, so that a weight costs one multiply-add.
@@ -124,7 +125,8 @@ def gemm(
 ):
     """Multiplies as `gemv` does, on the tensor cores, which need TOKENS and ROWS of at least 16.
 
-    A step decodes a tile [ROWS, SPAN] of weights and rounds it to the dtype of x, as the tensor cores take it.
+    Arguments and result are those of `gemv`. A step decodes a tile [ROWS, SPAN] of weights and rounds it to the dtype
+    of x, as the tensor cores take it.
     """
     block_row = scale_row_index(row, n)
     total = tl.zeros([token.shape[0], row.shape[0]], tl.float32)

@@ -133,6 +133,7 @@ def _unpack_base3(x: Words) -> Words:
         )
         even, odd = even & 0x00FF00FF, odd & 0x00FF00FF
     groups = torch.stack(digits, -2)  # [..., 13, 5, 16]
+    # Three words hold the first 15 of 16 groups that follow each other, word 12 the last group of each 16.
     main, last = groups[..., :12, :, :].unflatten(-3, (4, 3)).flatten(-3, -2), groups[..., 12, :4, None, :]
     return torch.cat([main, last], -2).flatten(-3, -2)
 

@@ -105,7 +105,7 @@ def _copy_scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
         .view(torch.float32)
         .unflatten(-1, (columns, GROUP_ROWS))[..., 0]
     )
-    skipped = -first % groups_per_scale
+    skipped = -first % groups_per_scale  # row groups before the first one that begins 128 rows
     selected = scales[:, skipped::groups_per_scale]
     first_row = (first + skipped) // groups_per_scale
     into.scale[:, first_row : first_row + selected.shape[1]].copy_(selected)

@@ -82,7 +82,9 @@ MIN_UTILIZATION = 0.9  # fraction of the slots of all waves that is good enough,
 
 
 def tiles_for(columns: int, latent: bool, f32: bool = False) -> tuple[Tile, ...]:
-    """Returns the tiles for keys of a number of columns, in the order of their rows.
+    """Returns the kinds of tiles that suit keys of a number of columns, by rising number of rows.
+
+    `AttentionSchedule` assigns each sequence one of them.
 
     Args:
         columns: columns of a key, without separately stored rotated columns.
@@ -252,12 +254,12 @@ class AttentionSchedule:
         """
         head_blocks = math.ceil(self.shape.heads_per_kv_head / tile.rows)
         heads_per_block = math.ceil(self.shape.heads_per_kv_head / head_blocks)
-        items = [
+        tile_starts = [
             (sequence, row) for sequence in sequences for row in range(0, counts[sequence] * heads_per_block, tile.rows)
         ]
         programs = num_programs_per_range(head_blocks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
         return TileGroup(
-            tile, torch.tensor(items, dtype=torch.int32).to(self.device), head_blocks, heads_per_block, programs
+            tile, torch.tensor(tile_starts, dtype=torch.int32).to(self.device), head_blocks, heads_per_block, programs
         )
 
     @cached_property
@@ -271,7 +273,10 @@ class AttentionSchedule:
         return 2 * max(rows_per_group, default=0) * self.shape.kv_heads * (self.shape.value_columns + 1)
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
-        """Plans a call on the device, without synchronization.
+        """Divides the keys of an attention call among the programs of the kernel, on the device.
+
+        The plan serves all layers of a forward with this shape and window. It needs no synchronization, so that a CUDA
+        graph can capture it.
 
         Args:
             sequences: int [n, 3] on the device: first row, new tokens, and keys including those. The numbers of new
@@ -292,7 +297,9 @@ class AttentionSchedule:
         return Plan(self, sequences.int().contiguous(), pages, window, ranges)
 
     def _work_range(self, group: TileGroup, sequences: torch.Tensor, window: int) -> WorkRange:
-        """Divides the work units of a group among its programs, and lists the tiles whose results have to be merged.
+        """Divides the work units of a group (a tile and a block of keys each) among its programs.
+
+        It also lists the tiles that several programs compute a part of, because reduce_splits.py has to merge these.
 
         All tensors keep their shapes when lengths change, so that a CUDA graph can capture this. Therefore `merges`
         has one entry for every tile that could be shared, with tile -1 where it is not.
