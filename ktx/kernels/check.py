@@ -86,6 +86,7 @@ def _print_errors(isas: list[str]) -> list[str]:
         for isa in isas:
             errors = reports[isa]["errors"][name]
             max_matrix, max_layer = reports[isa]["bounds"][name]
+            # errors: of products for one and for 17 tokens, and of a mixture-of-experts layer
             too_large = max(errors[:2]) > max_matrix or errors[2] > max_layer
             failures += [f"{name} on {isa}"] if too_large else []
             cells.append(("".join(f"{e:9.1e}" for e in errors) + (" !" if too_large else "  ")).rjust(29))
@@ -231,7 +232,10 @@ def multiplies_in_bf16() -> bool:
 
 
 def error_bounds(name: str) -> tuple[float, float]:
-    """Returns the largest relative error of a matrix and of a MoE layer on the selected instruction set."""
+    """Returns the largest allowed relative errors of a type, of a matrix and of a MoE layer.
+
+    They depend on the selected instruction set: some multiply types in bf16 that others multiply in f32.
+    """
     from ktx.quant.types import BF16_EXACT_TYPES, QTYPES
 
     if not QTYPES[name].is_float:
@@ -242,7 +246,12 @@ def error_bounds(name: str) -> tuple[float, float]:
 
 
 def measure_errors() -> dict[str, dict[str, object]]:
-    """Measures the errors of each type in this process: linear for one and for many tokens, and a small MoE layer."""
+    """Measures the relative errors of each type's kernels, against float64, on the instruction set of this process.
+
+    Returns:
+        "errors": for each type those of products for one and for 17 tokens, and of a small MoE layer; "bounds": those
+        of `error_bounds`.
+    """
     from ktx.quant.types import QTYPES
 
     errors = {name: [_linear_error(name, *shape) for shape in SHAPES] + [_experts_error(name)] for name in QTYPES}

@@ -311,18 +311,18 @@ def _pack_rows(matrix: QuantizedTensor, rows: range, target: QType | None, data:
     scales, because FP8_BLOCK rows share one.
     """
     n, k = matrix.shape
-    scale = None if target is not None or matrix.scale is None else matrix.scale
+    scale = None if target is not None or matrix.scale is None else matrix.scale  # quantized rows have no block scales
     if scale is not None:
         scale = scale[rows.start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)].contiguous()
     for row in range(rows.start, rows.stop, PACK_ROWS):
         chunk = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
         if target is not None:
-            chunk = ops.quantize_rows(_dequantized_rows(matrix, chunk, row), target.code)
+            chunk = ops.quantize_rows(_dequantize_rows(matrix, chunk, row), target.code)
         ops.pack(chunk, (target or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
 
 
-def _dequantized_rows(matrix: QuantizedTensor, rows: torch.Tensor, first_row: int) -> torch.Tensor:
-    """Dequantizes rows of a matrix to f32 [rows, k].
+def _dequantize_rows(matrix: QuantizedTensor, rows: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Dequantizes `rows`, the rows of a matrix from `first_row` on, to f32 [rows, k], to quantize them to another type.
 
     The first row must be a multiple of FP8_BLOCK if the matrix has scales.
     """
@@ -360,10 +360,10 @@ def current_bf16_rows() -> tuple[int, tuple[int, ...]]:
 
 
 def bf16_rows_part(first: int, count: int) -> AbstractContextManager[None]:
-    """Selects bf16 for calls with only the rows `first` to `first + count` of a batch.
+    """Translates the current `bf16_rows` for calls that get only the rows `first` to `first + count` of a batch.
 
-    These rows are multiplied in bf16 if the current `bf16_rows` selects all of them. Callers that split a batch need
-    this, so that each row is computed as in the complete batch.
+    Callers that split a batch need this, so that each row is computed as in the complete batch: in such calls all rows
+    are multiplied in bf16 if the current `bf16_rows` selects all of them, else none.
     """
     _, ranges = current_bf16_rows()
     inside = any(

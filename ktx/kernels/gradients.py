@@ -92,7 +92,10 @@ def _grads_by_index(count: int, grads: dict[int, Any]) -> tuple[Any, ...]:
 
 
 def _custom_op(name: str) -> Callable[[Any], Any]:
-    """Decorator that registers a torch operator, which computes in its own dtypes also inside torch.autocast."""
+    """Decorator that registers a function as torch operator `name`, so that torch.compile sees one node.
+
+    The operator computes in its own dtypes also inside torch.autocast.
+    """
 
     def decorate(function: Any) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -404,11 +407,11 @@ def _visible_keys(
         chunk: the queries.
         queries: number of all queries.
         keys: number of all keys.
-        ranges, mask: as in reference.visible.
+        ranges, mask: as in reference.visible_keys.
 
     Returns:
         The first and the last (exclusive) key that any of the queries sees, and for the keys between them the result
-        of reference.visible.
+        of reference.visible_keys.
     """
     if mask is not None:
         return (0, keys, *reference.visible_keys(chunk.stop - chunk.start, keys, None, mask[:, :, chunk], CPU))
@@ -485,7 +488,7 @@ def mla_attention_backward(
 
 
 def _refuse_paged_or_quantized(kernel: str, keys: Tensor, sequences: Tensor | None) -> None:
-    """Raises NoGradient for keys in the pages of an engine, and for Q8_0 keys."""
+    """Raises NoGradient for keys in the pages of an engine, and for Q8_0 keys: backward computes neither."""
     if sequences is not None or keys.dtype == torch.uint8:
         location = "pages of an engine" if sequences is not None else "keys and values in eight bits"
         raise NoGradient(

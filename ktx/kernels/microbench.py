@@ -90,7 +90,10 @@ def free_read_bandwidth(threads: int) -> Bandwidth | None:
 
 
 def gpu_read_bandwidth() -> float | None:
-    """Returns the GB/s of reads from the memory of the first GPU; None if torch can use no GPU."""
+    """Returns the GB/s of reads from the memory of the first GPU; None if torch can use no GPU.
+
+    `ktx plan` estimates the speed of decode steps on a GPU by it.
+    """
     if not torch.cuda.is_available():
         return None
     values = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")  # larger than the caches of a GPU

@@ -146,7 +146,7 @@ class PackedCache:
         return packed
 
     def _map(self, entry: dict[str, Any]) -> cpu.Packed:
-        """Maps one matrix. Where its rows are divided among several NUMA nodes it is copied to their memory."""
+        """Maps the matrix of an index entry. If several NUMA nodes hold its rows, they are copied to these nodes."""
         assert self.data is not None
         data = self.data[entry["at"] : entry["at"] + entry["nbytes"]]
         if entry["ends"] and cpu.ops.nodes() > 1:  # mapped pages of a file may be on any node
@@ -239,7 +239,7 @@ def promote_to_huge_pages(data: torch.Tensor, stop: threading.Event) -> None:
 
     Args:
         data: uint8, the mapped file.
-        stop: ends the promotion when it is set.
+        stop: ends the promotion when it is set; it also ends when the system refuses to move a chunk.
     """
     for offset in range(0, data.numel(), PROMOTE_CHUNK_BYTES):
         waited_s = 0.0

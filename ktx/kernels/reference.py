@@ -305,7 +305,7 @@ def store_heads(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Rotates q and k, and writes k and v to their slots of the KV cache.
+    """Rotates q and k, and writes k and v to their slots of the KV cache, as a GPU kernel does in one launch.
 
     Args:
         q: [1, H, T, D].
@@ -334,7 +334,7 @@ def store_latent(
     interleaved: bool = False,
     kv_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Writes MLA's latent and rotated key columns to their slots of the KV cache.
+    """Writes MLA's latent and rotated key columns to their slots of the KV cache, as a GPU kernel does in one launch.
 
     Args:
         latent: [1, T, R], normalized by `norm` if given.

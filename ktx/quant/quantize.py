@@ -90,6 +90,7 @@ def _fit_signed(x: Array, low: int, high: int) -> Array:
     """
     max_index = np.abs(x).argmax(-1)[..., None]
     extreme = np.take_along_axis(x, max_index, -1)[..., 0]
+    # `extreme` stands for a minimum, which these codes do not have: `reconstruct` does not read it.
     candidates = [(extreme / low * (1 + step), extreme) for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
@@ -195,7 +196,7 @@ def _q6_k(x: Array) -> Bytes:
 
 
 def _q3_k(x: Array) -> Bytes:
-    """Quantizes to Q3_K, whose blocks have the lower two bits of the codes and the third ones in separate fields.
+    """Quantizes to Q3_K, whose blocks have the lower two bits of the codes and the third ones (`high`) apart.
 
     The lower four bits of the 16 scales are in eight bytes, two in each; the upper two in four bytes, four in each.
     """
@@ -234,6 +235,7 @@ def _fit_codebook(x: Array, codebook: Array) -> Array:
     end_scales = (
         (extreme / codebook[0], extreme / codebook[-1]) if codebook is _IQ4_VALUES else (np.abs(extreme) / MAX_FP4,)
     )
+    # `extreme` stands for a minimum, which these codes do not have: `reconstruct` does not read it.
     candidates = [(end_scale * (1 + step), extreme) for end_scale in end_scales for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
@@ -270,7 +272,10 @@ def _iq4_xs(x: Array) -> Bytes:
 
 
 def _mxfp4(x: Array) -> Bytes:
-    """Quantizes to FP4 with a power of two as scale, whose exponent plus 127 is stored in a byte."""
+    """Quantizes to MXFP4: FP4 codes with a power of two as scale, whose exponent plus 127 is stored in a byte.
+
+    Of two exponents the one with the smaller squared error is taken.
+    """
     max_abs = np.abs(x).max(-1)
     first_exponent = np.where(max_abs > 0, np.floor(np.log2(np.maximum(max_abs, 1e-38))) - 2, -127)
     best_exponent, min_error = first_exponent, np.full(len(x), np.inf, np.float32)
@@ -294,7 +299,7 @@ def _int4(x: Array) -> Bytes:
 
 
 def _int8(x: Array) -> Bytes:
-    """Quantizes without a search, with the weight of the largest magnitude at -127."""
+    """Quantizes to INT8_128 without a search for the best scale; the weight of the largest magnitude gets -127."""
     max_index = np.abs(x).argmax(-1)[:, None]
     d, d_bytes = _round_to_f16(np.take_along_axis(x, max_index, -1)[:, 0] / np.float32(-127))
     codes = np.clip(np.rint(x * _inverse(d)[:, None]), -127, 127).astype(np.int8)
