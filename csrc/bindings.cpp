@@ -97,8 +97,8 @@ void populate_(const Tensor& memory) {
   populate(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size());
 }
 
-// Packs rows of blocks (uint8, as checkpoints have them) to rows row0 and on of `dst`. Whole groups of 16, because a
-// group is interleaved in memory.
+// Packs rows of blocks (uint8, as checkpoints have them) to rows row0 and on of `dst`, a packed matrix [n, k]. Whole
+// groups of 16, because a group is interleaved in memory. `scale`: the block scales of F8_E4M3, only for that type.
 void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
@@ -145,7 +145,8 @@ Tensor quantize_rows_(const Tensor& x, int64_t code) {
   return out;
 }
 
-// Returns y [..., n] = x [..., k] W^T + bias, of x's dtype, for a packed matrix W [n, k].
+// Returns y [..., n] = x [..., k] W^T + bias, of x's dtype, for a packed matrix W [n, k]. `all_bf16`: multiplies every
+// row in bf16, see cpu/driver/bf16_rows.h.
 Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias,
     bool all_bf16) {
   const Layout& layout = layout_of(code, k);

@@ -65,7 +65,8 @@ inline const float* optional_float_data(const Optional& t, int64_t count, const 
   return t ? float_data(*t, count, what) : nullptr;
 }
 
-// int64 [experts + 2 + nodes]: the fields of ExpertStats in order.
+// Returns the counters to which a call of experts adds its statistics: they are the elements of `t`, int64 [experts + 2
+// + nodes], in the order of ExpertStats. None without `t`.
 inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   if (!t) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->numel() == experts + 2 + nodes(),

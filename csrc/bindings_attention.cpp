@@ -18,8 +18,8 @@
 namespace {
 using namespace ktx;
 
-// Completes a call (sequences, masks, output) and runs it; returns [batch, queries, heads, dv] of the dtype of `like`.
-// `pool`: the tensor with the pages, or the keys.
+// What attention_ and mla_attention_ have in common: completes a call (sequences, masks, output) and runs it; returns
+// [batch, queries, heads, dv] of the dtype of `like`. `pool`: the tensor with the pages, or the keys.
 Tensor run_attention(AttentionCall& c, const Tensor& like, const Optional& ranges, const Optional& mask,
     const Optional& sequences, const Optional& pages, const Tensor& pool) {
   std::optional<Ragged> ragged;
@@ -167,7 +167,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   }
 }
 
-// Returns the values of Q8_0 blocks, dequantized to dense f16.
+// Returns the values of Q8_0 blocks, dequantized to dense f16, for callers that compute in torch.
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), num_columns(x, "x")},
@@ -177,7 +177,8 @@ Tensor load_q8_0_(const Tensor& x) {
   return y;
 }
 
-// Returns act(gate) * up, of gate's shape. SWIGLU_OAI is not offered, because it has parameters.
+// Returns act(gate) * up, of gate's shape: the middle of a gated MLP that runs as single operators. SWIGLU_OAI is not
+// offered, because it has parameters.
 Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   const std::string act_name = take_string(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);

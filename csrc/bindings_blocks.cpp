@@ -62,7 +62,7 @@ void set_bias(Projection& p, const Optional& bias, const char* what) {
   for (LinearPart& part : p.parts) part.bias = from, from += from ? part.n : 0;
 }
 
-// Checks cos and sin of a call, f32 [batch or 1, length, rope_dim].
+// Checks cos and sin of a call, f32 [batch or 1, length, rope_dim], and returns them as the kernels take them.
 RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t length, bool interleaved) {
   STD_TORCH_CHECK(cos.dim() == 3 && cos.size(1) == length && cos.size(2) % 2 == 0 &&
           (cos.size(0) == 1 || cos.size(0) == batches),
@@ -72,7 +72,8 @@ RopeTables rope_tables(const Tensor& cos, const Tensor& sin, int64_t batches, in
       cos.size(0) == 1 ? 0 : length * cos.size(2), interleaved};
 }
 
-// Checks a cache tensor [batch or page, heads, at least `positions`, columns] of keys or values.
+// Checks a cache tensor [batch or page, heads, at least `positions`, columns] of keys or values, to which a step writes
+// unchecked, and returns its description. `what` names it in errors.
 KVStore kv_store(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns,
     const char* what) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions &&
@@ -196,8 +197,9 @@ class MlaStep : public Step {
     retain(packed), retain({&q_norm, &kv_norm});
   }
   size_t num_caches() const override { return 2; }
+  // Completes a copy of the block with the call's sizes, slots, masks and caches (latents, RoPE columns), and runs it.
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
-    MlaBlock b = block_;  // completed for this call
+    MlaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], interleaved_);
     STD_TORCH_CHECK(b.rotation.rope_dim == rope_dim_, "cos has ", b.rotation.rope_dim, " columns, ", rope_dim_,
         " are rotated");
@@ -245,8 +247,9 @@ class GqaStep : public Step {
     retain(packed), retain({&q_bias, &k_bias, &v_bias, &o_bias, &q_norm, &k_norm, &sinks});
   }
   size_t num_caches() const override { return 2; }
+  // Completes a copy of the block with the call's sizes, slots, masks and caches (keys, values), and runs it.
   void run(const Call& call, Tensor* caches, const float* x, float* out) const override {
-    GqaBlock b = block_;  // completed for this call
+    GqaBlock b = block_;
     const CachePlan plan = bind_call(b, call, caches[0], /*interleaved=*/false);
     STD_TORCH_CHECK(b.rotation.rope_dim <= b.head_dim, "cos is wider than a head");
     b.keys = kv_store(caches[0], plan.batches, b.kv_heads, plan.positions, b.head_dim, "keys"),
@@ -295,8 +298,9 @@ class MoeStep : public Step {
     }
     retain(packed), retain({&router_bias, &correction, &counts});
   }
+  // Completes a copy of the block with the call's tokens, and runs it; there are no cache tensors.
   void run(const Call& call, Tensor*, const float* x, float* out) const override {
-    MoeBlock b = block_;  // completed for this call
+    MoeBlock b = block_;
     b.experts.tokens = b.shared.tokens = call.batches * call.length;
     b.x = x, b.out = out;
     with_norm_and_residual(b, pre_norm_, b.experts.tokens, hidden, moe_block);
@@ -362,7 +366,8 @@ void check_sizes(const Ints& sizes, size_t count, size_t positive) {
 }
 
 // mla_step, gqa_step and moe_step check the sizes, register a step and return its id; their arguments are those of the
-// step's class.
+// step's class. They register a factory with copies of the arguments, because the registry rebuilds a step whose
+// tensors have moved.
 int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_norm, const Optional& kv_norm,
     bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
@@ -373,6 +378,7 @@ int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   });
 }
 
+// Registers a GQA attention module, see mla_step.
 int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_bias, const Optional& k_bias,
     const Optional& v_bias, const Optional& o_bias, const Optional& q_norm, const Optional& k_norm, bool norm_all,
     bool norm_plus_one, const Optional& sinks, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
@@ -384,6 +390,8 @@ int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   });
 }
 
+// Registers a MoE layer or a plain gated MLP, see mla_step. Converts the names of options first, because a string
+// argument can be taken only once.
 int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& router_bias, const Optional& correction,
     int64_t top, StringHandle scoring_word, StringHandle group_word, int64_t n_group, int64_t topk_group, bool renorm,
     double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,

@@ -25,6 +25,8 @@ namespace {
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 thread_local Scratch shared_scratch, worker_scratch;
 
+// Returns the kernels of the picked instruction set (the table is in the order of Isa). A set without attention kernels
+// of its own takes those of another set that the machine has too.
 const AttentionKernels& attention_kernels() {
   static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &SCALAR_ATTENTION, &AVX2_ATTENTION,
       &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512BF16_ATTENTION, &AVX512BF16_ATTENTION};
@@ -354,6 +356,7 @@ struct AttentionJob {
   void run_worker() {
     Scratch& own = worker_scratch;
     const int64_t d = c.dk + c.dr;
+    // The bytes of what is taken below, with some to spare for alignment.
     own.reset(size_t(2 * BLOCK_ROWS + BLOCK_KEYS + 8) * d * 4 + size_t(BLOCK_KEYS + 2 * BLOCK_ROWS + 1) * c.dv * 4 +
         (2 * BLOCK_ROWS * BLOCK_KEYS + 4 * BLOCK_ROWS) * 4 + 1024);
     const Buffers buffers{own.take<float>(BLOCK_ROWS * d), own.take<float>((BLOCK_KEYS + 8) * d),
@@ -370,8 +373,8 @@ struct AttentionJob {
     for (int64_t index; (index = merge.take()) < merges;) merge_query_block(index, reordered);
   }
 
-  // Adds the work items of a sequence to the job. Its keys are split only if its blocks of queries alone would leave
-  // workers idle.
+  // Adds the work items of a sequence to the job, and counts the partial softmaxes and merges that they need. Its keys
+  // are split only if its blocks of queries alone would leave workers idle.
   void add_sequence(const Sequence& sequence, int64_t batch) {
     SequenceRun run{sequence, batch, 0, 1, items, partials, merges};
     run.blocks = (sequence.queries + block_tokens - 1) / block_tokens;

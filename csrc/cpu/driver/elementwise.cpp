@@ -54,6 +54,7 @@ float mean_square(const float* x, int64_t n) {
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps,
     bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
+  // Normalizes row r: v is the row in f32, `out` the f32 result, in y itself if y is f32.
   for_each_row(rows, width, [&](int64_t r) {
     buffers.fit(width);
     const float* v = as_floats(static_cast<const uint8_t*>(x) + r * stride * size, type, width, buffers.a.data());

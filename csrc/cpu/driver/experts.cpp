@@ -232,6 +232,7 @@ struct MoEJob {
     const uint8_t* down_start = first_down.count && !experts_by_load.empty()
         ? down_weights(first_down.first, experts_by_id[0])
         : nullptr;
+    // Computes one range of items: adjacent rows of one expert.
     gate_up_queue.for_each([&](int64_t item) { return gate_up_blocks.end_of_matrix(item); },
         [&](Range range, Range next_range) {
       const RowBlocks::Location location = gate_up_blocks.locate(range.first);
@@ -256,6 +257,7 @@ struct MoEJob {
     float* sums = own.take<float>(columns * std::max<int64_t>(max_tokens, 1));
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
+    // Computes one range of items: the same adjacent rows of every expert's down matrix, summed into `total` [token].
     down_queue.for_each([&](int64_t item) { return down_blocks.end_of_matrix(item); },
         [&](Range range, Range next_range) {
       const RowBlocks::Location location = down_blocks.locate(range.first);

@@ -11,6 +11,8 @@
 #include "cpu/driver/bf16_rows.h"
 
 namespace ktx {
+// Returns the kernels of the picked instruction set (the table is in the order of Isa); for AVXVNNI those in the encoding
+// that the machine has.
 const Kernels& kernels() {
   static const Kernels* const table[] = {&AMXMODEL_KERNELS, &SCALAR_KERNELS, &AVX2_KERNELS,
       has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS, &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS,
@@ -135,6 +137,7 @@ struct LinearJob {
     const auto segment_end = [&](int64_t item) {
       return *std::upper_bound(first_item.begin(), first_item.end(), item);
     };
+    // Multiplies one range of items, adjacent row groups of one matrix.
     items.for_each(segment_end, [&](Range range, Range next_range) {
       int64_t first;
       const MatrixShare& p = share_of_item(range.first, first);
@@ -277,14 +280,16 @@ void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const i
     if (!i || rows[i] / 16 != rows[i - 1] / 16) runs.push_back(i);
   runs.push_back(count);
   Queue queue;
-  // Each worker takes runs: dequantizes their group to [column][16] and transposes the requested rows to `out`.
+  // Each worker takes runs (requested rows that follow each other in one group of 16): dequantizes the run's group to
+  // [column][16] and copies its requested rows, transposed, to `out`.
   parallel([&](int) {
     worker_scratch.reset(size_t(k) * 64 + 64);
     float* columns = worker_scratch.take<float>(k * 16);
     for (int64_t run; (run = queue.take()) + 1 < int64_t(runs.size());) {
-      kernels().unpack(layout, packed + rows[runs[run]] / 16 * bytes_per_group, k, columns);
+      const int64_t begin = runs[run], end = runs[run + 1];
+      kernels().unpack(layout, packed + rows[begin] / 16 * bytes_per_group, k, columns);
       for (int64_t from = 0; from < k; from += 128)  // 128 columns of 16 rows stay in the first-level cache
-        for (int64_t i = runs[run]; i < runs[run + 1]; ++i)
+        for (int64_t i = begin; i < end; ++i)
           for (int64_t c = from; c < std::min(k, from + 128); ++c) out[i * k + c] = columns[c * 16 + rows[i] % 16];
     }
   });

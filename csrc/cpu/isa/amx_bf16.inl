@@ -71,9 +71,9 @@ template <class L> struct Bf16FromFloats {
   }
 };
 
-// Multiplies R groups by TILES tiles of tokens (tile_tokens[0] and tile_tokens[1] tokens) over `products` instructions
-// per sum. Up to four independent sums hide the latency of an instruction. Sums continue from out0 and out1 unless this
-// is the first span.
+// Multiplies R groups by TILES tiles of tokens (tile_tokens[0] and tile_tokens[1] tokens) over the columns of one span,
+// `products` instructions per sum. Up to four independent sums hide the latency of an instruction. Sums continue from
+// out0 and out1 unless this is the first span.
 template <int R, int TILES>
 static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_tile0, const uint32_t* x_tile1,
     const int* tile_tokens, bool first, float* out0, float* out1, size_t out_stride) {

@@ -322,9 +322,9 @@ AI V decode_trit(V bytes, int n) {
   return take_digit(TableIndices<256>(bytes, bytes).select_from(TRITS.first_four), n);
 }
 #else
-// w[i] = 8 * ternary digit FIRST_DIGIT + i of each byte (eighths, for IQ1), without tables: times 3^FIRST_DIGIT brings
-// that digit to the front, and each further multiplication by 3 carries the next digit above the byte. Even and odd
-// bytes apart, in 16 bits.
+// w[i] = ternary digit FIRST_DIGIT + i of each byte, times 8 because IQ1's codes are in eighths; without tables: times
+// 3^FIRST_DIGIT brings that digit to the front, and each further multiplication by 3 carries the next digit above the
+// byte. Even and odd bytes apart, in 16 bits.
 template <int FIRST_DIGIT, int COUNT> AI void decode_trits(V bytes, V* w) {
   const V power = set(POWERS_OF_3[FIRST_DIGIT]), three = set(POWERS_OF_3[1]);
   V even = low_bytes(bytes), odd = shr16(bytes, 8);
@@ -500,9 +500,9 @@ struct DIQ2_XS : OffsetPairDecoder {
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes unit u, 32 columns: looks up four octets (code book entries of eight weights) and applies their signs. Word
-  // 2u has four low index bytes, word 2u + 1 the signs with the ninth index bits, byte u % 4 of word 16 + u / 4 the two
-  // scales.
+  // Decodes unit u, a pair of sub-blocks of 16 columns: w[0..3] and scale[0] are the first, w[4..7] and scale[1] the
+  // second. Looks up four octets (code book entries of eight weights) and applies their signs. Word 2u has four low
+  // index bytes, word 2u + 1 the signs with the ninth index bits, byte u % 4 of word 16 + u / 4 the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(16 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -523,9 +523,10 @@ struct DIQ2_S : OffsetPairDecoder {  // words: 8 of low index bytes, 8 of signs,
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
-  // Decodes unit u, 32 columns: looks up four octets (code book entries of eight weights) and applies their signs. Word
-  // u has four low index bytes, word 8 + u the signs, byte u % 4 of word 16 + u / 4 the high index bits, byte u % 4 of
-  // word 18 + u / 4 the two scales.
+  // Decodes unit u, a pair of sub-blocks of 16 columns: w[0..3] and scale[0] are the first, w[4..7] and scale[1] the
+  // second. Looks up four octets (code book entries of eight weights) and applies their signs. Word u has four low
+  // index bytes, word 8 + u the signs, byte u % 4 of word 16 + u / 4 the high index bits, byte u % 4 of word 18 + u / 4
+  // the two scales.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(18 + u / 4), u % 4 * 8);
     scale[0] = scale_from_half_steps(d, and_(scale_bits, set(15)), 0.25f),
@@ -603,6 +604,7 @@ struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of de
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
   typedef F BlockScales;
   AI static BlockScales load_scales(const Block& b) { return load_f16(b.narrow0); }
+  // Decodes sub-block s, 32 columns: digits plus an offset. Nibble s of word 13 is the scale, below the sign of delta.
   AI static void decode_sub_block(const BlockScales& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = shr(b.word(13), 4 * s), offset = iq1_offset(shr(nibble, 3));
     scale = scale_from_odd_steps(d, nibble);
@@ -615,13 +617,15 @@ struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of de
 struct DIQ1_M : OffsetPairDecoder {
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F BlockScales;
+  // Returns d, an f16 whose four nibbles are the top nibbles of the four 16-bit scale words.
   AI static BlockScales load_scales(const Block& b) {
     const V s0 = b.word(14), s1 = b.word(15);
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
-  // Decodes unit u, 32 columns: digits (decode_iq1_digits) plus the offset that the sign of delta selects. Nibble u of
-  // word 13 has the signs of delta of four times eight columns; word 14 or 15 has the two scales of three bits.
+  // Decodes unit u, a pair of sub-blocks of 16 columns: w[0..3] and scale[0] are the first, w[4..7] and scale[1] the
+  // second. Codes are digits (decode_iq1_digits) plus the offset that the sign of delta selects. Nibble u of word 13
+  // has the signs of delta of four times eight columns; word 14 or 15 has the two scales of three bits.
   AI static void decode_pair(const BlockScales& d, const Block& b, int u, V* w, F* scale) {
     const V scale_bits = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
     scale[0] = scale_from_odd_steps(d, scale_bits), scale[1] = scale_from_odd_steps(d, shr(scale_bits, 3));

@@ -77,6 +77,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   for (int64_t i = 0; i < blocks; ++i) {
     prefetcher.prefetch_page(b.words);
     const typename D::BlockScales block_scales = D::load_scales(b);
+    // Decodes unit u of the block, 32 columns, and adds its products with all tokens to `total`.
     const auto multiply_unit = [&](int u) __attribute__((always_inline)) {
       reached += unit_bytes;
       fetched += prefetcher.prefetch_lines(fetched, reached - fetched);

@@ -207,6 +207,7 @@ AI Pairs load_column_pairs(const void* p) { return (Pairs)zip_halves(load(p)); }
 // The low and the high byte of the bf16 that are 2^-8 of e4m3 codes 0 to 127, for load_e4m3_pairs.
 struct E4m3Bytes {
   alignas(64) uint8_t low[128], high[128];
+  // Corrects the exponent's bias, 7 to 127, and subtracts 8 from it.
   constexpr E4m3Bytes() : low{}, high{} {
     for (int code = 0; code < 128; ++code) {
       const int exponent = code >> 3, mantissa = code & 7;

@@ -98,7 +98,7 @@ inline const float* as_floats(const void* x, DType type, int64_t n, float* buffe
     for (int64_t i = 0; i < n; ++i) buffer[i] = from_f16(h[i]);
   return buffer;
 }
-// Stores n f32 values as `type`.
+// Stores n f32 values as `type`: the counterpart of as_floats, for results.
 inline void from_floats(const float* x, DType type, int64_t n, void* out) {
   uint16_t* h = static_cast<uint16_t*>(out);
   if (type == DType::F32) std::memcpy(out, x, size_t(n) * 4);

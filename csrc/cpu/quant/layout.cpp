@@ -239,7 +239,7 @@ void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64
   reorder_bits(l.code, group + words_offset(l, k) + index * l.word_count() * 64);
 }
 
-// Packs rows of a float type as [k][16 rows], without blocks.
+// Packs rows of a float type (BYTES per weight) as [k][16 rows], because these types have no blocks.
 template <int BYTES>
 void pack_floats(const uint8_t* const* rows, int num_rows, int64_t k, uint8_t* group) {
   for (int64_t i = 0; i < k; ++i)

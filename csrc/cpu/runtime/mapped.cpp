@@ -62,6 +62,7 @@ bool remap_huge_pages(uint8_t* address, size_t length) {
   return true;
 }
 
+// Rounds the range outwards to full pages, because madvise takes those only.
 void populate(const void* memory, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~uintptr_t(4095),
                   end = reinterpret_cast<uintptr_t>(memory) + bytes;

@@ -62,9 +62,11 @@ constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the
 namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vnni,avx512bf16")
+// Each function runs ROUNDS times CHAINS independent instructions of the kind that it is named for (see Loop).
 void vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VNNI), KTX_LOW, "xmm30", "xmm31"); }
 void bf16_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_BF16), KTX_LOW, "xmm30", "xmm31"); }
-// Registers are cleared first: leftovers may be denormal, which is a hundred times slower.
+// Fused multiply-adds of sixteen floats. Registers are cleared first: leftovers may be denormal, which is a hundred
+// times slower.
 void fma512_rounds() {
   __asm__ volatile("vzeroall\nvpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31"
       :
@@ -146,6 +148,7 @@ namespace {
 struct FreshMemory {
   size_t bytes, bytes_per_thread;  // the latter a multiple of a cache line
   uint8_t* data;
+  // Reserves address space only, in huge pages where the system allows it; each thread gets an equal range.
   FreshMemory(int threads, int mebibytes) {
     if (threads < 1 || threads > 1024 || mebibytes < 1)
       throw std::runtime_error("threads and mebibytes must be positive");
@@ -159,6 +162,7 @@ struct FreshMemory {
 };
 }  // namespace
 
+// Measures first writes, each thread its own range: the system zeroes and maps a page at the first write to it.
 double probe_fresh(int threads, int mebibytes) {
   FreshMemory memory(threads, mebibytes);
   const double elapsed_s = time_threads(threads,
@@ -185,6 +189,8 @@ double probe_read(int threads, int mebibytes) {
   return best;
 }
 
+// Measures the instruction that the kernels of the picked instruction set multiply int8 with; the table is in the order
+// of Isa.
 double probe_int8(int threads, double seconds) {
   static const Loop int_loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64},
       {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128},
