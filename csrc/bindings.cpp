@@ -186,7 +186,8 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
   return y;
 }
 
-// Returns the weighted sum of each token's experts, [tokens, hidden]; see cpu/driver/experts.h.
+// Returns the weighted sum of each token's experts, [tokens, hidden]; see cpu/driver/experts.h. `alpha` and `limit` are
+// parameters of the activation swiglu_oai; `counts`: the statistics to add to, see optional_stats.
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up,
     const Tensor& down, int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
     const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias, StringHandle act_word, double alpha,

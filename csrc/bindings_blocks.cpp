@@ -166,11 +166,11 @@ CachePlan bind_call(B& b, const Call& call, const Tensor& cache, bool interleave
   return plan;
 }
 
-// An absorbed MLA attention module. Its constructor reads the matrices in the order in which Python lists them and
-// checks that they fit each other. sizes: hidden, heads, nope, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of
-// q_norm, eps of kv_norm, softmax scale.
+// An absorbed MLA attention module.
 class MlaStep : public Step {
  public:
+  // Reads the matrices in the order in which Python lists them and checks that they fit each other. sizes: hidden,
+  // heads, qk_nope_head_dim, v_head_dim, kv_lora_rank, rope_dim. scalars: eps of q_norm, eps of kv_norm, softmax scale.
   MlaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_norm,
       const Optional& kv_norm, bool interleaved, const Doubles& scalars, const Optional& pre_norm, double eps,
       bool plus_one)
@@ -215,10 +215,12 @@ class MlaStep : public Step {
   bool interleaved_;
 };
 
-// A GQA attention module, constructed as MlaStep. sizes: hidden, kv_heads, head_dim. scalars: eps of q_norm, eps of
-// k_norm, softmax scale, softcap (0: none). norm_all: the norms are over all heads' columns at once.
+// A GQA attention module.
 class GqaStep : public Step {
  public:
+  // Reads the matrices in the order in which Python lists them and checks that they fit each other. sizes: hidden,
+  // kv_heads, head_dim. scalars: eps of q_norm, eps of k_norm, softmax scale, softcap (0: none). norm_all: q and k are
+  // normalized over all heads' columns at once.
   GqaStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& q_bias,
       const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
       const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& scalars,
@@ -262,10 +264,11 @@ class GqaStep : public Step {
   GqaBlock block_{};
 };
 
-// A MoE layer or a plain gated MLP, constructed as MlaStep. sizes: hidden, routed experts, their inner width, inner
-// width of the shared expert; 0 experts or width 0: there are none. counts: see optional_stats.
+// A MoE layer or a plain gated MLP, which is a MoE layer with a shared expert only.
 class MoeStep : public Step {
  public:
+  // Reads the matrices in the order in which Python lists them. sizes: hidden, routed experts, their inner width, inner
+  // width of the shared expert; 0 experts or width 0: there are none. counts: see optional_stats.
   MoeStep(const Tensors& packed, const Ints& descriptors, const Ints& sizes, const Optional& router_bias,
       const Optional& correction, const RouteCall& route, Activation act, double alpha, double limit,
       const Optional& counts, const Optional& pre_norm, double eps, bool plus_one)

@@ -130,7 +130,7 @@ class Packed:
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
 
     def matrix(self, index: int) -> Packed:
-        """Returns one of the matrices that `pack_experts` packed.
+        """Returns one of the matrices that `pack_experts` packed, for callers that need a single expert.
 
         It is a view where there is one NUMA node, and a copy where several nodes hold shares of the matrix: each node
         holds its rows of all matrices, one after another.

@@ -148,6 +148,7 @@ def min_tokens_to_stream(nbytes: int, num_weights: int, link_gb_s: float, cpu_go
     Returns:
         Number of tokens, at least MIN_STREAM_TOKENS because the GPU needs time to launch and compute as well.
     """
+    # tokens that the CPU computes while the weights are copied
     return max(MIN_STREAM_TOKENS, math.ceil(nbytes / link_gb_s * cpu_gops / (2 * num_weights)))
 
 
@@ -201,7 +202,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
         read_gb_s = read_bandwidth(threads, MIN_PASS_BYTES // 2).gb_s
         rate = packed.nbytes / median_seconds(lambda: cpu.linear(x, all_rows), 1) / 1e9
         rounds.append((rate / read_gb_s, rate))
-    share, rate = statistics.median_low(rounds)
+    share, rate = statistics.median_low(rounds)  # the round with the median share
     results = {"gemv_gb_s": rate, "gemv_share": share}
     for num_tokens in tokens:
         # fewer matrices for more tokens, so that each size takes about as long

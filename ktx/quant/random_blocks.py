@@ -34,7 +34,7 @@ _SCALE_OFFSETS = {"IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 
 
 
 def _set_scale(blocks: NDArray[Any], name: str, d: NDArray[Any]) -> None:
-    """Writes f16 scales `d` [n, blocks, 1] into blocks [n, blocks, nbytes] of the IQ type `name`, in place."""
+    """Writes f16 scales `d` [n, blocks, 1] into blocks of the IQ type `name`, where random bits might be infinite."""
     bits = d.astype(np.float16).view(np.uint16)
     offset = _SCALE_OFFSETS[name]
     if offset is not None:

@@ -149,7 +149,7 @@ void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_sc
 void route(const RouteCall& c) {
   constexpr int64_t COST_PER_EXPERT = 8;  // exp, and the partial sort
   constexpr float EPSILON = 1e-20f;       // against a division by a zero sum
-  // Routes token t: scores, choice, weights.
+  // Routes token t: `choice` (scores plus bias, masked groups) decides which experts, `scores` give their weights.
   for_each_row(c.tokens, c.experts * COST_PER_EXPERT, [&](int64_t t) {
     thread_local std::vector<float> group_score;
     thread_local std::vector<int64_t> order;

@@ -11,8 +11,8 @@
 #include "cpu/driver/bf16_rows.h"
 
 namespace ktx {
-// Returns the kernels of the picked instruction set (the table is in the order of Isa); for AVXVNNI those in the encoding
-// that the machine has.
+// Returns the kernels of the picked instruction set (the table is in the order of Isa); for AVXVNNI those in the
+// encoding that the machine has.
 const Kernels& kernels() {
   static const Kernels* const table[] = {&AMXMODEL_KERNELS, &SCALAR_KERNELS, &AVX2_KERNELS,
       has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS, &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS,

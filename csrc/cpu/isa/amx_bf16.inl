@@ -115,7 +115,7 @@ template <class W, int R>
 static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, uint32_t* span,
     const uint8_t* next) {
   const size_t group_stride = group_bytes(l, x.k), out_stride = size_t(x.n) * 16;
-  int configured[2] = {0, 0};
+  int configured[2] = {0, 0};  // tokens of the two tiles that the tile registers are configured for
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
     for (int r = 0; r < R; ++r)
@@ -127,6 +127,7 @@ static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTil
                 tile_tokens[2] = {second - first, has_second ? x.start(tile + 2) - second : second - first};
       if (tile_tokens[0] != configured[0] || tile_tokens[1] != configured[1])
         tiles_begin(configured[0] = tile_tokens[0], configured[1] = tile_tokens[1], 64);
+      // Where the activations of a tile are for the columns of this span.
       const auto pairs = [&](int token, int count) { return x.pair + token * (x.k / 2) + from / 2 * count; };
       const uint32_t *x_tile0 = pairs(first, tile_tokens[0]),
                      *x_tile1 = has_second ? pairs(second, tile_tokens[1]) : nullptr;

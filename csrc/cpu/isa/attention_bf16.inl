@@ -21,7 +21,7 @@ static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32
 
 // Bytes of 32 columns.
 template <DType TYPE> constexpr int VECTOR_BYTES = TYPE == DType::Q8_0 ? Q8_BYTES : 64;
-// Loads 32 columns as bf16.
+// Loads 32 columns of a row of the KV cache as bf16, which is what the products take.
 template <DType TYPE> AI V load_bf16_vector(const uint8_t* p) {
   if constexpr (TYPE == DType::BF16) return load(p);
   else if constexpr (TYPE == DType::F16) return pair_neighbors_as_bf16(load_f16(p), load_f16(p + 32));
@@ -81,7 +81,8 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
     for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
 }
 
-// Computes scores [key][lanes*16 rows] for up to 8 keys. `scores` has space for 8; those past `keys` are undefined.
+// Computes scores [key][lanes*16 rows] for up to 8 keys, in tiles of up to 16 sums, which stay in registers. `scores` has
+// space for 8 keys; those past `keys` are undefined. `next`: two addresses to prefetch.
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
     const void* const* next) {
   const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);

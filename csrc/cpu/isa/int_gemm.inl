@@ -237,7 +237,8 @@ template <class S, int R> static TileKernel select_gemm_tile(int tokens) {
   return table[tokens];
 }
 
-// Multiplies R groups by all tiles of tokens, span by span: out [R][n tokens][16 rows].
+// Multiplies R groups by all tiles of tokens, span by span: out [R][n tokens][16 rows]. `spans`: buffer for a span of
+// each group. `next`: the weights that are multiplied next, to prefetch, or null.
 template <class D, int R>
 static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans,
     const uint8_t* next) {

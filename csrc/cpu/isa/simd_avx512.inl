@@ -79,7 +79,7 @@ struct Trits {
   alignas(64) uint8_t first_four[256], fifth[256];
   constexpr Trits() : first_four{}, fifth{} {
     for (int byte = 0; byte < 256; ++byte) {
-      int x = byte;
+      int x = byte;  // the digits from n on, as a fraction of 256
       for (int n = 0; n < 5; ++n, x &= 255) {
         x *= 3;
         if (n < 4) first_four[byte] = uint8_t(first_four[byte] | (x >> 8) << (2 * n));

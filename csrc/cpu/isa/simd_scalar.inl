@@ -122,7 +122,9 @@ AI int32_t sum_lanes(V x) { uint32_t s = 0; KTX_LANES s += x.v[i]; return int32_
 AI float sum_lanes(F x) { float s = 0; KTX_LANES s += x.v[i]; return s; }
 AI F to_float(V x) { F r; KTX_LANES r.v[i] = float(int32_t(x.v[i])); return r; }
 // clang-format on
-AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
+// Rounds to the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 rounds, and leaves the integer in the
+// low bits of the sum.
+AI V to_int(F x) {
   V r;
   KTX_LANES {
     const float y = x.v[i] + 12582912.0f;

@@ -55,7 +55,7 @@ def _linear(
     A program computes TOKENS tokens by ROWS rows of one matrix, and sums over the `split_columns` columns of its split.
     Columns are split where the rows alone are too few programs for the GPU; the caller adds up the splits.
     """
-    group, split = tl.program_id(1), tl.program_id(2)
+    group, split = tl.program_id(1), tl.program_id(2)  # a group: TOKENS tokens of one matrix
     groups = tl.cdiv(tokens, TOKENS)
     matrix = (group // groups).to(tl.int64)
     token = group % groups * TOKENS + tl.arange(0, TOKENS)

@@ -120,7 +120,10 @@ def empty(qtype: QType, n: int, k: int, matrices: int, buffer: torch.Tensor) -> 
 
 
 def _view_planes(packed: SoAWeight) -> tuple[torch.Tensor, ...]:
-    """Returns views of `data`, one per field and in its dtype; for F8_E4M3 the scales are the second plane."""
+    """Returns views of `data`, one per field of FIELDS and in its dtype, by whose index decoders read them.
+
+    For F8_E4M3 the scales are the second plane.
+    """
     count = packed.matrices * packed.n * packed.row_blocks
     if packed.data.numel() != count * packed.qtype.nbytes:
         raise KtxError(
