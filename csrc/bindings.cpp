@@ -239,6 +239,7 @@ Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const 
 }
 }  // namespace
 
+// The schemas of this file's operators.
 STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("isa() -> str");
   m.def("best_isa() -> str");
@@ -272,6 +273,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
       "int down_code, int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, "
       "float alpha, float limit, Tensor(a!)? counts=None) -> Tensor");
 }
+// Operators without tensor arguments, by whose device torch would pick the implementation.
 STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("best_isa", TORCH_BOX(&best_isa_));

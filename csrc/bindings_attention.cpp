@@ -149,7 +149,7 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
 }
 
 // Stores keys or values x [1][head][token][column] of a ragged call in the slots of a pool
-// [page][head][position][column]. One call per run of consecutive slots on a page.
+// [page][head][position][column]. Converts the tokens of a run of consecutive slots on a page at once.
 void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   STD_TORCH_CHECK(x.dim() == 4 && pool.dim() == 4 && x.size(0) == 1 && pool.size(1) == x.size(1) &&
           num_columns(pool, "pool") == x.size(3),
@@ -194,6 +194,7 @@ Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
 }
 }  // namespace
 
+// The schemas of this file's operators.
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, "

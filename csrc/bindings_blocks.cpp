@@ -368,9 +368,9 @@ void check_sizes(const Ints& sizes, size_t count, size_t positive) {
     STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
 }
 
-// mla_step, gqa_step and moe_step check the sizes, register a step and return its id; their arguments are those of the
-// step's class. They register a factory with copies of the arguments, because the registry rebuilds a step whose
-// tensors have moved.
+// Registers an absorbed MLA attention module as a step that run_steps can run, and returns its id. The arguments of
+// mla_step, gqa_step and moe_step are those of the step's class. They register a factory with copies of the arguments,
+// because the registry rebuilds a step whose tensors have moved.
 int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_norm, const Optional& kv_norm,
     bool interleaved, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
@@ -381,7 +381,7 @@ int64_t mla_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   });
 }
 
-// Registers a GQA attention module, see mla_step.
+// Registers a GQA attention module as a step that run_steps can run, and returns its id; see mla_step.
 int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q_bias, const Optional& k_bias,
     const Optional& v_bias, const Optional& o_bias, const Optional& q_norm, const Optional& k_norm, bool norm_all,
     bool norm_plus_one, const Optional& sinks, Doubles scalars, const Optional& pre_norm, double eps, bool plus_one) {
@@ -393,8 +393,8 @@ int64_t gqa_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& q
   });
 }
 
-// Registers a MoE layer or a plain gated MLP, see mla_step. Converts the names of options first, because a string
-// argument can be taken only once.
+// Registers a MoE layer or a plain gated MLP as a step that run_steps can run, and returns its id; see mla_step. Takes
+// the strings before it makes the factory, because a string argument can be taken only once.
 int64_t moe_step(Tensors packed, Ints descriptors, Ints sizes, const Optional& router_bias, const Optional& correction,
     int64_t top, StringHandle scoring_word, StringHandle group_word, int64_t n_group, int64_t topk_group, bool renorm,
     double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& pre_norm,
@@ -453,6 +453,7 @@ void run_steps(const Tensor& x, Tensors outs, Ints step_ids, Tensors caches, int
 }
 }  // namespace
 
+// The schemas of this file's operators.
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
   m.def(
       "mla_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_norm, Tensor? kv_norm, bool interleaved, "

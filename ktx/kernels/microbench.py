@@ -188,7 +188,9 @@ def as_one_matrix(packed: cpu.Packed) -> cpu.Packed:
 
 
 def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] = (48, 512)) -> dict[str, float]:
-    """Measures a weight type on matrices that are read from memory.
+    """Measures the products of a weight type on matrices that are read from memory, next to the machine's limits.
+
+    Many tokens are multiplied as a prompt's are, in bf16 where the CPU has tile registers for that.
 
     Returns:
         gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share for each T of `tokens`; a share is relative

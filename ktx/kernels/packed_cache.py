@@ -191,7 +191,7 @@ class PackedCache:
             A warning for the user if the weights were not cached, else "".
         """
         if self.is_complete:
-            if cpu.ops.nodes() == 1:
+            if cpu.ops.nodes() == 1:  # else `_map` has copied the weights to memory already
                 self._start_promotion()
             return ""
         if not self.error:

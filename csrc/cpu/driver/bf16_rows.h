@@ -20,7 +20,8 @@ struct Bf16Rows {
 Bf16Rows& bf16_rows();
 
 // Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call, so that a driver runs each range in
-// its own arithmetic. Without AMX tiles, one int8 range; with `all_bf16`, one bf16 range.
+// its own arithmetic. Without AMX tiles, one int8 range; with `all_bf16`, one bf16 range. Else bf16_rows() selects the
+// bf16 rows: full pages if it is not set, none if it is set for calls with another number of rows.
 template <class F> void for_bf16_ranges(int64_t tokens, bool all_bf16, F&& f) {
   const Bf16Rows& config = bf16_rows();
   if (!kernels().bf16_tiles) return f(int64_t(0), tokens, false);

@@ -232,7 +232,7 @@ struct MoEJob {
     const uint8_t* down_start = first_down.count && !experts_by_load.empty()
         ? down_weights(first_down.first, experts_by_id[0])
         : nullptr;
-    // Computes one range of items: adjacent rows of one expert.
+    // Computes one range of items, adjacent rows of one expert: gate, up, activation, input of down.
     gate_up_queue.for_each([&](int64_t item) { return gate_up_blocks.end_of_matrix(item); },
         [&](Range range, Range next_range) {
       const RowBlocks::Location location = gate_up_blocks.locate(range.first);

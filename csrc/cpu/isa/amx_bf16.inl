@@ -80,7 +80,7 @@ static void amx_bf16_block(const uint32_t* w, int products, const uint32_t* x_ti
   static_assert(R * TILES <= 4, "four tiles hold sums");
   // Words from one product to the next and from one group to the next, in the dequantized weights.
   constexpr int PRODUCT_WORDS = PRODUCT_COLUMNS / 2 * 16, GROUP_WORDS = SPAN / 2 * 16;
-#define KTX_EACH_SUM(X) X(0) X(1) X(2) X(3)  // sum i: of group i / N and of tile i % N
+#define KTX_EACH_SUM(X) X(0) X(1) X(2) X(3)  // sum i: of group i / TILES and of tile i % TILES
   if (first) {
 #define KTX_ZERO(i) \
   if (i < R * TILES) tile_zero<i>();

@@ -30,8 +30,8 @@ template <int T> AI void tile_store(void* p, int64_t stride) {
   for (int r = 0; r < t.rows; ++r) __builtin_memcpy(static_cast<uint8_t*>(p) + r * stride, t.data[r], size_t(t.bytes));
 }
 
-// TDPBSSD, TDPBUSD and their two variants, c += a * b in int32, four products per element and step. A and B are the
-// types of the bytes of a and b (signed or unsigned).
+// Emulates TDPBSSD, TDPBUSD and their two variants: c += a * b in int32, four products per element and step. A and B
+// are the types of the bytes of a and b (signed or unsigned).
 template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m)
     for (int n = 0; n < 16; ++n) {
@@ -65,8 +65,8 @@ inline float load_bf16(const uint8_t* p) {
   __builtin_memcpy(&x, &bits, 4);
   return flush_subnormal(x);
 }
-// TDPBF16PS, c += a * b in f32: even and odd products are summed separately, each step rounded once, and both sums are
-// added to the element.
+// Emulates TDPBF16PS, c += a * b in f32, with its order of additions: even and odd products are summed separately, each
+// step rounded once, and both sums are added to the element.
 static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m)
     for (int n = 0; n < 16; ++n) {

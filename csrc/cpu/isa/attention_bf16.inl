@@ -81,8 +81,8 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
     for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
 }
 
-// Computes scores [key][lanes*16 rows] for up to 8 keys, in tiles of up to 16 sums, which stay in registers. `scores` has
-// space for 8 keys; those past `keys` are undefined. `next`: two addresses to prefetch.
+// Computes scores [key][lanes*16 rows] for up to 8 keys, in tiles of up to 16 sums, which stay in registers. `scores`
+// has space for 8 keys; those past `keys` are undefined. `next`: two addresses to prefetch.
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
     const void* const* next) {
   const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);

@@ -159,7 +159,7 @@ void pack_digits(const uint32_t (*quads)[16], uint32_t (*words)[16]) {
 //
 //   words  | as the file has them                                       | as the decoder reads them
 //   IQ1_S  |  8: low eight bits of the indices, a byte each             | 13: digits
-//          |  4: for each unit 16 bits: 4 x 3 high index bits,          |  1: a nibble for each unit: scale (3 bits), sign of delta
+//          |  4: for each unit 16 bits: 4 x 3 high index bits,          |  1: a nibble per unit: scale, sign of delta
 //          |     scale (3 bits), sign of delta                          |
 //   IQ1_M  |  8: low eight bits of the indices, a byte each             | 13: digits
 //          |  4: for each index a nibble: 3 high bits, sign of delta    |  1: a bit for each index: sign of delta

@@ -187,7 +187,7 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
     high = (
         load_elements(planes[1], row, start * 8 + word // 32 * 8 + word % 8, blocks * 8) >> (word // 8 % 4 * 2)[None, :]
     )
-    codes = add_high_bits(words, high, 1, 1, 8, RAW)
+    codes = add_high_bits(words, high, 1, 1, 8, RAW)  # BITS, STEP, CHUNK
     scale, minimum = load_six_bit_scales(planes[2], planes[3], row, start, blocks, SPAN)
     return codes, scale, minimum
 
@@ -203,7 +203,7 @@ def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
         load_elements(planes[1], row, start * 16 + word // 16 * 8 + word % 8, blocks * 16)
         >> (word // 8 % 2 * 2)[None, :]
     )
-    codes = add_high_bits(words, high, 2, 4, 16, RAW)
+    codes = add_high_bits(words, high, 2, 4, 16, RAW)  # BITS, STEP, CHUNK
     factor = load_elements(planes[2], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.float32)
     scale = load_per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor
     return codes, scale, scale * 32
