@@ -19,8 +19,8 @@ struct SoftmaxState {
   float* out;      // [BLOCK_ROWS][dv]
 };
 
-// What Bf16Kernels::score_latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k` and
-// a rope row, become bf16 rows.
+// What Bf16Kernels::score_latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k`
+// and a rope row, become bf16 rows.
 struct LatentConversion {
   const uint8_t *k, *rope;    // of the first key to convert
   int64_t k_step, rope_step;  // bytes from one key to the next

@@ -169,7 +169,7 @@ def _exclusive_sums(counts: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
 
 
-def _page_lists(plan: Plan, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _list_pages(plan: Plan, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the pages of all sequences as FlashInfer takes them, one after another without padding.
 
     Returns:
@@ -188,7 +188,7 @@ def _plan_attention(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, 
     call and stored in `Plan.ready` for the other layers.
     """
     shape, page_size = plan.schedule.shape, k.shape[2]
-    page_starts, pages, lengths = _page_lists(plan, page_size)
+    page_starts, pages, lengths = _list_pages(plan, page_size)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.schedule.scratch, "HND")
     wrapper.plan(
         plan.queries,
@@ -212,7 +212,7 @@ def _plan_attention(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, 
 
 def _plan_mla(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, scale: float) -> Any:
     """Plans attention on latents, and returns the wrapper that runs it; see `_plan_attention`."""
-    page_starts, pages, lengths = _page_lists(plan, ckv.shape[1])
+    page_starts, pages, lengths = _list_pages(plan, ckv.shape[1])
     wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.schedule.scratch)
     on_device = (x.to(plan.schedule.device) for x in (plan.queries, page_starts, pages, lengths))
     wrapper.plan(
