@@ -39,7 +39,8 @@ def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
     """Returns packed weights from the cache, or packs them.
 
     Inside `cache_context` with a complete cache folder the weights are mapped from disk and `pack` is not called. With
-    a new folder they are packed and written to it.
+    a new folder they are packed and written to it. An entry is named after the operator and the number of its call,
+    because an operator may pack several times.
 
     Args:
         pack: packs the weights.

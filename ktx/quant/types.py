@@ -75,6 +75,8 @@ class QType:
     def quantize(self, values: torch.Tensor) -> torch.Tensor:
         """Quantizes rows: f32 [..., k] -> uint8 [..., row_bytes].
 
+        ktx.quant.quantize quantizes the types that it has a quantizer for, gguf-py the others.
+
         Raises:
             UsageError: if the type needs an importance matrix, or k is not a multiple of the block size.
         """

@@ -293,6 +293,7 @@ struct AttentionJob {
     if (bf16) bf16->pack_queries(buffers.q, num_rows, int(d), (num_rows + 15) / 16, buffers.pair_q);
     int64_t first, last;
     visible_keys(run, at_item.token, at_item.tokens, first, last);
+    // Attends to the visible keys of part p.
     const auto attend_to = [&](int64_t p, SoftmaxState state) {
       attend_part(at_item, buffers, std::max(first, p * PART_KEYS), std::min(last, (p + 1) * PART_KEYS), last, state);
     };

@@ -128,6 +128,7 @@ double measure_rate(int threads, double seconds, Loop loop) {
   constexpr int CALLS_PER_CLOCK_READ = 16;
   if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
   std::vector<int64_t> calls(threads);
+  // Thread t calls the loop until its time is over, and counts the calls.
   const double elapsed_s = time_threads(threads, [&](int t) {
     const double end = now_s() + seconds;
     int64_t count = 0;

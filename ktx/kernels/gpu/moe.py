@@ -241,7 +241,7 @@ def experts(
 
 
 def choose_tile(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
-    """Returns how the kernels compute a number of pairs, as keyword arguments.
+    """Returns how the kernels compute a number of pairs of a token and an expert, as keyword arguments.
 
     Up to MAX_GEMV_PAIRS pairs each run on their own. More are sorted by expert, in groups of about the pairs of an
     expert on average, so that a group reads its expert's weights once.
