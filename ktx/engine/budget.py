@@ -45,7 +45,7 @@ class StepTiming:
 
 
 class StepBudget:
-    """Limits the prompt tokens of a step: `step` tokens, after a long past up to `max_tokens`; while requests decode,
+    """Limits the prompt tokens of a step: `base_tokens`, after a long past up to `max_tokens`; while requests decode,
     as many as fit into `target_s`, at least `min_tokens`.
 
     The number that fits is learnt from steps that also decode. A step's time grows more slowly than its number of
@@ -53,7 +53,7 @@ class StepBudget:
     never too large, and the duration of the steps approaches `target_s` within a few steps.
 
     Args:
-        step: prompt tokens of a step without decode tokens.
+        base_tokens: prompt tokens of a step without decode tokens.
         max_tokens: upper bound of a step after a long past.
         target_s: target duration in seconds of a step that also decodes.
         min_tokens: lower bound of a step that also decodes.
@@ -61,12 +61,17 @@ class StepBudget:
 
     def __init__(
         self,
-        step: int = STEP_TOKENS,
+        base_tokens: int = STEP_TOKENS,
         max_tokens: int = MAX_STEP_TOKENS,
         target_s: float = MAX_ITL_MS / 1000,
         min_tokens: int = PAGE_TOKENS,
     ):
-        self.step, self.max_tokens, self.target_s, self.min_tokens = step, max_tokens, target_s, min_tokens
+        self.base_tokens, self.max_tokens, self.target_s, self.min_tokens = (
+            base_tokens,  # of a step without decode tokens after a short past
+            max_tokens,  # of one after a long past
+            target_s,  # of a step that also decodes
+            min_tokens,  # of a step that also decodes
+        )
         self.fitting_tokens = float(min_tokens)  # estimate of the prompt tokens that take `target_s`
         self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded
         self.warned = False  # whether the log has the warning about steps that are too slow
@@ -79,7 +84,7 @@ class StepBudget:
             past: computed tokens of the oldest prompt in the step.
             decoding: whether the step also has decode tokens, so that the latency target applies.
         """
-        limit = max(self.step, min(self.max_tokens, past // PAST_DIVISOR))
+        limit = max(self.base_tokens, min(self.max_tokens, past // PAST_DIVISOR))
         return (
             min(limit, max(self.min_tokens, int(self.fitting_tokens) // PAGE_TOKENS * PAGE_TOKENS))
             if decoding

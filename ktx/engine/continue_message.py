@@ -109,6 +109,7 @@ def _append_last_turn(render: RenderFn, history: Sequence[Message], text: str, p
         range(1, len(rendered_history) + 1), True, key=lambda count: rendered_history[-count:] not in turns
     )
     common = rendered_history[len(rendered_history) - num_common :]
+    # a common end without all of the last message's text matches by chance
     if not num_common or (history[-1]["content"] or "").strip() not in common:
         return text
     return rendered_history + text[turns.rindex(common) + num_common :]

@@ -246,7 +246,9 @@ class Engine:
         fill it.
         """
         probe = Request([0], SamplingParams(), lambda event: None, pages=[0])
-        free = memory()[1]
+        free = memory()[
+            1
+        ]  # before the forward: CPU memory is only taken where it is written, so one token takes little
         try:
             self.runner.run([ScheduledChunk(probe, 0, 1)])
         except torch.OutOfMemoryError as error:  # a GPU allocates the whole cache at once
@@ -340,6 +342,7 @@ class Engine:
         packed = adapters.pack(modules)
 
         def attach() -> None:
+            """Attaches the packed adapter; runs between two steps, so that no forward sees half of it."""
             with self.lock:
                 if replace and adapter.name in adapters.known:
                     self._unload(adapter.name)
@@ -381,7 +384,7 @@ class Engine:
         has ended.
         """
         self._check_process()
-        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()  # the function's error; None: it succeeded
 
         def run() -> None:
             """Passes the end of the function, or its error, to the waiting thread."""
@@ -420,7 +423,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request after the current layer or step; its last event has the reason "cancelled"."""
         request.cancelled = True
-        self.inbox.put(lambda: None)
+        self.inbox.put(lambda: None)  # wakes the engine's thread, whose next `step` ends the request
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None, lora: Lora = None

@@ -214,6 +214,7 @@ class Graphs:
         padding_page: int,
         no_adapters: AdapterStep | None,
     ):
+        """Allocates the buffers that all graphs share; `capture` records the graphs."""
         device = first_gpu(model)
         assert device is not None  # the runner captures only models with a GPU
         self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
@@ -360,6 +361,6 @@ def replay_guard(model: LoadedModel) -> Guard:
     guard.children.append((model._modules, tuple(model._modules.values())))
     # the graph contains the transfers of ktx's own hooks
     guard.hooks = [
-        hooks for hooks in guard.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
+        hooks for hooks in guard.hooks if not hooks or not all(isinstance(hook, ToDevice) for hook in hooks.values())
     ]
     return guard

@@ -41,10 +41,12 @@ class MTPDrafter:
     def draft(
         self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Runs the layer on the tokens that stay, because it needs keys and values of all of them. Returns up to
-        `max_drafts[request]` draft tokens for each request, see `Drafter.draft`.
+        """Runs the MTP layer on the tokens that verification left in the KV cache, because it needs keys and values of
+        all of them, and returns up to `max_drafts[request]` draft tokens for each request.
+
+        `results`: the computed chunks, each with the number of its tokens that stay in the cache (`Drafter.draft`).
         """
-        # The layer reads, for each token that stays in the cache, the decoder's hidden state and the id of the next
+        # The MTP layer reads, for each token that stays in the cache, the decoder's hidden state and the id of the next
         # token. Where the last token has no next one, the request has ended, so its chunk is skipped.
         rows, ids, spans, first_row = [], list[int](), [], 0
         for chunk, num_kept in results:
@@ -74,7 +76,7 @@ class MTPDrafter:
         maximum length or its pages are full.
 
         Args:
-            last_states: the layer's state of each request's last computed token.
+            last_states: the MTP layer's state of each request's last computed token.
             max_drafts: the maximum number of draft tokens of each request.
         """
         drafts: dict[Request, list[int]] = {request: [] for request in last_states}
@@ -98,8 +100,8 @@ class MTPDrafter:
         return drafts
 
     def _run_layer(self, hidden: torch.Tensor, next_ids: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
-        """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and, for each token, the
-        id of the token that follows it.
+        """Computes the MTP layer's states [tokens, D] from the decoder's hidden states [tokens, D] and, for each token,
+        the id of the token that follows it.
         """
         batch = BatchMetadata(spans)
         embeds = self.body.embed_tokens(torch.tensor([next_ids]))

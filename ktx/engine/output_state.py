@@ -23,6 +23,7 @@ class OutputState:
     """
 
     def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], context: int):
+        """Starts an empty output. `stop_ids` are the model's end tokens, `context` is its maximum length in tokens."""
         self.request, self.context = request, context
         self.sampler = Sampler(request.sampling, request.prompt)
         self.detokenizer = Detokenizer(tokenizer, request.sampling.hidden)
@@ -51,9 +52,9 @@ class OutputState:
         if request.sampling.echo and chunk.start < len(request.prompt):
             self._emit_prompt_logprobs(chunk, logits)
             logits = logits[-1:]
-        if chunk.start + chunk.count < len(request.ids):
+        if chunk.start + chunk.count < len(request.ids):  # not the end of its ids yet, so nothing is sampled
             return chunk.count, None
-        if not request.sampling.max_new_tokens:
+        if not request.sampling.max_new_tokens:  # only the prompt was requested
             return chunk.count, "length"
         # Row i gives the token after draft token i - 1. Sampling goes on while it confirms the next draft token.
         drafted, request.draft = request.draft, []
@@ -123,7 +124,7 @@ class OutputState:
         text = ""
         if self.stop_checker.found is None:
             text = self.stop_checker.feed(self.detokenizer.flush()) + self.stop_checker.flush() + self.stop_text
-        if self.stop_checker.found is not None and reason == "length":
+        if self.stop_checker.found is not None and reason == "length":  # the held-back text completes a stop string
             reason, self.stopped_by = "stop", self.stop_checker.found
         request = self.request
         finished = Finished(

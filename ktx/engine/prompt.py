@@ -57,6 +57,7 @@ class PromptRenderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model_type: str | None = None, template: str | None = None):
+        """Checks the templates, and collects the control tokens, which the text of a message must not contain."""
         self.tokenizer = tokenizer
         # template name -> Jinja source
         self.templates = named_templates(template or getattr(tokenizer, "chat_template", None))
@@ -177,8 +178,8 @@ class PromptRenderer:
     ) -> bool:
         """Whether the template renders tools; many templates ignore them, and the client is warned about that.
 
-        It does if the prompt differs without tools, or if the template refuses messages without tools. The answer yes
-        is cached by template, so that only the first prompts are rendered twice.
+        The template does if the prompt differs without tools, or if the template refuses messages without tools. The
+        answer yes is cached by template, so that only the first prompts are rendered twice.
         """
         if template not in self.templates_with_tools:
             with_tools = render_text(messages, add_generation_prompt)
@@ -251,6 +252,7 @@ class PromptRenderer:
         if isinstance(value, str):
 
             def split_token(found: re.Match[str]) -> str:
+                """Returns a control token with the separator after its first character, an allowed one unchanged."""
                 return found[0] if found[0] in allowed else found[0][0] + separator + found[0][1:]
 
             return self.control_pattern.sub(split_token, value.replace(separator, ""))

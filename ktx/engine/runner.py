@@ -129,7 +129,9 @@ class ModelRunner:
         return self._forward(chunks) if replayed is None else replayed
 
     def _replay(self, chunks: Sequence[ScheduledChunk]) -> Logits | None:
-        """Replays a graph, if each chunk is a single token whose logits are needed and there is a graph for them."""
+        """Replays a graph, if each chunk is a single token whose logits are needed and there is a graph for them;
+        otherwise returns None, and `run` launches the kernels one by one.
+        """
         if self.graphs is None or any(
             chunk.count != 1 or num_logits(chunk) != 1 or chunk.request.lora for chunk in chunks
         ):
@@ -181,8 +183,8 @@ class ModelRunner:
         return {chunk.request: logits for chunk, logits in zip(chunks, chunk_logits, strict=True)}
 
     def count_forwards(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
-        """Returns the number of forwards that `run` makes for the chunks, of their tokens, and of the forwards that
-        compute logits.
+        """Returns what EngineStats counts: the number of forwards that `run` makes for the chunks, of their tokens, and
+        of the forwards that compute logits.
         """
         return 1, sum(chunk.count for chunk in chunks), int(any(map(num_logits, chunks)))
 

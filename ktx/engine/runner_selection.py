@@ -46,10 +46,11 @@ def select_runner(model: LoadedModel, pages: int, max_captured_requests: int = 0
         SelfTestFailed: the model computes wrong logits on pages.
     """
     known_family = model.config.model_type in RULE_FILES
+    # the trial computes two sequences, the self-test one, each on a page of its own
     reason = _find_unsupported_layer(model) or ("" if known_family else _find_mismatch(ModelRunner(model, 2)))
     if known_family and not reason and model.ktx.self_test:
         check(model, PagedForward(ModelRunner(model, 1)))
-    elif model.ktx.self_test == "engine":
+    elif model.ktx.self_test == "engine":  # `ktx.load` has left the self-test to the engine
         check(model)
     if not reason:
         return ModelRunner(model, pages, max_captured_requests)

@@ -120,6 +120,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int] = ()):
+        """Seeds the random numbers of one output."""
         self.sampling, self.prompt = sampling, prompt
         self.generator = torch.Generator()
         if sampling.seed is None:

@@ -108,6 +108,7 @@ class Scheduler:
         store: PageStore | None = None,
         granularity: int = PAGE_TOKENS,  # of a prompt's chunks
     ):
+        """Starts without requests. The callbacks let the runner keep its recurrent states in step with the pages."""
         self.pages, self.max_batch, self.budget, self.granularity = pages, max_batch, budget, granularity
         self.prefix_caching, self.recurrent, self.on_free, self.on_restore = (
             prefix_caching,
@@ -252,7 +253,7 @@ class Scheduler:
         step budget below one page cuts anywhere.
         """
         end, prompt = request.num_computed + count, len(request.prompt)
-        if self.budget.step >= PAGE_TOKENS and (
+        if self.budget.base_tokens >= PAGE_TOKENS and (
             end < prompt // PAGE_TOKENS * PAGE_TOKENS or (self.recurrent and end < prompt)
         ):
             end = end // self.granularity * self.granularity
@@ -362,6 +363,7 @@ class Scheduler:
             request.num_computed += PAGE_TOKENS
         if not self._reuse_partial(request) and self.recurrent:
             self._restore_snapshot(request)
+        # pages that another request has computed since this one's admission, which counted the earlier ones
         if num_before and request.num_computed > num_before:
             self.prefix_hits += request.num_computed - num_before
             request.cached = (request.cached or 0) + request.num_computed - num_before
@@ -387,7 +389,7 @@ class Scheduler:
         return allocated[0]
 
     def _reuse_partial(self, request: Request) -> bool:
-        """Continues a partial page where another sequence ended.
+        """Continues a partial page where another sequence ended, instead of computing it; returns whether it does.
 
         Where only a page that was computed in one forward gives the same numbers, and with recurrent layers, a partial
         page is taken only from a sequence that ended exactly there, as a conversation's last turn does.

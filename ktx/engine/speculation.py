@@ -101,6 +101,7 @@ def choose_draft_lengths(
             return counts
         best = max(candidates, key=lambda i: acceptance_rates[i] ** (counts[i] + 1))
         new_expected = expected_tokens + acceptance_rates[best] ** (counts[best] + 1)
+        # compares the expected tokens per second with and without one more draft token, multiplied by both costs
         if new_expected * cost_model.cost(num_tokens) <= expected_tokens * cost_model.cost(num_tokens + 1):
             return counts
         counts[best], expected_tokens, num_tokens = counts[best] + 1, new_expected, num_tokens + 1

@@ -43,9 +43,11 @@ class EngineStats:
     """Counts from its creation on."""
 
     def __init__(self, model: LoadedModel):
+        """Finds the experts of the model and reads their counters, which `snapshot` subtracts."""
         self.weight_traffic = WeightTraffic.from_model(model)
         modules = experts_by_path(model)
         layers = [layer_number(path) for path, _ in modules]
+        # (layer, experts); experts whose path has no layer number are counted by their index
         self.experts = [
             (index if layer is None else layer, module)
             for index, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
@@ -73,9 +75,10 @@ class EngineStats:
 
     def snapshot(self) -> StatsSnapshot:
         """Returns the counters from this engine's start up to now. Any thread may call it."""
-        pairs = list(zip(self.experts, self.baseline, strict=True))
-        experts = [ExpertStats.read(module.total_counts() - start) for (_, module), (start, _) in pairs]
-        waited_s = sum(module.wait_s - start for (_, module), (_, start) in pairs)
+        # ((layer, experts), (their counts, their seconds of waiting, at this engine's start))
+        modules = list(zip(self.experts, self.baseline, strict=True))
+        experts = [ExpertStats.read(module.total_counts() - start_counts) for (_, module), (start_counts, _) in modules]
+        waited_s = sum(module.wait_s - start_wait_s for (_, module), (_, start_wait_s) in modules)
         expert_bytes = sum(stats.nbytes for stats in experts)
         return StatsSnapshot(
             nbytes=self.nbytes + expert_bytes,
