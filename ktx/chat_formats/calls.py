@@ -88,8 +88,8 @@ def extract_object(text: str) -> str:
 
 
 def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
-    """Yields the next object in pieces; brackets left open before `ends` or the stream's end are closed.
-    Raises NotACall for anything else.
+    """Yields the next JSON object in pieces, None where more text is needed; brackets that the model left open before
+    `ends` or the stream's end are closed. Raises NotACall for anything else.
     """
     value = JsonValue(source)
     yield from value.pieces()
@@ -102,7 +102,9 @@ def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
 
 
 def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
-    """Yields the arguments as the text of one object: in pieces if they are an object."""
+    """Yields a call's arguments as the text of one JSON object, None where more text is needed: an object in pieces,
+    any other value at once after it was converted, an empty object where one of `ends` or the stream's end is next.
+    """
     char = yield from source.peek_char()
     if char == "{":
         yield from stream_object(source, ends)
@@ -116,8 +118,11 @@ def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
 
 
 def stream_call(source: TextReader, calls: CallEvents, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
-    """Yields the events of a call whose name is known; the reader is at its arguments. The call begins with their first
-    piece, because a NotACall before it leaves no event behind.
+    """Yields the events of a call whose name is known, from the reader at its arguments; None where more text is
+    needed.
+
+    CallStart is yielded only with the first piece of arguments, so that if the text turns out to be no call (NotACall)
+    before that, no event has to be taken back.
     """
     started = False
     for piece in read_arguments(source, ends):

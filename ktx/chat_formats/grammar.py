@@ -133,6 +133,7 @@ def _json_calls(lark: Lark, prefix: str, suffix: str) -> Call:
     """Returns a function for calls whose arguments are JSON between fixed texts, in which {} stands for the name."""
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
+        """Returns the expression of a call of the function `name`, whose arguments match `schema`."""
         return f"{lark.literal(prefix.replace('{}', name))} {_arguments_rule(lark, schema)} {lark.literal(suffix)}"
 
     return call
@@ -144,17 +145,17 @@ def _object_head(key: str) -> str:
 
 
 def _hermes_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls as JSON objects between <tool_call> tags."""
+    """Returns the style of calls as JSON objects between <tool_call> tags."""
     return "", _json_calls(lark, "<tool_call>\n" + _object_head("arguments"), "}\n</tool_call>"), "\n", ""
 
 
 def _list_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls as a JSON list after a mark."""
+    """Returns the style of calls as a JSON list after a mark."""
     return call_format.starts[0] + "[", _json_calls(lark, _object_head("arguments"), "}"), ", ", "]"
 
 
 def _bare_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls as JSON objects without marks."""
+    """Returns the style of calls as JSON objects without marks."""
     return "", _json_calls(lark, _object_head("parameters"), "}"), "; ", ""
 
 
@@ -171,6 +172,7 @@ def _named_style(lark: Lark, call_format: CallFormat) -> Style:
         number_rule = "/[0-9]{1,3}/"
 
         def call(name: str, schema: Mapping[str, Any]) -> str:
+            """Returns the expression of a call with an id of the form functions.name:0."""
             head, tail = lark.literal(f"{start}functions.{name}:"), lark.literal(separator)
             return f"{head} {number_rule} {tail} {_arguments_rule(lark, schema)} {lark.literal(end)}"
 
@@ -178,7 +180,7 @@ def _named_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _fenced_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls as a name and JSON arguments in a Markdown code block."""
+    """Returns the style of calls as a name and JSON arguments in a Markdown code block (DeepSeek V3)."""
     call = _json_calls(
         lark,
         call_format.starts[0] + "function" + call_format.separators[0] + "{}\n```json\n",
@@ -188,7 +190,7 @@ def _fenced_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _harmony_style(lark: Lark, call_format: CallFormat) -> Style:
-    """gpt-oss's call. The arguments end the turn, so there is only one call."""
+    """Returns the style of gpt-oss's call. The arguments end the turn, so there is only one call."""
     head = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
     return "", _json_calls(lark, head, ""), None, ""
 
@@ -217,7 +219,7 @@ def _tags_style(lark: Lark, call_format: CallFormat) -> Style:
 
 
 def _pairs_style(lark: Lark, call_format: CallFormat) -> Style:
-    """Calls with arguments as tagged keys and tagged values."""
+    """Returns the style of calls with arguments as tagged keys and tagged values."""
     key, value = call_format.pair_key, call_format.pair_value
     parameter = key[0], key[1] + "\n" + value[0], value[1] + "\n"
     return "", _tagged_calls(lark, call_format, (call_format.starts[0], "\n", call_format.ends[0]), parameter), "\n", ""
@@ -285,6 +287,7 @@ def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
         optional = [key for key in schema.get("properties") or {} if key not in required]
 
         def argument(key: str) -> str:
+            """Returns the expression of key=value; booleans are Python's, other values JSON."""
             value = property_schema(schema, key)
             value_rule = (
                 '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.add_json_rule(value, schema)

@@ -284,7 +284,7 @@ def _literal_to_json(word: str) -> str | None:
 
 
 def repair_json(text: str) -> str | None:
-    """Returns the single JSON value of `text`, repaired; None if it is not one."""
+    """Returns the single JSON value of `text`, which is complete, repaired; None if `text` is not one value."""
     source = TextReader()
     source.feed(text.strip())
     source.finished = True

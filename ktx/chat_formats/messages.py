@@ -56,6 +56,7 @@ class _History:
                 converted[self.chat_format.reasoning_key] = converted["reasoning_content"]
         if message.get("tool_calls"):
             converted["tool_calls"] = [self._convert_call(call) for call in message["tool_calls"]]
+            # some templates expect None as empty content with calls, see ChatFormat.arguments_as_text
             converted["content"] = converted["content"] or (None if self.chat_format.arguments_as_text else "")
 
     def _convert_call(self, call: Mapping[str, Any]) -> Message:
@@ -74,7 +75,9 @@ class _History:
         }
 
     def _convert_id(self, call_id: str, name: str) -> str:
-        """Returns the id in the family's form; an id of another form gets a new one, always the same."""
+        """Returns a call's id in the form that the family's template expects. An id of another form gets a new one, the
+        same in each request of a conversation, whose prompts would otherwise not begin alike.
+        """
         self.count += 1
         if self.chat_format.id_style == "named" and not _NAMED_ID.fullmatch(call_id):
             return f"functions.{name}:{self.count - 1}"

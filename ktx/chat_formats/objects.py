@@ -36,7 +36,11 @@ class ObjectCall:
         self._inner_braces = 0  # open braces of an inner {"function": {...}}
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the call. Raises NotACall when the object is not one."""
+        """Yields the events of the call, None where more text is needed. Raises NotACall when the object is not a call.
+
+        Members are read up to the arguments or, where these come first, the name: then the call is emitted, and the
+        rest of the object is skipped.
+        """
         self.source.pos += 1
         while not self._emitted:
             key = yield from self._read_key()
@@ -87,7 +91,7 @@ class ObjectCall:
             raise NotACall  # not a call object
 
     def _read_arguments(self) -> Iterator[Event | None]:
-        """Streams the arguments if the name is known, otherwise stores them until it is."""
+        """Streams the arguments if the name is known, otherwise stores them until the name comes."""
         if self.name and (yield from self.source.peek_char()) in '{"n':  # an object, a string or null
             yield from self._stream_arguments()
             return
@@ -151,7 +155,9 @@ def read_list(source: TextReader, calls: CallEvents, ends: Marks, marked: bool =
 
 
 def _read_key_text(source: TextReader) -> Step[str]:
-    """Returns a key and consumes its colon; a text longer than any key of a call is not one."""
+    """Returns a member's key, with or without quotes, and consumes its colon. Raises NotACall for a text without a
+    colon, or longer than any key of a call.
+    """
     char = yield from source.peek_char()
     if char in "\"'":
         source.pos += 1

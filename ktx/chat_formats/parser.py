@@ -49,6 +49,7 @@ class Parser:
         ids: Callable[[], str] = new_id,
         prefill_text: str = "",
     ):
+        """Starts at the output's beginning, with the reader of the family's format."""
         self.chat_format, tools = chat_format, list(tools)
         self.parse_calls: bool = bool(tools) if parse_calls is None else parse_calls
         self.call_format: CallFormat | None = chat_format.call_format if self.parse_calls else None
@@ -108,15 +109,15 @@ class Parser:
         source = self.reader
         while True:
             thinking = self.output.kind == "think" and not self.chat_format.calls_in_reasoning
-            if self._bare and not thinking and (self.output.after_mark or self._at_line_start):
+            if self._calls_without_marks and not thinking and (self.output.after_mark or self._at_line_start):
                 self._at_line_start = False
                 yield from self.output.emit((yield from source.read_whitespace()))
                 char = yield from source.peek_char()
                 if char in BARE and char:
                     source.pos += 1
                     return char
-            marks_behind = self._marks_behind if self.output.after_call_only else self._marks
-            text, mark = source.read_until(marks_of(*self.chat_format.reasoning_marks) if thinking else marks_behind)
+            marks_in_text = self._marks_after_call if self.output.after_call_only else self._marks
+            text, mark = source.read_until(marks_of(*self.chat_format.reasoning_marks) if thinking else marks_in_text)
             yield from self.output.emit(text)
             if mark[:1] == "\n":
                 yield from self.output.emit("\n")
@@ -127,13 +128,13 @@ class Parser:
 
     def _set_marks(self) -> None:
         """Sets the marks to search for: in text, and after a call, where a mark may end it."""
-        call_format, self._bare = self.call_format, False
-        self._marks = self._marks_behind = marks_of(*self.chat_format.reasoning_marks)
+        call_format, self._calls_without_marks = self.call_format, False
+        self._marks = self._marks_after_call = marks_of(*self.chat_format.reasoning_marks)
         if call_format is not None:
-            self._bare = call_format.style in ("bare", "pythonic")
-            bare = ("\n{", "\n[", "```json") if self._bare else ()
+            self._calls_without_marks = call_format.style in ("bare", "pythonic")
+            bare = ("\n{", "\n[", "```json") if self._calls_without_marks else ()
             self._marks = marks_of(*self.chat_format.reasoning_marks, *call_format.starts, *call_format.sections, *bare)
-            self._marks_behind = marks_of(*self._marks.all, *call_format.ends, *(bare and ("```",)))
+            self._marks_after_call = marks_of(*self._marks.all, *call_format.ends, *(bare and ("```",)))
 
     def _read_reasoning(self, mark: str) -> Iterator[Event]:
         """Opens or closes the reasoning block, or emits a mark that is part of the text.

@@ -102,7 +102,7 @@ class TextReader:
         return self.text[self.pos : self.pos + 1]
 
     def read_whitespace(self) -> Step[str]:
-        """Consumes and returns white space."""
+        """Consumes and returns all white space that comes next; waits while more of it may arrive."""
         pieces: list[str] = []
         while True:
             match = _SPACES.match(self.text, self.pos)

@@ -32,7 +32,9 @@ def read_marked(source: TextReader, calls: CallEvents, call_format: CallFormat, 
 
 
 def _read_calls(source: TextReader, calls: CallEvents, call_format: CallFormat) -> Iterator[Event | None]:
-    """Reads calls in the syntax that the next text shows."""
+    """Reads calls in the syntax that the next text shows: JSON objects, a list of them, tags, or the name first. The
+    family's own syntax does not decide, because models also write those of others.
+    """
     ends = marks_of(*call_format.ends, *call_format.starts, *call_format.sections, *call_format.tag_call[1:], "```")
     char = yield from source.peek_char()
     if char == "{":

@@ -23,6 +23,7 @@ class TagCall:
     """The arguments of one call in tags. A string is streamed, any other value is emitted at its end."""
 
     def __init__(self, source: TextReader, calls: CallEvents, call_format: CallFormat, name: str):
+        """Selects the family's tags: <parameter=key>, or <arg_key> and <arg_value>. The reader is after the name."""
         self.source, self.calls, self.format, self.name = source, calls, call_format, name
         self.schema = calls.schemas.get(calls.resolve_name(name))
         self.open_mark = call_format.pair_key[0] or call_format.tag_parameter[0]
@@ -40,7 +41,9 @@ class TagCall:
         self._is_string = False  # whether the last tag marked its value as a string
 
     def read(self) -> Iterator[Event | None]:
-        """Yields the events of the call, from after the name to its end. Raises NotACall when it is not one."""
+        """Yields the events of the call, from after the name to its end, None where more text is needed. Raises
+        NotACall when the text is not a call.
+        """
         while not self._done:
             yield from self.source.read_whitespace()
             if self._next_key:

@@ -28,19 +28,20 @@ class WhitespaceFilter:
         self.after_mark = not prefill_text  # no text was emitted since a mark
         self.leading = "\n"  # characters that are layout after that mark
         self.last = prefill_text[-1:] or "\n"  # the character before the next text
-        self._has_content = bool(prefill_text) and kind == "answer"  # whether there is content before calls
-        self._gap = ""  # white space around calls since the last content
-        self._num_outside = 0  # characters of `_gap` that are known to be outside of a call's own marks
-        self._call_last = False  # whether a call came last
+        self._answer_precedes = bool(prefill_text) and kind == "answer"  # whether there was answer text before calls
+        self._space_around_calls = ""  # white space around calls since the last answer text
+        self._num_outside = 0  # characters of `_space_around_calls` that are known to be outside of a call's own marks
+        self._follows_call = False  # whether the next text follows a call
 
     def emit(self, text: str) -> Iterator[Text]:
         """Emits text without the layout after a mark, and holds its trailing white space until the next text or mark
-        decides about it.
+        decides about it. White space after a call is kept in `_space_around_calls`, and emitted before the next answer
+        text if there was answer text before the call too.
         """
         if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)
-            if self._call_last:  # emitted before content that follows
-                self._gap += text[: len(text) - len(stripped)]
+            if self._follows_call:  # not layout if answer text stands on both sides of the call
+                self._space_around_calls += text[: len(text) - len(stripped)]
             text = stripped
         if not text:
             return
@@ -49,9 +50,9 @@ class WhitespaceFilter:
         if body:
             body = "".join(self.pending) + body
             if self.kind == "answer":
-                body = (self._gap if self._has_content else "") + body
-                self._has_content, self._gap = True, ""
-            self.pending, self.after_mark, self._call_last = [], False, False
+                body = (self._space_around_calls if self._answer_precedes else "") + body
+                self._answer_precedes, self._space_around_calls = True, ""
+            self.pending, self.after_mark, self._follows_call = [], False, False
             yield Text(body, self.kind)
             text = text[len(text.rstrip(WHITESPACE)) :]
         if text:
@@ -72,26 +73,26 @@ class WhitespaceFilter:
         if any(piece.strip(WHITESPACE) for piece in self.pending):
             yield from self.flush()
         self.kind, self.pending, self.after_mark, self.leading, self.last = kind, [], True, leading, "\n"
-        self._call_last = False
+        self._follows_call = False
 
     def after_call(self, layout: str) -> None:
         """Records the end of a call; `layout` is the text that `drop_pending` returned before it."""
-        self._gap += layout[: len(layout) - len(layout.lstrip(WHITESPACE))]
-        self._num_outside = len(self._gap)
+        self._space_around_calls += layout[: len(layout) - len(layout.lstrip(WHITESPACE))]
+        self._num_outside = len(self._space_around_calls)
         self.pending, self.after_mark, self.leading, self.last = [], True, WHITESPACE, "\n"
-        self._call_last = True
+        self._follows_call = True
 
     def end_mark(self) -> None:
         """Records a mark after a call that ends it: white space before the mark belongs to the call."""
-        self._gap = self._gap[: self._num_outside]
+        self._space_around_calls = self._space_around_calls[: self._num_outside]
 
     def flush(self) -> Iterator[Text]:
-        """Emits the held text at the end."""
+        """Emits the held text at the end of the output, or before a mark of reasoning."""
         text, self.pending = "".join(self.pending), []
         if text:
             if self.kind == "answer":
-                text = (self._gap if self._has_content and text.strip(WHITESPACE) else "") + text
-                self._gap = ""
+                text = (self._space_around_calls if self._answer_precedes and text.strip(WHITESPACE) else "") + text
+                self._space_around_calls = ""
             yield Text(text, self.kind)
 
     @property

@@ -246,9 +246,7 @@ class Engine:
         fill it.
         """
         probe = Request([0], SamplingParams(), lambda event: None, pages=[0])
-        free = memory()[
-            1
-        ]  # before the forward: CPU memory is only taken where it is written, so one token takes little
+        free = memory()[1]  # before the forward, which allocates the KV cache
         try:
             self.runner.run([ScheduledChunk(probe, 0, 1)])
         except torch.OutOfMemoryError as error:  # a GPU allocates the whole cache at once
