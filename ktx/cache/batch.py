@@ -183,8 +183,8 @@ class BatchMetadata:
         return (torch.cat(token_rows), torch.tensor(rows, device="cpu"), self.pages[span_indices]) if rows else None
 
     def window_ranges(self, window: int = 0) -> torch.Tensor | None:
-        """Returns int32 [1, tokens, 2]: the range of keys that each token attends to in its own sequence; None without
-        a window, where it is all keys up to its own.
+        """Returns int32 [1, tokens, 2]: the range of keys (first, end) that each token attends to in its own sequence;
+        None without a sliding window, where it is all keys up to its own. Computed once for all layers with the window.
         """
         if not window:
             return None

@@ -46,6 +46,7 @@ class DiskPageStore:
     """
 
     def __init__(self, folder: str | Path, name: str, identity: Any, cache: PagedCache, max_bytes: int):
+        """Opens the model's folder, and starts the thread that writes the files."""
         self.cache, self.max_bytes = cache, max_bytes
         # The folder's name covers what a page's content depends on and the pools' format, so a file in it fits.
         shapes = [[list(buffer.shape[1:]), str(buffer.dtype)] for buffer in self._named_buffers().values()]
@@ -61,7 +62,9 @@ class DiskPageStore:
         self.thread.start()
 
     def _scan(self) -> OrderedDict[bytes, int]:
-        """Returns hashes and sizes of the stored pages, least recently used first."""
+        """Returns hash -> bytes of the pages that earlier processes stored, least recently used first. Creates the
+        folder if there is none, and deletes incomplete files. UsageError for a folder that cannot be used.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             files = [(entry.stat(), entry.name) for entry in os.scandir(self.folder) if entry.is_file()]

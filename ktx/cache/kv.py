@@ -234,7 +234,7 @@ class GrowingLayer(DynamicLayer):
 
     def _view(self, which: int) -> torch.Tensor | None:
         """Returns keys (`which` = 0) or values (1) for a script, [batch, heads, length, columns]; None in an empty
-        layer. UsageError for Q8_0.
+        layer. Sets `exported`, because the script may keep or edit the view. UsageError for Q8_0.
         """
         if which in self.assigned:
             return self.assigned[which]
@@ -348,6 +348,7 @@ def to_growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLay
         or cache.offloading
     ):
         return None
+    # no keys and values [batch, heads, length, columns], or ones that autograd records: stays transformers' layer
     if any(states is None or states.dim() != 4 or is_recorded(states) for states in (layer.keys, layer.values)):
         return None
     GrowingLayer.replace(layer, store if isinstance(store, str) else None)

@@ -87,7 +87,7 @@ class PagePool:
         return allocated
 
     def _evict(self, page: int) -> None:
-        """Evicts an idle page from the prefix cache."""
+        """Evicts an idle page, full or partial, and its recurrent snapshot; the page is then free."""
         del self.evictable[page]
         if page in self.partial_of_page:
             partial = self.partial_of_page.pop(page)

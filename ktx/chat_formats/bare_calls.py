@@ -43,8 +43,8 @@ def _read_separator(source: TextReader) -> Iterator[Event | None]:
 
 
 def _read_python_calls(source: TextReader, calls: CallEvents) -> Iterator[Event | None]:
-    """Reads a list of calls in Python's syntax (Llama 4), [f(a=1), g()], from after the bracket. Each complete call stays
-    a call if a later one is broken.
+    """Reads a list of calls in Python's syntax (Llama 4), [f(a=1), g()], from after the bracket. Each complete call
+    stays a call if a later one is broken.
     """
     while True:
         yield from _read_python_call(source, calls)

@@ -220,7 +220,12 @@ def last_line(text: str) -> str:
 
 
 def list_nodes() -> list[Node]:
-    """Returns the machines that have CPUs in Ray. Raises UsageError if there is none."""
+    """Returns the machines that have CPUs in Ray, each with the cores and free memory that a task on it reports.
+
+    Raises:
+        UsageError: there is none.
+        KtxError: ktx does not run on one of them.
+    """
     found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     if not found:
         raise UsageError("the Ray cluster has no machine with CPUs")

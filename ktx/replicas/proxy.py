@@ -46,7 +46,7 @@ class ReplicaProxy:
         self.cluster = cluster
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request itself, or forwards it; 503 while no replica is ready."""
+        """Answers /health and /metrics itself, and forwards any other request to a replica; 503 while none is ready."""
         route = {"/health": self.health, "/metrics": self.metrics}.get(scope["path"])
         if route is not None and scope["method"] in ("GET", "HEAD"):
             response = await route()

@@ -73,7 +73,9 @@ class Replica:
         report_status(status_actor, self._status())  # before Serve sends requests
 
     def _status(self) -> ReplicaStatus:
-        """Returns the status to report; metrics only when the engine is ready."""
+        """Returns what the server must know of this replica to answer /health and /metrics; metrics only when the
+        engine is ready.
+        """
         state, ready = self.state, self.state.engine is not None and not self.state.is_shutting_down
         return ReplicaStatus(
             name=self.name,

@@ -20,7 +20,7 @@ class PrefixRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Returns the candidates in order of preference, one per rank."""
+        """Returns the candidates in order of preference, one per rank; Ray Serve tries them in this order."""
         keys, request = [], ""
         if pending_request is not None:
             # Without backoff the router polls replicas that are at capacity in a busy loop.

@@ -207,7 +207,7 @@ def _add_openai(routes: APIRouter, state: ServerState) -> None:
 
 
 def _add_adapters(routes: APIRouter, state: ServerState) -> None:
-    """Adds the routes that load, unload and list LoRA adapters."""
+    """Adds the routes that load and unload LoRA adapters, as vLLM's, and that list them, as llama.cpp's."""
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
@@ -233,7 +233,7 @@ def _add_adapters(routes: APIRouter, state: ServerState) -> None:
 
 
 def _add_responses(routes: APIRouter, state: ServerState) -> None:
-    """Adds the routes of OpenAI's Responses API."""
+    """Adds the routes of OpenAI's Responses API; a stored response belongs to the API key that requested it."""
 
     @routes.post(serving.PATH)
     async def respond(fields: ResponsesRequest, request: Request) -> Response:
@@ -313,7 +313,7 @@ def _add_anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
 
 
 def _add_monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
-    """Adds /health, /metrics and /machine."""
+    """Adds /health (whether the engine can answer), /metrics (Prometheus' format) and /machine (for the web page)."""
     machine = MachineStats(state)
 
     @routes.head("/health", include_in_schema=False)

@@ -42,6 +42,7 @@ class APIError(Exception):
         retry: int | None = None,  # seconds
         details: dict[str, Any] | None = None,
     ):
+        """Stores what the error's response needs, in any protocol."""
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
         self.details = details

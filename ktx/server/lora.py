@@ -75,6 +75,7 @@ async def unload(engine: Engine, names: ModelNames, fields: UnloadAdapter) -> Re
     name = fields.lora_name
 
     async def run_unload() -> None:
+        """Unloads the adapter, while no other one is loaded or unloaded."""
         async with names.lock:
             if name not in names.adapters:
                 raise APIError(404, f"The lora adapter {name!r} cannot be found.", "lora_name")

@@ -78,7 +78,7 @@ class Metrics:
         self.registry.register(self)
 
     def record_finished(self, event: Finished) -> None:
-        """Counts and logs a finished request. The engine's thread calls it."""
+        """Counts and logs a finished request, its tokens and its times. The engine's thread calls it."""
         usage = event.usage
         token_counts = {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "answer_tokens": usage.answer}
         durations = {"first_token": round(usage.first_token_seconds, 3), "seconds": round(usage.seconds, 3)}
@@ -138,6 +138,7 @@ class Metrics:
 
     def _collect_budget(self, engine: Engine) -> Iterator[Metric]:
         """Yields the prefill budget and the speed of the latest prefill step, without and with decoding requests."""
+        # the label `answers` -> whether requests decode in the step
         budget, labels = engine.budget, {"none": False, "some": True}
         latest = {label: budget.latest[decoding] for label, decoding in labels.items() if decoding in budget.latest}
         yield self._make_gauge(

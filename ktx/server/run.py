@@ -81,7 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: ASGIApp, backend: Stoppable) -> Server:
-    """Returns a uvicorn server with this project's limits and timeouts."""
+    """Returns a uvicorn server with limits on headers and connections, without websockets and uvicorn's own logs."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -113,6 +113,7 @@ def serve(
     server = make_server(app, backend)
 
     def stop_server() -> None:
+        """Makes `run` end, with a graceful shutdown."""
         server.should_exit = True
 
     on_start(stop_server)

@@ -103,6 +103,7 @@ class ServerState:
     """
 
     def __init__(self, models: tuple[str, ...], settings: ServerSettings | None = None, adapters: tuple[str, ...] = ()):
+        """Starts without a model, so that /health can answer while it is loaded."""
         self.names, self.settings = ModelNames(models, adapters), settings or ServerSettings()
         self.created = int(time.time())
         self.created_iso = (
@@ -141,6 +142,7 @@ class ServerState:
         """
 
         def run() -> None:
+            """Loads the engine; an error becomes `load_error`."""
             try:
                 self.set_engine(make(self))
             # Every error must reach /health and the caller of the server.

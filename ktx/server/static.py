@@ -77,6 +77,7 @@ def _make_handler(path: Path) -> Callable[[Request], Awaitable[Response]]:
     headers = HEADERS | {"etag": etag}
 
     async def send(request: Request) -> Response:
+        """Sends the file; 304 without a body if the browser has this version of it."""
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(data, headers=headers, media_type=TYPES[path.suffix])

@@ -74,7 +74,7 @@ class MachineStats:
 
 
 def list_modules(model: nn.Module) -> list[dict[str, Any]]:
-    """Lists the operators and the unreplaced modules with weights."""
+    """Lists the modules that hold weights, operators and unreplaced ones, whose placement the page shows."""
     return [
         {
             "name": entry.path,
@@ -95,6 +95,7 @@ def _device_name(module: nn.Module) -> str:
 
 def _dtype_names(module: nn.Module) -> str:
     """Returns the names of the data types of a module's own weights, packed or not, joined with "/"."""
+    # weights are attributes of the module, single or in lists or dicts
     groups = [value.values() if isinstance(value, dict) else value for value in vars(module).values()]
     tensors = [tensor for group in groups for tensor in (group if isinstance(group, Iterable) else [group])]
     packed = [tensor.qtype.name for tensor in tensors if isinstance(tensor, cpu.Packed)]

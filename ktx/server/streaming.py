@@ -112,6 +112,7 @@ def ndjson_response(events: AsyncIterator[dict[str, Any]], group: RequestGroup) 
     """Returns a stream of JSON objects, one per line. An error in the stream is sent as a line."""
 
     async def stream() -> AsyncIterator[str]:
+        """Yields the lines; the status 200 has been sent, so an error can only be a line."""
         try:
             async for chunk in events:
                 yield dumps(chunk) + "\n"

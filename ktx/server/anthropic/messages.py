@@ -131,7 +131,7 @@ def _continues(message: AnthropicMessage) -> bool:
 
 
 def _response_format(fields: CountTokensRequest) -> Format | None:
-    """Returns the response format that the request constrains its answer to."""
+    """Returns the JSON schema that the request constrains its answer to, in OpenAI's form; None without one."""
     output_format = (fields.output_config.format if fields.output_config else None) or fields.output_format
     return (
         Format.model_validate({"type": "json_schema", "json_schema": {"schema": output_format.schema_}})
@@ -184,7 +184,7 @@ def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
         elif block.type != "redacted_thinking":
             texts.append(_text_of_block(block))
     converted["content"] = "".join(texts)
-    # without text, only for more than role and content: calls or reasoning
+    # leaves out a message that had only tool results; more than role and content means calls or reasoning
     return results + ([converted] if texts or len(converted) > 2 or not results else [])
 
 
@@ -212,7 +212,9 @@ def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
 
 
 def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
-    """Returns stop_reason and stop_sequence."""
+    """Returns the fields stop_reason and stop_sequence: the latter for a stop string of the request (`stops`), not for
+    an end token of the model.
+    """
     stop_string = finish.event.stop
     if finish.reason == "stop" and stop_string in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_string}
@@ -222,7 +224,9 @@ def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
 async def _complete(
     group: RequestGroup, parser: OutputParser, base: dict[str, Any], stops: frozenset[str]
 ) -> dict[str, Any]:
-    """Collects the output and returns the whole message."""
+    """Collects the output and returns the message of a request without streaming: text, thinking and calls as content
+    blocks, in the order in which the model wrote them.
+    """
     blocks: list[dict[str, Any]] = []
     async for _, event in group:
         for delta in parser.feed(event):

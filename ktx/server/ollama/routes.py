@@ -48,7 +48,9 @@ def _sampling_params(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
 
 
 def _response_format(fields: OllamaShared) -> Format | None:
-    """Returns the response format that the request constrains its answer to."""
+    """Returns the format that the request constrains its answer to, in OpenAI's form: any JSON object, or a JSON
+    schema; None without one.
+    """
     if not fields.format:
         return None
     if fields.format == "json":
@@ -113,7 +115,7 @@ async def chat(model: LoadedModel, fields: OllamaChat) -> Response:
     engine_input = await build_engine_input(model, chat_input, sampling)
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
-        """Returns the fields of /api/chat: a message."""
+        """Returns the fields of a response of /api/chat: a message with answer text or thinking, and tool calls."""
         message: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
         if kind == "think":
             message["thinking"] = text
@@ -160,7 +162,7 @@ async def generate(model: LoadedModel, fields: OllamaGenerate) -> Response:
         engine_input = await build_engine_input(model, chat_input, sampling)
 
     def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
-        """Returns the fields of /api/generate: text; it has no tool calls."""
+        """Returns the fields of a response of /api/generate: answer text or thinking; it has no tool calls."""
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
     return await _run(model, engine_input, fields, format_delta, fields.think is not False)
@@ -221,7 +223,7 @@ async def _complete(
     include_thinking: bool,
     formatter: LogprobFormatter | None,
 ) -> dict[str, Any]:
-    """Collects the output and returns the whole response."""
+    """Collects the output and returns the response of a request without streaming: answer, thinking, statistics."""
     async for _, event in group:
         for delta in parser.feed(event):
             if isinstance(delta, Finish):
@@ -281,7 +283,7 @@ def describe_model(model: LoadedModel, name: str) -> dict[str, Any]:
 
 
 def list_models(model: LoadedModel, created: str) -> dict[str, Any]:
-    """Lists the models, for /api/tags. `created` is an ISO 8601 time."""
+    """Lists the model and its adapters under names with Ollama's tag, for /api/tags. `created` is an ISO 8601 time."""
     return {
         "models": [
             {
@@ -296,7 +298,7 @@ def list_models(model: LoadedModel, created: str) -> dict[str, Any]:
 
 
 def list_loaded_models(model: LoadedModel) -> dict[str, Any]:
-    """Lists the loaded models, for /api/ps."""
+    """Lists the loaded models, for /api/ps: all of them, as the model is never unloaded."""
     extra = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": model.engine.context}
     return {
         "models": [
@@ -307,7 +309,9 @@ def list_loaded_models(model: LoadedModel) -> dict[str, Any]:
 
 
 def show_model(model: LoadedModel, created: str, fields: OllamaShow) -> dict[str, Any]:
-    """Describes a model, for /api/show. `created` is an ISO 8601 time."""
+    """Describes a model, for /api/show: its template, its context length, and whether it supports tools and thinking
+    (`capabilities`). `created` is an ISO 8601 time.
+    """
     name, prompts = fields.model or fields.name or "", model.prompts
     model_type = model.engine.model.config.model_type
     capabilities = (

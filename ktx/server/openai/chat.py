@@ -143,7 +143,7 @@ async def _complete(
     logprobs: bool,
     hide_reasoning: bool,
 ) -> dict[str, Any]:
-    """Collects the output of all choices and returns the whole response."""
+    """Collects the output of all choices and returns the response of a request without streaming."""
     async for index, event in group:
         for delta in parsers[index].feed(event):
             if isinstance(delta, Finish):

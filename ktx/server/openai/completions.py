@@ -104,7 +104,7 @@ class LegacyLogprobs:
         for sampled in tokens:
             text = self.formatter.text(sampled.token)
             is_first = sampled.logprob is None  # the first token of a prompt has no probability
-            top: dict[str, float] = {}
+            top: dict[str, float] = {}  # tokens with the same text share an entry: the most probable one's
             for token, logprob in sampled.top:
                 top.setdefault(self.formatter.name(token), clamp_logprob(logprob))
             for name, value in zip(

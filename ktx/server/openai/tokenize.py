@@ -14,7 +14,9 @@ from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with
 
 
 async def tokenize(model: LoadedModel, fields: TokenizeRequest) -> dict[str, Any]:
-    """Returns the token ids of a text or of the prompt of a chat."""
+    """Returns the token ids of a text, or of the prompt that a chat request with these messages would have, with
+    their number (vLLM's /tokenize).
+    """
     engine = model.engine
     if fields.messages is not None:
         chat = ChatInput(
@@ -58,7 +60,7 @@ async def detokenize(model: LoadedModel, fields: DetokenizeRequest) -> dict[str,
 
 
 def tokenizer_info(model: LoadedModel) -> dict[str, Any]:
-    """Returns the properties of the tokenizer."""
+    """Returns the tokenizer's class, special tokens, sizes and chat template, for /tokenizer_info."""
     tokenizer = model.engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return {

@@ -409,7 +409,7 @@ class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
 
     @model_validator(mode="after")
     def check_consistency(self) -> ChatCompletionRequest:
-        """Raises ValueError for fields that contradict each other."""
+        """Raises ValueError for log probabilities or a tool choice without the fields that they need."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
@@ -442,7 +442,7 @@ class CompletionRequest(StructuredOutputFields):
 
     @model_validator(mode="after")
     def check_consistency(self) -> CompletionRequest:
-        """Raises ValueError for fields that contradict each other."""
+        """Raises ValueError for combinations that are not supported: best_of other than n, echo of a stream."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not supported")
         if self.echo and self.stream:

@@ -60,6 +60,7 @@ class ResponseEvents:
         summary: bool,
         namespaces: dict[str, tuple[str, str]],
     ):
+        """Starts without items."""
         self.base, self.parser, self.formatter, self.num_prompt_tokens, self.namespaces = (
             base,
             parser,
@@ -145,7 +146,9 @@ class ResponseEvents:
         ]
 
     def on_text(self, delta: TextDelta) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the events of new text; text of another kind starts a new item."""
+        """Returns the stream events of new text; text of another kind (answer, think) completes the open item and
+        starts a new one.
+        """
         events = []
         if self.open_kind != delta.kind:
             events = self.close() + self._begin_item(delta.kind)
@@ -209,7 +212,7 @@ class ResponseEvents:
         return [*events, self.make_state_event("response.incomplete" if truncated else "response.completed")]
 
     def feed(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the stream events of one event of the engine."""
+        """Returns the stream events of one event of the engine, none while the parser holds its text back."""
         events: list[tuple[str, dict[str, Any]]] = []
         for delta in self.parser.feed(event):
             events += (

@@ -164,7 +164,9 @@ def _response_format(fields: ResponseTokensRequest) -> Format | None:
 
 
 def _initial_response(fields: ResponsesRequest, sampling: SamplingParams, store: bool) -> dict[str, Any]:
-    """Returns the response object of a request that has just started."""
+    """Returns the response object of a request that has just started: the parameters of the request, with defaults, and
+    fields that `ResponseEvents` sets when the response ends. `store`: whether the response will be stored.
+    """
     params = fields.model_dump(exclude_none=True)
     # web search is accepted and not supported
     tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
