@@ -117,7 +117,7 @@ class GrowingLayer(DynamicLayer):
         """
         assigned = {0: layer.keys, 1: layer.values}  # by index in KV_NAMES
         for name in KV_NAMES:
-            del layer.__dict__[name]
+            del layer.__dict__[name]  # this class has properties of these names
         object.__setattr__(layer, "__class__", cls)
         cls.__init__(layer, dtype)
         layer.assigned = assigned
@@ -357,7 +357,8 @@ def to_growing_layer(cache: Any, index: int, store: KVType = None) -> GrowingLay
 
 def restore_stock_layer(cache: Any, index: int) -> None:
     """Reverts `to_growing_layer` before autograd records appended tokens, which a growing layer refuses: the layer of a
-    stock DynamicCache becomes transformers' own again, with the same content.
+    stock DynamicCache becomes transformers' own again, with the same content. A layer of Q8_0 blocks stays, because
+    transformers cannot read them.
     """
     layers: Any = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None

@@ -79,7 +79,7 @@ def extract_object(text: str) -> str:
     """
     if text.startswith('"'):
         inner = json.loads(text).strip()
-        text = "" if not inner else repair_json(inner) or "no object"
+        text = "" if not inner else repair_json(inner) or "no object"  # which is refused below
     if text in ("", "null"):
         return "{}"
     if not text.startswith("{"):

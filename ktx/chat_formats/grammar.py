@@ -57,9 +57,10 @@ class Lark:
             _regex(other_mark) for other_mark in dict.fromkeys(excluded) if other_mark and other_mark != mark
         )
         exclusion = f" & ~/(?s:.*)({marks})(?s:.*)/" if marks else ""
-        if mark in self.special:
+        if mark in self.special:  # a token of its own, which ends the text
             return f"{self.add_rule('/(?s:.*)/' + exclusion, 'T')} {self.literal(close)}"
         closing_text = close.rstrip()
+        # text that ends with the mark and has it only there
         lexeme = f"/(?s:.*){_regex(closing_text)}/ & ~/(?s:.*){_regex(mark)}(?s:.+)/{exclusion}"
         return f"{self.add_rule(self.add_rule(lexeme, 'T'), 'r', '[lazy]')} {self.literal(close[len(closing_text) :])}"
 
@@ -249,9 +250,9 @@ def _tagged_calls(
         """Returns the expression of a call of one function: its opening tag, its parameters, its closing tag."""
         parts = [lark.literal(head[0] + name + head[1])]
         for key in schema.get("properties") or {}:
-            kind = property_schema(schema, key)
-            opening = parameter[1].replace("{}", "true" if "string" in allowed_types(kind) else "false")
-            value = _value_rule(lark, kind, schema, parameter[2], free)
+            argument_schema = property_schema(schema, key)
+            opening = parameter[1].replace("{}", "true" if "string" in allowed_types(argument_schema) else "false")
+            value = _value_rule(lark, argument_schema, schema, parameter[2], free)
             parameter_rule = f"{lark.literal(parameter[0] + key + opening)} {value}"
             parts.append(parameter_rule if key in (schema.get("required") or ()) else f"({parameter_rule})?")
         return " ".join([*parts, lark.literal(head[2])])
@@ -288,9 +289,11 @@ def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
 
         def argument(key: str) -> str:
             """Returns the expression of key=value; booleans are Python's, other values JSON."""
-            value = property_schema(schema, key)
+            value_schema = property_schema(schema, key)
             value_rule = (
-                '("True" | "False")' if allowed_types(value) == {"boolean"} else lark.add_json_rule(value, schema)
+                '("True" | "False")'
+                if allowed_types(value_schema) == {"boolean"}
+                else lark.add_json_rule(value_schema, schema)
             )
             return f"{_quoted(key + '=')} {value_rule}"
 

@@ -65,7 +65,7 @@ class ObjectCall:
             elif char != ",":
                 break
             self.source.pos += 1
-        if (yield from self.source.peek_mark(self.ends)):
+        if (yield from self.source.peek_mark(self.ends)):  # the model left the object open
             return ""
         return (yield from _read_key_text(self.source))
 

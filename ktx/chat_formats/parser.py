@@ -119,7 +119,7 @@ class Parser:
             marks_in_text = self._marks_after_call if self.output.after_call_only else self._marks
             text, mark = source.read_until(marks_of(*self.chat_format.reasoning_marks) if thinking else marks_in_text)
             yield from self.output.emit(text)
-            if mark[:1] == "\n":
+            if mark[:1] == "\n":  # of a mark of two characters, such as "\n{", the line break is text
                 yield from self.output.emit("\n")
             if mark or (source.finished and source.pos >= len(source.text)):
                 return mark
@@ -199,6 +199,7 @@ class Parser:
         if self._num_broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MAX_CALLS:
             self.call_format = None  # from now on all is text, so that reading again stays cheap
             self._set_marks()
+        # the first `lead` characters, in which no other call begins, are text; the rest is read again
         if raw and len(raw) - lead <= self._reread_chars:
             self._reread_chars -= len(raw) - lead
             self.reader.rewind(raw)

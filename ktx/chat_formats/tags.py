@@ -152,6 +152,7 @@ class TagCall:
         # an opening tag without a closing tag before it ends the value only if it names a missing argument
         if mark == self.open_mark:
             key, raw = yield from self._read_key()
+            # only the function's own arguments are known, whatever else its schema allows
             known = property_schema({**(self.schema or {}), "additionalProperties": None}, key) is not None
             self._next_key = key if key and known and key not in self._keys else ""
             return None if self._next_key else raw

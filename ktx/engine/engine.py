@@ -584,7 +584,10 @@ class Engine:
         start: float,
     ) -> None:
         """Computes draft tokens for the next forward. An error here costs only speed: speculative decoding is switched
-        off. `results`: the chunks of this step, each with the number of its tokens that stay in the cache.
+        off.
+
+        `results` are the chunks of this step, each with the number of its tokens that stay in the cache; `num_drafted`
+        are the draft tokens that the step verified for each request; `start` is when the step began.
         """
         for chunk, num_kept in results:
             if num_drafted[chunk.request]:

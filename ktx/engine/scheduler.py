@@ -209,6 +209,7 @@ class Scheduler:
         if not prompts:
             return
         oldest, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
+        # `chunks` has the decode tokens so far: if there are any, the latency target limits the prompts
         budget_left = self.budget.max_prompt_tokens(oldest.num_computed, bool(chunks))
         min_tokens = min(budget_left, self.granularity)
         budget_others = (

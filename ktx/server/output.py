@@ -94,7 +94,7 @@ class OutputParser:
         """Converts the parser's events to deltas and accumulates them; a call that is not complete yields nothing."""
         for event in merge_events(events):
             if isinstance(event, CallStart):
-                self._open_call = [event.id, event.name, ""]
+                self._open_call = [event.id, event.name, ""]  # id, name, arguments so far
             elif isinstance(event, CallArguments) and self._open_call:
                 self._open_call[2] += event.text
             elif isinstance(event, CallEnd) and self._open_call:
