@@ -70,7 +70,8 @@ class SequenceSpan:
     @property
     def snapshot_lengths(self) -> list[int]:
         """Lengths of the sequence at which a recurrent state is copied before the span's end, so that other sequences
-        can continue from there: every SNAPSHOT_INTERVAL_TOKENS, and at the end of the prompt's last page.
+        can continue from there: every SNAPSHOT_INTERVAL_TOKENS, and at the end of the prompt's last page; the latest
+        MAX_SNAPSHOTS of them, because no more are cached.
         """
         if not self.shared:
             return []

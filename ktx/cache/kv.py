@@ -243,7 +243,7 @@ class GrowingLayer(DynamicLayer):
         if self.buffers[which].dtype is torch.uint8:
             raise UsageError(
                 f"the {KV_NAMES[which]} of this cache are blocks of eight bits (q8_0), "
-                "which cannot be edited in place: read them with layer.floats(), "
+                "which cannot be edited in place: read them with layer.copy_as_floats(), "
                 f"replace them by assigning floats to layer.{KV_NAMES[which]}, or use a cache of another kv_dtype"
             )
         self.exported = True

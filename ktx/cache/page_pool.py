@@ -47,6 +47,7 @@ class PagePool:
     """Allocates `count` pages. A page is free, idle (cached, without users) or used by one or more sequences."""
 
     def __init__(self, count: int):
+        """Starts with free pages only."""
         if count < 1:
             raise UsageError(f"a KV cache needs at least one page, it has {count}")
         self.count = count

@@ -203,7 +203,7 @@ class PagedCache(Cache):
                 )
         self.snapshots.clear()
         for span in batch.spans:
-            self.state_lengths.pop(span.owner, None)
+            self.state_lengths.pop(span.owner, None)  # unknown until `end`
 
     def end(self, batch: BatchMetadata) -> None:
         """Ends a forward that computed all layers; after any other the states stay unknown."""

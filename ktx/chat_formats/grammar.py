@@ -48,7 +48,8 @@ class Lark:
         return self.add_rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
 
     def text_until(self, close: str, excluded: Iterable[str]) -> str:
-        """Returns an expression for any text up to and including `close`, without the other marks in it.
+        """Returns an expression for any text (reasoning, or an argument that is a string) up to and including `close`,
+        without the marks `excluded` in it.
 
         A lexeme is greedy, so one that ends with fixed text must be lazy and include that text.
         """
@@ -77,7 +78,7 @@ def forced_call_grammar(
     special: Mapping[str, int] | None = None,
     thinking: bool = False,
 ) -> str:
-    """Returns a Lark grammar of one call, or of several.
+    """Returns a Lark grammar of one call, or of several, for a request whose tool choice forces calls.
 
     Args:
         chat_format: the model's chat format.
@@ -200,12 +201,13 @@ def _tags_style(lark: Lark, call_format: CallFormat) -> Style:
     """Returns the style of calls in tags: <function=name><parameter=key> with values on lines of their own
     (Qwen3-Coder), or <invoke name="name"><parameter name="key"> with values in place (MiniMax, DeepSeek V3.2).
     """
+    # the texts of `parameter` and `head` are those that `_tagged_calls` takes
     line_break, quote = ("\n", "") if call_format.values_on_lines else ("", '"')
     name_is = "=" if call_format.values_on_lines else ' name="'
-    quote_string = quote + (' string="{}"' if call_format.typed_parameters else "")
+    key_end = quote + (' string="{}"' if call_format.typed_parameters else "")
     parameter = (
         call_format.tag_parameter[0] + name_is,
-        quote_string + ">" + line_break,
+        key_end + ">" + line_break,
         line_break + call_format.tag_parameter[1] + "\n",
     )
     head = call_format.tag_call[0] + name_is, quote + ">\n", call_format.tag_call[1]

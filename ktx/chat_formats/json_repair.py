@@ -203,7 +203,7 @@ class JsonValue:
             source.pos += 1
 
     def _read_literal(self) -> None:
-        """Reads a number or word without quotes, up to a character that cannot belong to it."""
+        """Reads a number or word without quotes, up to a character that cannot belong to it; waits if the text ends."""
         source = self.source
         match = _WORD.match(source.text, source.pos, source.pos + MAX_WORD_CHARS + 1 - len(self._word))
         if match:

@@ -37,13 +37,14 @@ def _resolve_ref(schema: Any, root: Mapping[str, Any]) -> Any:
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
         schema = root
-        for step in reference[2:].split("/"):
-            schema = schema.get(step) if isinstance(schema, Mapping) else None
+        for key in reference[2:].split("/"):
+            schema = schema.get(key) if isinstance(schema, Mapping) else None
     return True  # the schema that allows everything
 
 
 def allowed_types(schema: Any, depth: int = 4) -> frozenset[str]:
-    """Returns the JSON types that a schema allows; all of them where it does not restrict the type.
+    """Returns the JSON types that a schema allows; all of them where it does not restrict the type. They decide whether
+    the text of an argument is a string.
 
     Args:
         schema: a JSON schema, True or False.

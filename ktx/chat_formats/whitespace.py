@@ -23,6 +23,7 @@ class WhitespaceFilter:
     """
 
     def __init__(self, kind: str, prefill_text: str = ""):
+        """Starts before the output's first character."""
         self.kind = kind
         self.pending: list[str] = []
         self.after_mark = not prefill_text  # no text was emitted since a mark

@@ -69,8 +69,8 @@ class StepBudget:
         self.base_tokens, self.max_tokens, self.target_s, self.min_tokens = (
             base_tokens,  # of a step without decode tokens after a short past
             max_tokens,  # of one after a long past
-            target_s,  # of a step that also decodes
-            min_tokens,  # of a step that also decodes
+            target_s,  # duration of a step that also decodes
+            min_tokens,  # lower bound of a step that also decodes
         )
         self.fitting_tokens = float(min_tokens)  # estimate of the prompt tokens that take `target_s`
         self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded

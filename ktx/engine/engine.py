@@ -471,7 +471,7 @@ class Engine:
             self.closed = True
         for request in list(self.outputs):
             request.cancelled = True
-        self.inbox.put(None)
+        self.inbox.put(None)  # ends the thread
         self.thread.join(timeout=60)
         if self.speculation is not None:
             self.speculation.drafter.close()

@@ -120,7 +120,7 @@ class OutputState:
         return "length" if full else None
 
     def finish(self, reason: Reason, error: str = "", client_error: bool = False) -> Finished:
-        """Emits the text that was held back in the last event, and returns that event."""
+        """Emits and returns the request's last event, which has the text that was held back until now."""
         text = ""
         if self.stop_checker.found is None:
             text = self.stop_checker.feed(self.detokenizer.flush()) + self.stop_checker.flush() + self.stop_text

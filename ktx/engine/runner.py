@@ -69,6 +69,7 @@ class ModelRunner:
     graphs: Graphs | None = None
 
     def __init__(self, model: LoadedModel, pages: int, max_captured_requests: int = 0):
+        """Reads what the model's kernels and layers allow, and creates the cache, which the first forward allocates."""
         self.model, self.pages, self.adapters = model, pages, lora_adapters(model)
         # AMX tiles and MLA compute full pages of a prompt with other kernels than single tokens.
         self.page_kernels_differ = cpu.ops.has_bf16_tiles() or any(

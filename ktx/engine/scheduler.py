@@ -267,8 +267,8 @@ class Scheduler:
         return allocated is not None
 
     def commit(self, request: Request, count: int) -> None:
-        """Records that `count` more tokens of a request are computed and stay, and registers its new full pages in the
-        prefix cache.
+        """Records that `count` more tokens of a request are computed and stay in the KV cache (rejected draft tokens do
+        not), and registers its new full pages in the prefix cache.
         """
         first_page, request.num_computed = request.num_computed // PAGE_TOKENS, request.num_computed + count
         self._update_hashes(request)

@@ -21,7 +21,8 @@ PROMPT_FIELDS = ("cache_salt", "system", "instructions", "tools", "messages", "i
 
 
 def prefix_keys(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
-    """Hashes the prefixes of a request's prompt, one key per `KEY_CHARS` characters.
+    """Hashes the prefixes of a request's prompt, one key per `KEY_CHARS` characters, by which the router finds the
+    replica that has computed the same prompt's beginning.
 
     Args:
         body: the JSON body of the request.

@@ -206,6 +206,7 @@ class Cluster:
         try:
             if self.config.address is not None and self.config.app in serve.status().applications:
                 serve.delete(self.config.app)
+            # Ray Serve ends if this server started it, unless other applications now run on that cluster
             if not self.serve_was_running and not (self.config.address and serve.status().applications):
                 serve.shutdown()
         # Whatever state the cluster is in, this process disconnects.

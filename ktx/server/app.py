@@ -251,7 +251,6 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
     async def delete(name: str, request: Request) -> dict[str, Any]:
         return stored_responses.delete(state.response_store, owner_of(request), name)
 
-    # the input items of a stored response, in pages of `limit` items
     @routes.get("/v1/responses/{name}/input_items")
     async def input_items(
         name: str,
@@ -260,6 +259,7 @@ def _add_responses(routes: APIRouter, state: ServerState) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256)] = None,
     ) -> dict[str, Any]:
+        # the input items of a stored response, in pages of `limit` items
         return stored_responses.input_items(
             state.response_store, owner_of(request), name, limit, order == "desc", after
         )
