@@ -213,17 +213,17 @@ def merge_options(file: Sequence[PlacementEntry], options: PlacementOptions) -> 
     return [*entries, all_entry]
 
 
-def split_layers(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
+def split_layers(device_map: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
     """Returns the map with a single device per entry: one that splits layers becomes an entry per GPU.
 
     The modules after the last layer go to the last GPU.
 
     Args:
-        places: the entries, of which one may name several GPUs.
+        device_map: the entries, of which one may name several GPUs.
         layers: for each layer the index of its GPU among these, in ascending order.
     """
     entries: list[PlacementEntry] = []
-    for entry in places:
+    for entry in device_map:
         several = entry.split_devices
         if several:
             for gpu_index, device in enumerate(several[1:], 1):  # the first GPU gets the rest, by the entry itself

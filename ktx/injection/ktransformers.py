@@ -51,7 +51,6 @@ CLASSES = {  # last part of match.class -> current transformers class
 }
 RENAMED_MODULES = {"block_sparse_moe": "mlp"}  # modules that transformers 5 renamed
 SUPPORTED_OPTIONS = {"absorb_for_prefill"}
-DEVICES = ("generate_device", "prefill_device")
 IGNORED_OPTIONS = {
     "prefill_device": "weights are on one device; operators choose the kernel by the number of tokens",
     "prefill_op": "operators choose the kernel by the number of tokens",
@@ -86,8 +85,8 @@ def translate(rule: Rule) -> Rule:
 def _translate_class(rule: Rule, cls: str | None) -> Rule:
     """Translates a rule whose replacement is a KTransformers class.
 
-    Options without an effect in ktx are warned of and dropped; `generate_device` becomes the device. Raises UsageError
-    for an unknown class.
+    `generate_device` becomes the device. `absorb_for_prefill` stays an option of MLA and is dropped elsewhere. All
+    other options have no effect in ktx: they are warned of and dropped. Raises UsageError for an unknown class.
     """
     from ktx.errors import UsageError, did_you_mean
 
@@ -101,7 +100,7 @@ def _translate_class(rule: Rule, cls: str | None) -> Rule:
     for key, value in rule.kwargs.items():
         if key in SUPPORTED_OPTIONS and operator == "MLA":
             kwargs[key] = value
-        elif key not in DEVICES[:1] and key not in SUPPORTED_OPTIONS:  # DEVICES[:1] is read below
+        elif key not in SUPPORTED_OPTIONS and key != "generate_device":
             reason = IGNORED_OPTIONS.get(key, "this operator has no such option")
             warnings.warn(f"{rule.where}: {key} has no effect in ktx: {reason}", stacklevel=4)
     device = rule.device or rule.kwargs.get("generate_device")

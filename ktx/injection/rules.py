@@ -91,7 +91,7 @@ class _YamlReader:
         return entries
 
     def read_value(self, node: yaml.Node, kind: type, label: str) -> Any:
-        """Returns a node's value. Raises UsageError if it is not of type `kind`."""
+        """Returns a node's value; None for an empty one, except of a bool. UsageError: it is not of type `kind`."""
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
         except Exception as error:  # an unknown tag or an invalid date: PyYAML's constructors raise any type
@@ -290,7 +290,7 @@ def is_shipped(rule: Rule) -> bool:
 
 
 def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> Rules:
-    """Loads rules.
+    """Returns the rules that a user chose, or else those of the model's architecture; Rules are returned as they are.
 
     Args:
         rules: the name of a shipped file ("deepseek-v3"), a path, a list of Rule, or None for those of `model_type`.

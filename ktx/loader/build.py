@@ -232,7 +232,7 @@ def prepare_model(model: str | Path, weights: str | Path | None, options: BuildO
         raise BadFile(f"{weights_path}: no such file or folder; `ktx download` fetches a model from a hub")
     rules = load_rules(options.rules, config.model_type)
     source = open_weights(weights_path, config)
-    scheme = _scheme(model, weights_path) if isinstance(source, SafetensorsSource) else ""
+    scheme = _describe_scheme(model, weights_path) if isinstance(source, SafetensorsSource) else ""
     _check_source(source, config, must_be_packed=not weights and is_packed_config(config))
     if options.num_experts_per_tok is not None:
         set_experts_per_token(config, options.num_experts_per_tok)
@@ -313,7 +313,7 @@ class _Builder:
         return replace(injection, entries=split_layers(injection.entries, layers))
 
 
-def _scheme(model: str | Path, weights: Path) -> str:
+def _describe_scheme(model: str | Path, weights: Path) -> str:
     """Returns a line for the plan's notes on how a checkpoint is quantized; empty if it is not.
 
     Reads the configurations and the files of model and weights. Raises BadFile if the scheme is not supported.
@@ -325,6 +325,7 @@ def _scheme(model: str | Path, weights: Path) -> str:
     ]
     config_folders = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
     configs = [(config_dict(str(folder)), str(folder / "config.json")) for folder in config_folders]
+    # files beside the weights with a quantization of their own, then each config.json
     return next(
         (
             line
@@ -360,7 +361,7 @@ def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
             continue
         step = next(step for step in plan if step.path == module.path)
         if source.spec(target) is not None:
-            step.tensors.insert(0, target)
+            step.tensors.insert(0, target)  # `record` left it out, like all tied tensors
             continue
         module.tied_to = origin
         if module.placement != plan.devices[origin.rpartition(".")[0]]:

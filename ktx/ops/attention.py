@@ -260,7 +260,7 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, interval_mask)
 
 
-def unsupported_kwargs(module: nn.Module) -> list[str]:
+def unsupported_requirements(module: nn.Module) -> list[str]:
     """Returns what a module's forward requires of its attention function that the kernel does not support.
 
     That is keyword arguments outside KNOWN_KWARGS (sparse indices, position biases), and the names "eager" and "sdpa"
@@ -280,7 +280,7 @@ class Attention(Operator):
     """The attention module of transformers with the kernel of ktx; projections, norms, RoPE and gates stay its own.
 
     A module without a configuration, such as linear attention, has no attention function to choose, so it computes as
-    in transformers. So does a module that passes arguments that the kernel does not support (`unsupported_kwargs`).
+    in transformers. So does a module that requires what the kernel does not support (`unsupported_requirements`).
 
     Option: `backend` (triton, flashinfer, auto) selects the attention kernels on a GPU.
 
@@ -322,7 +322,7 @@ class Attention(Operator):
         new.kv_dtype, new.block, new.fusable = ctx.kv_dtype, None, type(old).__name__ in FUSABLE_ATTENTION
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ in HALF_TABLES
-        new.uses_ktx_kernel = hasattr(old, "config") and not unsupported_kwargs(old)
+        new.uses_ktx_kernel = hasattr(old, "config") and not unsupported_requirements(old)
         if hasattr(old, "config"):
             new.choice = AttentionChoice(old.config)
         if new.uses_ktx_kernel:

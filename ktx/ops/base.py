@@ -300,7 +300,7 @@ class Operator(nn.Module):
         return result
 
     def cast_dtype(self, fn: Callable[..., Any]) -> torch.dtype:
-        """Returns the dtype that `fn`, a function of tensors, casts to.
+        """Returns the dtype that `fn` casts tensors to, by trying it: torch passes no dtype to `_apply`, only `fn`.
 
         Raises:
             UsageError: `fn` moves tensors to a device that packed weights cannot move to, or casts to a dtype that no
@@ -347,13 +347,14 @@ def unpack(owner: nn.Module) -> None:
     Raises:
         UsageError: One of them cannot be trained; nothing has changed then.
     """
+    # With each module the name of its packed weight, "" without one; modules that can be trained have just one.
     packed_modules = [
         (m, next(iter(m.floats()), "")) for m in owner.modules() if isinstance(m, Operator) and m.is_ready
     ]
     # Modules that cannot be trained come first, so that their error is raised before any other module has changed.
     for module, name in sorted(((m, name) for m, name in packed_modules if name), key=lambda pair: pair[0].trains):
         if isinstance(module, Operator):  # False once a module tied to it has been unpacked
-            module.trained(name)
+            module.trained(name)  # makes the weight a trainable parameter
 
 
 def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: str) -> str:

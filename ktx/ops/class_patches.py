@@ -124,13 +124,14 @@ def update() -> None:
 
 
 def _set_forward(cls: Any, call_patched: bool) -> None:
-    """Sets the forward of an operator class, unless other code has patched that class itself.
+    """Makes an operator class call the forward of the transformers class that it replaces, or its own again.
 
-    So a script's patch of a transformers class also has an effect on the operators that replace its modules.
+    So a script's patch of a transformers class also has an effect on the operators that replace its modules. Does
+    nothing where other code has patched the operator class itself.
 
     Args:
-        cls: The class of an adopted operator.
-        call_patched: Whether it calls the forward of the replaced class (`call_patched_class`); else its own.
+        cls: An operator class that inherits from the class it replaces.
+        call_patched: True for the forward of the patched class (`call_patched_class`), False for the operator's own.
     """
     if call_patched and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
         _own_forwards[cls] = cls.__dict__.get("forward")

@@ -264,8 +264,8 @@ def _record_attention(old: Any, path: str, children: dict[str, nn.Module], embed
     def record(
         module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, scaling: Any = None, **options: Any
     ) -> Any:
-        # A random output shows whether the module returns it unchanged but for the output projection.
         """The attention function that the module calls: stores its arguments and returns a random output."""
+        # A random output shows whether the module returns it unchanged but for the output projection.
         attended = random_tensor(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         recorded.extend((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, options, attended))
         return attended, None
@@ -444,8 +444,10 @@ def check_router(old: Any, path: str, operator: Any) -> None:
     if orders[0] is None:
         raise unsupported_module_error(old, path, "does not return (logits, weights, ids)")
     for label, index in (("its choice of experts", 2), ("the weights of experts", 1)):
-        pair = [result[index].gather(-1, order) for result, order in zip((found, expected), orders, strict=True)]
-        check_equal(old, path, label, pair[0], pair[1])
+        sorted_results = [
+            result[index].gather(-1, order) for result, order in zip((found, expected), orders, strict=True)
+        ]
+        check_equal(old, path, label, sorted_results[0], sorted_results[1])
 
 
 @cached_check

@@ -68,9 +68,10 @@ def install_transfer_hooks(model: Any, devices: Devices, dtype: torch.dtype) -> 
 def _install_inside(
     child: nn.Module, placement: DevicePlacement, parent: nn.Module, parent_placement: DevicePlacement
 ) -> None:
-    """Installs the hooks of a module inside a decoder module that is on another device than its parent.
+    """Installs hooks on `child`, a module inside a decoder module, if it is on another device than its parent.
 
-    Experts that the MoE block or another operator calls itself get no hooks, because those transfer their tensors.
+    They move its inputs to its device and its output back. Experts that a MoE block offloads or calls on a GPU
+    (`on_gpu`) get no hooks, because the block transfers their tensors itself.
     """
     is_offloaded = (
         isinstance(child, Experts)
@@ -96,7 +97,7 @@ def _assign_placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict
 
     def visit(module: nn.Module, parent_placement: DevicePlacement | None) -> None:
         """Gives a module its placement, then its children; on the CPU they share the dtype of their parent."""
-        if module in placements:
+        if module in placements:  # visited with its parent, or a container
             return
         device = devices.get(module, CPU)
         if device.gpu:

@@ -324,13 +324,13 @@ class Experts(Parametrizable):
         is_here = (expert_ids >= 0) & (expert_ids < self.num_experts)
         expert_ids, order = expert_ids[is_here], order[is_here]
         tokens = order // ids.shape[1]
-        per_expert = torch.bincount(expert_ids, minlength=self.num_experts)
+        rows_per_expert = torch.bincount(expert_ids, minlength=self.num_experts)
         up_param, down_param = self.stacked_parameters().items()
-        counts = per_expert.tolist()
+        row_counts = rows_per_expert.tolist()
         lora = self.lora  # read once: another thread's step may set it to None
-        adapters = None if lora is None else lora.adapters_by_expert(tokens, len(hidden), counts)
+        adapters = None if lora is None else lora.adapters_by_expert(tokens, len(hidden), row_counts)
         products, gated = (
-            self._multiply_stacked(*up_param, hidden[tokens], counts, lora, adapters),
+            self._multiply_stacked(*up_param, hidden[tokens], row_counts, lora, adapters),
             len(up_param[1]) > 1,
         )
         if ACTIVATION in self._modules:
@@ -341,8 +341,8 @@ class Experts(Parametrizable):
             inner = activated * products[1] if gated else activated
         else:
             inner = reference.activate(products[0], products[-1], *self.gate)
-        self.counts[: self.num_experts] += per_expert
-        (y,) = self._multiply_stacked(*down_param, inner, counts, lora, adapters)
+        self.counts[: self.num_experts] += rows_per_expert
+        (y,) = self._multiply_stacked(*down_param, inner, row_counts, lora, adapters)
         return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
 
     def _multiply_stacked(
@@ -398,7 +398,8 @@ class Experts(Parametrizable):
         ]
 
     def lora_shapes(self) -> dict[Any, tuple[str, ...]]:
-        """Returns which projections a LoRA adapter is for, by the adapter's shape; empty with experts on a GPU.
+        """Returns which projections a LoRA adapter is for, by the adapter's shape; empty with experts on a GPU,
+        for which no adapters are supported.
 
         An adapter of a stacked parameter is recognized by its shape [experts, out, in] alone; one of a single
         projection has the key (projection, shape).
@@ -593,7 +594,10 @@ class Experts(Parametrizable):
         return num_weights * min(self.top_k, self.total_experts) * self.num_experts // self.total_experts
 
     def total_counts(self) -> torch.Tensor:
-        """Returns `counts` for all experts of the layer, with selections that were counted on a device."""
+        """Returns `counts` for all experts of the layer, with selections that were counted on a device.
+
+        Behind the selections per expert, `counts` has bytes and times (`cpu.new_stats`), which are copied.
+        """
         counts, merged = self.counts, self.counts.new_zeros(self.total_experts + len(self.counts) - self.num_experts)
         merged[self.first_expert : self.first_expert + self.num_experts] = counts[: self.num_experts]
         merged[self.total_experts :] = counts[self.num_experts :]

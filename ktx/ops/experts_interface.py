@@ -158,7 +158,10 @@ def _collect_parameters(module: nn.Module, operator: Experts) -> dict[str, torch
 
 
 def _pack(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packed:
-    """Packs matrices [experts, n, k] as a weight type; None: their own. UsageError: rows are not whole blocks of it."""
+    """Packs matrices [experts, n, k] as the weight type `dtype`, or as their own for None.
+
+    UsageError if a row is not a whole number of the type's blocks; `class_name` is for its message.
+    """
     if dtype is None:
         return cpu.pack_experts(as_weights(values))
     qtype = QTYPES[dtype]

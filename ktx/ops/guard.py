@@ -112,13 +112,13 @@ class UncountedModules:
         self.attributes = tuple(module.__dict__ for module in self.modules)
         self.num_attributes = tuple(map(len, self.attributes))
         objects = [
-            (owner, name, value)
+            (mapping, name, value)
             for module in self.modules
-            for owner in (module._parameters, module._buffers, module.__dict__)
-            for name, value in owner.items()
+            for mapping in (module._parameters, module._buffers, module.__dict__)
+            for name, value in mapping.items()
             if name not in IGNORED_ATTRIBUTES
         ]
-        self.dicts = tuple(owner for owner, _, _ in objects)
+        self.dicts = tuple(mapping for mapping, _, _ in objects)
         self.names = tuple(name for _, name, _ in objects)
         self.values = tuple(value for _, _, value in objects)
 
@@ -216,7 +216,7 @@ class Guard:
         return any(GLOBAL_HOOKS) or not all(map(is_output_hook, registered))
 
     def may_rebuild(self) -> bool:
-        """Whether a rebuilt fast path might hold; True at most once after each change."""
+        """Whether a rebuilt fast path might hold; True at most once after each change, because rebuilding is slow."""
         rebuild_key = (ChangeCounter.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
         if rebuild_key == self.last_rebuild_key or self._has_hooks():
             return False

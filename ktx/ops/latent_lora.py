@@ -101,6 +101,8 @@ class LatentAdapters:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns k [keys, heads * nope] and v [keys, heads * v] of some heads plus the adapters' part.
 
+        MLA passes only adapters that apply to all keys here (`of_sequence`), so their rows are not looked at.
+
         Args:
             latent: [keys, rank].
             k: keys expanded without adapters.

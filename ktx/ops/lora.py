@@ -58,8 +58,8 @@ class AdapterMapping:
     def slices(self, rows: int) -> Iterator[tuple[slice, AdapterUses]]:
         """Yields slices of `rows` rows that have adapters, with these adapters.
 
-        The number of rows tells which rows of the step a module is called with: those of a part, all tokens, or only
-        those whose logits are computed.
+        The number of rows tells which rows of the step a module is called with: those of the part that is computed
+        alone (`ForwardContext.part`), all tokens, or only those whose logits are computed.
 
         Raises:
             UsageError: the number of rows is not that of the step, nor of the running part of it.

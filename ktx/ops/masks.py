@@ -113,7 +113,7 @@ def non_causal_ranges(
     batch, queries, keys = sizes
     if mask is not None or queries == 1:
         return ranges
-    if ranges is not None:
+    if ranges is not None:  # transformers passes no mask either for a prompt whose mask is just causal
         causal = torch.tensor([[0, i + 1] for i in range(queries)], device=ranges.device)
         if queries != keys or not bool((ranges == causal).all()):
             return ranges

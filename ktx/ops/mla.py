@@ -397,7 +397,7 @@ class MLA(Operator):
         if self.w_uk is None or torch.compiler.is_exporting():  # an exported graph has one form for any length
             return 0
         batch = get_batch(cache)
-        if batch is not None:
+        if batch is not None:  # only whether there are any matters: `attend_pages` divides the tokens itself
             return max(span.full_page_tokens for span in batch.spans)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
         if sequences > 1 or past % PAGE_TOKENS:  # the call does not start at a page of one sequence: one form for all
@@ -588,7 +588,7 @@ class KVExpansion(nn.Module):
         parameters = VisibleParameters()  # so that `weight` is found as a parameter, and packed when it is assigned
         parameters.names, parameters.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = parameters
-        self.replaced_class = nn.Linear
+        self.replaced_class = nn.Linear  # whose methods guards watch too, because scripts may patch them
         self.in_features = owner.kv_lora_rank
         self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
 
@@ -696,7 +696,10 @@ class MLABlock:
 
     @classmethod
     def of(cls, owner: MLA) -> MLABlock | None:
-        """Builds the block of `owner`; None if a projection or norm is not an operator of ktx, or has a bias."""
+        """Builds the block of `owner`; None if a projection or norm is not an operator of ktx.
+
+        None too if a projection has a bias or a norm adds 1 to its weight, which the kernel does not support.
+        """
         has_q_rank = owner.q_lora_rank is not None
         projections = ["q_a_proj"] * has_q_rank + [
             "q_b_proj" if has_q_rank else "q_proj",
@@ -782,8 +785,9 @@ def _slice_head_rows(w: cpu.Packed, heads: range, rows_per_head: int) -> cpu.Pac
 def to_f16(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     """Converts F32 weights to F16, which halves their memory, where that is possible.
 
-    Unless `exact`, F32 weights were computed from the file's type, which has rounded them more than F16 does. Returns
-    `weight` itself if it is not F32, if `exact` is set, or if F16 would overflow.
+    `exact` means that F32 is the type of the file, which is preserved; otherwise the weights were computed from another
+    type, which has rounded them more than F16 does. Returns `weight` itself if it is not F32, if `exact` is set, or if
+    F16 would overflow.
     """
     if weight.qtype is not QTYPES["F32"] or exact:
         return weight

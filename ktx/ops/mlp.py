@@ -43,21 +43,21 @@ class FusedMLP:
         modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
         if any(not is_plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
-        rows = {name: (child.parts[0], child.bias_in_f32) for name, child in modules.items()}
+        projections = {name: (child.parts[0], child.bias_in_f32) for name, child in modules.items()}
         copied_biases = [child.copied_bias() for child in modules.values()]
-        if "gate_up_proj" in rows:
-            (packed, bias), half_rows = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
+        if "gate_up_proj" in projections:
+            (packed, bias), half_rows = projections["gate_up_proj"], projections["gate_up_proj"][0].n // 2
             if half_rows % cpu.GROUP_ROWS:
                 return None  # because one packed group of rows would be half gate and half up
             half_bytes = packed.nbytes // 2
             for i, name in enumerate(("gate_proj", "up_proj")):
                 half_bias = None if bias is None else bias[i * half_rows : (i + 1) * half_rows]
-                rows[name] = (
+                projections[name] = (
                     cpu.Packed(packed.data[i * half_bytes : (i + 1) * half_bytes], packed.qtype, half_rows, packed.k),
                     half_bias,
                 )
         (gate, gate_bias), (up, up_bias), (down, down_bias) = (
-            rows[name] for name in ("gate_proj", "up_proj", "down_proj")
+            projections[name] for name in ("gate_proj", "up_proj", "down_proj")
         )
         return cls(
             owner.act,

@@ -121,7 +121,8 @@ class MoE(Operator):
         if shared is None:
             return None
         out, gate = shared(flat), getattr(self, "shared_expert_gate", None)
-        return out if gate is None else torch.sigmoid(gate(flat).double()).to(out.dtype) * out  # as the block's
+        # The sigmoid is in f64, as in MoEBlock's kernel, so that both give the same result.
+        return out if gate is None else torch.sigmoid(gate(flat).double()).to(out.dtype) * out
 
 
 def is_fusable(flat: torch.Tensor) -> bool:

@@ -209,8 +209,8 @@ class ParametrizedProduct(NamedTuple):
     def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> ParametrizedProduct:
         """Builds the products of a parametrized weight.
 
-        If all parametrizations are PEFT's, their updates are added to the packed product; otherwise the full weight is
-        computed in each forward. A warning names what is computed in full.
+        If all parametrizations are PEFT's, their updates are added to the packed product (`is_added`); otherwise the
+        full weight is computed in each forward and replaces it. A warning names what is computed in full.
 
         Args:
             owner: the operator.

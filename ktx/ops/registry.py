@@ -90,4 +90,5 @@ def on_gpu(cls: type[Operator], where: str = "") -> type[Operator]:
     if not name:
         prefix = f"{where}: " if where else ""
         raise UsageError(f"{prefix}{cls.__name__} has no GPU implementation; place the module on the CPU (device: cpu)")
+    # a class for both kinds of device names itself
     return cls if name == f"{cls.__module__}.{cls.__name__}" else resolve(name, where)

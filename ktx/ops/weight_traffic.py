@@ -71,7 +71,10 @@ class WeightTraffic:
 
     @classmethod
     def from_model(cls, model: Any) -> WeightTraffic:
-        """Sums up the modules of a model. A matrix counts once per forward, because all its tokens share one read."""
+        """Sums up the weight bytes of a model's modules by what they are read for.
+
+        A matrix counts once per forward, because all tokens of the forward share one read.
+        """
         output_layer = model.get_output_embeddings()
         per_forward = per_token = per_logits = 0
         for size in module_bytes(model):

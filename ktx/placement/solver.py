@@ -445,13 +445,13 @@ def balance_layers(weights: Sequence[int], capacities: Sequence[int]) -> list[in
     return assign(high) or [0] * len(weights)
 
 
-def split_evenly(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
+def split_evenly(model: Footprint, gpus: int, entries: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
     """Returns the GPU index of each layer if `gpus` GPUs share the layers evenly by bytes.
 
     It serves device options that name several GPUs (`cuda:0,cuda:1`) without memory budgets.
-    Modules that the device map or a rule places elsewhere do not count.
+    Modules that the device map (`entries`) or a rule places elsewhere do not count.
     """
-    elsewhere = [entry.pattern for entry in places if entry.device and not entry.split_devices]
+    elsewhere = [entry.pattern for entry in entries if entry.device and not entry.split_devices]
     rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
     weights = [0] * model.num_layers
     for module in model.modules:

@@ -283,7 +283,7 @@ def test_a_module_that_has_none_says_so(tmp_path, monkeypatch):
     """
     from ktx.ops import attention
 
-    monkeypatch.setattr(attention, "unsupported_kwargs", lambda module: ["positions"])
+    monkeypatch.setattr(attention, "unsupported_requirements", lambda module: ["positions"])
     model = load(write_model(tmp_path / "llama", "llama"), None)
     model.set_attn_implementation("sdpa")
     ids = IDS[:, :6] % 100

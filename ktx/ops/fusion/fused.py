@@ -46,7 +46,10 @@ class FusedStep:
         self.steps: dict[bool, tuple[Any, FusedStepHandle]] = {}
 
     def step(self, before: PreNorm = NO_NORM) -> FusedStepHandle:
-        """Returns the step that starts with the norm `before`."""
+        """Returns the step that starts with the norm `before`, created on first use or when the norm has changed.
+
+        One step with a norm is cached and one without, because a layer calls its block with the same norm each time.
+        """
         weight, *rest = before
         norm_key = None if weight is None else (weight.data_ptr(), *rest)
         cached = self.steps.get(weight is None)
@@ -147,7 +150,10 @@ class KVTarget:
     edits: Any = 0
 
     def kernel_args(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
-        """Returns the arguments of `ktx.kernels.fused_steps.run_steps` for this target and these rotary tables."""
+        """Returns the attention arguments of `run_steps`: cache buffers, past length, rotary tables, masks, pages.
+
+        `halved`: whether the rotary tables `embeddings` lack their second half, as in `rotary_tables`.
+        """
         return (
             self.buffers,
             self.past,

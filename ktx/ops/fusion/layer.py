@@ -99,7 +99,7 @@ class LayerBlock:
 
     @classmethod
     def of(cls, owner: Layer) -> LayerBlock | None:
-        """Builds the block of `owner`; None if its norms or its attention are not operators of ktx."""
+        """Builds the block of `owner`; None if its norms or attention are not operators of ktx, or it has no mlp."""
         children: dict[str, Any] = owner._modules
         norms: list[Any] = [children.get(CHILDREN[0]), children.get(CHILDREN[2])]
         if not all(map(RMSNorm.is_cpu_norm, norms)) or not isinstance(children.get("self_attn"), Attention | MLA):

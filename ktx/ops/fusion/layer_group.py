@@ -83,7 +83,10 @@ class FusedLayerGroup:
         self._set_layers(layers)
 
     def _set_layers(self, layers: list[LayerBlocks]) -> None:
-        """Stores the blocks of the layers, and derives the kernel steps from them: attention, then feed-forward."""
+        """Stores the blocks of the layers, and derives the kernel steps from them: attention, then feed-forward.
+
+        `changes` is the count of changes for which these blocks are current; `_rebuild` compares it.
+        """
         self.layers, self.changes = layers, ChangeCounter.count
         self.blocks = [blocks.attention for blocks in layers]
         self.has_dropout = any(blocks.attention.has_dropout or blocks.mlp.has_dropout for blocks in layers)
@@ -116,7 +119,7 @@ class FusedLayerGroup:
             The output of the first layer; None if the layers have to be computed one by one.
         """
         first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
-        if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._is_enabled():
+        if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._count_call():
             return None
         # as many runs of GROUP_LAYERS as MAX_TOKEN_LAYERS allows for these tokens, at least one
         layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
@@ -144,8 +147,11 @@ class FusedLayerGroup:
         self.num_unused = len(outs) - 1
         return outs[0]
 
-    def _is_enabled(self) -> bool:
-        """Whether the group is enabled: the last calls did not leave precomputed outputs unused; counts this call."""
+    def _count_call(self) -> bool:
+        """Counts a call and returns whether the group may compute it.
+
+        After MAX_MISSES calls in a row that left precomputed outputs unused, it may not for DISABLED_CALLS calls.
+        """
         self.num_misses = self.num_misses + 1 if self.num_unused else 0
         self.num_unused = 0
         if self.num_misses == MAX_MISSES:

@@ -56,10 +56,10 @@ class PrecomputedOutput:
     group: OutputCounter
 
     def take_if_valid(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> bool:
-        """Whether `out` is the output for these inputs; if so, consumes it.
+        """Consumes `out` if it is the output for these inputs; returns whether it is.
 
-        Consuming it adds the new keys and values to the cache layer and detaches `out` from the input tensor, so it can
-        be called successfully only once.
+        Consuming it adds the new keys and values to the cache layer and detaches `out` from the input tensor, so only
+        one call returns True.
 
         Args:
             hidden_states: The input tensor that this object is attached to.

@@ -177,7 +177,7 @@ class Attention(attention.Attention):
     def _project_heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:
         """Projects queries, keys or values to [1, heads, tokens, head_dim] and applies their norm, if there is one.
 
-        A norm whose weight has head_dim elements applies to each head, any other to the whole row.
+        `which` is q, k or v. A norm whose weight has head_dim elements applies to each head, any other to a full row.
         """
         rows = getattr(self, f"{which}_proj")(hidden)
         norm = self._modules.get(f"{which}_norm")

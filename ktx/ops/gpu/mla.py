@@ -148,9 +148,9 @@ class MLA(mla.MLA):
     def _update_cache(
         self, cache: Any, latent: torch.Tensor, k_rope: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalizes latents [B, S, rank] and adds them and rotated columns [1, 1, tokens, rope] to any cache.
+        """Normalizes latents [B, S, rank] and appends them, with the rotated columns k_rope, to `cache`.
 
-        For a cache whose memory the kernels cannot write to themselves (`reserve_kv`).
+        For caches that the kernels cannot write to themselves (`reserve_kv`); k_rope is [1, 1, tokens, rope].
 
         Returns:
             All latents and rotated columns of the cache; without a cache, the new ones.

@@ -134,7 +134,7 @@ class CudaStream:
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
         for tensor in (target, source):
-            if tensor.is_cuda:
+            if tensor.is_cuda:  # so that its memory is not used again before the copy is done
                 tensor.record_stream(self.side)
 
     def call(self, function: Callable[[], None]) -> None:
