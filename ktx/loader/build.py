@@ -197,7 +197,7 @@ def measure_footprint(
 
 
 def quant_targets(quantize: str | None, quantize_experts: str | None) -> dict[str, str | None]:
-    """Returns the quantized type of float weights by operator class.
+    """Returns the quantized type of float weights by operator class; a class that is missing keeps the file's types.
 
     Args:
         quantize: type for linear layers; also for experts unless `quantize_experts` is given.

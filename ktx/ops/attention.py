@@ -439,7 +439,7 @@ class AttentionBlock:
         before: PreNorm = NO_NORM,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """Computes the attention in one kernel call.
+        """Computes the attention with its projections in one kernel call, because for few tokens call overhead counts.
 
         Args:
             hidden_states: f32 [B, S, D].

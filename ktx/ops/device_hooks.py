@@ -163,7 +163,7 @@ def is_rotary(module: nn.Module) -> bool:
 def _has_foreign_attention(model: Any) -> bool:
     """Whether the model has transformers' attention, which may read mask matrices and positions.
 
-    ktx's attention reads mask intervals, on the CPU.
+    Then masks and positions are moved to its device. ktx's attention reads mask intervals, on the CPU.
     """
     return any(
         "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")

@@ -253,7 +253,7 @@ class Experts(Parametrizable):
         ids = ids.to(torch.int64)
         if self.lora is not None or PARAMETRIZATIONS in self._modules or children_observed(self):
             out_one_by_one = self._compute_one_by_one(hidden, ids - self.first_expert, weights)
-            if out_one_by_one is not None:
+            if out_one_by_one is not None:  # None: the fused kernel computes the same
                 return out_one_by_one.to(device)
         out = cpu.experts(
             hidden.contiguous(),
@@ -496,7 +496,7 @@ class Experts(Parametrizable):
         return floats
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
-        """Returns the packed projections and biases of the whole layer; this operator also returns those on its GPU."""
+        """Returns packed projections and biases of the full layer, also those on its GPU, to save them as they are."""
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total_experts:  # the operator on the CPU lists the layer
             return {}

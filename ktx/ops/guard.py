@@ -153,7 +153,7 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
-        """Takes the snapshots that `holds` compares with; the arguments are those of the class."""
+        """Takes the snapshots of callers, bypassed modules and copied tensors that `holds` compares with."""
         class_patches.update()  # before the snapshots
         self.inside = [ModuleState(module) for module in inside]
         self.states = [*map(ModuleState, owners), *self.inside]

@@ -165,7 +165,7 @@ class Lora:
         return Factors(adapter, self.device)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Returns y plus the adapters' outputs.
+        """Returns y plus the adapters' outputs, for each row those of the adapters that its request uses.
 
         Args:
             x: the module's input [..., in]; for an embedding, token ids [...].

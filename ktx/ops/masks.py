@@ -84,7 +84,7 @@ _ranges_of_masks = TensorMemo[torch.Tensor]()
 
 
 def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the ranges int32 [B, S, 2] of a mask that is one interval for each query, else None.
+    """Returns the ranges int32 [B, S, 2] of a mask of intervals, which kernels read in its place; None for other masks.
 
     Args:
         mask: Intervals, which count unless modified, or ranges int32 [B, 1, S, 2], or any other mask.
@@ -100,7 +100,7 @@ def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
 def non_causal_ranges(
     ranges: torch.Tensor | None, mask: torch.Tensor | None, sizes: tuple[int, int, int]
 ) -> torch.Tensor | None:
-    """Returns the ranges for a module whose `is_causal` was set to False.
+    """Returns the ranges for a module whose `is_causal` was set to False, for the result of transformers' SDPA.
 
     Args:
         ranges: Ranges int32 [B, S, 2], or None.
@@ -130,7 +130,8 @@ def mask_version(mask: torch.Tensor | None) -> Any:
 def intervals_of(mask: torch.Tensor) -> torch.Tensor:
     """Converts a mask bool [B, 1, S, T] to Intervals if each row is one interval or empty; returns others unchanged.
 
-    A row is one interval if the distance of its first and last visible key equals their number.
+    With Intervals the kernels skip the keys outside. A row is one interval if the distance of its first and last
+    visible key equals their number.
     """
     count, first = mask.sum(-1), mask.int().argmax(-1)
     end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)

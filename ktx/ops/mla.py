@@ -102,7 +102,9 @@ class MLA(Operator):
         backend: str = "triton",
         **kwargs: Any,
     ) -> MLA:
-        """Creates the operator that replaces a transformers MLA attention. `ready` adds a new kv_b_proj.
+        """Creates the operator that replaces a transformers MLA attention.
+
+        It loses kv_b_proj, whose weight the operator packs as W_UK and W_UV; `ready` adds a KVExpansion in its place.
 
         Args:
             old: The module, on the meta device.
@@ -415,7 +417,7 @@ class MLA(Operator):
         adapters: MLAAdapters | None = None,
         **pages: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes attention in the absorbed form.
+        """Computes attention in the absorbed form: on latents, with W_UK applied to queries and W_UV to the results.
 
         Args:
             q_nope: [B, H, S, nope].
@@ -728,7 +730,7 @@ class MLABlock:
         cache: Any,
         before: PreNorm = NO_NORM,
     ) -> torch.Tensor | None:
-        """Computes the attention in one kernel call.
+        """Computes the attention with its projections in one kernel call, because for few tokens call overhead counts.
 
         Args:
             hidden: f32 [B, S, D].

@@ -139,7 +139,7 @@ class MoEBlock:
     """Router, routed experts and shared experts in one kernel call, for small batches, where call overhead counts."""
 
     def __init__(self, owner: MoE, router: Router, experts: Experts, shared_width: int, matrices: WeightDescriptor):
-        """Builds the kernel step.
+        """Builds the kernel step of the MoE block, and the guard of all modules that the step bypasses.
 
         Args:
             owner: the MoE operator.

@@ -236,7 +236,7 @@ def kv_target(
 def run_attention(
     block: FusedAttention, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any, before: PreNorm
 ) -> torch.Tensor | None:
-    """Runs a fused attention block.
+    """Runs a fused attention block (GQA or MLA) in one kernel call, and adds its tokens to the cache.
 
     Args:
         block: The block.

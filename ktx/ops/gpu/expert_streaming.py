@@ -89,7 +89,7 @@ class Streamer:
     def __init__(
         self, device: torch.device, layers: Sequence[Experts], stream: Stream, limit: int = STREAM_CHUNK_BYTES
     ):
-        """Allocates both buffers for the largest chunk, and links each chunk to the next one; see the class."""
+        """Allocates the raw and the SoA buffer for the largest chunk, and links each chunk to the next one."""
         self.device, self.stream = device, stream
         self.chunks = {experts: list(_split_into_chunks(experts, limit)) for experts in layers}
         chunks_in_order = [chunk for chunks in self.chunks.values() for chunk in chunks]
@@ -116,9 +116,9 @@ class Streamer:
     def __call__(
         self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Computes hidden [tokens, D] with ids and weights [tokens, K], all on the device; returns [tokens, D].
+        """Computes a layer's experts on the GPU, chunk by chunk; the outputs of several chunks are summed in f32.
 
-        The outputs of a layer's chunks are summed in f32.
+        hidden [tokens, D], ids and weights [tokens, K], all on the device -> [tokens, D].
         """
         inputs = hidden, ids.to(torch.int64), weights.to(torch.float32)
         gpu_counts = experts.gpu_counts if experts.on_gpu is None else experts.on_gpu.gpu_counts

@@ -61,7 +61,9 @@ def cached_plan(
     dtype: torch.dtype,
     window: int = 0,
 ) -> Any:
-    """Returns the kernels' plan for the sequences of `tables`, which caches it because all layers of a kind use it.
+    """Returns the kernels' plan, which divides the keys of the sequences in `tables` among the programs of a call.
+
+    The tables cache the plan, because all layers of a kind use it.
 
     Args:
         kernels: the attention kernels.
@@ -116,7 +118,7 @@ def reserve_kv(
     if layer is None or not layer.prepare_buffers(sequences, heads, columns, stored_dtype, device):
         return None
     spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
-    if spec is None or set(spec.keys) != {layer.length + num_new}:
+    if spec is None or set(spec.keys) != {layer.length + num_new}:  # not causal, or the last token does not see all
         return None
     layer.reserve(num_new)
     layer.length += num_new
@@ -240,7 +242,7 @@ def _extend_to_buffer(x: torch.Tensor, capacity: int) -> torch.Tensor:
 def _view_of_buffers(
     keys: torch.Tensor, values: torch.Tensor, num_new: int, spec: CausalSpec, mask: torch.Tensor | None
 ) -> PagedView:
-    """Views two buffers [B, heads, capacity, columns] whose last `num_new` keys per sequence are the forward's.
+    """Views two buffers [B, heads, capacity, columns] as pages; the last `num_new` keys of a sequence are the new ones.
 
     All layers share a mask, so it caches the page tables.
     """

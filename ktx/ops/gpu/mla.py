@@ -122,7 +122,7 @@ class MLA(mla.MLA):
     ) -> torch.Tensor:
         """Writes normalized latents and rotated key columns [B, S, columns] to the pages of the view.
 
-        The kernel normalizes too, unless the norm has another class or formula, or hooks.
+        The same kernel normalizes the latents, unless their norm has another class or formula, or hooks.
 
         Returns:
             The rotated columns of the queries.
@@ -188,7 +188,7 @@ class MLA(mla.MLA):
     def _attend_absorbed(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, tables: PageTables, counts: list[int]
     ) -> torch.Tensor:
-        """Computes the absorbed form for some of the queries.
+        """Computes the absorbed form, attention on the latents themselves, for some of the queries.
 
         Args:
             q_nope: queries [1, H, T, nope].
@@ -211,7 +211,9 @@ class MLA(mla.MLA):
     def _attend_expanded(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, view: PagedView, index: int, out: torch.Tensor
     ) -> None:
-        """Computes the expanded form for the full pages of a sequence's prompt, in chunks of heads to bound memory.
+        """Computes the expanded form for the full pages of a sequence's prompt.
+
+        Keys and values are expanded from the latents for some heads at a time, to bound memory.
 
         Args:
             q_nope: queries [1, H, T, nope] of all sequences.

@@ -37,7 +37,7 @@ def _run_registered(number: int) -> None:
 
 @contextmanager
 def collect_graph_functions() -> Iterator[list[int]]:
-    """Collects the numbers of the functions that a CUDA graph captured inside calls at each replay.
+    """Collects the numbers of the functions that a CUDA graph, captured in this context, calls at each replay.
 
     Pass them to `unregister` when the graph is freed.
     """
