@@ -194,7 +194,7 @@ def _parse_rules_section(
     if isinstance(sections["rules"], yaml.SequenceNode):
         return Rules(_parse_rule_list(sections["rules"], reader), entries, reader.file)
     name = reader.read_value(sections["rules"], str, "rules, a list or the name of a file,") or ""
-    sibling = Path(reader.file).parent / name
+    sibling = Path(reader.file).parent / name  # a file in the same folder comes before a shipped one
     try:
         path = _find_rule_file(sibling if sibling.is_file() else name)
         node = _compose(_read_text(path), str(path))

@@ -377,7 +377,10 @@ def _load_weights(planned: PlannedModel, options: LoadOptions, files: WeightFile
 
 
 def _complete_model(planned: PlannedModel, options: LoadOptions) -> None:
-    """Computes what operators derive from weights, installs transfers, fusion and offloading, and sets the class."""
+    """Makes a model with loaded weights ready to run.
+
+    Computes what operators derive from weights, installs transfers, fusion and offloading, and sets the model's class.
+    """
     model, plan = planned.model, planned.plan
     for module in reversed(list(model.modules())):  # children before their parents
         if isinstance(module, Operator):

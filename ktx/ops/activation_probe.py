@@ -82,7 +82,8 @@ def is_interleaved(experts: Any, activation: Activation) -> bool:
 def probe_mlp(mlp: Any, where: str) -> Activation:
     """Returns the activation of a module with gate_proj and up_proj (or gate_up_proj) and down_proj.
 
-    The module runs with stubs that return GATE and UP as the projections' outputs, and its result is matched.
+    The module runs with stubs that return GATE and UP as the projections' outputs, and its result is compared with
+    those of the kernels' activations.
 
     Args:
         mlp: The feed-forward module.

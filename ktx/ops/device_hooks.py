@@ -213,12 +213,12 @@ class ToDevice:
         self.scope, self.is_first, self.rotary = scope, is_first, rotary
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Moves the inputs of a module and makes its device current.
+        """Moves the inputs of a module and makes its device current, because Triton launches kernels on that one.
 
         Keyword arguments (masks, rotary tables) are the same for all modules of the scope, so their copies are cached.
         """
         _make_current(self.scope.placement.device)
-        if self.is_first:
+        if self.is_first:  # the cached arguments are those of the last forward
             self.scope.moved_tensors.clear()
         if self.rotary and args and isinstance(args[0], torch.Tensor):  # only the states' dtype is read: no copy
             args = (args[0].new_empty(0, device=self.scope.placement.device.torch), *args[1:])

@@ -106,7 +106,10 @@ class UncountedModules:
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()):
-        """Stores the attributes, parameters and buffers as flat tuples: each one's dict, its name and its value."""
+        """Stores the attributes, parameters and buffers as flat tuples: each one's dict, its name and its value.
+
+        `changed` then compares them in one pass.
+        """
         self.modules = tuple(modules)
         self.classes = tuple(map(type, self.modules))
         self.attributes = tuple(module.__dict__ for module in self.modules)
@@ -248,9 +251,9 @@ def torch_mode_active() -> bool:
 
 
 def valid_fast_path(owner: nn.Module, name: str = "block") -> Any:
-    """Returns the valid fast path in an attribute of its owner; None if there is none.
+    """Returns the fast path in the attribute `name` of its owner, rebuilt if settings or weights have changed.
 
-    It is rebuilt if settings or weights have changed.
+    None if it is not valid for this call: the caller then computes module by module.
     """
     fast_path = owner.__dict__.get(name)
     if fast_path is None or torch.compiler.is_compiling():  # a compiled graph contains the children's kernels

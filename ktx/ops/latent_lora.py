@@ -41,7 +41,10 @@ class LatentLora(Lora):
 
     @staticmethod
     def nbytes(owner: MLA, adapters: Sequence[LowRank]) -> int:
-        """Returns the bytes that `pack` allocates for an adapter: A twice, and both halves of B packed and unpacked."""
+        """Returns the bytes that `pack` allocates for an adapter: A twice, and both halves of B packed and unpacked.
+
+        All are f32. They are checked before the adapter is packed, so that one that does not fit is refused.
+        """
         (adapter,) = adapters
         rank, heads = adapter.b.shape[-1], owner.num_heads
         shapes = [

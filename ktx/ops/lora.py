@@ -151,7 +151,7 @@ class Lora:
 
     @staticmethod
     def nbytes(owner: Any, adapters: Sequence[LowRank]) -> int:
-        """Returns the bytes that `pack` allocates for adapters of a module."""
+        """Returns the bytes that `pack` allocates for the adapter of a module, in f32, to check that they fit."""
         (adapter,) = adapters
         if device_of(owner).gpu:
             return 4 * (adapter.a.numel() + adapter.b.numel())

@@ -176,7 +176,7 @@ def _fp8_scale_bytes(qtype: QType, shape: tuple[int, ...]) -> int:
 
 
 def compute_footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) -> Footprint:
-    """Returns the memory footprint of a meta-device model.
+    """Returns the memory footprint of a meta-device model, from which the solver chooses a placement.
 
     Args:
         model: the model after injection.
@@ -189,7 +189,7 @@ def compute_footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) 
     modules = [
         replace(entry, cpu_only=f"{entry.path}.".startswith(cpu_only_prefixes)) for entry in memory if entry is not None
     ]
-    hf_layers = DynamicCache(config=config).layers
+    hf_layers = DynamicCache(config=config).layers  # whose classes show which layers cache a state instead of keys
     attention_modules = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
     cached_modules = [(path, module) for path, module in attention_modules if hasattr(module, "layer_idx")]
     kv_layers = [

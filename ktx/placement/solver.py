@@ -163,9 +163,9 @@ class Placement:
             totals[KV][self.device(layer)] += self.kv_bytes(layer)
         for device in self.device_names:
             totals[SCRATCH][device] = self.workspace_bytes(device)
-            weights = sum(totals[group][device] for group, _ in GROUPS)
+            weight_bytes = sum(totals[group][device] for group, _ in GROUPS)
             totals[SYSTEM][device] = (
-                int(RESERVE_FRACTION * weights) + RESERVE_BYTES if device == CPU else CUDA_CONTEXT_BYTES
+                int(RESERVE_FRACTION * weight_bytes) + RESERVE_BYTES if device == CPU else CUDA_CONTEXT_BYTES
             )
         return {group: dict(by_device) for group, by_device in totals.items()}
 
@@ -233,14 +233,14 @@ class Placement:
         state is read and written, so it counts twice.
         """
         budget, gpu = self.budget, device != CPU
-        weights = sum(
+        weight_bytes = sum(
             module.read_bytes(budget.batch, gpu) for module, placed_on in self.placed_modules if placed_on == device
         )
         kv_layers = [layer for layer in self.model.kv_layers if self.device(layer) == device]
         cache_bytes = sum(
             layer.row_bytes(budget.kv_dtype, gpu) * budget.context + 2 * layer.state_bytes for layer in kv_layers
         )
-        return weights + cache_bytes * budget.batch
+        return weight_bytes + cache_bytes * budget.batch
 
     def transfers_per_token(self) -> int:
         """How often hidden states change the device for a token.
@@ -396,29 +396,29 @@ def _distribute_layers(model: Footprint, budget: Budget, is_counted: Callable[[M
         budget: the budget, with at least one GPU.
         is_counted: whether the bytes of a module count; false for modules that will be on the CPU.
     """
-    weights = [0] * model.num_layers
+    layer_bytes = [0] * model.num_layers  # modules after the last layer count with it
     for module in model.modules:
         if is_counted(module) and module.group != EMBEDDING and not module.cpu_only:
-            weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
+            layer_bytes[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
     for layer in model.kv_layers:
-        weights[layer.layer] += (
+        layer_bytes[layer.layer] += (
             0 if layer.cpu_only else layer.nbytes(budget.context, budget.batch, budget.kv_dtype, True)
         )
     gpus = budget.gpus
     return Placement(
         model,
         budget,
-        [gpus[i] for i in balance_layers(weights, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])],
+        [gpus[i] for i in balance_layers(layer_bytes, [max(1, size - CUDA_CONTEXT_BYTES) for size in budget.vram])],
     )
 
 
-def balance_layers(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
+def balance_layers(layer_bytes: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """Divides layers, in order, among GPUs such that the largest fill (used bytes / capacity) is minimal.
 
     A bisection finds the smallest fill at which a greedy assignment succeeds.
 
     Args:
-        weights: bytes of each layer.
+        layer_bytes: bytes of each layer.
         capacities: capacity of each GPU in bytes.
 
     Returns:
@@ -428,21 +428,21 @@ def balance_layers(weights: Sequence[int], capacities: Sequence[int]) -> list[in
     def assign(max_fill: float) -> list[int] | None:
         """Fills one GPU after another up to `max_fill` times its capacity; None if the last one overflows."""
         assignment, index, free = list[int](), 0, max_fill * capacities[0]
-        for weight in weights:
-            while weight > free:
+        for num_bytes in layer_bytes:
+            while num_bytes > free:
                 index += 1
                 if index == len(capacities):
                     return None
                 free = max_fill * capacities[index]
             assignment.append(index)
-            free -= weight
+            free -= num_bytes
         return assignment
 
-    low, high = 0.0, sum(weights) / min(capacities) + 1.0
+    low, high = 0.0, sum(layer_bytes) / min(capacities) + 1.0
     for _ in range(50):  # bisects to the precision of a float
         middle = (low + high) / 2
         low, high = (low, middle) if assign(middle) is not None else (middle, high)
-    return assign(high) or [0] * len(weights)
+    return assign(high) or [0] * len(layer_bytes)
 
 
 def split_evenly(model: Footprint, gpus: int, entries: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
@@ -453,12 +453,12 @@ def split_evenly(model: Footprint, gpus: int, entries: Sequence[PlacementEntry],
     """
     elsewhere = [entry.pattern for entry in entries if entry.device and not entry.split_devices]
     rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
-    weights = [0] * model.num_layers
+    layer_bytes = [0] * model.num_layers  # modules after the last layer count with it
     for module in model.modules:
         if module.group == EMBEDDING or any(pattern.search(module.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
-        weights[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
-    return balance_layers(weights, [1 << 30] * gpus)  # any equal capacities
+        layer_bytes[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
+    return balance_layers(layer_bytes, [1 << 30] * gpus)  # any equal capacities
 
 
 def to_json(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class FusedLayerGroup:
     def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
         """Computes the layers from hidden_states f32 [B, S, D] and attaches the outputs of all layers but the first.
 
+        The forwards of these layers find their outputs attached to their inputs (`take_output`).
+
         Returns:
             The output of the first layer; None if the layers have to be computed one by one.
         """

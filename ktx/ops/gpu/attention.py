@@ -97,12 +97,12 @@ def attend_in_torch(
 ) -> torch.Tensor:
     """Computes [B, S, H, Dv] in plain torch, in chunks of queries, for masks that no kernel supports."""
     batch, heads, num_new, _ = query.shape
-    ranges, matrix = split_mask(mask, batch, num_new, key.shape[2])
-    ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
+    ranges, dense_mask = split_mask(mask, batch, num_new, key.shape[2])
+    ranges, dense_mask = (None if x is None else x.to(query.device) for x in (ranges, dense_mask))
     rows_per_step = max(1, MAX_SCORES // (batch * heads * key.shape[2]))
     outputs = []
     for rows in (slice(first, first + rows_per_step) for first in range(0, num_new, rows_per_step)):
-        mask_parts = None if ranges is None else ranges[:, rows], None if matrix is None else matrix[:, :, rows]
+        mask_parts = None if ranges is None else ranges[:, rows], None if dense_mask is None else dense_mask[:, :, rows]
         outputs.append(reference.attention(query[:, :, rows], key, value, *mask_parts, scale, sinks, softcap))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

@@ -192,6 +192,7 @@ def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: i
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != num_keys):
         return None
     spec = _specs_of_masks.get_or_compute(mask, lambda: _spec_of_ranges(ranges.cpu()))  # one mask serves many layers
+    # A mask of one sequence applies to all.
     return spec if spec is None or len(spec.keys) == batch else CausalSpec(spec.keys * batch, spec.window)
 
 

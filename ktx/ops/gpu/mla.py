@@ -78,6 +78,8 @@ class MLA(mla.MLA):
     ) -> tuple[torch.Tensor, None]:
         """Computes hidden_states [B, S, D] -> [B, S, D] and writes latents and rotated key columns to the cache.
 
+        A kernel writes to caches whose layer is pages or a growing buffer; `_update_cache` writes to any other.
+
         Raises:
             UsageError: attention weights, or another attention implementation than ktx's, are requested.
         """
@@ -297,10 +299,10 @@ class MLA(mla.MLA):
         batch = len(latent)
         query = linear.linear_batched(q_nope[0], self.w_uk_t)
         query, rotated = (x.unflatten(1, (batch, -1)).transpose(0, 1) for x in (query, q_rope[0]))  # [B, H, S, columns]
-        ranges, matrix = split_mask(mask, batch, query.shape[2], latent.shape[2])
-        ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
+        ranges, dense_mask = split_mask(mask, batch, query.shape[2], latent.shape[2])
+        ranges, dense_mask = (None if x is None else x.to(query.device) for x in (ranges, dense_mask))
         states = latent[:, 0].to(query.dtype), k_rope[:, 0].to(query.dtype)
-        context = reference.mla_attention(query, rotated, *states, ranges, matrix, self.scaling)  # [B, S, H, rank]
+        context = reference.mla_attention(query, rotated, *states, ranges, dense_mask, self.scaling)  # [B, S, H, rank]
         out = linear.linear_batched(context.permute(2, 0, 1, 3).flatten(1, 2), self.w_uv)
         return out.transpose(0, 1).reshape(batch, context.shape[1], -1)
 

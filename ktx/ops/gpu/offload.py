@@ -116,7 +116,7 @@ class Job:
             num_tokens = len(self.out) if self.count is None else int(self.count)
             with torch.inference_mode(), cpu.bf16_rows(*self.rows):
                 self.out[:num_tokens].copy_(self.experts(*(tensor[:num_tokens] for tensor in self.inputs)))
-                self.out[num_tokens:].zero_()
+                self.out[num_tokens:].zero_()  # the padding of a captured step
         except BaseException as error:  # the waiting side must be released, and raises it in `check`
             self.owner.errors.append(error)
             self.out.fill_(torch.nan)
@@ -171,6 +171,8 @@ class ExpertOffload(RecreatedOnFork):
     def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """Queues the experts' computation of flat [tokens, D] with ids and weights [tokens, K], all on the device.
 
+        Python does not wait, so that the device can compute in the meantime; `result` returns the output.
+
         Raises:
             BaseException: the first error of an earlier job that was not raised yet.
         """
@@ -191,7 +193,7 @@ class ExpertOffload(RecreatedOnFork):
         return Pending(buffer_set, buffer_set.job, flat)
 
     def result(self, pending: Pending) -> torch.Tensor:
-        """Returns the job's output [tokens, D] on the device.
+        """Queues the copy of a submitted job's output to the device, behind the job, and returns it [tokens, D].
 
         Raises:
             BaseException: an error of the experts, if the stream waits for them; otherwise the next `check` raises it.
