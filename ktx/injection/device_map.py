@@ -113,6 +113,7 @@ def parse_gpu_experts(key: str, count: object, where: str = "gpu_experts") -> Pl
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise UsageError(f"{where}: must be a number of experts per layer, 0 or more; found {count!r}")
     prefix, _, layer_list = key.partition(" ")
+    # The entry matches experts, so a key of layers becomes the key of their experts.
     key = "experts" if key == "all" else f"experts {layer_list}" if prefix == "layers" and layer_list else key
     return PlacementEntry(key, _compile_key(key, where), "", where, num_gpu_experts=count)
 
@@ -177,14 +178,14 @@ def format_ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def merge_options(file: Sequence[PlacementEntry], options: PlacementOptions) -> list[PlacementEntry]:
+def merge_options(file_entries: Sequence[PlacementEntry], options: PlacementOptions) -> list[PlacementEntry]:
     """Returns a rule file's device map with the entries of options in front.
 
     `device` replaces the file's map, but not its `gpu_experts`, and leaves the routed experts on the CPU unless
     `moe_device` or `devices` places them.
 
     Args:
-        file: the entries of the rule file.
+        file_entries: the entries of the rule file.
         options: the placement options.
 
     Raises:
@@ -197,8 +198,8 @@ def merge_options(file: Sequence[PlacementEntry], options: PlacementOptions) -> 
     if options.gpu_experts is not None:
         entries.append(parse_gpu_experts("all", options.gpu_experts))
     else:
-        entries += [entry for entry in file if entry.num_gpu_experts is not None]
-    file = [entry for entry in file if entry.num_gpu_experts is None]
+        entries += [entry for entry in file_entries if entry.num_gpu_experts is not None]
+    file_entries = [entry for entry in file_entries if entry.num_gpu_experts is None]
     if moe_device is not None:
         entries.append(
             parse_entry("experts", "cpu" if moe_device == "numa" else moe_device, "moe_device", explicit=True)
@@ -206,7 +207,7 @@ def merge_options(file: Sequence[PlacementEntry], options: PlacementOptions) -> 
     if shared_expert_device is not None:
         entries.append(parse_entry("shared_experts", shared_expert_device, "shared_expert_device", explicit=True))
     if options.device is None:
-        return [*entries, *file]
+        return [*entries, *file_entries]
     all_entry = parse_entry("all", options.device, "device", explicit=True)
     if all_entry.device != "cpu" and moe_device is None:
         entries.append(parse_entry("experts", "cpu", implied=True))
@@ -224,9 +225,9 @@ def split_layers(device_map: Sequence[PlacementEntry], layers: Sequence[int]) ->
     """
     entries: list[PlacementEntry] = []
     for entry in device_map:
-        several = entry.split_devices
-        if several:
-            for gpu_index, device in enumerate(several[1:], 1):  # the first GPU gets the rest, by the entry itself
+        gpu_names = entry.split_devices
+        if gpu_names:
+            for gpu_index, device in enumerate(gpu_names[1:], 1):  # the first GPU gets the rest, by the entry itself
                 gpu_layers = [layer for layer, layer_gpu in enumerate(layers) if layer_gpu == gpu_index]
                 if gpu_layers:
                     entries.append(
@@ -236,8 +237,8 @@ def split_layers(device_map: Sequence[PlacementEntry], layers: Sequence[int]) ->
                         )
                     )
             entries += [
-                replace(parse_entry(key, several[-1], entry.where, implied=True), explicit=entry.explicit)
+                replace(parse_entry(key, gpu_names[-1], entry.where, implied=True), explicit=entry.explicit)
                 for key in AFTER_LAST_LAYER
             ]
-        entries.append(replace(entry, device=several[0]) if several else entry)
+        entries.append(replace(entry, device=gpu_names[0]) if gpu_names else entry)
     return entries

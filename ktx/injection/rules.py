@@ -309,7 +309,7 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
                 f"rules: a list must contain ktx.Rule, found {type(invalid).__name__}; pass a file as its path"
             )
         return Rules(rules)
-    explicit = rules is not None
+    explicit = rules is not None  # the user chose the rules
     path = _find_rule_file(rules if explicit else RULE_FILES.get(model_type, "generic"))
     parsed = parse_rules(_read_text(path), str(path), model_type)
     parsed.explicit = parsed.explicit and explicit

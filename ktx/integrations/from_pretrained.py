@@ -311,7 +311,7 @@ class KtxQuantizer(HfQuantizer):
         options = self.ktx_config.options() | ({"device": self.device} if self.device else {})
         loaded, _ = load.load(
             self.folder,
-            dtype=self._dtype(),
+            dtype=self._choose_dtype(),
             trust_remote_code=bool(self.call.get("trust_remote_code")),
             config=self.config,
             tokenizer=False,
@@ -323,7 +323,7 @@ class KtxQuantizer(HfQuantizer):
                 f"from_pretrained: ktx loaded a {type(loaded).__name__}, not the requested {type(model).__name__};"
                 " use ktx.load"
             )
-        loaded.ktx.tokenizer = self._tokenizer(loaded)
+        loaded.ktx.tokenizer = self._read_tokenizer(loaded)
         self._check_experts(loaded)
         generation = {"generation_config": model.generation_config} if self.call.get("generation_config") else {}
         # Set by the folder's code.
@@ -338,7 +338,7 @@ class KtxQuantizer(HfQuantizer):
         if self.experts is not None and not experts_by_path(model):
             model.set_experts_implementation(self.experts)
 
-    def _dtype(self) -> torch.dtype | None:
+    def _choose_dtype(self) -> torch.dtype | None:
         """Returns the compute type; None, ktx's choice, for "auto", which is transformers' default."""
         requested = self.call.get("dtype")
         if requested == "auto":
@@ -350,7 +350,7 @@ class KtxQuantizer(HfQuantizer):
             )
         return dtype
 
-    def _tokenizer(self, loaded: Any) -> Any:
+    def _read_tokenizer(self, loaded: Any) -> Any:
         """Returns the tokenizer for the model's engine, or None if there is none; from_pretrained needs none."""
         try:
             source = open_weights(loaded.ktx.weights, self.config)

@@ -339,7 +339,7 @@ def _load_model(model: Path, weights: str | Path | None, options: LoadOptions) -
 
 
 def _check_plan(planned: PlannedModel, options: LoadOptions) -> list[tuple[Adapter, MatchedModules]]:
-    """Checks everything that can be checked before weights are read.
+    """Checks everything that can be checked before weights are read, so that no error comes after minutes of loading.
 
     Returns:
         The adapters with the modules that they match; their bytes become part of the plan.
@@ -355,7 +355,7 @@ def _check_plan(planned: PlannedModel, options: LoadOptions) -> list[tuple[Adapt
     _check_fake_gpus(plan)
     if kv_dtype == FP8:
         _check_fp8(plan)
-    _resolve_kv_dtype(model, kv_dtype)
+    _resolve_kv_dtype(model, kv_dtype)  # for its error only
     check_memory(plan)
     return adapters
 

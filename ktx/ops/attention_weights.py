@@ -152,7 +152,7 @@ def call_registered(
     mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Calls the attention function that is registered with transformers as `name`.
+    """Calls the attention function `name`, which the user registered with transformers, in place of ktx's kernel.
 
     Args:
         name: The registered name.

@@ -102,6 +102,7 @@ def is_patched(module: nn.Module) -> bool:
 def update() -> None:
     """Compares all watched methods with the last check; a change counts as a change of all modules.
 
+    Called before each forward of a model, because Python has no hook for changes of a class.
     Operators whose replaced class is patched now call its forward; those whose patch was undone call their own again.
     """
     current = [getattr(cls, name, None) for cls, name in _watched_methods]

@@ -143,6 +143,7 @@ class Experts(Parametrizable):
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top_k = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.splittable(gpu_experts or 0)
+        # The activation stays a child, so that hooks on it run; experts on a GPU do not call it.
         if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and activation.act in ACTIVATIONS:
             new.add_module(ACTIVATION, old.act_fn)
         scalars = (bool, int, float, str)
@@ -398,11 +399,10 @@ class Experts(Parametrizable):
         ]
 
     def lora_shapes(self) -> dict[Any, tuple[str, ...]]:
-        """Returns which projections a LoRA adapter is for, by the adapter's shape; empty with experts on a GPU,
-        for which no adapters are supported.
+        """Returns which projections a LoRA adapter is for, by the adapter's shape; empty if no adapter is supported.
 
-        An adapter of a stacked parameter is recognized by its shape [experts, out, in] alone; one of a single
-        projection has the key (projection, shape).
+        That is the case with experts on a GPU. An adapter of a stacked parameter is recognized by its shape
+        [experts, out, in] alone; one of a single projection has the key (projection, shape).
         """
         if self.placement.gpu or self.on_gpu is not None:
             return {}

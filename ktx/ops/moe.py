@@ -165,7 +165,11 @@ class MoEBlock:
 
     @classmethod
     def of(cls, owner: MoE) -> MoEBlock | None:
-        """Builds the step; None where a child is not a ktx operator, or the shared experts are not one plain layer."""
+        """Builds the step; None where its kernel does not support a child.
+
+        The kernel needs operators of ktx without biases, and shared experts that are one layer with the same activation
+        as the routed experts.
+        """
         children: dict[str, Any] = owner._modules
         router: Any = children.get("gate") or children.get("router")
         experts = children["experts"]

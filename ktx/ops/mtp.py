@@ -48,7 +48,7 @@ class MTP(nn.Module):
         return next(iter(self.layers.values()))
 
     def forward(self, embeds: torch.Tensor, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Computes the hidden states of the next draft tokens.
+        """Computes the hidden states of the next draft tokens; combines a token's hidden state with the next embedding.
 
         Args:
             embeds: The embeddings of the tokens that follow, [B, S, D].

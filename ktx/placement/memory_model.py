@@ -291,12 +291,12 @@ def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Ma
 
     Row-wise parts of different types stay separate in a Linear; elsewhere they become one f32 matrix.
     """
-    files = source.specs(spec.name)
-    types = {file.qtype.name for file in files}
+    parts = source.specs(spec.name)
+    types = {part.qtype.name for part in parts}
     if len(types) == 1:
         yield target_qtype(spec, step.quant_target) or spec.qtype, spec.shape
-    elif step.operator == "Linear" and sum(file.shape[0] for file in files) == spec.shape[0]:
-        yield from ((target_qtype(file, step.quant_target) or file.qtype, file.shape) for file in files)
+    elif step.operator == "Linear" and sum(part.shape[0] for part in parts) == spec.shape[0]:
+        yield from ((target_qtype(part, step.quant_target) or part.qtype, part.shape) for part in parts)
     else:
         yield QTYPES["F32"], spec.shape
 

@@ -110,7 +110,7 @@ def attention_bytes(kv_layers: Collection[KVMemory], tokens: int, batch: int) ->
 
     Layers run one after another and share the memory, so the largest shape counts.
     """
-    shapes = {
+    shapes = {  # with the columns of keys and of values, which for MLA are both the latent's
         AttentionShape(
             layer.num_heads, layer.num_kv_heads, layer.columns[0], layer.columns[0 if layer.is_mla else 1], layer.is_mla
         )
