@@ -47,7 +47,7 @@ def load_weights(
     ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def load_step(index: int) -> None:
-        """Loads one step of the plan (a module), after requesting the pages of the step `threads` positions later.
+        """Loads one step of the plan (a module); first requests the pages of the step that follows the running ones.
 
         Pages are released after use, because otherwise the file's pages and the packed weights would both count as this
         process's memory.

@@ -81,7 +81,7 @@ class ModuleMemory:
     def subset(self, count: int) -> ModuleMemory:
         """Returns the memory of `count` of the experts, for experts that are split between two devices.
 
-        Reads per token are scaled too, as if tokens select all experts equally often.
+        The bytes read per token are scaled too, as if tokens select all experts equally often.
         """
         cpu_bytes, gpu_bytes = (
             (size.held_bytes * count // self.num_experts, size.read * count // self.num_experts)

@@ -288,6 +288,6 @@ def _build_tables(num_keys: Sequence[int], num_new: int, stride_pages: int) -> P
     batch = len(num_keys)
     first, ends = torch.arange(batch)[:, None] * stride_pages, torch.tensor(num_keys)
     pages = first + torch.arange(-(-max(num_keys) // PAGE_TOKENS))
-    slots = first * PAGE_TOKENS + ends[:, None] + torch.arange(-num_new, 0)
+    slots = first * PAGE_TOKENS + ends[:, None] + torch.arange(-num_new, 0)  # where new keys and values are written
     sequences = torch.stack([torch.arange(batch) * num_new, torch.full((batch,), num_new), ends], 1)
     return PageTables(sequences, pages.int(), slots.flatten())

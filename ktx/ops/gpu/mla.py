@@ -78,7 +78,7 @@ class MLA(mla.MLA):
     ) -> tuple[torch.Tensor, None]:
         """Computes hidden_states [B, S, D] -> [B, S, D] and writes latents and rotated key columns to the cache.
 
-        A kernel writes to caches whose layer is pages or a growing buffer; `_update_cache` writes to any other.
+        A kernel writes to pages, or to a layer that grows in place, if it supports the mask; else `_update_cache` does.
 
         Raises:
             UsageError: attention weights, or another attention implementation than ktx's, are requested.
