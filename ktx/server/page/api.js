@@ -52,7 +52,6 @@ async function send(path, options) {
   }
 }
 
-/** The error of a response, with the server's message and, if it is busy, when to retry. */
 async function toApiError(response) {
   const text = await response.text();
   let message = "";
@@ -67,7 +66,7 @@ async function toApiError(response) {
   return new ApiError(message, response.status);
 }
 
-/** Opens the dialog for an API key, once for all calls that wait for one. Resolves to whether a key was entered. */
+/** Resolves to whether a key was entered. */
 function promptForKey(rejected) {
   keyPrompt ??= new Promise((resolve) => {
     const [dialog, form, field] = [byId("key"), byId("key-form"), byId("key-field")];

@@ -49,7 +49,6 @@ export class ChatStream {
     return (performance.now() - this.started) / 1000;
   }
 
-  /** Adds the text or reasoning of a server-sent event to the message, with the times that speeds are computed from. */
   onEvent(event) {
     const { message } = this;
     const choice = event.choices?.[0];

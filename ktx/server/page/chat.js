@@ -54,7 +54,6 @@ export class Chat {
     this.send();
   }
 
-  /** Sends the input as a new question, or in place of the last one while that is edited. */
   send() {
     const { conversation } = this;
     const text = this.input.value.trim();
@@ -135,7 +134,6 @@ export class Chat {
     this.frame ||= requestAnimationFrame(() => this.draw(false));
   }
 
-  /** Updates the views of the visible messages, and scrolls down if `toEnd` or if the end was visible. */
   draw(toEnd) {
     cancelAnimationFrame(this.frame);
     this.frame = 0;

@@ -1,6 +1,6 @@
 // Creates and patches elements. Text becomes text nodes; nothing here parses markup.
 
-/** Sets attributes and listeners, and appends children: arrays too, as a call with 100,000 arguments fails. */
+/** Children may be arrays, because a call with a hundred thousand arguments fails. */
 function fill(node, properties, children) {
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;

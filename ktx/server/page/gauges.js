@@ -47,7 +47,6 @@ export class Tiles {
     this.showMemory(stats.memory);
   }
 
-  /** Decode and prefill speed over the last seconds; "…" until two samples give one. */
   showTokens(history) {
     const [answers, prompts] = ["answer_tokens", "prompt_tokens"].map((name) => history.growth(name));
     const last = history.samples.at(-1);
@@ -67,7 +66,6 @@ export class Tiles {
     ]);
   }
 
-  /** Resident memory, and the machine's memory divided into weights, KV cache, other and free. */
   showMemory(memory) {
     const { weights_bytes: weights, cache_bytes: cache, rss_bytes: rss, total_bytes: total, free_bytes: free } = memory ?? {};
     const known = [[weights, "weights"], [cache, "KV cache"], [free, "free"]].filter(([value]) => Number.isFinite(value));
@@ -120,7 +118,6 @@ function arc(fraction, name) {
   return draw("path", { class: name, d: `M20 100 A80 80 0 0 1 ${x.toFixed(2)} ${y.toFixed(2)}` });
 }
 
-/** A half circle that is filled up to the used share of the measured bandwidth; both in GB/s, null if unknown. */
 function gaugeArc(used, measured) {
   const ratio = used !== null && measured ? used / measured : null;
   const big = used === null ? "idle" : `${bytes(used * 1e9)}/s`;
@@ -136,7 +133,6 @@ function gaugeArc(used, measured) {
   );
 }
 
-/** A line graph of [seconds, GB/s], up to `top` GB/s, with a line at the measured bandwidth. */
 function sparkline(points, top, measured) {
   const { width, height, seconds } = SPARKLINE;
   const now = points.at(-1)?.[0] ?? 0;

@@ -32,7 +32,6 @@ export class HeatMap {
     this.draw();
   }
 
-  /** Redraws everything for the selected period; hides the map of a model without routed experts. */
   draw() {
     const { experts } = this;
     const known = Boolean(experts?.layers?.length);
@@ -64,7 +63,6 @@ export class HeatMap {
     return this.totals[row] ? (this.table[row][expert] * this.experts.count) / this.totals[row] : 0;
   }
 
-  /** Paints a cell per expert on the canvas, in device pixels, so that it is sharp on any display. */
   paint() {
     const { canvas, table } = this;
     const width = canvas.parentElement.clientWidth;
@@ -91,7 +89,6 @@ export class HeatMap {
     if (this.cursor) this.drawCursor(ctx, getComputedStyle(canvas).color);
   }
 
-  /** Numbers the layers and experts, as many as fit without overlap. */
   drawLabels(ctx) {
     const [width, height] = this.cell;
     const style = getComputedStyle(this.summary);
@@ -122,7 +119,6 @@ export class HeatMap {
     });
   }
 
-  /** Says the map in words, below it and for screen readers. */
   describe() {
     const used = this.table.flat().filter((n) => n > 0).length;
     const total = this.table.length * this.experts.count;
@@ -151,7 +147,6 @@ export class HeatMap {
     this.move([Math.floor((event.clientY - box.top - TOP_PX) / height), Math.floor((event.clientX - box.left - LEFT_PX) / width)]);
   }
 
-  /** Moves the cursor by the arrow keys; the first one selects the first expert. */
   onKey(event) {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (!step || !this.table) return;

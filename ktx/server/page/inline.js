@@ -39,7 +39,6 @@ class InlineParser {
     this.unclosed = new Set(); // lengths of backtick runs without a closing run
   }
 
-  /** Puts plain text and calls a handler at each special character; one that returns false has found plain text. */
   parse() {
     const handlers = { "\\": "escape", "`": "code", "*": "mark", _: "mark", "~": "mark", "[": "open", "!": "open", "]": "close", "<": "angle", h: "bare", "\n": "line" };
     while (this.at < this.text.length) {
@@ -73,7 +72,6 @@ class InlineParser {
     return true;
   }
 
-  /** `code`, up to a run of as many backticks. Lengths without a closing run are searched only once. */
   code() {
     const run = /`+/y;
     run.lastIndex = this.at;
@@ -126,7 +124,6 @@ class InlineParser {
     return true;
   }
 
-  /** A bracket that ends a link's label: [label](url). An image becomes a link, so that none is loaded. */
   close() {
     const bracket = this.brackets.pop();
     if (!bracket) return false;
@@ -153,7 +150,6 @@ class InlineParser {
     return true;
   }
 
-  /** A URL without brackets, up to white space; punctuation after it is text. */
   bare() {
     if (this.brackets.length || WORD.test(this.text[this.at - 1] ?? " ")) return false;
     BARE.lastIndex = this.at;

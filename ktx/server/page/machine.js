@@ -21,7 +21,6 @@ export class History {
     this.uptime = 0;
   }
 
-  /** Adds a sample at `at` seconds. Starts anew after a gap or a restart of the server, whose counters begin at 0. */
   add(stats, at) {
     const last = this.samples.at(-1);
     if ((last && at - last.at > MAX_GAP_S) || (stats.uptime_seconds ?? 0) < this.uptime) [this.samples, this.counts] = [[], []];
@@ -84,7 +83,6 @@ export class Machine {
     return this.selected && document.visibilityState === "visible";
   }
 
-  /** Reads /machine and redraws, again and again while visible; not after errors that another try cannot mend. */
   async poll() {
     const started = performance.now();
     let retry = true;

@@ -59,7 +59,6 @@ function heading(level, text) {
   return make(`h${Math.min(6, level + 2)}`, {}, inline(end === 0 || isBlank(text[end - 1]) ? text.slice(0, end).trim() : text));
 }
 
-/** A fenced code block, up to a fence at least as long, else to the end; with its language and a copy button. */
 function code(lines, at, [, indent, fence, info]) {
   const closes = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`);
   let end = at + 1;
@@ -75,7 +74,6 @@ function cells(line) {
   return trimmed.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
-/** A table; the line below its head says each column's alignment. */
 function table(lines, at) {
   const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right") : undefined));
   const row = (line, name) => {
@@ -95,7 +93,7 @@ function quote(lines, at, depth) {
   return [make("blockquote", {}, parseBlocks(inner, depth + 1)), end];
 }
 
-/** A list of items with the same kind of marker. If it is loose (blank lines between blocks), items have paragraphs. */
+/** Loose: blank lines between blocks, so items have paragraphs. */
 function list(lines, at, depth, first) {
   const kind = first[2].at(-1);
   const items = [];
@@ -176,7 +174,6 @@ export class MarkdownView {
     this.tail = []; // elements that can still change
   }
 
-  /** Renders the text so far; usually it only grows, so blocks that no further text can change are left alone. */
   update(text) {
     if (text === this.text) return;
     if (!text.startsWith(this.text)) this.clear();

@@ -36,7 +36,6 @@ export class AnswerView {
     this.reasoning = new MarkdownView(reasoning);
   }
 
-  /** Redraws a running answer, a complete one only if its state or place has changed. `last`: it can be regenerated. */
   update({ last, copy, regenerate, elapsed = 0 }) {
     const { message } = this;
     const running = message.state === "running";
@@ -82,7 +81,6 @@ function progress(numbers, elapsed) {
   return speed === null ? "" : `about ${rate(speed)} tok/s`;
 }
 
-/** The line below a complete answer: speed, tokens and times, as far as they are known. */
 function statistics(numbers) {
   const parts = [];
   const { answer, prompt, cached, first, seconds: total } = numbers;

@@ -18,7 +18,6 @@ export class Modules {
     this.drawn = "";
   }
 
-  /** Redraws treemap and table if the modules or the width have changed. */
   show({ modules }) {
     const known = Boolean(modules?.length);
     this.body.hidden = !known;
@@ -56,7 +55,6 @@ function byDevice(modules) {
   return largestFirst(groupBy(modules, (item) => item.device ?? "an unknown device").map(([name, own]) => ({ name, bytes: sum(own), parts: parts(own) })));
 }
 
-/** An SVG with a column per device, as wide as its share of the bytes, and in it a box per operator. */
 function treemap(devices, total, width, title) {
   const svg = draw("svg", { viewBox: `0 0 ${width} ${HEIGHT_PX}`, height: HEIGHT_PX, role: "img", "aria-label": title });
   let left = 0;
@@ -69,7 +67,6 @@ function treemap(devices, total, width, title) {
   return svg;
 }
 
-/** A box of the treemap; its label is left out where it does not fit. */
 function area({ name, bytes: size, modules, color }, [x, y, width, height], device, total) {
   const title = `${name} on ${device.name}: ${bytes(size)} (${percent(size / total)}) in ${count(modules)} modules`;
   const label = (text, line) => draw("text", { x: x + 9, y: y + 20 + 17 * line, class: line ? "small" : "name" }, text);
@@ -124,7 +121,6 @@ function groupLayers(modules) {
   return identical.map(([, same]) => ({ layers: same.map((item) => item.layer), parts: same[0].parts }));
 }
 
-/** The table's rows: one per operator, below a head for the layers that are identical. */
 function rows(groups) {
   return groups.flatMap(({ layers, parts }) =>
     parts.map((part, i) => {

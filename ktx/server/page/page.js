@@ -29,7 +29,6 @@ chat.setModel(null);
 byId("question").focus();
 connect();
 
-/** Connects the tabs with their panels; arrow keys, Home and End move between them, as ARIA asks for. */
 function startTabs() {
   const tabs = [...document.querySelectorAll("[role=tab]")];
   const select = (selected) => {
@@ -56,7 +55,6 @@ function startTabs() {
   if (location.hash === "#machine") select(byId("tab-machine"));
 }
 
-/** Makes the theme button switch between system, light and dark, and redraws what was drawn in a theme's colors. */
 function startTheme() {
   const root = document.documentElement;
   const button = byId("theme");

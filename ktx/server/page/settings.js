@@ -21,7 +21,6 @@ export function samplingFields() {
 
 export const systemPrompt = () => String(readSettings().system ?? "");
 
-/** Connects the dialog: each input is stored at once, invalid numbers are not. */
 export function startSettings() {
   const [dialog, form] = [byId("settings"), byId("settings-form")];
   const show = () => {

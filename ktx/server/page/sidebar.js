@@ -40,7 +40,6 @@ export class Sidebar {
     return make("li", {}, select, rename, remove);
   }
 
-  /** Replaces an entry by a field for its title: Enter or leaving it accepts, Escape does not. */
   rename(id, name, item) {
     const field = make("input", { "aria-label": "New title", maxlength: 120 });
     const finish = (accepted) => {
@@ -72,7 +71,6 @@ export class Sidebar {
     this.chat.draw(false);
   }
 
-  /** Deletes a conversation, which the notification can undo. */
   remove(id, name) {
     this.chat.streams.get(id)?.stop();
     const conversation = store.read(id);
