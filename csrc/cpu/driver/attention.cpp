@@ -57,7 +57,7 @@ struct AttentionJob {
   const SequenceRun *first_run = nullptr, *last_run = nullptr;
   // [partial][BLOCK_ROWS] (x dv) of sequences with split keys
   float *partial_max = nullptr, *partial_sum = nullptr, *partial_out = nullptr;
-  Queue queue{}, merge{};
+  Queue untaken_items{}, untaken_merges{};
 
   // What a work item computes: query tokens [token, token + tokens) of a sequence, for the query heads of `head_block`
   // (KV head * split + block of its query heads), over the keys of `part`, or over all keys if the sequence has one
@@ -195,8 +195,8 @@ struct AttentionJob {
   // bf16 in the same kernel call, which interleaves the two, because that is faster than one after the other. The first
   // eight rows of the next block are converted before the values of this block are used, so they are stored after its
   // end.
-  void score_and_convert_latent(const Buffers& buffers, const SequenceRun& run, int64_t head, int lanes, int64_t key,
-      int j, int64_t last, float* scores) const {
+  void score_and_convert_latent(const Buffers& buffers, const SequenceRun& run, int64_t head, int row_vectors,
+      int64_t key, int j, int64_t last, float* scores) const {
     const int64_t d = c.dk + c.dr, next = key + 8;
     const bool has_next = next + 8 <= last;
     uint16_t* current_rows = reinterpret_cast<uint16_t*>(buffers.k) + j * d;
@@ -206,7 +206,7 @@ struct AttentionJob {
     const LatentConversion conversion{kv_row(c.k, run, head, from), kv_row(c.k_rope, run, head, from),
         has_next ? c.k.position * size : 0, has_next ? c.k_rope.position * size : 0, c.k.type, int(c.dk), int(c.dr),
         current_rows + 8 * d};
-    bf16->score_latent(buffers.pair_q, lanes, current_rows, conversion, scores);
+    bf16->score_latent(buffers.pair_q, row_vectors, current_rows, conversion, scores);
     if (!has_next) convert_latent_rows(run, head, next, last, current_rows + 8 * d);
   }
 
@@ -217,13 +217,13 @@ struct AttentionJob {
       SoftmaxState state) const {
     const auto [run_of_item, head_block, token, tokens, part] = at;
     const SequenceRun& run = *run_of_item;
-    const int num_rows = int(tokens * group), lanes = (num_rows + 15) / 16;
+    const int num_rows = int(tokens * group), row_vectors = (num_rows + 15) / 16;
     const int64_t d = c.dk + c.dr;
-    std::fill(state.row_max, state.row_max + lanes * 16, NEG_INF);
-    std::fill(state.sum, state.sum + lanes * 16, 0.0f);
+    std::fill(state.row_max, state.row_max + row_vectors * 16, NEG_INF);
+    std::fill(state.sum, state.sum + row_vectors * 16, 0.0f);
     std::fill(state.out, state.out + num_rows * c.dv, 0.0f);
-    // Scores are [row][BLOCK_KEYS] in f32 and [key][lanes * 16 rows] in bf16.
-    const int64_t row_stride = bf16 ? 1 : BLOCK_KEYS, key_stride = bf16 ? lanes * 16 : 1;
+    // Scores are [row][BLOCK_KEYS] in f32 and [key][row_vectors * 16 rows] in bf16.
+    const int64_t row_stride = bf16 ? 1 : BLOCK_KEYS, key_stride = bf16 ? row_vectors * 16 : 1;
     const auto mask_scores = [&](int64_t key, int keys) {
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t g = 0; g < group; ++g)
@@ -231,8 +231,8 @@ struct AttentionJob {
               key_stride);
     };
     const Strided none{};
-    const bool fused_latent = bf16 && values_in_keys() && c.k_rope.type == c.k.type && lanes <= 2 && c.dk % 32 == 0 &&
-        c.dr % 32 == 0 && c.dr;
+    const bool fused_latent = bf16 && values_in_keys() && c.k_rope.type == c.k.type && row_vectors <= 2 &&
+        c.dk % 32 == 0 && c.dr % 32 == 0 && c.dr;
     uint16_t* const k_buffer = reinterpret_cast<uint16_t*>(buffers.k);
     if (fused_latent) convert_latent_rows(run, head_block / split, first, last, k_buffer);
     for (int64_t key = first; key < last; key += BLOCK_KEYS) {
@@ -244,23 +244,24 @@ struct AttentionJob {
         if (!fused_latent)
           k_rows = load_bf16_rows(c.k, c.dk, c.k_rope, c.dr, run, head_block / split, key, keys, k_buffer, stride);
         for (int j = 0; j < keys; j += 8) {
-          float* scores = buffers.scores + j * lanes * 16;
+          float* scores = buffers.scores + j * row_vectors * 16;
           if (fused_latent) {
-            score_and_convert_latent(buffers, run, head_block / split, lanes, key + j, j, last, scores);
+            score_and_convert_latent(buffers, run, head_block / split, row_vectors, key + j, j, last, scores);
             continue;
           }
           const int64_t next_key = key + BLOCK_KEYS + j;
           const void* next[2] = {prefetch_address(c.k, c.dk, run, head_block / split, next_key, end, buffers.scores),
               prefetch_address(c.v, c.dv, run, head_block / split, next_key, end, buffers.scores)};
-          bf16->score(buffers.pair_q, lanes, k_rows + j * stride, stride, std::min(8, keys - j), int(d), scores, next);
+          bf16->score(buffers.pair_q, row_vectors, k_rows + j * stride, stride, std::min(8, keys - j), int(d), scores,
+              next);
         }
         mask_scores(key, keys);
-        bf16->online_softmax(buffers.scores, lanes, num_rows, keys, int(c.dv), state, buffers.probs);
+        bf16->online_softmax(buffers.scores, row_vectors, num_rows, keys, int(c.dv), state, buffers.probs);
         if (values_in_keys()) v_stride = stride, v_rows = k_rows;
         else
           v_rows = load_bf16_rows(c.v, c.dv, none, 0, run, head_block / split, key, keys,
               reinterpret_cast<uint16_t*>(buffers.v), v_stride);
-        bf16->accumulate_pv(buffers.probs, lanes, v_rows, v_stride, num_rows, keys, int(c.dv), state.out);
+        bf16->accumulate_pv(buffers.probs, row_vectors, v_rows, v_stride, num_rows, keys, int(c.dv), state.out);
         continue;
       }
       const float* keys_f = load_f32_rows(c.k, c.dk, c.k_rope, c.dr, run, head_block / split, key, keys, buffers.k);
@@ -368,10 +369,10 @@ struct AttentionJob {
     const SoftmaxState part_state{own.take<float>(BLOCK_ROWS), own.take<float>(BLOCK_ROWS),
         own.take<float>(BLOCK_ROWS * c.dv)};
     float* reordered = own.take<float>(c.dv);
-    for (int64_t item; (item = queue.take()) < items;) attend(item, buffers, all, part_state, reordered);
+    for (int64_t item; (item = untaken_items.take()) < items;) attend(item, buffers, all, part_state, reordered);
     if (!merges) return;
     barrier();
-    for (int64_t index; (index = merge.take()) < merges;) merge_query_block(index, reordered);
+    for (int64_t index; (index = untaken_merges.take()) < merges;) merge_query_block(index, reordered);
   }
 
   // Adds the work items of a sequence to the job, and counts the partial softmaxes and merges that they need. Its keys

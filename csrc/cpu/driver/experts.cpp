@@ -93,7 +93,7 @@ struct MoEJob {
   RowView quantized;                      // [tokens] rows
   bool single_token;                      // one token, each expert at most once
   int64_t all_tiles;                      // tiles of the inputs of all active experts
-  Queue rows, tiles;
+  Queue tokens_to_quantize, input_tiles;  // for workers of quantize_inputs
   StealingRange gate_up_queue, down_queue;
   // per NUMA node: compute time of its workers, and their number
   std::atomic<int64_t> worker_ns[MAX_NODES] = {}, num_workers[MAX_NODES] = {};
@@ -130,11 +130,12 @@ struct MoEJob {
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(c.hidden);
     if (quantizes_input()) {
-      for (int64_t t; (t = rows.take()) < tokens;) k.quantize(values_of(t, buffer), 16, c.hidden, quantized_row(t));
+      for (int64_t t; (t = tokens_to_quantize.take()) < tokens;)
+        k.quantize(values_of(t, buffer), 16, c.hidden, quantized_row(t));
       barrier();
     }
     size_t index = 0;  // of the tile's expert in experts_by_load; `tiles_before`: tiles of the experts before it
-    for (int64_t tile, tiles_before = 0; (tile = tiles.take()) < all_tiles;) {
+    for (int64_t tile, tiles_before = 0; (tile = input_tiles.take()) < all_tiles;) {
       while (tile - tiles_before >= gate_up_tiles(index).tiles) tiles_before += gate_up_tiles(index++).tiles;
       const ActTiles to = gate_up_tiles(index);
       for_tile(to, int(tile - tiles_before), [&](int i, TileSlot slot_in_tile) {
@@ -341,8 +342,8 @@ void run_job(const ExpertsCall& c, int64_t first, int64_t tokens, bool bf16) {
       .quantized = {},
       .single_token = false,
       .all_tiles = 0,
-      .rows = {},
-      .tiles = {},
+      .tokens_to_quantize = {},
+      .input_tiles = {},
       .gate_up_queue = {},
       .down_queue = {}};
   if (job.gate_up_input.q)

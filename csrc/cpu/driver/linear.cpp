@@ -42,8 +42,8 @@ struct MatrixShare {
   int64_t n;
   const float* bias;
   uint8_t* y;
-  int64_t stride;     // elements of y from one token's row to the next
-  int64_t row;        // first row of x
+  int64_t stride;  // elements of y from one token's row to the next
+  int64_t first_row_of_x;
   int64_t first = 0;  // column of y that the first row of the share computes
   int64_t groups() const { return (n + 15) / 16; }
 };
@@ -74,27 +74,30 @@ struct LinearJob {
   int tokens;
   ActTiles all;             // activations of all sets
   int64_t groups_per_item;  // groups of 16 rows
-  Queue rows{};
-  StealingRange items{};
+  Queue input_tiles{};      // tiles of `all` that workers fill
+  StealingRange items{};    // row groups of the matrices that workers multiply
 
-  // Quantizes x into the tiles of tokens that the kernels read. A worker fills complete tiles, because two workers that
-  // write one cache line would contend for it.
+  // Writes x, `sets` sets of `tokens` rows, in the forms and tiles that the kernels read: int8 (all.q), floats or bf16.
+  // Workers take tile after tile of all sets. One worker fills a tile, because two that write one cache line would
+  // contend for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(k);
-    const RowView row = all.q ? take_row(own, k) : RowView{};
-    const int tiles = slice(all, 0, tokens, kernels).tiles;
-    for (int64_t tile; (tile = rows.take()) < sets * tiles;) {
-      const int64_t first = tile / tiles * tokens;
+    const RowView quantized_row = all.q ? take_row(own, k) : RowView{};
+    const int tiles_per_set = slice(all, 0, tokens, kernels).tiles;
+    for (int64_t tile; (tile = input_tiles.take()) < sets * tiles_per_set;) {
+      const int64_t first = tile / tiles_per_set * tokens;
       const ActTiles tiles_of_set = slice(all, first, tokens, kernels);
-      for_tile(tiles_of_set, int(tile % tiles),
-          [&](int t, TileSlot at) { scatter_row(tiles_of_set, at, first + t, row, buffer); });
+      for_tile(tiles_of_set, int(tile % tiles_per_set),
+          [&](int t, TileSlot at) { scatter_row(tiles_of_set, at, first + t, quantized_row, buffer); });
     }
   }
-  // Quantizes one row of x into slot `t` of a tile, in the forms that the weights need; `row` and `buffer` are scratch.
-  void scatter_row(const ActTiles& to, TileSlot t, int64_t row_of_x, const RowView& row, float* buffer) const {
+  // Writes one row of x to `slot` of a tile, in the forms that the weights need: quantized (to.q), floats or bf16.
+  // `quantized_row` and `buffer` (k floats) are scratch.
+  void scatter_row(const ActTiles& to, TileSlot slot, int64_t row_of_x, const RowView& quantized_row,
+      float* buffer) const {
     const float* values = as_floats(x + row_of_x * k * size_of(type), type, k, buffer);
-    if (to.f || to.bf16) kernels.scatter_floats(values, to, t, 0, k);
-    if (to.q) kernels.quantize(values, 16, k, row), kernels.scatter(row, to, t, 0, k);
+    if (to.f || to.bf16) kernels.scatter_floats(values, to, slot, 0, k);
+    if (to.q) kernels.quantize(values, 16, k, quantized_row), kernels.scatter(quantized_row, to, slot, 0, k);
   }
   // Each worker quantizes a single token itself, which is faster than waiting for another worker.
   ActTiles single_token_input(Scratch& own) const {
@@ -130,8 +133,9 @@ struct LinearJob {
     return p.packed + group * group_bytes(*p.layout, k);
   }
   // Multiplies: takes items (row groups of a matrix) until none are left, and writes their part of y. Each product
-  // prefetches the weights of the worker's next item. `single_token`: the worker's own input, or null: `all`.
-  void multiply(Scratch& own, const ActTiles* single_token) {
+  // prefetches the weights of the worker's next item. `own_input`: x as this worker quantized it for itself (a single
+  // token), or null to read the shared `all`.
+  void multiply(Scratch& own, const ActTiles* own_input) {
     float* sums = own.take<float>(items.max_length * groups_per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const auto segment_end = [&](int64_t item) {
@@ -142,7 +146,7 @@ struct LinearJob {
       int64_t first;
       const MatrixShare& p = share_of_item(range.first, first);
       const int64_t count = std::min(range.count * groups_per_item, p.groups() - first);
-      const ActTiles input = single_token ? *single_token : slice(all, p.row, tokens, kernels);
+      const ActTiles input = own_input ? *own_input : slice(all, p.first_row_of_x, tokens, kernels);
       kernels.multiply(*p.layout, weights_of_item(range.first), int(count), input, sums, work,
           next_range.count ? weights_of_item(next_range.first) : nullptr);
       write_output(p, first, count, sums);
@@ -177,11 +181,11 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
       .tokens = tokens,
       .all = take_activations(shared_scratch, rows, k, ints, floats, bf16),
       .groups_per_item = groups_per_item,
-      .rows = {},
+      .input_tiles = {},
       .items = {.max_length = max_length, .num_workers = pool_size, .shares = {}}};
   for (int node = 0; node < nodes(); ++node)
     job.items.set_share(node, first_item[first_share_of_node[node]], first_item[first_share_of_node[node + 1]]);
-  // Each worker: quantizes its part of x, waits for the others, then multiplies. A single row is quantized by each
+  // Each worker: writes tiles of the input, waits for the others, then multiplies. A single row is quantized by each
   // worker for itself, without a barrier.
   parallel([&](int) {
     worker_scratch.reset(row_bytes(k) + activation_bytes(1, k, ints, floats) +
@@ -217,7 +221,7 @@ void linear_parts(const void* x, DType type, int64_t tokens, int64_t k, const Li
                         .bias = p->bias,
                         .y = static_cast<uint8_t*>(p->y) + t * p->stride * bytes_per_value,
                         .stride = p->stride,
-                        .row = 0},
+                        .first_row_of_x = 0},
               k, node);
       }
       first_share_of_node[nodes()] = shares.size();
@@ -257,7 +261,7 @@ void linear_batched(const void* x, DType type, int64_t matrices, int64_t tokens,
           .bias = nullptr,
           .y = to + i * tokens * n * bytes_per_value,
           .stride = n,
-          .row = i * tokens});
+          .first_row_of_x = i * tokens});
     for (int node = 0; node <= nodes(); ++node)
       first_share_of_node[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
     multiply_shares(from, type, count, int(tokens), k, /*bf16=*/false);
@@ -279,13 +283,13 @@ void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const i
   for (int64_t i = 0; i < count; ++i)
     if (!i || rows[i] / 16 != rows[i - 1] / 16) runs.push_back(i);
   runs.push_back(count);
-  Queue queue;
+  Queue untaken_runs;
   // Each worker takes runs (requested rows that follow each other in one group of 16): dequantizes the run's group to
   // [column][16] and copies its requested rows, transposed, to `out`.
   parallel([&](int) {
     worker_scratch.reset(size_t(k) * 64 + 64);
     float* columns = worker_scratch.take<float>(k * 16);
-    for (int64_t run; (run = queue.take()) + 1 < int64_t(runs.size());) {
+    for (int64_t run; (run = untaken_runs.take()) + 1 < int64_t(runs.size());) {
       const int64_t begin = runs[run], end = runs[run + 1];
       kernels().unpack(layout, packed + rows[begin] / 16 * bytes_per_group, k, columns);
       for (int64_t from = 0; from < k; from += 128)  // 128 columns of 16 rows stay in the first-level cache

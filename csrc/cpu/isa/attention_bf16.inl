@@ -1,13 +1,13 @@
 // Attention in bf16 with f32 sums, for keys and values that are stored in half precision or Q8_0.
 // A lane is a row (one query of one head): scores are [key][row], so that neither products nor softmax sum over lanes.
 // A 32-bit word is a pair of columns (q . k) or a pair of keys (probabilities . v), which one vdpbf16ps multiplies and
-// adds. Letters: `lanes` and L = vectors of 16 rows (l its index), R = rows, C = keys or chunks of 32 columns, d =
-// columns of q and k, dv = columns of v.
+// adds. `row_vectors` and L: number of vectors of 16 rows (l: index of one). R = rows, C = keys or chunks of 32
+// columns, d = columns of q and k, dv = columns of v.
 
-// Transposes q f32 [rows][d] to pairs of bf16 columns [d/2][lanes*16 rows], as score_bf16 multiplies them, once for all
-// blocks of keys. Lanes past `rows` are zero.
-static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
-  __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
+// Transposes q f32 [rows][d] to pairs of bf16 columns [d/2][row_vectors*16 rows], as score_bf16 multiplies them, once
+// for all blocks of keys. Rows past `rows` are zero.
+static void pack_queries_bf16(const float* q, int rows, int d, int row_vectors, uint32_t* to) {
+  __builtin_memset(to, 0, size_t(d / 2) * row_vectors * 64);
   for (int r = 0; r < rows; ++r, q += d)
     for (int i = 0; i < d; i += 32) {
       float columns[32] = {};
@@ -15,7 +15,7 @@ static void pack_queries_bf16(const float* q, int rows, int d, int lanes, uint32
       const int count = d - i < 32 ? d - i : 32;
       __builtin_memcpy(columns, q + i, size_t(count) * 4);
       store(words, pair_neighbors_as_bf16(loadf(columns), loadf(columns + 16)));
-      for (int j = 0; j < count / 2; ++j) to[(i / 2 + j) * lanes * 16 + r] = words[j];
+      for (int j = 0; j < count / 2; ++j) to[(i / 2 + j) * row_vectors * 16 + r] = words[j];
     }
 }
 
@@ -59,12 +59,12 @@ static void row_to_bf16(const void* from, DType type, int d, uint16_t* to) {
 // Computes the scores of 16*L rows and C keys, which are `stride` columns apart. Prefetches the next block at next0 and
 // next1 evenly between the products, because a burst would stall the loads.
 template <int L, int C>
-AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores,
+AI void score_tile_bf16(const uint32_t* q, int row_vectors, const uint16_t* k, int64_t stride, int d, float* scores,
     const uint8_t* next0, const uint8_t* next1) {
   F acc[L * C];
 #pragma GCC unroll 16
   for (int i = 0; i < L * C; ++i) acc[i] = zero();
-  for (int i = 0; i < d; i += 2, q += lanes * 16) {
+  for (int i = 0; i < d; i += 2, q += row_vectors * 16) {
     __builtin_prefetch(next0 + i * 2 * C, 0, 2);
     __builtin_prefetch(next1 + i * 2 * C, 0, 2);
     Pairs a[L];
@@ -78,34 +78,38 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
 #pragma GCC unroll 4
   for (int l = 0; l < L; ++l)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
+    for (int c = 0; c < C; ++c) storef(scores + (c * row_vectors + l) * 16, acc[l * C + c]);
 }
 
-// Computes scores [key][lanes*16 rows] for up to 8 keys, in tiles of up to 16 sums, which stay in registers. `scores`
-// has space for 8 keys; those past `keys` are undefined. `next`: two addresses to prefetch.
-static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
-    const void* const* next) {
+// Computes scores [key][row_vectors*16 rows] for up to 8 keys, in tiles of up to 16 sums, which stay in registers.
+// `scores` has space for 8 keys; those past `keys` are undefined. `next`: two addresses to prefetch.
+static void score_bf16(const uint32_t* q, int row_vectors, const uint16_t* k, int64_t stride, int keys, int d,
+    float* scores, const void* const* next) {
   const uint8_t *next0 = static_cast<const uint8_t*>(next[0]), *next1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
-  for (; l + 4 <= lanes; l += 4)
+  for (; l + 4 <= row_vectors; l += 4)
     for (int c = 0; c < keys; c += 4)
-      score_tile_bf16<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16,
+      score_tile_bf16<4, 4>(q + l * 16, row_vectors, k + c * stride, stride, d, scores + (c * row_vectors + l) * 16,
           next0 + c * d * 2, next1 + c * d * 2);
-  for (; l + 2 <= lanes; l += 2) score_tile_bf16<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
-  for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, next0, next1);
+  for (; l + 2 <= row_vectors; l += 2)
+    score_tile_bf16<2, 8>(q + l * 16, row_vectors, k, stride, d, scores + l * 16, next0, next1);
+  for (; l < row_vectors; ++l)
+    score_tile_bf16<1, 8>(q + l * 16, row_vectors, k, stride, d, scores + l * 16, next0, next1);
 }
 
 // Computes the scores of eight MLA latent keys (absorbed MLA: dk latent columns, then dr rope columns) and, between the
-// products, converts eight other keys to bf16. Conversion uses other execution ports than products; done separately it
-// would take a seventh of the time.
+// products, converts eight other keys to bf16, with other execution ports than those of products; done separately
+// conversion would take a seventh of the time. q [d/2][L*16 rows] pairs, k bf16 [8][d]; each of the eight rows to
+// convert is interleaved with an eighth of the columns of q and k. Writes scores [8][L*16 rows].
 template <int L, DType TYPE>
-static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& conversion, float* scores) {
+static void score_and_convert_rows(const uint32_t* q, const uint16_t* k, const LatentConversion& conversion,
+    float* scores) {
   F acc[L * 8];
 #pragma GCC unroll 16
   for (int i = 0; i < L * 8; ++i) acc[i] = zero();
   const int d = conversion.dk + conversion.dr;
   const uint16_t* at = k;
-  for (int row = 0; row < 8; ++row) {
+  for (int row = 0; row < 8; ++row) {  // to convert
     uint16_t* to = conversion.to + row * d;
     for (int v = 0; v < d / 32; ++v) {
 #pragma GCC unroll 2
@@ -121,9 +125,9 @@ static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentCo
       const bool rope = v >= conversion.dk / 32;
       const uint8_t* next = rope
           ? conversion.rope + row * conversion.rope_step + (v - conversion.dk / 32) * VECTOR_BYTES<TYPE>
-          : conversion.k + row * conversion.k_step + v * VECTOR_BYTES<TYPE>;
+          : conversion.latent + row * conversion.latent_step + v * VECTOR_BYTES<TYPE>;
       store(to + v * 32, load_bf16_vector<TYPE>(next));
-      __builtin_prefetch(next + (rope ? conversion.rope_step : conversion.k_step) * BLOCK_KEYS, 0, 2);
+      __builtin_prefetch(next + (rope ? conversion.rope_step : conversion.latent_step) * BLOCK_KEYS, 0, 2);
     }
   }
 #pragma GCC unroll 2
@@ -131,30 +135,33 @@ static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentCo
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
 }
-// score_latent_as for 1 or 2 lanes and the type of the cache, F16, BF16 or Q8_0 (the tables are indexed by DType).
-static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& conversion,
+// Calls score_and_convert_rows for 1 or 2 vectors of rows and the type of the cache, F16, BF16 or Q8_0 (the tables are
+// indexed by DType).
+static void score_latent(const uint32_t* q, int row_vectors, const uint16_t* k, const LatentConversion& conversion,
     float* scores) {
-  static void (*const one_lane[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
-      score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
-  static void (*const two_lanes[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
-      score_latent_as<2, DType::F16>, score_latent_as<2, DType::BF16>, score_latent_as<2, DType::Q8_0>};
-  (lanes == 1 ? one_lane : two_lanes)[int(conversion.type)](q, k, conversion, scores);
+  static void (*const one_vector[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
+      score_and_convert_rows<1, DType::F16>, score_and_convert_rows<1, DType::BF16>,
+      score_and_convert_rows<1, DType::Q8_0>};
+  static void (*const two_vectors[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {nullptr,
+      score_and_convert_rows<2, DType::F16>, score_and_convert_rows<2, DType::BF16>,
+      score_and_convert_rows<2, DType::Q8_0>};
+  (row_vectors == 1 ? one_vector : two_vectors)[int(conversion.type)](q, k, conversion, scores);
 }
 
-// The online softmax of attention.inl with a row in each lane: scores [keys][lanes*16] -> probabilities
-// [keys/2][lanes*16] as pairs of keys, the operand of accumulate_pv. Rescales `sum` and, of rows whose maximum has
-// changed, `out`.
-static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state,
+// The online softmax of attention.inl with a row in each lane: scores [keys][row_vectors*16] -> probabilities
+// [keys/2][row_vectors*16] as pairs of keys, the operand of accumulate_pv. Rescales `sum` and, of rows whose maximum
+// has changed, `out`.
+static void online_softmax_bf16(const float* scores, int row_vectors, int rows, int keys, int dv, SoftmaxState state,
     uint32_t* probs) {
   const F min_score = setf(-1e30f);  // scores below are masked
-  for (int l = 0; l < lanes; ++l) {
+  for (int l = 0; l < row_vectors; ++l) {
     const F old_max = loadf(state.row_max + l * 16);
     F row_max = old_max;
-    for (int c = 0; c < keys; ++c) row_max = maxf(loadf(scores + (c * lanes + l) * 16), row_max);
+    for (int c = 0; c < keys; ++c) row_max = maxf(loadf(scores + (c * row_vectors + l) * 16), row_max);
     storef(state.row_max + l * 16, row_max);
     const F minus_max = mulf(maxf(row_max, min_score), setf(-1));
     const auto prob_of = [&](int c) {  // keeps NaN; masked (-inf) becomes zero
-      const F x = loadf(scores + (c * lanes + l) * 16);
+      const F x = loadf(scores + (c * row_vectors + l) * 16);
       const __mmask16 visible = _mm512_cmp_ps_mask(x, min_score, _CMP_NLE_UQ);
       return _mm512_maskz_mov_ps(visible, exp_(addf(x, minus_max)));
     };
@@ -162,7 +169,7 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
     for (int c = 0; c < keys; c += 2) {
       const F even = prob_of(c), odd = c + 1 < keys ? prob_of(c + 1) : zero();
       sum = addf(sum, addf(even, odd));
-      store(probs + (c / 2 * lanes + l) * 16, pair_as_bf16(even, odd));
+      store(probs + (c / 2 * row_vectors + l) * 16, pair_as_bf16(even, odd));
     }
     const F rescale = exp_(addf(maxf(old_max, min_score), minus_max));
     storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), rescale, sum));
@@ -231,9 +238,10 @@ AI void accumulate_pv_chunks_bf16(const uint32_t* probs, int pair_stride, const 
 }
 
 // out [rows][dv] += probabilities . v, with the columns of each 32 in COLUMN_ORDER; dv is a multiple of 32.
-static void accumulate_pv_bf16(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys,
-    int dv, float* out) {
+static void accumulate_pv_bf16(const uint32_t* probs, int row_vectors, const uint16_t* v, int64_t stride, int rows,
+    int keys, int dv, float* out) {
   int c = 0;
-  for (; c + 64 <= dv; c += 64) accumulate_pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
-  for (; c < dv; c += 32) accumulate_pv_chunks_bf16<1>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c + 64 <= dv; c += 64)
+    accumulate_pv_chunks_bf16<2>(probs, row_vectors * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c < dv; c += 32) accumulate_pv_chunks_bf16<1>(probs, row_vectors * 16, v + c, stride, rows, keys, dv, out + c);
 }

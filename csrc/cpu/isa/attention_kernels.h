@@ -19,34 +19,35 @@ struct SoftmaxState {
   float* out;      // [BLOCK_ROWS][dv]
 };
 
-// What Bf16Kernels::score_latent converts while it computes scores: eight MLA latent keys, in the cache a latent row `k`
-// and a rope row, become bf16 rows.
+// What Bf16Kernels::score_latent converts while it computes scores: eight MLA latent keys, in the cache a row `latent`
+// and a row `rope`, become bf16 rows.
 struct LatentConversion {
-  const uint8_t *k, *rope;    // of the first key to convert
-  int64_t k_step, rope_step;  // bytes from one key to the next
+  const uint8_t *latent, *rope;    // of the first key to convert
+  int64_t latent_step, rope_step;  // bytes from one key to the next
   DType type;
-  int dk, dr;    // columns of `k` and of `rope`, multiples of 32
+  int dk, dr;    // columns of `latent` and of `rope`, multiples of 32
   uint16_t* to;  // [8][dk + dr]
 };
 
-// Kernels in bf16 (attention_bf16.inl). `lanes`: number of vectors of 16 rows.
+// Kernels in bf16 (attention_bf16.inl). `row_vectors`: number of vectors of 16 rows.
 struct Bf16Kernels {
-  // packs q [rows][d] as pairs of columns [d/2][lanes*16]
-  void (*pack_queries)(const float* q, int rows, int d, int lanes, uint32_t* to);
+  // packs q [rows][d] as pairs of columns [d/2][row_vectors*16]
+  void (*pack_queries)(const float* q, int rows, int d, int row_vectors, uint32_t* to);
   // converts a row of the KV cache
   void (*convert_row)(const void* from, DType type, int d, uint16_t* to);
-  // scores [key][lanes*16] = q . k for up to 8 keys; prefetches as many bytes of the two ranges `next` as it reads of
-  // `k`
-  void (*score)(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
+  // scores [key][row_vectors*16] = q . k for up to 8 keys; prefetches as many bytes of the two ranges `next` as it
+  // reads of `k`
+  void (*score)(const uint32_t* q, int row_vectors, const uint16_t* k, int64_t stride, int keys, int d, float* scores,
       const void* const* next);
-  // scores of 8 MLA latent keys for up to 2 lanes, while 8 other keys are converted
-  void (*score_latent)(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& step, float* scores);
-  // scores -> pairs of probabilities [keys/2][lanes*16]; out and sum are rescaled to the new maximum
-  void (
-      *online_softmax)(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs);
+  // scores of 8 MLA latent keys for up to 2 vectors of rows, while 8 other keys are converted
+  void (*score_latent)(const uint32_t* q, int row_vectors, const uint16_t* k, const LatentConversion& conversion,
+      float* scores);
+  // scores -> pairs of probabilities [keys/2][row_vectors*16]; out and sum are rescaled to the new maximum
+  void (*online_softmax)(const float* scores, int row_vectors, int rows, int keys, int dv, SoftmaxState state,
+      uint32_t* probs);
   // out [rows][dv] += probs . v, columns in column_order
-  void (*accumulate_pv)(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv,
-      float* out);
+  void (*accumulate_pv)(const uint32_t* probs, int row_vectors, const uint16_t* v, int64_t stride, int rows, int keys,
+      int dv, float* out);
   const uint8_t* column_order;  // the column of each of 32 positions of `out`
 };
 

@@ -141,8 +141,9 @@ AI PrefetchRange locate_next_span(const Layout& l, const uint8_t* group, int64_t
       steps);
 }
 
-// Decodes `length` columns of 16 rows, from column `from` of a group on, into bytes plus scales and minimums.
-// SIGNED_BYTES: codes become signed bytes around zero, as AMX multiplies them; else they stay as `dot` takes them.
+// Decodes `length` columns of 16 rows, from column `from` of a group on, to codes, scales and minimums, which a GEMM
+// then uses for all its tiles. SIGNED_BYTES: codes are stored as signed bytes around zero, for AMX; else they are
+// REGISTER_OFFSET (Traits) larger, for `dot`.
 template <class D, bool SIGNED_BYTES = false>
 static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
   typedef Traits<D> DTraits;
@@ -154,7 +155,8 @@ static void decode_span(const Layout& l, const uint8_t* group, int64_t k, int64_
       F scale[DTraits::SUB_BLOCKS], minimum[DTraits::SUB_BLOCKS];
       decode_unit<D>(block_scales, b, u, w, scale, minimum);
       uint8_t* to = out.w + (at + u * 32) * 16;
-      // with_offset adds SIGNED_OFFSET and, because it flips the top bit, also removes it.
+      // The decoder has added SIGNED_OFFSET and AMX needs it removed, or it has not and `dot` needs it added:
+      // with_offset does both, because both flip the top bit.
       constexpr bool FLIP_TOP_BIT = D::SIGNED && D::WITH_OFFSET == SIGNED_BYTES;
       constexpr bool SUBTRACT_OFFSET = !D::SIGNED && SIGNED_BYTES && D::OFFSET;
 #pragma GCC unroll 8

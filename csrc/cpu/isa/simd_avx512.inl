@@ -224,9 +224,10 @@ struct E4m3Bytes {
 };
 constexpr E4m3Bytes E4M3_BYTES;
 
-// Loads four columns of 16 e4m3 codes as two vectors of bf16 pairs, 2^-8 of their values: looks up both bytes of a bf16
-// by the code's low seven bits (the instruction ignores the sign), then adds the sign. `order` puts the codes where the
-// unpacking of bytes makes pairs of them.
+// Loads four columns of 16 e4m3 codes as two vectors of bf16 pairs: looks up both bytes of a bf16 by the code's low
+// seven bits (the instruction ignores the sign), then adds the sign. `order` puts the codes where the unpacking of
+// bytes makes pairs of them. Pairs are 2^-8 of the values, as load_e4m3 returns them: load_float_scale multiplies the
+// scales by SCALE_FACTOR.
 AI void load_e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {
   const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57,
       41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8, 55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50,

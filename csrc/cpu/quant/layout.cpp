@@ -217,8 +217,9 @@ void reorder_bits(int code, uint8_t* words) {
   }
 }
 
-// Packs block `index` of up to 16 rows into their group: its narrow fields into their planes, then its words, one word
-// of all rows at a time, so that a store fills a cache line.
+// Packs block `index` of up to 16 rows into their group (see layout.h): its narrow fields (f16 or u8 scales) into their
+// planes, then its 32-bit words, one word of all rows at a time, so that a store fills a cache line; then reorders bits
+// within the words as the decoder reads them.
 void pack_block(const Layout& l, const uint8_t* const* rows, int num_rows, int64_t index, int64_t k, uint8_t* group) {
   const size_t plane = narrow_plane_bytes(l, k), block_offset = size_t(index) * l.bytes;
   for (int i = 0; i < l.num_narrow_fields; ++i) {
