@@ -20,14 +20,14 @@ class Decoder(NamedTuple):
     Attributes:
         function: the device function, see dequant_blocks.py.
         minimum: whether weights have a minimum.
-        book: name of the codebook; "" for none.
+        codebook: its name, see iq_codebooks.make_codebook; "" for none.
         run: number of consecutive columns that come from the low nibbles of a chunk of words, before those from its
             high nibbles; 0 if the function cannot return raw codes, see bit_unpack.mask_raw_nibbles.
     """
 
     function: Any
     minimum: bool = False
-    book: str = ""
+    codebook: str = ""
     run: int = 0
 
 
@@ -46,16 +46,16 @@ DECODERS: dict[str, Decoder] = {
     "Q6_K": Decoder(dequant_blocks.q6_k, True, run=64),
     "TQ1_0": Decoder(dequant_blocks.tq1_0, True),
     "TQ2_0": Decoder(dequant_blocks.tq2_0, True),
-    "IQ4_NL": Decoder(dequant_blocks.iq4_nl, book="IQ4"),
-    "IQ4_XS": Decoder(dequant_blocks.iq4_xs, book="IQ4"),
-    "MXFP4": Decoder(dequant_blocks.mxfp4, book="MXFP4"),
+    "IQ4_NL": Decoder(dequant_blocks.iq4_nl, codebook="IQ4"),
+    "IQ4_XS": Decoder(dequant_blocks.iq4_xs, codebook="IQ4"),
+    "MXFP4": Decoder(dequant_blocks.mxfp4, codebook="MXFP4"),
     "IQ1_S": Decoder(dequant_iq.iq1_s, True, "IQ1"),
-    "IQ1_M": Decoder(dequant_iq.iq1_m, book="IQ1"),
-    "IQ2_XXS": Decoder(dequant_iq.iq2_xxs, book="IQ2_XXS"),
-    "IQ2_XS": Decoder(dequant_iq.iq2_xs, book="IQ2_XS"),
-    "IQ2_S": Decoder(dequant_iq.iq2_s, book="IQ2_S"),
-    "IQ3_XXS": Decoder(dequant_iq.iq3_xxs, book="IQ3_XXS"),
-    "IQ3_S": Decoder(dequant_iq.iq3_s, book="IQ3_S"),
+    "IQ1_M": Decoder(dequant_iq.iq1_m, codebook="IQ1"),
+    "IQ2_XXS": Decoder(dequant_iq.iq2_xxs, codebook="IQ2_XXS"),
+    "IQ2_XS": Decoder(dequant_iq.iq2_xs, codebook="IQ2_XS"),
+    "IQ2_S": Decoder(dequant_iq.iq2_s, codebook="IQ2_S"),
+    "IQ3_XXS": Decoder(dequant_iq.iq3_xxs, codebook="IQ3_XXS"),
+    "IQ3_S": Decoder(dequant_iq.iq3_s, codebook="IQ3_S"),
 }
 
 
@@ -72,7 +72,7 @@ def decode_constants(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
 
 def codebook_of(packed: SoAWeight) -> torch.Tensor:
     """Returns the codebook of these weights; for types without one, a tensor that is never read."""
-    name = DECODERS[packed.qtype.name].book
+    name = DECODERS[packed.qtype.name].codebook
     return iq_codebooks.make_codebook(name, packed.data.device) if name else packed.data
 
 
@@ -99,7 +99,7 @@ def scale_row_index(row, n):
 @triton.jit
 def _dequantize(
     planes,
-    book,
+    codebook,
     index,
     out,
     first,
@@ -124,7 +124,9 @@ def _dequantize(
     row_mask = out_row < count
     row = tl.load(index + out_row, mask=row_mask, other=0) if INDEXED else first + tl.minimum(out_row, count - 1)
     block_row = scale_row_index(row, n)
-    codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
+    codes, scale, minimum = DECODE(
+        planes, codebook, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False
+    )
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     values = apply_scales(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
     tl.store(out + out_row[:, None] * k + column[None, :], values, mask=row_mask[:, None] & (column < k)[None, :])

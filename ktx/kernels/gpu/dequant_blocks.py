@@ -9,9 +9,9 @@ scaled. An offset of all codes (the 8 of Q4_0) is a minimum too. Types without a
 place (`dequant.Decoder.minimum` is False). Past the end of a row everything is zero.
 
 `planes` are the fields of the type in the order of soa_layout.FIELDS. `row` int64 [rows] counts the rows of all
-matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is the number of blocks of a row; `book` is the
-codebook, the table of values that codes index. With RAW, the types with a `run` in dequant.py return codes in the bit
-position of their word, see bit_unpack.mask_raw_nibbles; others ignore it.
+matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is the number of blocks of a row; `codebook` is
+the table of values that codes index. With RAW, the types with a `run` in dequant.py return codes in the bit position of
+their word, see bit_unpack.mask_raw_nibbles; others ignore it.
 
 In the bodies `start` is the first block of the span; words, groups and entries are counted from there. A group is the
 columns that share a scale, an entry the columns that one codebook index stands for.
@@ -39,7 +39,7 @@ from ktx.kernels.gpu.bit_unpack import (
 
 
 @triton.jit
-def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def floats(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes F32, F16 and BF16: the values are the codes, with scale 1."""
     codes = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
     ones = tl.full([codes.shape[0], SPAN // 16], 1.0, tl.float32)
@@ -47,20 +47,26 @@ def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 
 @triton.jit
-def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def f8_e4m3(
+    planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr
+):
     """Decodes F8_E4M3 by arithmetic because GPUs before compute capability 8.9 cannot convert FP8.
 
-    The seven bits are the upper ones of an f32 that is too small by a factor of 2^120.
+    The seven bits are the upper ones of an f32 that is too small by a factor of 2^120. Arguments: see the module's
+    docstring; `codebook` and RAW are not used.
     """
     bits = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
     codes = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
     codes = tl.where((bits & 127) == 127, float("nan"), codes)
+    # one scale per 128 x 128 block, returned once per 16 columns; `block_row`: the scales' row
     scale = load_elements(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
     return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
-def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def eight_bits(
+    planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr
+):
     """Decodes Q8_0 and INT8_128: signed bytes, and a scale per block."""
     codes = load_elements(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
     scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
@@ -68,7 +74,9 @@ def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr,
 
 
 @triton.jit
-def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def four_bits(
+    planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr
+):
     """Decodes Q4_0, INT4_64 and INT4_128: nibbles with offset 8, and a scale per block."""
     codes = load_nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
@@ -76,7 +84,7 @@ def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q4_1(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q4_1: nibbles, and a scale and a minimum per block.
 
     The file stores the minimum to add, so its sign changes.
@@ -98,14 +106,14 @@ def load_five_bit_codes(planes, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q5_0(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_0: five-bit codes with offset 16, and a scale per block."""
     scale = load_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
     return load_five_bit_codes(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
 
 
 @triton.jit
-def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q5_1(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_1: five-bit codes, and a scale and a minimum per block (to add, so its sign changes)."""
     scale, minimum = load_two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return load_five_bit_codes(planes, row, first // BLOCK, blocks, SPAN), scale, -minimum
@@ -119,7 +127,7 @@ def load_two_bit_codes(plane, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q2_k(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q2_K: two-bit codes; per 16 columns a byte with four bits of scale and four of minimum."""
     start = first // BLOCK
     codes = order_by_column(load_two_bit_codes(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
@@ -129,7 +137,7 @@ def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 
 @triton.jit
-def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q3_k(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q3_K: codes of two bits and a third one from a mask, with offset 4; 16 six-bit scales."""
     # planes: low codes, mask of third bits, scales, f16 scale of the block
     start = first // BLOCK
@@ -169,7 +177,7 @@ def load_six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q4_k(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q4_K: nibbles, and a six-bit scale and minimum per 32 columns."""
     start = first // BLOCK
     codes = load_nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
@@ -178,7 +186,7 @@ def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 
 @triton.jit
-def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q5_k(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q5_K: as Q4_K, with the fifth bits of the codes in a plane of their own."""
     # planes: low codes, fifth bits, scales and minimums, their f16 factors
     start = first // BLOCK
@@ -193,7 +201,7 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 
 @triton.jit
-def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def q6_k(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes Q6_K: codes of four and two bits with offset 32, and a signed scale per 16 columns."""
     # planes: lower bits of codes, upper bits of codes, scales, f16 scale of the block
     start = first // BLOCK
@@ -210,7 +218,7 @@ def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 
 @triton.jit
-def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def tq1_0(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes TQ1_0: five base-3 digits per byte, stored as a fixed-point fraction; codes have offset 1.
 
     160 columns are in 32 bytes, 80 in 16 bytes, and 16 in 4 bytes of four digits. A byte is digits / 3^5 in units of
@@ -229,7 +237,7 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def tq2_0(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes TQ2_0: two-bit codes 0, 1, 2 with offset 1, so the minimum is the scale."""
     start = first // BLOCK
     codes = order_by_column(load_two_bit_codes(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
@@ -238,19 +246,19 @@ def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq4_nl(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ4_NL: nibbles that index a codebook of 16 values, and a scale per block."""
-    codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
+    codes = tl.load(codebook + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     scale = load_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
-def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq4_xs(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns, stored as four and two bits."""
     # planes: codes, lower bits of scales, f16 scale of the block, upper bits of scales
     start = first // BLOCK
-    codes = tl.load(book + load_nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
+    codes = tl.load(codebook + load_nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
     group = tl.arange(0, SPAN // 32)
     low = load_elements(planes[1], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
     top = load_elements(planes[3], row, start + group // 8, blocks).to(tl.int32) >> (group % 8 * 2)[None, :]
@@ -260,13 +268,13 @@ def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 
 @triton.jit
-def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def mxfp4(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes MXFP4: nibbles that index the FP4 values, and the exponent e of a power of two per block.
 
     The codebook has the doubled values, so the scale is 2^(e - 128); for the two smallest exponents it is a subnormal
     f32.
     """
-    codes = tl.load(book + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
+    codes = tl.load(codebook + load_nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     exponent = load_elements(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
     scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23).to(tl.float32, bitcast=True)
     return codes, scale, scale  # no minimum: the third result is not read

@@ -13,11 +13,11 @@ from ktx.kernels.gpu.bit_unpack import load_elements, load_per_block
 
 
 @triton.jit
-def load_indices(book, index, WIDTH: tl.constexpr):
+def load_indices(codebook, index, WIDTH: tl.constexpr):
     """Loads codebook entries [rows, E] and returns the value index of each weight: [rows, E, WIDTH]."""
     ROWS: tl.constexpr = index.shape[0]
     ENTRIES: tl.constexpr = index.shape[1]
-    entry = tl.reshape(tl.load(book + index), [ROWS, ENTRIES, 1])
+    entry = tl.reshape(tl.load(codebook + index), [ROWS, ENTRIES, 1])
     return (entry >> (tl.arange(0, WIDTH) * (16 // WIDTH))[None, None, :]) & (3 if WIDTH == 8 else 15)
 
 
@@ -60,7 +60,9 @@ def load_nibble_scales(plane, half, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq2_xxs(
+    planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr
+):
     """Decodes IQ2_XXS: two words per 32 columns.
 
     The first word holds four codebook indices, the second four times seven signs below a scale of four bits.
@@ -69,24 +71,24 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
     group, i = entry // 4, entry % 4
     index = (load_elements(planes[0], row, start * 16 + group * 2, blocks * 16) >> (i * 8)[None, :]) & 255
     signs = (load_elements(planes[0], row, start * 16 + group * 2 + 1, blocks * 16) >> (i * 7)[None, :]) & 127
-    codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), add_eighth_sign(signs))
+    codes = apply_signs(compute_iq2_values(load_indices(codebook, index, 8)), add_eighth_sign(signs))
     factor = (load_elements(planes[0], row, start * 16 + tl.arange(0, SPAN // 16) // 2 * 2 + 1, blocks * 16) >> 28) & 15
     scale = load_per_block(planes[1], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
     return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
-def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq2_xs(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ2_XS: nine bits of codebook index and seven signs per eight columns."""
     start = first // BLOCK
     word = load_elements(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
-    codes = apply_signs(compute_iq2_values(load_indices(book, word & 511, 8)), add_eighth_sign((word >> 9) & 127))
+    codes = apply_signs(compute_iq2_values(load_indices(codebook, word & 511, 8)), add_eighth_sign((word >> 9) & 127))
     scale = load_nibble_scales(planes[1], planes[2], row, start, blocks, SPAN)
     return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
-def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq2_s(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
     # planes: low index bytes, signs, high index bits, scales, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
@@ -95,20 +97,22 @@ def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
     )
     index = load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 3) << 8)
     signs = load_elements(planes[1], row, start * 32 + entry, blocks * 32).to(tl.int32)
-    codes = apply_signs(compute_iq2_values(load_indices(book, index, 8)), signs)
+    codes = apply_signs(compute_iq2_values(load_indices(codebook, index, 8)), signs)
     scale = load_nibble_scales(planes[3], planes[4], row, start, blocks, SPAN)
     return codes, scale, scale  # no minimum: the third result is not read
 
 
 @triton.jit
-def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq3_xxs(
+    planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr
+):
     """Decodes IQ3_XXS: a codebook index per four columns, and a word per 32 columns.
 
     The word holds four times seven signs below a scale of four bits. The values are 4, 12, ... 52, 62.
     """
     # planes: indices, words of signs and scales, f16 scale of the block
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
-    value_index = load_indices(book, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
+    value_index = load_indices(codebook, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
     signs = (load_elements(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
     codes = apply_signs(
         4 + 8 * value_index + tl.where(value_index == 7, 2, 0), add_eighth_sign(signs) >> (entry % 2 * 4)[None, :]
@@ -119,7 +123,7 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 
 @triton.jit
-def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq3_s(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ3_S: nine bits of codebook index per four columns, one of them stored separately.
 
     Each column has a sign, and 32 columns a scale of four bits. The values are 1, 3, ... 15.
@@ -130,7 +134,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
         load_elements(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]
     ) & 1
     value_index = load_indices(
-        book, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (high_bits << 8), 4
+        codebook, load_elements(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (high_bits << 8), 4
     )
     signs = load_elements(planes[1], row, start * 32 + entry // 2, blocks * 32).to(tl.int32) >> (entry % 2 * 4)[None, :]
     group = tl.arange(0, SPAN // 16) // 2
@@ -142,7 +146,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq1_s(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ1_S: eleven bits of codebook index per eight columns; indices minus one are the values -1, 0, 1.
 
     A 16-bit word per 32 columns holds the upper three bits of each of four codebook indices, three bits of scale, and
@@ -154,14 +158,14 @@ def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
         load_elements(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
     )
     index = load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8)
-    codes = tl.reshape(load_indices(book, index, 8).to(tl.float32), [row.shape[0], SPAN])
+    codes = tl.reshape(load_indices(codebook, index, 8).to(tl.float32), [row.shape[0], SPAN])
     header = load_elements(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8).to(tl.int32)
     scale = load_per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (2 * ((header >> 12) & 7) + 1).to(tl.float32)
     return codes, scale, scale * tl.where(header < 0, 1.125, 0.875)
 
 
 @triton.jit
-def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+def iq1_m(planes, codebook, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Decodes IQ1_M: as IQ1_S, with four bits per eight columns: upper bits of the index, and the sign of the offset.
 
     Scales have three bits per 16 columns; the nibbles of an f16 scale of the block are stored above them. The offset
@@ -173,7 +177,9 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
         load_elements(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
     )
     value_index = load_indices(
-        book, load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8), 8
+        codebook,
+        load_elements(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8),
+        8,
     )
     offset = tl.where((high_bits & 8) != 0, 1.125, 0.875)
     codes = tl.reshape(

@@ -32,7 +32,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def _linear(
     x,
     planes,
-    book,
+    codebook,
     bias,
     out,
     tokens,
@@ -69,7 +69,7 @@ def _linear(
         x_row,
         token_mask,
         planes,
-        book,
+        codebook,
         weight_row,
         n,
         k,

@@ -72,7 +72,7 @@ def load_group(
 
 @triton.jit
 def expert_matmul(
-    x, token, token_mask, expert, planes, book, bias, n, k, blocks,
+    x, token, token_mask, expert, planes, codebook, bias, n, k, blocks,
     HAS_BIAS: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,9 @@ def expert_matmul(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_row = expert * n + tl.minimum(row, n - 1)
-    y = PRODUCT(x, token, token_mask, planes, book, weight_row, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN)
+    y = PRODUCT(
+        x, token, token_mask, planes, codebook, weight_row, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN
+    )
     if HAS_BIAS:
         y += tl.load(bias + expert * n + row, mask=row < n, other=0.0)[None, :]
     return y
@@ -92,7 +94,7 @@ def expert_matmul(
 @triton.jit
 def _gate_up(
     x, out, sorting, ids, first, experts, top,
-    gate, gate_book, gate_bias, gate_blocks, up, up_book, up_bias, up_blocks, n, k, alpha, limit,
+    gate, gate_codebook, gate_bias, gate_blocks, up, up_codebook, up_bias, up_blocks, n, k, alpha, limit,
     ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SORTED: tl.constexpr, PRODUCT: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     GATE_BLOCK: tl.constexpr, GATE_DECODE: tl.constexpr, GATE_MINIMUM: tl.constexpr, GATE_RUN: tl.constexpr,
@@ -109,11 +111,11 @@ def _gate_up(
     if expert < experts:
         token = pair // top
         g = expert_matmul(
-            x, token, pair_mask, expert, gate, gate_book, gate_bias, n, k, gate_blocks,
+            x, token, pair_mask, expert, gate, gate_codebook, gate_bias, n, k, gate_blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, GATE_BLOCK, GATE_DECODE, GATE_MINIMUM, GATE_RUN,
         )  # fmt: skip
         u = expert_matmul(
-            x, token, pair_mask, expert, up, up_book, up_bias, n, k, up_blocks,
+            x, token, pair_mask, expert, up, up_codebook, up_bias, n, k, up_blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, UP_BLOCK, UP_DECODE, UP_MINIMUM, UP_RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -123,7 +125,7 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    x, out, sorting, ids, first, experts, planes, book, bias, blocks, n, k,
+    x, out, sorting, ids, first, experts, planes, codebook, bias, blocks, n, k,
     HAS_BIAS: tl.constexpr, SORTED: tl.constexpr, PRODUCT: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
@@ -137,7 +139,7 @@ def _down(
     )
     if expert < experts:
         y = expert_matmul(
-            x, pair, pair_mask, expert, planes, book, bias, n, k, blocks,
+            x, pair, pair_mask, expert, planes, codebook, bias, n, k, blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, BLOCK, DECODE, MINIMUM, RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -62,7 +62,7 @@ def gemv(
     token,
     token_mask,
     planes,
-    book,
+    codebook,
     row,
     n,
     k,
@@ -89,7 +89,7 @@ def gemv(
     block_row = scale_row_index(row, n)
     total = tl.zeros([TOKENS, ROWS, SPAN // 8], tl.float32)
     for first in range(begin, end, SPAN):
-        codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, RUN > 0)
+        codes, scale, minimum = DECODE(planes, codebook, row, block_row, first, blocks, BLOCK, SPAN, RUN > 0)
         column = first + tl.arange(0, SPAN)
         mask = token_mask[:, None] & (column < k)[None, :]
         values = tl.load(x + token[:, None] * k + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -110,7 +110,7 @@ def gemm(
     token,
     token_mask,
     planes,
-    book,
+    codebook,
     row,
     n,
     k,
@@ -131,7 +131,7 @@ def gemm(
     block_row = scale_row_index(row, n)
     total = tl.zeros([token.shape[0], row.shape[0]], tl.float32)
     for first in range(begin, end, SPAN):
-        codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, False)
+        codes, scale, minimum = DECODE(planes, codebook, row, block_row, first, blocks, BLOCK, SPAN, False)
         column = first + tl.arange(0, SPAN)
         mask = token_mask[:, None] & (column < k)[None, :]
         values = tl.load(x + token[:, None] * k + column[None, :], mask=mask, other=0.0)
