@@ -315,7 +315,7 @@ def test_units_are_shared_out_without_gaps():
             tile, part = line.group.tile, line.group
             for (sequence, row), units in zip(part.tile_starts.tolist(), line.starts.diff().tolist(), strict=True):
                 count, keys = rows[sequence]
-                first, last = row // part.heads_per_block, min((row + tile.rows - 1) // part.heads_per_block, count - 1)
+                first, last = row // part.heads_per_chunk, min((row + tile.rows - 1) // part.heads_per_chunk, count - 1)
                 begin = max(keys - count + first + 1 - window, 0) if window else 0
                 seen = {key // tile.keys for key in range(begin, keys - count + last + 1)}
                 assert units == len(seen)
@@ -328,16 +328,16 @@ def test_every_row_has_one_tile():
         work, seen = AttentionSchedule(counts, shape, "cpu", num_sms=132), set()
         for part in work.groups:
             assert (
-                part.head_blocks * part.heads_per_block >= shape.heads_per_kv_head
-                and part.heads_per_block <= part.tile.rows
+                part.head_chunks * part.heads_per_chunk >= shape.heads_per_kv_head
+                and part.heads_per_chunk <= part.tile.rows
             )
             for sequence, first in part.tile_starts.tolist():
                 for row in range(first, first + part.tile.rows):
-                    token = row // part.heads_per_block
+                    token = row // part.heads_per_chunk
                     if token < counts[sequence]:
                         own = [
-                            (sequence, token, b * part.heads_per_block + row % part.heads_per_block)
-                            for b in range(part.head_blocks)
+                            (sequence, token, b * part.heads_per_chunk + row % part.heads_per_chunk)
+                            for b in range(part.head_chunks)
                         ]
                         assert not seen & set(own)
                         seen |= set(own)

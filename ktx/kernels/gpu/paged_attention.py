@@ -52,7 +52,7 @@ def _attend(
     v_strides,
     out_strides,
     GROUP: tl.constexpr,
-    HEADS_PER_BLOCK: tl.constexpr,
+    HEADS_PER_CHUNK: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     K_BLOCK: tl.constexpr,
     ROPE: tl.constexpr,
@@ -78,7 +78,7 @@ def _attend(
     maximum `row_max`, and relative to it the sum of probabilities `total` and the weighted values `sums`. A tile that
     one program computes completely is written to `out`; the partial results of a shared tile are written to `partial`.
     """
-    block, program, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head_chunk, program, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     program_begin, program_end = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
     first_item, last_item = tl.load(programs + 4 * program + 2), tl.load(programs + 4 * program + 3)
     row, column, value_column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
@@ -93,9 +93,9 @@ def _attend(
         first_query = tl.load(sequences + 3 * sequence)
         num_tokens = tl.load(sequences + 3 * sequence + 1)
         num_past = tl.load(sequences + 3 * sequence + 2) - num_tokens
-        token = (first_row + row) // HEADS_PER_BLOCK
+        token = (first_row + row) // HEADS_PER_CHUNK
         # Index of the query head among those of its key/value head.
-        in_group = block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK
+        in_group = head_chunk * HEADS_PER_CHUNK + (first_row + row) % HEADS_PER_CHUNK
         head = kv_head * GROUP + in_group
         row_mask = (token < num_tokens) & (in_group < GROUP)
         q_row = (first_query + token).to(tl.int64)
@@ -109,8 +109,8 @@ def _attend(
 
         # start_key to end_key are visible to some row, common_start to common_end to all rows; this program computes
         # the key blocks first_unit to end_unit of the former.
-        last_token = tl.minimum((first_row + ROWS - 1) // HEADS_PER_BLOCK, num_tokens - 1)
-        end_key, common_end = num_past + last_token + 1, num_past + first_row // HEADS_PER_BLOCK + 1
+        last_token = tl.minimum((first_row + ROWS - 1) // HEADS_PER_CHUNK, num_tokens - 1)
+        end_key, common_end = num_past + last_token + 1, num_past + first_row // HEADS_PER_CHUNK + 1
         start_key, common_start = 0, 0
         if WINDOW:
             start_key, common_start = tl.maximum(common_end - window, 0), tl.maximum(end_key - window, 0)
@@ -191,7 +191,7 @@ def _attend(
         else:
             # The even slot is for the end of a tile, the odd one for the beginning of a tile, as in reduce_splits.
             slot = 2 * program + tl.where(first_unit == 0, 1, 0)
-            partial_offset = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + block) * ROWS + row
+            partial_offset = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + head_chunk) * ROWS + row
             divisor = tl.where(total == 0, 1.0, total)
             partial_ptrs = partial + partial_offset[:, None] * V_COLUMNS + value_column[None, :]
             tl.store(partial_ptrs, sums / divisor[:, None], mask=(value_column < V_COLUMNS)[None, :])
@@ -272,11 +272,11 @@ def _run(
     # Without rotated columns (ROPE is 0) the kernel does not read these tensors, but needs some for the arguments.
     rope_pair = (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
     value_columns = shape.value_columns
-    rows = 2 * group.programs * shape.kv_heads * group.head_blocks * tile.rows
+    rows = 2 * group.programs * shape.kv_heads * group.head_chunks * tile.rows
     partial = plan.schedule.scratch[: rows * value_columns]
     log_weights = plan.schedule.scratch[rows * value_columns : rows * (value_columns + 1)]
     rope = 0 if q_rope is None else q_rope.shape[3]
-    _attend[group.head_blocks, group.programs, shape.kv_heads](
+    _attend[group.head_chunks, group.programs, shape.kv_heads](
         q,
         rope_pair[0],
         k,
@@ -303,7 +303,7 @@ def _run(
         v.stride()[:2],
         out.stride()[1:3],
         GROUP=shape.heads_per_kv_head,
-        HEADS_PER_BLOCK=group.heads_per_block,
+        HEADS_PER_CHUNK=group.heads_per_chunk,
         K_COLUMNS=shape.key_columns,
         K_BLOCK=_block(shape.key_columns),
         ROPE=rope,

@@ -28,9 +28,9 @@ def _merge(
     merges,
     value_scale,
     out_strides,
-    HEAD_BLOCKS: tl.constexpr,
+    HEAD_CHUNKS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS_PER_BLOCK: tl.constexpr,
+    HEADS_PER_CHUNK: tl.constexpr,
     V_COLUMNS: tl.constexpr,
     SINKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,15 +45,15 @@ def _merge(
     """
     merge, row, remainder = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column_blocks: tl.constexpr = (V_COLUMNS + COLUMNS - 1) // COLUMNS
-    head_block_index = remainder // column_blocks
-    kv_head, block = head_block_index // HEAD_BLOCKS, head_block_index % HEAD_BLOCKS
+    head_chunk_index = remainder // column_blocks
+    kv_head, head_chunk = head_chunk_index // HEAD_CHUNKS, head_chunk_index % HEAD_CHUNKS
     item = tl.load(merges + 3 * merge)
     if item >= 0:
         first_program, last_program = tl.load(merges + 3 * merge + 1), tl.load(merges + 3 * merge + 2)
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-        token = (first_row + row) // HEADS_PER_BLOCK
+        token = (first_row + row) // HEADS_PER_CHUNK
         # Index of the query head among those of its key/value head.
-        in_group = block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK
+        in_group = head_chunk * HEADS_PER_CHUNK + (first_row + row) % HEADS_PER_CHUNK
         if (token < tl.load(sequences + 3 * sequence + 1)) & (in_group < GROUP):
             column = remainder % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
             row_max, total = float("-inf"), 0.0
@@ -64,7 +64,7 @@ def _merge(
                 program = split + tl.arange(0, SPLITS)
                 slot = 2 * program + tl.where(program == first_program, 1, 0)
                 offset = (
-                    (slot * (tl.num_programs(2) // column_blocks // HEAD_BLOCKS) + kv_head) * HEAD_BLOCKS + block
+                    (slot * (tl.num_programs(2) // column_blocks // HEAD_CHUNKS) + kv_head) * HEAD_CHUNKS + head_chunk
                 ) * ROWS + row
                 split_mask = program <= last_program
                 log_sums = tl.load(log_weights + offset, mask=split_mask, other=float("-inf"))
@@ -105,14 +105,14 @@ def merge(
     group, shape = work_range.group, plan.schedule.shape
     if not group.max_merges:
         return
-    num_head_blocks = shape.kv_heads * group.head_blocks
+    num_head_chunks = shape.kv_heads * group.head_chunks
     columns, splits = (
         LARGE_TILE
-        if group.max_merges * group.tile.rows * num_head_blocks > LARGE_TILE_PROGRAMS_PER_SM * plan.schedule.num_sms
+        if group.max_merges * group.tile.rows * num_head_chunks > LARGE_TILE_PROGRAMS_PER_SM * plan.schedule.num_sms
         else SMALL_TILE
     )
     columns = min(columns, triton.next_power_of_2(shape.value_columns))
-    _merge[group.max_merges, group.tile.rows, num_head_blocks * triton.cdiv(shape.value_columns, columns)](
+    _merge[group.max_merges, group.tile.rows, num_head_chunks * triton.cdiv(shape.value_columns, columns)](
         out,
         out if sinks is None else sinks,
         partial,
@@ -122,9 +122,9 @@ def merge(
         work_range.merges,
         value_scale,
         out.stride()[1:3],
-        HEAD_BLOCKS=group.head_blocks,
+        HEAD_CHUNKS=group.head_chunks,
         GROUP=shape.heads_per_kv_head,
-        HEADS_PER_BLOCK=group.heads_per_block,
+        HEADS_PER_CHUNK=group.heads_per_chunk,
         V_COLUMNS=shape.value_columns,
         SINKS=sinks is not None,
         ROWS=group.tile.rows,

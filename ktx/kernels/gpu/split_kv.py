@@ -133,20 +133,20 @@ class AttentionShape:
 class TileGroup:
     """The sequences that are computed with one kind of tile.
 
-    The query heads of a key/value head are divided among `head_blocks` programs, of `heads_per_block` heads each.
+    The query heads of a key/value head are divided among `head_chunks` programs, of `heads_per_chunk` heads each.
 
     Attributes:
         tile: the kind of tile.
         tile_starts: int32 [tiles, 2], sequence and first row of each tile.
-        head_blocks: number of blocks of query heads.
-        heads_per_block: query heads of a block.
+        head_chunks: number of chunks of query heads.
+        heads_per_chunk: query heads of a chunk.
         programs: number of programs that divide the work units.
     """
 
     tile: Tile
     tile_starts: torch.Tensor
-    head_blocks: int
-    heads_per_block: int
+    head_chunks: int
+    heads_per_chunk: int
     programs: int
 
     @property
@@ -249,17 +249,17 @@ class AttentionSchedule:
     def _plan_tiles(self, tile: Tile, sequences: list[int], counts: Sequence[int]) -> TileGroup:
         """Divides the rows of sequences into tiles of one kind, and chooses the number of programs.
 
-        The query heads of a key/value head form one block if they fit in a tile, otherwise several of equal size. The
-        rows of a sequence are its tokens times the heads of a block.
+        The query heads of a key/value head form one chunk if they fit in a tile, otherwise several of equal size. The
+        rows of a sequence are its tokens times the heads of a chunk.
         """
-        head_blocks = math.ceil(self.shape.heads_per_kv_head / tile.rows)
-        heads_per_block = math.ceil(self.shape.heads_per_kv_head / head_blocks)
+        head_chunks = math.ceil(self.shape.heads_per_kv_head / tile.rows)
+        heads_per_chunk = math.ceil(self.shape.heads_per_kv_head / head_chunks)
         tile_starts = [
-            (sequence, row) for sequence in sequences for row in range(0, counts[sequence] * heads_per_block, tile.rows)
+            (sequence, row) for sequence in sequences for row in range(0, counts[sequence] * heads_per_chunk, tile.rows)
         ]
-        programs = num_programs_per_range(head_blocks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
+        programs = num_programs_per_range(head_chunks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
         return TileGroup(
-            tile, torch.tensor(tile_starts, dtype=torch.int32).to(self.device), head_blocks, heads_per_block, programs
+            tile, torch.tensor(tile_starts, dtype=torch.int32).to(self.device), head_chunks, heads_per_chunk, programs
         )
 
     @cached_property
@@ -269,7 +269,7 @@ class AttentionSchedule:
         A program leaves at most the end of one tile and the beginning of another to be merged. For each row of these
         two it stores the values and one logarithm.
         """
-        rows_per_group = [group.tile.rows * group.programs * group.head_blocks for group in self.groups]
+        rows_per_group = [group.tile.rows * group.programs * group.head_chunks for group in self.groups]
         return 2 * max(rows_per_group, default=0) * self.shape.kv_heads * (self.shape.value_columns + 1)
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
@@ -331,12 +331,14 @@ class AttentionSchedule:
         """Returns the number of key blocks of each tile, at least one; int64 [tiles].
 
         A tile has the blocks from the first key that its first token sees (0 without a window) to the last key that
-        its last token sees. A tile without keys has one block too, because a program has to write its rows.
+        its last token sees. A tile without keys has one block too, because a program has to write its rows. Rows are
+        ordered by token, `heads_per_chunk` rows each. The counts are the work units that `plan` divides evenly among
+        programs.
         """
         sequence, row = group.tile_starts.long().unbind(1)
         _, count, keys = sequences[sequence].unbind(1)
-        first_token = row // group.heads_per_block
-        last_token = torch.minimum((row + group.tile.rows - 1) // group.heads_per_block, count - 1)
+        first_token = row // group.heads_per_chunk
+        last_token = torch.minimum((row + group.tile.rows - 1) // group.heads_per_chunk, count - 1)
         past = keys - count
         first_key = torch.clamp(past + first_token + 1 - window, min=0) if window else torch.zeros_like(past)
         block_size = group.tile.keys
@@ -346,7 +348,7 @@ class AttentionSchedule:
 def num_programs_per_range(num_ranges: int, num_slots: int) -> int:
     """Returns the number of programs that divide the work units, if `num_ranges` such divisions run at once.
 
-    There is one division per key/value head and block of query heads. The `num_slots` programs that the GPU runs at
+    There is one division per key/value head and chunk of query heads. The `num_slots` programs that the GPU runs at
     once form a wave. The number is as many programs as fit in one wave, or up to four times as many if the last wave
     is fuller then: the smallest number that uses MIN_UTILIZATION of the slots, else the one that uses most.
     """
