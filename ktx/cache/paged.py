@@ -222,8 +222,9 @@ class PagedCache(Cache):
         return self.states[owner]
 
     def snapshot(self, owner: int, tokens: int) -> DynamicCache | None:
-        """Returns a copy of a sequence's states after `tokens` tokens, at the end of the latest forward or within it;
-        None if they are unknown, as after a forward that did not finish.
+        """Returns a sequence's recurrent states after its first `tokens` tokens, for the prefix cache: a copy of the
+        present ones, or those that `save_snapshot` took within the latest forward. None if there are none, as after a
+        forward that did not finish.
         """
         if owner not in self.state_lengths:
             return None

@@ -30,7 +30,7 @@ class Lark:
         self.split = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else r"((?!))")
 
     def literal(self, text: str) -> str:
-        """Returns an expression for fixed text; single-token marks become token ids."""
+        """Returns a Lark expression for fixed text; single-token marks become token ids."""
         parts = [part for part in self.split.split(text) if part]
         return " ".join(f"<[{self.special[part]}]>" if part in self.special else _quoted(part) for part in parts)
 
@@ -48,10 +48,12 @@ class Lark:
         return self.add_rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
 
     def text_until(self, close: str, excluded: Iterable[str]) -> str:
-        """Returns an expression for any text (reasoning, or an argument that is a string) up to and including `close`,
-        without the marks `excluded` in it.
+        """Returns a Lark expression for free text (reasoning, or an argument that is a string) up to and including
+        `close`. The text may not contain the marks `excluded`, which would start a tool call or another argument for
+        the parser.
 
-        A lexeme is greedy, so one that ends with fixed text must be lazy and include that text.
+        A lexeme is greedy, so one that ends with fixed text must be lazy and include that text. 'T' names a terminal (a
+        lexeme), 'r' a rule.
         """
         mark = close.strip()
         marks = "|".join(

@@ -35,9 +35,10 @@ class WhitespaceFilter:
         self._follows_call = False  # whether the next text follows a call
 
     def emit(self, text: str) -> Iterator[Text]:
-        """Emits text without the layout after a mark, and holds its trailing white space until the next text or mark
-        decides about it. White space after a call is kept in `_space_around_calls`, and emitted before the next answer
-        text if there was answer text before the call too.
+        """Emits a piece of text. Drops characters in `leading` that directly follow a mark (a tag of reasoning or of a
+        call) or begin the output, and holds trailing white space in `pending`, because it is dropped if a mark follows
+        and emitted if text does. White space after a call waits in `_space_around_calls`: it is emitted only if answer
+        text stands on both sides of the call.
         """
         if self.after_mark and not self.pending:
             stripped = text.lstrip(self.leading)

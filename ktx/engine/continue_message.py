@@ -118,10 +118,12 @@ def _append_last_turn(render: RenderFn, history: Sequence[Message], text: str, p
 def _append_reasoning(
     render: RenderFn, history: Sequence[Message], chat_format: ChatFormat, template: str, closed_reasoning: str
 ) -> str:
-    """Returns a prompt that ends inside the reasoning block, or after it if `closed_reasoning` is given: for templates
-    that do not render a message's reasoning.
+    """Returns the prompt up to where the output continues, for templates that do not render a message's reasoning:
+    `history` with an opened reasoning block, in which the caller appends the reasoning to continue; or, if the
+    message's reasoning is complete (`closed_reasoning`), with that and the mark that closes the block.
     """
-    text, (open_mark, close_mark) = render(history, True), chat_format.reasoning_marks
+    text = render(history, True)  # True: starts the assistant's turn
+    open_mark, close_mark = chat_format.reasoning_marks
     if not ends_in_reasoning(text, chat_format):
         if not open_mark or open_mark not in template or text.rstrip().endswith(close_mark):
             raise UsageError("the model's chat template renders no reasoning here: leave it out of the last message")

@@ -114,7 +114,9 @@ def is_unmodified(output: torch.Tensor, gate: torch.Tensor, act: str, up: torch.
 
 
 def probe_copy(old: nn.Module, **changed: dict[str, Any]) -> Any:
-    """Returns a shallow copy of a module for probing, because the module itself is on the meta device, without values.
+    """Returns a shallow copy of a module that runs on test values, to see what it computes, for example its activation.
+
+    The module itself cannot run: its parameters are on the meta device.
 
     Args:
         old: The module to copy.

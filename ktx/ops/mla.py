@@ -322,7 +322,7 @@ class MLA(Operator):
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.attend_pages(q_nope, q_rope, *pools, pages.owner.batch)), None
-        num_expanded = self._num_expanded_rows(kv_cache, batch, length)  # before the cache grows
+        num_expanded = self._num_expanded_tokens(kv_cache, batch, length)  # before the cache grows
         if kv_cache is not None:
             cache_dtype = kv_float_dtype(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(cache_dtype), k_rope.to(cache_dtype), self.layer_idx)
@@ -391,15 +391,17 @@ class MLA(Operator):
             )
         return out
 
-    def _num_expanded_rows(self, cache: Any, sequences: int, length: int) -> int:
+    def _num_expanded_tokens(self, cache: Any, sequences: int, length: int) -> int:
         """Returns how many tokens at the start of a call use the expanded form.
 
         For a single sequence these are full pages, so the form of a token does not depend on how its prompt is chunked.
+        For a batch of the engine only 0 or not 0 is meaningful, because `attend_pages` divides its tokens itself.
         """
+        # w_uk is None: absorb_for_prefill
         if self.w_uk is None or torch.compiler.is_exporting():  # an exported graph has one form for any length
             return 0
         batch = get_batch(cache)
-        if batch is not None:  # only whether there are any matters: `attend_pages` divides the tokens itself
+        if batch is not None:
             return max(span.full_page_tokens for span in batch.spans)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
         if sequences > 1 or past % PAGE_TOKENS:  # the call does not start at a page of one sequence: one form for all
@@ -694,7 +696,7 @@ class MLABlock:
         """Whether all tokens of hidden [B, S, D] use the absorbed form and need no attention weights or dropout."""
         if self.has_dropout and self.owner.training:
             return False
-        return not self.owner._num_expanded_rows(cache, *hidden.shape[:2]) and self.owner.choice.uses_kernel(cache)
+        return not self.owner._num_expanded_tokens(cache, *hidden.shape[:2]) and self.owner.choice.uses_kernel(cache)
 
     @classmethod
     def of(cls, owner: MLA) -> MLABlock | None:

@@ -170,6 +170,7 @@ class MLP(Operator):
         reads changes no bit of the result.
         """
         activations = [child for name, child in self._modules.items() if name not in PROJECTIONS]
+        # another child than one activation module (none, or several): transformers' forward, which calls all of them
         if len(activations) != 1:
             result: torch.Tensor = super().forward(x)
             return result

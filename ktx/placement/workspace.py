@@ -76,9 +76,10 @@ def transfer_bytes(model: Footprint, tokens: int) -> int:
 
 
 def streaming_bytes(modules: Collection[ModuleMemory]) -> int:
-    """Bytes for streaming experts from CPU memory in prefill: a chunk of experts as packed for the CPU and for the GPU.
+    """Bytes on a GPU for streaming experts to it in prefill: two buffers of the largest chunk of experts.
 
-    A chunk holds at least one expert. Types that are repacked on the GPU need additional space.
+    One is for the copied CPU layout, one for the GPU layout that it is repacked to. A chunk holds at least one expert.
+    Types with `needs_repacking` need temporary space too.
     """
     chunk_bytes = [
         sum(

@@ -268,7 +268,8 @@ def split_mask(
     passes no mask for a prompt in a static cache, whose other keys are not written yet.
 
     Args:
-        mask: Intervals, ranges int32 [B, 1, S, 2], a dense mask, or None.
+        mask: Intervals or ranges int32 [B, 1, S, 2] (first and end of the keys that each query sees), a dense mask, or
+            None.
         batch: The batch size.
         queries: The number of queries.
         keys: The number of keys.
@@ -285,6 +286,7 @@ def split_mask(
     if ranges is not None:
         if not isinstance(mask, Intervals) or mask.shape[3] == keys:
             return ranges, None
+        # a single token that sees every key of the mask also sees every key of this layer: no mask
         _check_single_token_mask(ranges, mask.shape[3], keys)
         return None, None
     if mask.shape[-1] != keys:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ from ktx.utils.tensor_memo import TensorMemo
 Row = tuple[int, int, int]  # per sequence: index of its first token in the forward, number of tokens, number of keys
 
 
+class FullPages(NamedTuple):
+    """The tokens of a prompt that are in full pages, which MLA attends to in the expanded form."""
+
+    lead_tokens: int  # the sequence's tokens of this forward before them
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class PagedView:
     """Keys and values of a forward's sequences in pages.
@@ -38,15 +45,14 @@ class PagedView:
         rows: the sequences' tokens and keys, on the host.
         tables: the same and the page tables, on the device.
         window: sliding window in tokens; 0: none.
-        full_pages: per sequence, the number of tokens before the full pages of a prompt, and the number of tokens in
-            them.
+        full_pages: per sequence, its tokens in full pages of a prompt.
     """
 
     pools: tuple[torch.Tensor, torch.Tensor]
     rows: Sequence[Row]
     tables: PageTables
     window: int = 0
-    full_pages: tuple[tuple[int, int], ...] = ()
+    full_pages: tuple[FullPages, ...] = ()
 
     def plan(self, kernels: AttentionKernels, shape: AttentionShape, dtype: torch.dtype) -> Any:
         """Returns the kernels' plan for queries of `dtype`; the first layer of a kind builds it for all others."""
@@ -99,7 +105,9 @@ def reserve_kv(
         mask: transformers' attention mask.
 
     Returns:
-        The view, or None where the layer is of another kind or shape, or the mask is not one that the kernels support.
+        The layer's keys and values, with the slots where the caller writes the new ones. None if the caller has to
+        store them in another way, because the cache's layer is of another kind or shape, or the kernels do not support
+        the mask.
     """
     layer = prepare_float_layer(cache, owner.layer_idx)
     stored_dtype, device, (sequences, num_new) = (
@@ -111,12 +119,13 @@ def reserve_kv(
     if pages is not None:
         batch = pages.owner.batch
         if batch is None or not pages.prepare_buffers(heads, columns, stored_dtype, device):
-            return None
+            return None  # no batch has begun, or the pools have another shape
         pages.owner.check_cancelled()
+        # the mask is not read: the batch's rows and the window determine which keys a token sees
         return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), sliding_window(owner))
     layer = to_growing_layer(cache, owner.layer_idx)
     if layer is None or not layer.prepare_buffers(sequences, heads, columns, stored_dtype, device):
-        return None
+        return None  # another kind of cache (static, sliding), or other shapes
     spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
     if spec is None or set(spec.keys) != {layer.length + num_new}:  # not causal, or the last token does not see all
         return None
@@ -140,8 +149,8 @@ def prepare_float_layer(cache: Any, index: int) -> Any:
 
 
 def view_of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> PagedView:
-    """Views the pools of a paged cache."""
-    full_pages = tuple((span.lead_tokens, span.full_page_tokens) for span in batch.spans)
+    """Views the pools of a paged cache, with the rows and page tables of the engine's batch."""
+    full_pages = tuple(FullPages(span.lead_tokens, span.full_page_tokens) for span in batch.spans)
     return PagedView(pools, batch.rows, batch.tables_on(pools[0].device), window, full_pages)
 
 
@@ -150,7 +159,8 @@ def view_of_states(
 ) -> PagedView | None:
     """Views keys and values [B, heads, T, columns], from any cache or from none, as the pages that the kernels read.
 
-    They are copied where their memory is not made of full pages. None for a mask that the kernels do not support.
+    They are copied where their memory is not made of full pages. None for a mask that the kernels do not support: the
+    caller attends in torch.
     """
     spec = causal_spec(mask, len(keys), num_new, keys.shape[2])
     if spec is None:
@@ -184,9 +194,9 @@ def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: i
         num_keys: number of keys of each sequence.
 
     Returns:
-        None if the mask is not causal (padding, holes).
+        None if the mask is not causal (padding, holes), so that no kernel of the GPU supports it.
     """
-    if mask is None:  # causal if the new token is the last one, or all tokens are new
+    if mask is None:  # causal if the new token is the last one, or all tokens are new; else see fused.split_mask
         return CausalSpec((num_keys,) * batch) if num_new in (1, num_keys) else None
     ranges = ranges_of(mask)
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != num_keys):
@@ -259,13 +269,13 @@ def _view_of_buffers(
     return PagedView((_as_pages(keys), _as_pages(values)), rows, cached[key], spec.window, full_pages)
 
 
-def _split_full_pages(past: int, num_new: int) -> tuple[int, int]:
-    """Returns the tokens before the first full page and the tokens in full pages, for a call without an engine.
+def _split_full_pages(past: int, num_new: int) -> FullPages:
+    """Returns which of the `num_new` tokens after `past` tokens are in full pages, for a call without an engine.
 
     Only an engine knows which tokens are a prompt; here all tokens of a call count as one.
     """
-    lead = min(num_new, -past % PAGE_TOKENS)
-    return lead, (num_new - lead) // PAGE_TOKENS * PAGE_TOKENS
+    lead_tokens = min(num_new, -past % PAGE_TOKENS)
+    return FullPages(lead_tokens, (num_new - lead_tokens) // PAGE_TOKENS * PAGE_TOKENS)
 
 
 def _as_pages(buffer: torch.Tensor) -> torch.Tensor:

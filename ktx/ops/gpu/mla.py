@@ -171,7 +171,9 @@ class MLA(mla.MLA):
         Full pages of prompts use the expanded form, all other tokens the absorbed form, as in ktx.ops.mla.
         """
         with_full_pages = (
-            [] if self.absorb_for_prefill else [i for i, (_, count) in enumerate(view.full_pages) if count]
+            []
+            if self.absorb_for_prefill
+            else [i for i, full_pages in enumerate(view.full_pages) if full_pages.num_tokens]
         )
         if not with_full_pages:
             return self._attend_absorbed(q_nope, q_rope, view, view.tables, [count for _, count, _ in view.rows])
@@ -215,7 +217,8 @@ class MLA(mla.MLA):
     ) -> None:
         """Computes the expanded form for the full pages of a sequence's prompt.
 
-        Keys and values are expanded from the latents for some heads at a time, to bound memory.
+        All other tokens take the absorbed form (`_attend_on_pages`), so a token's form does not depend on how its
+        prompt is chunked. Keys and values are expanded from the latents for some heads at a time, to bound memory.
 
         Args:
             q_nope: queries [1, H, T, nope] of all sequences.
@@ -224,8 +227,9 @@ class MLA(mla.MLA):
             index: of the sequence.
             out: [1, T, H * v], written at the tokens of the full pages.
         """
-        (first, count, keys), (lead, num_full) = view.rows[index], view.full_pages[index]
-        tokens, end = slice(first + lead, first + lead + num_full), keys - count + lead + num_full
+        (first, count, keys), (lead_tokens, num_full) = view.rows[index], view.full_pages[index]
+        tokens = slice(first + lead_tokens, first + lead_tokens + num_full)
+        end = keys - count + lead_tokens + num_full  # keys that the last of these tokens sees
         pages = view.tables.pages[index, : -(-end // PAGE_TOKENS)]
         latent, rope = (pool.index_select(0, pages) for pool in view.pools)  # [pages, 1, PAGE, columns]
         latent, rope = latent.to(q_nope.dtype), rope.to(q_nope.dtype)
@@ -250,7 +254,10 @@ class MLA(mla.MLA):
             )
 
     def _tables_of_sequence(self, view: PagedView, index: int, num_full: int, end: int) -> PageTables:
-        """Returns tables of one sequence with pages numbered from 0, cached because all layers share them."""
+        """Returns tables of one sequence with pages numbered from 0, cached because all layers share them.
+
+        `num_full` tokens are queries, `end` is the number of keys up to the last of them.
+        """
         plans = view.tables.plans
         if ("alone", index) not in plans:
             pages = torch.arange(-(-end // PAGE_TOKENS), dtype=torch.int32)[None]
@@ -320,8 +327,8 @@ def _select_tokens_outside_full_pages(view: PagedView) -> tuple[torch.Tensor, li
         tokens are in full pages.
     """
     segments: list[tuple[Row, int]] = []  # a run of such tokens as a sequence, and the index of its sequence in `view`
-    for i, ((first, count, keys), (lead, num_full)) in enumerate(zip(view.rows, view.full_pages, strict=True)):
-        for begin, end in ((0, lead), (lead + num_full, count)):
+    for i, ((first, count, keys), (lead_tokens, num_full)) in enumerate(zip(view.rows, view.full_pages, strict=True)):
+        for begin, end in ((0, lead_tokens), (lead_tokens + num_full, count)):  # before and after the full pages
             if begin < end:
                 segments.append(((first + begin, end - begin, keys - count + end), i))
     if not segments:
