@@ -109,7 +109,7 @@ def forced_call_grammar(
 
 
 def _reasoning_rule(lark: Lark, chat_format: ChatFormat) -> str:
-    """Returns an expression for the reasoning up to the end of its block. Without reasoning marks (gpt-oss) it is a
+    """Returns a Lark expression for the reasoning up to the end of its block. Without reasoning marks (gpt-oss) it is a
     message of the channel analysis.
     """
     call_format = chat_format.call_format
@@ -123,13 +123,14 @@ def _reasoning_rule(lark: Lark, chat_format: ChatFormat) -> str:
 
 
 Call = Callable[[str, Mapping[str, Any]], str]
-# How a family writes calls: text before the calls, a function for the expression of one call, text between two calls
-# (None: only one call), text after them. The functions below return the style of each syntax, see CallFormat.style.
+# How a family writes calls: text before the calls, a function for the Lark expression of one call, text between two
+# calls (None: only one call), text after them. The functions below return the style of each syntax, see
+# CallFormat.style.
 Style = tuple[str, Call, str | None, str]
 
 
 def _arguments_rule(lark: Lark, schema: Mapping[str, Any]) -> str:
-    """Returns an expression for a JSON object of arguments."""
+    """Returns a Lark expression for a JSON object of arguments."""
     return lark.add_json_rule({"type": "object", **schema}, schema)
 
 
@@ -137,7 +138,7 @@ def _json_calls(lark: Lark, prefix: str, suffix: str) -> Call:
     """Returns a function for calls whose arguments are JSON between fixed texts, in which {} stands for the name."""
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        """Returns the expression of a call of the function `name`, whose arguments match `schema`."""
+        """Returns the Lark expression of a call of the function `name`, whose arguments match `schema`."""
         return f"{lark.literal(prefix.replace('{}', name))} {_arguments_rule(lark, schema)} {lark.literal(suffix)}"
 
     return call
@@ -176,7 +177,7 @@ def _named_style(lark: Lark, call_format: CallFormat) -> Style:
         number_rule = "/[0-9]{1,3}/"
 
         def call(name: str, schema: Mapping[str, Any]) -> str:
-            """Returns the expression of a call with an id of the form functions.name:0."""
+            """Returns the Lark expression of a call with an id of the form functions.name:0."""
             head, tail = lark.literal(f"{start}functions.{name}:"), lark.literal(separator)
             return f"{head} {number_rule} {tail} {_arguments_rule(lark, schema)} {lark.literal(end)}"
 
@@ -251,7 +252,7 @@ def _tagged_calls(
     free = (*marks, *call_format.pair_key, *call_format.pair_value)
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        """Returns the expression of a call of one function: its opening tag, its parameters, its closing tag."""
+        """Returns the Lark expression of a call of one function: its opening tag, its parameters, its closing tag."""
         parts = [lark.literal(head[0] + name + head[1])]
         for key in schema.get("properties") or {}:
             argument_schema = property_schema(schema, key)
@@ -265,8 +266,8 @@ def _tagged_calls(
 
 
 def _value_rule(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
-    """Returns an expression for a value and its closing tag: JSON unless the value may be a string, which is free text
-    or one of the schema's texts.
+    """Returns a Lark expression for a value and its closing tag: JSON unless the value may be a string, which is free
+    text or one of the schema's texts.
     """
     allowed = allowed_types(schema)
     if "string" not in allowed:
@@ -285,14 +286,14 @@ def _pythonic_style(lark: Lark, call_format: CallFormat) -> Style:
     """
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        """Returns the expression of a call of one function. Required arguments come first: a comma separates two
+        """Returns the Lark expression of a call of one function. Required arguments come first: a comma separates two
         arguments, so their order is fixed.
         """
         required = [key for key in schema.get("properties") or {} if key in (schema.get("required") or ())]
         optional = [key for key in schema.get("properties") or {} if key not in required]
 
         def argument(key: str) -> str:
-            """Returns the expression of key=value; booleans are Python's, other values JSON."""
+            """Returns the Lark expression of key=value; booleans are Python's, other values JSON."""
             value_schema = property_schema(schema, key)
             value_rule = (
                 '("True" | "False")'

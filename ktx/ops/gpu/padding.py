@@ -26,6 +26,6 @@ def mask_padding(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _padding() -> Padding | None:
-    """Returns the padding of this thread's forward."""
+    """Returns the padding of this thread's forward; None where all rows are tokens."""
     context = current()
     return None if context is None else context.padding
