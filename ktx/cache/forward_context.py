@@ -7,9 +7,9 @@ vLLM's `forward_context.py`. A PagedCache holds the same object.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,28 +72,33 @@ class ForwardContext:
         return [span.count for span in self.batch.spans]
 
 
-_current: ContextVar[ForwardContext | None] = ContextVar("forward_context", default=None)
+# `context` is set only during a forward. torch.compile guards on such an attribute, and cannot trace a ContextVar.
+_thread = threading.local()
 
 
 def current() -> ForwardContext | None:
     """Returns the context of the forward that this thread computes for an engine; None in any other forward."""
-    return _current.get()
+    return getattr(_thread, "context", None)
 
 
 def batch_of(keys: torch.Tensor) -> BatchMetadata | None:
     """Returns the batch if `keys` are a pool of the PagedCache of this thread's forward, else None."""
-    context = _current.get()
+    context = current()
     return context.batch if context is not None and id(keys) in context.key_pools else None
 
 
 @contextmanager
 def enter(context: ForwardContext) -> Iterator[None]:
     """Makes `context` the one of this thread's forward."""
-    token = _current.set(context)
+    outer = current()
+    _thread.context = context
     try:
         yield
     finally:
-        _current.reset(token)
+        if outer is None:
+            del _thread.context
+        else:
+            _thread.context = outer
 
 
 @contextmanager
@@ -103,5 +108,5 @@ def rows_part(first: int, count: int) -> Iterator[None]:
     Recurrent layers compute sequence by sequence. Each row is then computed with the adapters and in the number format
     that it has in the complete batch.
     """
-    with cpu.bf16_rows_part(first, count), enter(replace(_current.get() or ForwardContext(), part=(first, count))):
+    with cpu.bf16_rows_part(first, count), enter(replace(current() or ForwardContext(), part=(first, count))):
         yield
