@@ -423,6 +423,8 @@ def as_weights(values: torch.Tensor) -> QuantizedTensor:
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
+PACKAGE = __name__.partition(".")[0]
+ROTARY = "RotaryEmbedding"  # by this part of its class's name transformers recognizes whose tables it initializes
 _MIXED_CLASSES: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
@@ -434,7 +436,9 @@ def _mixed_class(cls: type[Operator], old: Any) -> type[Operator]:
         "call": ForwardSignature.of_class(old),
         "made_of": (cls, old),
     }
-    return _MIXED_CLASSES.setdefault((cls, old), type(cls.__name__, (cls, old), names))
+    is_unnamed = ROTARY in old.__name__ and ROTARY not in cls.__name__
+    name = cls.__name__ + ROTARY if is_unnamed else cls.__name__
+    return _MIXED_CLASSES.setdefault((cls, old), type(name, (cls, old), names))
 
 
 def uninitialized(cls: type[Operator], old: Any) -> Operator:
@@ -461,12 +465,15 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
 
 
 def is_ktx_operator(module: Any, cls: type[Operator]) -> bool:
-    """Whether a module is an operator of this class as ktx creates it, and not of a subclass that other code derived.
+    """Whether a module is an operator of this class that ktx defines, and not of a subclass that other code derived.
 
-    Parametrizations derive such subclasses, for example.
+    Such a subclass may compute something else, so no fused call of another module may bypass its forward. A user's
+    operator that inherits from one of ktx is one, and so is the class that a parametrization derives.
     """
-    module_class = type(module)
-    return module_class is cls or (isinstance(module, cls) and module_class in _MIXED_CLASSES.values())
+    if not isinstance(module, cls):
+        return False
+    operator_class, *_ = type(module).__dict__.get("made_of", (type(module),))
+    return operator_class.__module__.partition(".")[0] == PACKAGE
 
 
 def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:

@@ -21,7 +21,7 @@ from ktx.kernels.gpu.attention_backend import AttentionKernels, kernels_for
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_mla
 from ktx.kernels.gpu.split_kv import AttentionShape
 from ktx.ops import mla
-from ktx.ops.base import Context
+from ktx.ops.base import Context, is_ktx_operator
 from ktx.ops.fusion.fused import kv_float_dtype, rotary_tables, split_mask
 from ktx.ops.gpu.attention import flatten_tables
 from ktx.ops.gpu.kv_view import PagedView, Row, cached_plan, prepare_float_layer, reserve_kv, view_of_states
@@ -130,7 +130,9 @@ class MLA(mla.MLA):
             The rotated columns of the queries.
         """
         norm: Any = self.kv_a_layernorm
-        fused_norm = isinstance(norm, RMSNorm) and not (norm.plus_one or norm._forward_hooks or norm._forward_pre_hooks)
+        fused_norm = is_ktx_operator(norm, RMSNorm) and not (
+            norm.plus_one or norm._forward_hooks or norm._forward_pre_hooks
+        )
         ckv, kpe = (pool[:, 0] for pool in view.pools)
         rows = _flatten(latent if fused_norm else norm(latent))
         return rope_and_cache_mla(
