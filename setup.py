@@ -124,7 +124,9 @@ class Build(build_ext):
 setup(
     ext_modules=[Extension("ktx._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    # compat: a path entry, because an import hook comes too late in the parent folder of a checkout, where Python finds
+    # the checkout itself as a package `ktx` without an __init__.py.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}, "editable_wheel": {"mode": "compat"}},
     packages=[
         *(".".join(path.parent.relative_to(ROOT).parts) for path in sorted(Path(ROOT, "ktx").rglob("__init__.py"))),
         "ktx.optimize_rules",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 from ktx.errors import UsageError, did_you_mean
 from ktx.ops.base import Operator
@@ -64,16 +67,43 @@ def resolve(name: str, where: str = "") -> type[Operator]:
             f" {' '.join(OPERATORS)} or a dotted path"
         )
     try:
-        imported = importlib.import_module(module)
+        imported = _import_module(module, where)
     except Exception as error:  # importing a user's module may raise anything
         error_type = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        raise UsageError(f"{prefix}cannot import {name}: {error_type}{str(error).partition(chr(10))[0]}") from error
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            remedy = "; it must be installed, next to the rule file, or in a folder of PYTHONPATH"
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"{prefix}cannot import {name}: {error_type}{first_line}{remedy}") from error
     cls = getattr(imported, attribute, None)
     if cls is None:
         raise UsageError(f"{prefix}module {module} has no class {attribute}{did_you_mean(attribute, dir(imported))}")
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
         raise UsageError(f"{prefix}{name} is not a subclass of ktx.Operator")
     return cls
+
+
+def _import_module(module: str, where: str) -> ModuleType:
+    """Imports a user's module; one that is not on sys.path from the folder of the rule file that names it.
+
+    Args:
+        module: The dotted path.
+        where: The file and line of the rule.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        rule_file = Path(where.rpartition(":")[0])
+        folder = rule_file.absolute().parent
+        if (
+            error.name != top
+            or not rule_file.is_file()
+            or not ((folder / f"{top}.py").exists() or (folder / top).is_dir())
+        ):
+            raise
+        sys.path.append(str(folder))  # for good: the module may import others later, and pickles refer to it by name
+    return importlib.import_module(module)
 
 
 def on_gpu(cls: type[Operator], where: str = "") -> type[Operator]:

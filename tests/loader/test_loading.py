@@ -110,11 +110,29 @@ def test_registered_short_names(qwen):
         register("Linear")(LoudLinear)
 
 
+def test_a_class_in_a_module_next_to_the_rule_file(qwen, tmp_path, monkeypatch):
+    (tmp_path / "operators_next_to_rules.py").write_text(
+        "from ktx.ops.linear import Linear\n\n\nclass QuietLinear(Linear):\n    pass\n"
+    )
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "- match: {name: lm_head}\n  replace: {class: operators_next_to_rules.QuietLinear}\n"
+        "- match: {name: experts$}\n  replace: {class: Experts}\n  recursive: false\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert type(load(qwen[0], rules=rules).lm_head).__name__ == "QuietLinear"
+
+
 @pytest.mark.parametrize(
     "rule,words",
     [
         (ktx.Rule(name="lm_head", replace="Liner", where="r.yaml:4"), ["r.yaml:4", "'Liner'", "did you mean 'Linear'"]),
-        (ktx.Rule(name="lm_head", replace="no_such_package.Op", where="r.yaml:4"), ["r.yaml:4", "cannot import"]),
+        (
+            ktx.Rule(name="lm_head", replace="no_such_package.Op", where="r.yaml:4"),
+            ["r.yaml:4", "cannot import", "next to the rule file"],
+        ),
         (ktx.Rule(name="lm_head", replace="ktx.ops.linear.Lineal", where="r.yaml:4"), ["no class Lineal", "Linear"]),
         (
             ktx.Rule(name="lm_head", replace="Linear", kwargs={"bitz": 4}, where="r.yaml:4"),
