@@ -86,6 +86,11 @@ class Mutant:
         """Identifies the mutant as long as its line does not change."""
         return f"{self.path} [{self.change}] {self.code}"
 
+    @property
+    def label(self) -> str:
+        """What a line of the output says of the mutant."""
+        return f"{self.path}:{self.line} [{self.change}] {self.code}"
+
 
 def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str, str]]:
     """Yields (node, change, function) of all places that `mutate` can change; annotations and texts are none."""
@@ -388,6 +393,10 @@ def examine(folder: str, args: argparse.Namespace, workers: Sequence[Worker]) ->
     """Runs the mutants of a folder, prints a line for each, and returns (caught, all)."""
     tests = [name for name in TESTS.get(folder, (f"tests/{folder}",)) if (ROOT / name).exists()]
     mutants = draw(folder, args.n, args.seed, equivalent())
+    if args.again:
+        lines = args.again.read_text(encoding="utf-8").splitlines()
+        uncaught = {line.partition(" tests  ")[2] for line in lines if not line.startswith("caught")}
+        mutants = [mutant for mutant in mutants if mutant.label in uncaught]
     calls = workers[0].record(tests)
     free = list(workers)
     caught = 0
@@ -407,8 +416,7 @@ def examine(folder: str, args: argparse.Namespace, workers: Sequence[Worker]) ->
     with ThreadPoolExecutor(len(workers)) as pool:
         for mutant, verdict, count, seconds in pool.map(one, mutants):
             caught += verdict == "caught"
-            where = f"{mutant.path}:{mutant.line} [{mutant.change}] {mutant.code}"
-            print(f"{verdict:7} {seconds:5.1f} s {count:4} tests  {where}", flush=True)
+            print(f"{verdict:7} {seconds:5.1f} s {count:4} tests  {mutant.label}", flush=True)
     return caught, len(mutants)
 
 
@@ -420,6 +428,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="which ones (default: 1)")
     parser.add_argument(
         "--seconds", type=float, default=30, help="tests per mutant, in seconds of the unchanged code (default: 30)"
+    )
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="only the mutants that are not caught in this output of an earlier run",
     )
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
     parser.add_argument("--fork-server", type=Path, help=argparse.SUPPRESS)
