@@ -41,6 +41,7 @@ TESTS = {  # folder of ktx -> tests that belong to it, where these are not only 
     "utils": ("tests/utils", "tests/top"),
     "injection": ("tests/injection", "tests/loader"),
 }
+TIMEOUT_FACTOR = 4  # tests that take this many times the seconds of the unchanged code do not end
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -395,7 +396,7 @@ def examine(folder: str, args: argparse.Namespace, workers: Sequence[Worker]) ->
     mutants = draw(folder, args.n, args.seed, equivalent())
     if args.again:
         lines = args.again.read_text(encoding="utf-8").splitlines()
-        uncaught = {line.partition(" tests  ")[2] for line in lines if not line.startswith("caught")}
+        uncaught = {line.partition(" tests  ")[2] for line in lines if line.startswith(("ALIVE", "NO TEST"))}
         mutants = [mutant for mutant in mutants if mutant.label in uncaught]
     calls = workers[0].record(tests)
     free = list(workers)
@@ -408,14 +409,19 @@ def examine(folder: str, args: argparse.Namespace, workers: Sequence[Worker]) ->
         worker = free.pop()
         try:
             start = time.monotonic()
-            status = worker.run(mutant, chosen, 2 * args.seconds)
+            status = worker.run(mutant, chosen, TIMEOUT_FACTOR * args.seconds)
         finally:
             free.append(worker)
-        return mutant, "caught" if status else "ALIVE", len(chosen), time.monotonic() - start
+        return (
+            mutant,
+            "timeout" if status < 0 else "caught" if status else "ALIVE",
+            len(chosen),
+            time.monotonic() - start,
+        )
 
     with ThreadPoolExecutor(len(workers)) as pool:
         for mutant, verdict, count, seconds in pool.map(one, mutants):
-            caught += verdict == "caught"
+            caught += verdict in ("caught", "timeout")
             print(f"{verdict:7} {seconds:5.1f} s {count:4} tests  {mutant.label}", flush=True)
     return caught, len(mutants)
 
