@@ -121,17 +121,20 @@ class Build(build_ext):
             sys.exit(f"ktx: this command failed (a C++20 compiler is needed, g++ 11 or newer):\n  {' '.join(command)}")
 
 
+# The checkout's own rule files serve an editable install, which is then a path entry. With a package that is in another
+# folder it would be an import hook, and that comes too late in the parent folder of a checkout: there Python takes the
+# checkout itself for the package ktx.
+RULE_FILES = {} if "editable_wheel" in sys.argv else {"ktx.optimize_rules": "optimize_rules"}
+
 setup(
     ext_modules=[Extension("ktx._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": Build},
-    # compat: a path entry, because an import hook comes too late in the parent folder of a checkout, where Python finds
-    # the checkout itself as a package `ktx` without an __init__.py.
-    options={"bdist_wheel": {"py_limited_api": "cp311"}, "editable_wheel": {"mode": "compat"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     packages=[
         *(".".join(path.parent.relative_to(ROOT).parts) for path in sorted(Path(ROOT, "ktx").rglob("__init__.py"))),
-        "ktx.optimize_rules",
+        *RULE_FILES,
     ],
-    package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
+    package_dir={"ktx": "ktx"} | RULE_FILES,
     include_package_data=False,  # else folders of data count as packages that were forgotten: pages of warnings
     package_data={
         "ktx": ["py.typed"],
