@@ -134,7 +134,7 @@ setup(
         *(".".join(path.parent.relative_to(ROOT).parts) for path in sorted(Path(ROOT, "ktx").rglob("__init__.py"))),
         *RULE_FILES,
     ],
-    package_dir={"ktx": "ktx"} | RULE_FILES,
+    package_dir={"": "."} | RULE_FILES,
     include_package_data=False,  # else folders of data count as packages that were forgotten: pages of warnings
     package_data={
         "ktx": ["py.typed"],
