@@ -591,6 +591,29 @@ def first_gguf(path: Path) -> Path:
     return next(iter(ggufs_in(path)), path) if path.is_dir() else path
 
 
+def use_demo_model(args: argparse.Namespace) -> None:
+    """Sets the bundled demo model in the arguments: its GGUF file, or its safetensors if the MTP layer is needed."""
+    import ktx.demo
+
+    needs_mtp = getattr(args, "speculative", None) == "mtp"
+    args.model = str(ktx.demo.path())
+    args.weights = str(ktx.demo.safetensors() if needs_mtp else ktx.demo.gguf())
+
+
+def infer_model_or_demo(args: argparse.Namespace) -> None:
+    """Infers --model as `infer_model` does; without a model it sets the demo model and prints a note.
+
+    The note goes to standard error, so that tables, JSON and answers on standard output stay as they are.
+    """
+    if not infer_model(args):
+        use_demo_model(args)
+        print(
+            "no --model given: using the bundled demo model, which is small and answers only questions about ktx",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def require_model(args: argparse.Namespace) -> None:
     """Raises UsageError when neither --model nor --weights is given."""
     if not infer_model(args):

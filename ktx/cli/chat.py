@@ -10,7 +10,7 @@ from ktx.cli.arguments import (
     batching_options,
     flag,
     graphs_option,
-    infer_model,
+    infer_model_or_demo,
     load_arguments,
     lora_option,
     model_options,
@@ -109,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
     from ktx.engine.chat_session import Session
 
     check_sampling(args)
-    if not infer_model(args):
-        _use_demo_model(args, print_note)
+    infer_model_or_demo(args)
     import ktx
 
     model, _ = ktx.load(
@@ -145,15 +144,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             chat.piped(sys.stdin)
     return 0
-
-
-def _use_demo_model(args: argparse.Namespace, note: Any) -> None:
-    """Sets the bundled demo model in the arguments, and prints a note, because its answers are of little use."""
-    import ktx.demo
-
-    args.model = str(ktx.demo.path())
-    args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
-    note("no --model given: using the bundled demo model, which is small and answers only questions about ktx")
 
 
 def loaded_line(model: Any, name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from ktx.cli.arguments import (
     chunk_size_option,
     flag,
+    infer_model_or_demo,
     load_arguments,
     lora_option,
     model_options,
@@ -19,7 +20,6 @@ from ktx.cli.arguments import (
     positive,
     rate,
     reject_options,
-    require_model,
     size,
     sizes,
     tokens,
@@ -28,7 +28,8 @@ from ktx.errors import UsageError
 
 SUMMARY = "show what the rules do to a model, or choose a placement by budget, without reading the weights"
 EPILOG = (
-    "With --vram or --ram, a placement for these memory budgets is chosen and its speed estimated; this machine need"
+    "Without --model the plan of the bundled demo model is printed."
+    " With --vram or --ram, a placement for these memory budgets is chosen and its speed estimated; this machine need"
     " not have these devices. Sizes are in bytes, with the suffix K M G T (powers of 1000) or KiB MiB GiB TiB."
     " Example: ktx plan --model DIR --weights FILE.gguf --vram 24G --ram 420G --ctx 128K --write placed.yaml"
 )
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     Exit status 4 if tensors are missing or do not match the model, 3 if the model does not fit the budget.
     """
-    require_model(args)
+    infer_model_or_demo(args)
     options = options_of(add_arguments)
     if args.vram or args.ram:
         reject_options(

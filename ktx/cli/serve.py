@@ -24,6 +24,7 @@ from ktx.cli.arguments import (
     positive,
     speculation_options,
     threads_option,
+    use_demo_model,
 )
 from ktx.errors import BadFile, UsageError
 from ktx.utils.versions import install_command
@@ -235,10 +236,7 @@ def run(args: argparse.Namespace, make: Callable[[argparse.Namespace, Any], Any]
     has_model = infer_model(args)
     names = tuple(args.model_name or [_model_name(args.model) if has_model else "ktx-demo"])
     if not has_model:
-        import ktx.demo
-
-        args.model = str(ktx.demo.path())
-        args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
+        use_demo_model(args)
     adapters = adapter_names(args, names)
     allowed_hosts = (*(args.allowed_hosts or ()), args.host)
     access = AccessPolicy(keys, tuple(allowed_hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))

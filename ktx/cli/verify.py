@@ -10,16 +10,20 @@ from typing import Any
 
 from ktx.cli.arguments import (
     flag,
+    infer_model_or_demo,
     load_arguments,
     lora_option,
     model_options,
     options_of,
     positive,
     reject_options,
-    require_model,
 )
 
 SUMMARY = "compare layer by layer with transformers on the dequantized weights, or measure perplexity"
+EPILOG = (
+    "Without --model the bundled demo model is compared."
+    " Example: ktx verify --model DIR --weights FILE.gguf --rules my_rules.yaml"
+)
 MAX_ERROR_FLOAT, MAX_ERROR_BF16, MAX_ERROR_QUANTIZED = 1e-3, 1e-2, 0.03  # relative, of a layer on the same input
 LOGITS_ERROR_FACTOR = 10  # times a layer's bound: the bound on the median token's logits, after all layers
 MAX_REROUTED = 0.5  # fraction of a layer's tokens; more than near ties of the router explain
@@ -30,6 +34,7 @@ DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog. A rule file names
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `ktx verify` to its parser."""
+    parser.epilog = EPILOG
     model_options(parser)
     lora_option(parser, "the sum of all adapters is applied, with --perplexity only")
     parser.add_argument(
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         {"lora": options["lora"]},
         "needs --perplexity FILE: the layer-by-layer comparison runs without adapters",
     )
-    require_model(args)
+    infer_model_or_demo(args)
     import torch
 
     import ktx

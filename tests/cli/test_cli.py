@@ -165,6 +165,20 @@ def test_verify_agrees_and_notices_damage(folder, tmp_path):
     assert wrong.returncode == 1 and "DIFFERS" in wrong.stdout
 
 
+@pytest.mark.parametrize(
+    "words", [["chat", "-p", "Hi"], ["plan"], ["plan", "--ram", "8G"], ["verify", "--tokens", "12"]], ids=" ".join
+)
+def test_without_a_model_it_is_the_demo_model(words):
+    note = "no --model given: using the bundled demo model"
+    with_model = [words[0], "--model", DEMO, "--weights", demo.gguf(), *words[1:]]
+    if words[-1] == "8G":  # measured otherwise, in both runs anew
+        words, with_model = ([*some, "--cpu-bandwidth", "40", "--gpu-bandwidth", "900"] for some in (words, with_model))
+    done, same = ktx(*words), ktx(*with_model)
+    assert done.returncode == same.returncode == 0, done.stderr
+    assert done.stdout == same.stdout and note in done.stderr and note not in same.stderr
+    assert "demo model" in ktx(words[0], "--help").stdout
+
+
 def test_a_gguf_file_alone_is_a_model(tmp_path):
     from ktx import demo
 
@@ -177,9 +191,9 @@ def test_a_gguf_file_alone_is_a_model(tmp_path):
             done.stderr
         )
     for words, status, said in (
-        ((), 2, "no model is given"),
-        (("--weights", tmp_path), 2, "needs --model"),
-        (("--weights", tmp_path / "x.gguf"), 4, "x.gguf: no such file"),
+        (("bench",), 2, "no model is given"),
+        (("plan", "--weights", tmp_path), 2, "needs --model"),
+        (("plan", "--weights", tmp_path / "x.gguf"), 4, "x.gguf: no such file"),
     ):
-        done = ktx("plan", *words)
+        done = ktx(*words)
         assert done.returncode == status and said in done.stderr and done.stderr.count("\n") == 1
