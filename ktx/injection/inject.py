@@ -139,8 +139,31 @@ class Plan(list[Step]):
                     problems.setdefault((pattern, problem), []).extend(numbers)
         lines = [f"{_with_layers(pattern, layers)} {problem}" for (pattern, problem), layers in problems.items()]
         lines += [f"no module reads {tensors}" for tensors in self.unread if tensors.rejected]
+        lines += self._rules_for_kept_experts(source)
         if lines:
             raise BadFile(f"{source.path}: does not fit this model: {'; '.join(lines)}")
+
+    def _rules_for_kept_experts(self, source: WeightSource) -> list[str]:
+        """Returns messages with the rule to add, for experts that no rule replaces and that `source` has in parts.
+
+        transformers' experts have gate and up in one tensor, a GGUF file in two, which only an operator reads.
+        """
+        kept: dict[tuple[str, str], list[int]] = {}
+        for step in self:
+            is_missing = any(source.spec(name) is None for name in step.tensors)
+            if not step.operator and is_missing and source.spec(f"{step.path}.gate_proj") is not None:
+                pattern, numbers = _without_layer(step.path)
+                kept.setdefault((pattern, step.old_class), []).extend(numbers)
+        if self.rules.base:
+            text = r"- {match: {name: '\.experts$'}, replace: {class: Experts}, recursive: false}"
+            remedy = f"add as the first rule of {self.rules.base}: {text}"
+        else:
+            remedy = r"add as the first rule: ktx.Rule(name=r'\.experts$', replace='Experts', recursive=False)"
+        return [
+            f"no rule replaces {_with_layers(pattern, layers)} ({old_class}), which cannot read this file's experts;"
+            f" {remedy}"
+            for (pattern, old_class), layers in kept.items()
+        ]
 
     @cached_property
     def unread(self) -> list[UnreadTensors]:

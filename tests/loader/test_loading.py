@@ -409,6 +409,26 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     ) and "model.norm.weight is 7, the model needs 256" in str(error.value)
 
 
+@pytest.mark.parametrize("written", [True, False], ids=["file", "list"])
+def test_the_rule_that_experts_lack_is_named(qwen, tmp_path, written):
+    linear = "- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text(linear)
+    rules = path if written else [ktx.Rule(cls="torch.nn.Linear", replace="Linear")]
+    with pytest.raises(
+        BadFile, match=r"no rule replaces model\.layers\.\[0-1\]\.mlp\.experts \(Qwen3MoeExperts\)"
+    ) as error:
+        load(qwen[0], rules=rules)
+    remedy = str(error.value).partition("add as the first rule")[2]
+    if written:
+        where, _, rule = remedy.partition(": ")
+        assert where == f" of {path}"
+        path.write_text(f"{rule}\n{linear}")
+    else:
+        rules = [eval(remedy.removeprefix(": "), {"ktx": ktx}), *rules]
+    torch.testing.assert_close(logits(load(qwen[0], rules=rules)), logits(load(qwen[0])), rtol=0.05, atol=0.05)
+
+
 def test_experts_of_another_width_are_named(tmp_path):
     model = tiny("qwen3_moe")
     model.save_pretrained(tmp_path)
