@@ -21,7 +21,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*/*)
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--model_path DIR --gguf_path FILE")
+chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--model DIR --weights FILE", ARGS='-p "What is a rule file?"')
 	@$(PY) -m ktx.local_chat $(ARGS)
 
 test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx512vnni|... chooses the kernels)
@@ -119,6 +119,7 @@ $(VENV)/constraints.txt: $(LOCK) | $(VENV)/bin/python
 	@$(PY) .ci/install_torch.py --constraints $@ $(TORCH)
 
 $(VENV)/.ktx: pyproject.toml $(SOURCES) $(VENV)/constraints.txt
+	@echo "compiling the kernels, two to three minutes ..."
 	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e .
 	@touch $@
 
