@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 import ktx.demo
+from ktx.ops.registry import OPERATORS, resolve
 from tests.support import preloaded_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +154,12 @@ def sandbox(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int((tmp_path / "serve.pid").read_text()), signal.SIGTERM)
             wait_for_the_port()
+
+
+def test_the_table_of_operators_is_the_registry():
+    rows = re.findall(r"^\| `(\w+)` \| `(ktx\.ops\.[\w.]+)` \|", (ROOT / "docs" / "operators.md").read_text(), re.M)
+    assert sorted(rows) == sorted((name, f"{module}.{name}") for name, module in OPERATORS.items())
+    assert all(resolve(path) is resolve(name) for name, path in rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
