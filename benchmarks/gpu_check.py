@@ -39,7 +39,11 @@ STAGES = (  # name, command, exit codes that pass (pytest exits with 5 when no t
         (0,),
     ),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
-    ("models on the gpu", ["-m", "pytest", "-q", "tests/gpu", "tests/top/test_devices.py"], (0,)),
+    (
+        "models on the gpu",
+        ["-m", "pytest", "-q", "tests/gpu", "tests/placement/test_memory_model.py", "tests/top/test_devices.py"],
+        (0,),
+    ),
     ("gpu attention", ["benchmarks/gpu_attention.py", "--quick", "--record", RECORD], (0,)),
     ("packed weights", ["benchmarks/gpu_weights.py", "--quick"], (0,)),
     (
