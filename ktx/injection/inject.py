@@ -104,6 +104,7 @@ class Plan(list[Step]):
         """Creates a plan of `steps`; `inject` and ktx.loader set the other fields."""
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # by module path, for all modules
+        self.pinned_paths: list[str] = []  # of modules whose rule names a device
         self.rules = Rules()  # the rules that were applied
         self.stream_experts_min_tokens: int | str | None = (
             None  # the rule file's (ktx.injection.device_map.parse_stream_experts)
@@ -358,6 +359,8 @@ class _Injector:
         parent_device, device = device, self.device_for(path, rule, device)
         if index is not None:
             self.matched_rules.add(index)
+        if rule is not None and rule.device:
+            self.plan.pinned_paths.append(path)
         old_class, original = type(module).__name__, module
         if rule is not None and rule.replace:
             module = self.build_operator(path, module, rule, device)

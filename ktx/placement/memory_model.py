@@ -184,7 +184,7 @@ def compute_footprint(model: PreTrainedModel, plan: Plan, source: WeightSource) 
         source: the weight source.
     """
     config = model.config
-    cpu_only_prefixes = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
+    cpu_only_prefixes = tuple(f"{path}." for path in plan.pinned_paths)
     memory = [_module_memory(step, model.get_submodule(step.path), plan, source) for step in plan]
     modules = [
         replace(entry, cpu_only=f"{entry.path}.".startswith(cpu_only_prefixes)) for entry in memory if entry is not None

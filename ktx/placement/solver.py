@@ -8,7 +8,7 @@ The remaining experts stay on the CPU, and with them the embedding, of which a t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +19,7 @@ import torch
 from ktx.cache.kv import KVType
 from ktx.errors import UsageError
 from ktx.injection.device_map import PlacementEntry, format_ranges
+from ktx.injection.inject import layer_number
 from ktx.injection.rule import Rule
 from ktx.kernels.microbench import DEFAULT_PCIE_GB_S, min_tokens_to_stream
 from ktx.ops.gpu.offload import NUM_BUFFER_SETS
@@ -455,10 +456,20 @@ def split_evenly(model: Footprint, gpus: int, entries: Sequence[PlacementEntry],
     rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
     layer_bytes = [0] * model.num_layers  # modules after the last layer count with it
     for module in model.modules:
-        if module.group == EMBEDDING or any(pattern.search(module.path) for pattern in [*elsewhere, *rule_patterns]):
+        paths = list(_paths_in_layer(module.path))
+        if module.group == EMBEDDING or any(
+            pattern.search(p) for pattern in [*elsewhere, *rule_patterns] for p in paths
+        ):
             continue
         layer_bytes[-1 if module.layer is None else module.layer] += module.gpu.held_bytes
     return balance_layers(layer_bytes, [1 << 30] * gpus)  # any equal capacities
+
+
+def _paths_in_layer(path: str) -> Iterator[str]:
+    """Yields the path of a module, and those of the modules around it, up to its layer."""
+    yield path
+    while layer_number(path := path.rpartition(".")[0]) is not None:
+        yield path
 
 
 def to_json(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
