@@ -94,6 +94,14 @@ def test_both_budgets_grow_if_both_are_exceeded():
     assert unfit(model, Budget((GB,), GB))[0] == "--vram 2.6G --ram 1.4G"
 
 
+def test_memory_of_the_cpu_grows_only_if_a_larger_gpu_leaves_it_exceeded():
+    # 1.537 GB are rounded up to 1.6 GB, where the experts fit too
+    model = footprint(part("attention", 0, GB), experts(0, 40 * MB))
+    assert unfit(model, Budget((GB,), RESERVE + 10 * MB))[0] == "--vram 1.6G"
+    model = footprint(part("attention", 0, GB), experts(0, 400 * MB, count=1))
+    assert unfit(model, Budget((GB,), RESERVE + 10 * MB))[0] == "--vram 1.6G --ram 0.7G"
+
+
 # ---- more memory on GPUs in place of memory of the CPU
 
 ROUTED = footprint(part("attention", 0, GB, num_weights=10**9), experts(0, 10 * GB, num_weights=20 * 10**9), hidden=0)
@@ -106,6 +114,12 @@ def test_a_larger_gpu_takes_experts_off_the_cpu():
     budget = Budget((round(vram * 1000) * MB,), 2 * GB)
     assert not solve(ROUTED, budget).exceeded()
     assert solve(ROUTED, replace(budget, vram=(budget.vram[0] - 200 * MB,))).exceeded()
+
+
+def test_a_larger_gpu_is_found_for_small_models_too():
+    model = footprint(experts(0, 400 * MB, num_weights=10**9))  # smaller than CUDA's context
+    found = unfit(model, Budget((CONTEXT + 10 * MB,), RESERVE + 10 * MB))
+    assert found[0].startswith("--ram ") and found[1] in ("--vram 1.0G", "--vram 1.1G")
 
 
 def test_larger_gpus_are_equal_but_for_those_that_are_larger_already():
