@@ -125,13 +125,18 @@ def test_rows_of_full_pages_are_those_after_each_lead():
 
 
 def test_the_remainder_is_what_full_pages_leave():
-    # the first sequence: 6 decode tokens; the second: 2 of a lead, 64 of a page, 3 after it; the third: a page
-    spans = [span(100, 6, pages=[0, 1]), span(62, 69, 69, 1, [2, 3, 4]), span(0, 64, 64, 2, [5])]
+    # of the first sequence 6 tokens of a lead; of the second 2 of a lead, 64 of a page, 3; a page; a decode token
+    spans = [
+        span(100, 6, pages=[0, 1]),
+        span(62, 69, 69, 1, [2, 3, 4]),
+        span(0, 64, 64, 2, [5]),
+        span(64, 1, 0, 3, [6, 7]),
+    ]
     rows, sequences, pages = BatchMetadata(spans).remainder
-    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 6 + 66, 6 + 67, 6 + 68]
-    # first of these rows, how many, and keys up to their end: 28 fill up a page, so the 6 are all lead
-    assert sequences.tolist() == [[0, 6, 106], [6, 2, 62 + 2], [8, 3, 62 + 69]]
-    assert pages.tolist() == [[0, 1, 0], [2, 3, 4], [2, 3, 4]]
+    assert rows.tolist() == [*range(6), 6, 7, 6 + 66, 6 + 67, 6 + 68, 6 + 69 + 64]
+    # the first of these rows, how many, and the keys up to their end
+    assert sequences.tolist() == [[0, 6, 100 + 6], [6, 2, 62 + 2], [8, 3, 62 + 69], [11, 1, 64 + 1]]
+    assert pages.tolist() == [[0, 1, 0], [2, 3, 4], [2, 3, 4], [6, 7, 0]]
 
 
 def test_full_pages_alone_leave_no_remainder():

@@ -126,7 +126,7 @@ def test_pages_are_not_stored_while_too_many_bytes_wait(opened, monkeypatch):
     assert names(store) == {name_of(KEYS[0]), name_of(KEYS[1])}, "the third would wait behind two pages"
 
 
-def test_a_single_byte_may_wait_for_the_first_page(opened, monkeypatch):
+def test_a_page_is_stored_while_nothing_else_waits(opened, monkeypatch):
     monkeypatch.setattr(disk, "MAX_PENDING_BYTES", 1)
     store = opened()
     for key in KEYS[:2]:
@@ -136,7 +136,7 @@ def test_a_single_byte_may_wait_for_the_first_page(opened, monkeypatch):
         store.thread.join(10)
         store.thread = threading.Thread(target=store._write_all, daemon=True)
         store.thread.start()
-    assert names(store) == {name_of(KEYS[0]), name_of(KEYS[1])}, "the first one waits no longer"
+    assert names(store) == {name_of(KEYS[0]), name_of(KEYS[1])}, "the first one is written, so that it waits no longer"
 
 
 def test_a_page_that_cannot_be_written_is_named_and_skipped(opened, caplog):
@@ -256,6 +256,18 @@ def test_only_pages_are_found_and_parts_are_removed(opened):
     (store.folder / "folder.part").mkdir()
     assert list(opened().sizes) == [KEYS[1]]
     assert names(store) == {name_of(KEYS[1]), "folder.part", *others}
+
+
+def test_another_process_may_remove_a_part_first(opened, monkeypatch):
+    part = opened().folder / (KEYS[2].hex() + ".99.part")
+    part.write_bytes(b"")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda *args: (part.unlink(), access(*args))[1])
+    assert list(opened().sizes) == []
+
+
+def test_a_process_can_end_without_closing(opened):
+    assert opened().thread.daemon
 
 
 def test_the_folder_is_named_by_what_determines_a_page(opened, tmp_path):
