@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,13 +151,15 @@ def test_a_page_that_cannot_be_written_is_named_and_skipped(opened, caplog):
     assert not store.has(KEYS[1]) and store.has(KEYS[2])
 
 
-def test_a_part_that_cannot_be_begun_is_skipped_too(opened, caplog):
-    store = opened()
-    store.folder.rmdir()
+def test_a_part_that_cannot_be_begun_is_skipped_for_its_own_reason(opened, caplog, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with caplog.at_level(logging.WARNING, "ktx.cache"):
-        written(store, (KEYS[1], 1))
-    assert "a page could not be stored" in caplog.text and len(store) == 0
-    assert "No such file" in caplog.text
+        store = written(opened(), (KEYS[1], 1))
+    assert f"a page could not be stored: {store.folder}: No space left on device" in caplog.text
+    assert len(store) == 0 and names(store) == set()
 
 
 def spoil(file, how):
