@@ -8,7 +8,7 @@ vLLM's `forward_context.py`. A PagedCache holds the same object.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ import torch
 
 from ktx.cache.batch import BatchMetadata
 from ktx.kernels import cpu
-from ktx.weights.lora import AdapterUses
+from ktx.weights.lora import Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class AdapterStep:
     """
 
     mapping: object
-    tokens: Sequence[tuple[int, AdapterUses]]
-    logits: Sequence[tuple[int, AdapterUses]]
+    tokens: Spans
+    logits: Spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,12 @@ from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
 from ktx.hardware import memory
 from ktx.kernels import cpu
-from ktx.model.lora import Adapters, StepAdapters
+from ktx.model.lora import Adapters
 from ktx.ops.gpu import offload
 from ktx.ops.mla import MLA
 from ktx.placement.workspace import decode_step_bytes
 from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
+from ktx.weights.lora import Spans
 
 if TYPE_CHECKING:
     from ktx.model.loaded import LoadedModel
@@ -344,7 +345,7 @@ def lora_adapters(model: LoadedModel) -> Adapters:
     return adapters
 
 
-def chunk_adapters(chunks: Sequence[ScheduledChunk]) -> tuple[StepAdapters, StepAdapters]:
+def chunk_adapters(chunks: Sequence[ScheduledChunk]) -> tuple[Spans, Spans]:
     """Returns the adapters of a step's tokens, and the adapters of the tokens whose logits are needed: the output layer
     computes fewer rows than the other layers.
     """

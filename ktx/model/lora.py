@@ -38,13 +38,13 @@ from ktx.weights.lora import (
     AdapterUse,
     AdapterUses,
     LowRank,
+    Spans,
 )
 
 RETIRED = "\0"  # separator in the name of a retired adapter; no user-given name contains it
 AdapterArgument = str | Path | AdapterSpec
 MatchedModules = list[tuple[Any, list[LowRank]]]  # modules with the low-rank matrices for their weights
 PackedModules = list[tuple[Any, Lora, Any]]  # modules with their packed low-rank matrices
-StepAdapters = list[tuple[int, AdapterUses]]  # numbers of tokens with the adapters that apply to them
 _attach_lock = ForkSafeLock()
 
 
@@ -149,7 +149,7 @@ class Adapters:
         self.mapping.default_uses = self.resolve(names)
         self._activate(self.step_adapters)
 
-    def activate_step(self, tokens: StepAdapters, logits: StepAdapters) -> AdapterStep | None:
+    def activate_step(self, tokens: Spans, logits: Spans) -> AdapterStep | None:
         """Activates the adapters of an engine's step and returns what its `ForwardContext` applies to each token.
 
         Fast paths that adapters disable stay disabled until a step has other adapters, because switching them visits

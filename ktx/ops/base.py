@@ -464,13 +464,13 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     return new
 
 
-def is_ktx_operator(module: Any, cls: type[Operator]) -> bool:
-    """Whether a module is an operator of this class that ktx defines, and not of a subclass that other code derived.
+def is_ktx_operator(module: Any, *classes: type[Operator]) -> bool:
+    """Whether a module is an operator of these classes that ktx defines, and not of a subclass that other code derived.
 
     Such a subclass may compute something else, so no fused call of another module may bypass its forward. A user's
     operator that inherits from one of ktx is one, and so is the class that a parametrization derives.
     """
-    if not isinstance(module, cls):
+    if not isinstance(module, classes):
         return False
     operator_class, *_ = type(module).__dict__.get("made_of", (type(module),))
     return operator_class.__module__.partition(".")[0] == PACKAGE

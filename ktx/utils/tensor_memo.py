@@ -6,12 +6,13 @@ torch.utils.weak is not part of torch's documented API, so this is the only file
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
+_MISSING = object()  # because None is a value
 
 
 class TensorMemo(Generic[T]):
@@ -40,7 +41,7 @@ class TensorMemo(Generic[T]):
 
     def get_or_compute(self, tensor: torch.Tensor, compute: Callable[[], T]) -> T:
         """Returns the value of a tensor, which the first call computes."""
-        if tensor not in self._values:
-            self._values[tensor] = compute()
-        value: T = self._values[tensor]
-        return value
+        value: Any = self._values.get(tensor, _MISSING)
+        if value is _MISSING:
+            value = self._values[tensor] = compute()
+        return value  # type: ignore[no-any-return]

@@ -84,11 +84,6 @@ class Layer(Operator):
         return super().forward(**self.call.join(arguments, cache))
 
 
-def _is_fusable(child: Any, *classes: type[Operator]) -> bool:
-    """Whether a child is an operator of one of these classes whose forward a fused step may bypass."""
-    return any(is_ktx_operator(child, cls) for cls in classes)
-
-
 class LayerBlock:
     """The two fused steps of a layer: attention with its norm, and feed-forward with its norm."""
 
@@ -107,18 +102,15 @@ class LayerBlock:
         """Builds the block of `owner`; None if its norms or attention are not operators of ktx, or it has no mlp."""
         children: dict[str, Any] = owner._modules
         norms: list[Any] = [children.get(CHILDREN[0]), children.get(CHILDREN[2])]
-        if not all(map(RMSNorm.is_cpu_norm, norms)) or not _is_fusable(children.get("self_attn"), Attention, MLA):
+        if not all(map(RMSNorm.is_cpu_norm, norms)) or not is_ktx_operator(children.get("self_attn"), Attention, MLA):
             return None
         return None if children.get("mlp") is None else cls(owner, norms)
 
     def current_blocks(self) -> tuple[Any, Any]:
         """Returns the current fused blocks of attention and feed-forward; None for one that is missing or invalid."""
         children: dict[str, Any] = self.owner._modules
-        attention, mlp = children["self_attn"], children["mlp"]
-        return (
-            valid_fast_path(attention) if _is_fusable(attention, Attention, MLA) else None,
-            valid_fast_path(mlp) if _is_fusable(mlp, MoE, MLP) else None,
-        )
+        mlp = children["mlp"]
+        return valid_fast_path(children["self_attn"]), valid_fast_path(mlp) if is_ktx_operator(mlp, MoE, MLP) else None
 
     def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
         """Computes the layer: hidden_states f32 [B, S, D] -> [B, S, D]; None if the call needs the unfused forward.
